@@ -1,0 +1,38 @@
+# The two commands that set everything up: `make demo` and `make test`. The others are for working on meprop.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test env lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: env  ## set up .venv, train dense and sparse on real MNIST side by side, print the table (a few minutes)
+	$(BIN)/meprop compare mnist --out runs/demo --overwrite
+
+test: env  ## set up .venv and run all tests
+	$(BIN)/python -m pytest -n 2
+
+env: $(READY)  ## set up .venv only (again, after a change of the build or of the native code)
+
+lint: env  ## ruff and pyright (strict on src)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'pyright>=1.1.400'
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: env  ## let ruff rewrite the sources
+	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.9'
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and what was built
+	rm -rf .venv build dist
+
+# torch in the same line: alone, `torch` would take the newest build with several GB of CUDA.
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 --editable '.[tasks,test]'
+	touch $@

@@ -1,0 +1,15 @@
+// The avx2 level. Compiled with its instruction set's flags (CMakeLists.txt), so it may share no inline or template
+// function with another unit: the linker would keep one copy for all. Hence the namespace, and no standard containers.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace meprop {
+namespace level_avx2 {
+#include "constants.inl"
+#include "simd_avx2.h"
+#include "topk.inl"
+}  // namespace level_avx2
+
+const Kernels kAvx2 = {"avx2", level_avx2::topk_rows<float>, level_avx2::topk_rows<Bf16>};
+}  // namespace meprop

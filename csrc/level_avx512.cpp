@@ -1,0 +1,15 @@
+// The avx512 level. Compiled with its instruction set's flags (CMakeLists.txt), so it may share no inline or template
+// function with another unit: the linker would keep one copy for all. Hence the namespace, and no standard containers.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace meprop {
+namespace level_avx512 {
+#include "constants.inl"
+#include "simd_avx512.h"
+#include "topk.inl"
+}  // namespace level_avx512
+
+const Kernels kAvx512 = {"avx512", level_avx512::topk_rows<float>, level_avx512::topk_rows<Bf16>};
+}  // namespace meprop

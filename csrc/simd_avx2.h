@@ -1,0 +1,47 @@
+// Eight-lane vectors: AVX2 with FMA and BMI2.
+
+constexpr int kLanes = 8;
+using U32 = __m256i;
+using F32 = __m256;
+
+inline U32 splat(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
+inline U32 counting_from(uint32_t first) { return _mm256_add_epi32(splat(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline U32 smaller(U32 a, U32 b) { return _mm256_min_epu32(a, b); }
+inline U32 larger(U32 a, U32 b) { return _mm256_max_epu32(a, b); }
+inline U32 both(U32 a, U32 b) { return _mm256_and_si256(a, b); }
+inline uint32_t lanes_of(U32 all_ones) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(all_ones))); }
+// Signed, which is the same for keys: none has its upper bit set.
+inline uint32_t is_greater(U32 a, U32 b) { return lanes_of(_mm256_cmpgt_epi32(a, b)); }
+inline uint32_t is_equal(U32 a, U32 b) { return lanes_of(_mm256_cmpeq_epi32(a, b)); }
+inline uint32_t largest_lane(U32 a) {
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(most));
+}
+
+inline U32 load(const uint32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline void store(uint32_t* to, U32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a); }
+inline U32 load_bits(const float* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline U32 load_bits(const Bf16* from) {
+  return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
+}
+
+inline F32 zero() { return _mm256_setzero_ps(); }
+inline F32 as_float(U32 bits) { return _mm256_castsi256_ps(bits); }
+inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+inline float sum_lanes(F32 a) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// Writes the lanes that `mask` names side by side, and returns how many; up to kLanes words may be overwritten.
+// BMI2 spreads the mask to bytes and packs the numbers of its lanes, which then steer a permutation.
+inline int64_t compress(uint32_t* to, uint32_t mask, U32 a) {
+  const uint64_t bytes = _pdep_u64(mask, 0x0101010101010101ull) * 0xff;
+  const uint64_t lanes = _pext_u64(0x0706050403020100ull, bytes);
+  const U32 order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(lanes)));
+  store(to, _mm256_permutevar8x32_epi32(a, order));
+  return __builtin_popcount(mask);
+}

@@ -1,0 +1,31 @@
+"""Cheaper training for PyTorch: back-propagate only the part of the gradient that matters."""
+
+from importlib.metadata import version as _version
+
+from meprop import errors, functional, nn
+from meprop.convert import ConversionReport, convert, report, revert
+from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
+from meprop.ops import backend_info
+from meprop.rules import Rule, TopK
+from meprop.selection import ColumnSelection, RowSelection
+
+__version__ = _version("meprop")
+
+__all__ = [
+    "ColumnSelection",
+    "ConversionReport",
+    "DataError",
+    "MepropError",
+    "NoEffectWarning",
+    "NotSupportedError",
+    "RowSelection",
+    "Rule",
+    "TopK",
+    "backend_info",
+    "convert",
+    "errors",
+    "functional",
+    "nn",
+    "report",
+    "revert",
+]

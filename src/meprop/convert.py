@@ -1,0 +1,224 @@
+"""Converting a model in place, and back; and the table that says what was done, and why not where it was not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from meprop import nn
+from meprop.errors import NoEffectWarning, NotSupportedError
+from meprop.rules import Rule
+
+Filter = Callable[[str, torch.nn.Module], bool]
+
+# Plain class -> the class that takes over its instances. A layer keeps its identity: only its class changes, so that
+# parameters, buffers, hooks and references to it stay what they are, and a root module can be converted too.
+_SPARSE_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.Linear: nn.Linear}
+_PLAIN_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    sparse: plain for plain, sparse in _SPARSE_CLASSES.items()
+}
+
+# A wrapper holds references into the model that a change of class would pass by.
+_WRAPPERS = {
+    "DataParallel": "before wrapping it in DataParallel",
+    "DistributedDataParallel": "before wrapping it in DistributedDataParallel",
+    "FullyShardedDataParallel": "before wrapping it in FullyShardedDataParallel",
+    "FSDPModule": "before fully_shard",
+    "OptimizedModule": "before torch.compile",
+}
+
+# On a plain layer that convert left dense: why. Kept on the layer, so that meprop.report can say so later.
+_REASON = "_meprop_left_dense"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a model: what happens in its backward pass, and why.
+
+    Attributes:
+        name: Its name in the model, "" for the model itself.
+        kind: The plain class's name, e.g. "Linear".
+        in_features: I.
+        out_features: O, among which the rule chooses.
+        status: "sparse" or "dense".
+        k: How many output features are kept; None if dense.
+        density: k / O; 1.0 if dense.
+        rule: The rule, None if the layer is a plain one.
+        reason: Why it is dense, or what convert did.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    status: Literal["sparse", "dense"]
+    k: int | None
+    density: float
+    rule: Rule | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was done to each layer of a model; `print(report)` shows a table.
+
+    Attributes:
+        layers: One record for each linear layer, in the model's order.
+    """
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no linear layers"
+        head = ("layer", "kind", "in x out", "backward", "kept", "why")
+        rows = [
+            (
+                layer.name or "(the model itself)",
+                layer.kind,
+                f"{layer.in_features} x {layer.out_features}",
+                layer.status,
+                f"{layer.k} ({layer.density:.1%})" if layer.k is not None else "all",
+                layer.reason,
+            )
+            for layer in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *rows)
+        ]
+        sparse = sum(layer.status == "sparse" for layer in self.layers)
+        return "\n".join([*lines, f"{sparse} of {len(self.layers)} linear layers back-propagate sparsely"])
+
+
+def convert(
+    model: torch.nn.Module, rule: Rule, *, filter: Filter | None = None, min_features: int = 128
+) -> ConversionReport:
+    """Lets the linear layers of a model back-propagate only what `rule` keeps. In place.
+
+    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`: the same object with the same Parameters, so that optimizers,
+    hooks and checkpoints go on as before. A layer that is already converted takes the new rule. What stays dense is in
+    the report with the reason: narrow layers, subclasses of Linear (whose own forward pass would be lost), layers whose
+    weight is tied to a module of another kind, and what `filter` refuses.
+
+    Args:
+        model: Any module; it may itself be a Linear.
+        rule: What to keep, e.g. `meprop.TopK(0.05)`.
+        filter: Called with (name, layer) for each layer that could be converted; those with a false answer stay as they
+            are.
+        min_features: Layers with fewer output features stay dense: among few features there is little to leave out, and
+            the output layer of a classifier is best kept exact.
+
+    Returns:
+        A report; `print` it.
+
+    Raises:
+        TypeError: `model` or `rule` is of the wrong type.
+        ValueError: `min_features` is below 1.
+        NotSupportedError: the model, or a part of it, is wrapped in DistributedDataParallel, FSDP, DataParallel or
+            torch.compile: convert before wrapping.
+
+    Warns:
+        NoEffectWarning: no layer back-propagates sparsely.
+    """
+    _check_model(model)
+    if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"rule={rule!r} is of type {type(rule).__name__}; it must be a rule such as meprop.TopK(0.05)")
+    if min_features < 1:
+        raise ValueError(f"min_features={min_features}; it must be at least 1")
+
+    foreign = _owners_of_other_kinds(model)
+    for name, layer in _linear_layers(model):
+        reason = _reason_to_skip(layer, rule, foreign, min_features)
+        if reason is None and filter is not None and not filter(name, layer):
+            reason = "refused by the filter"
+        if reason is not None:
+            if not isinstance(layer, nn.Linear):
+                vars(layer)[_REASON] = reason
+            continue
+        vars(layer).pop(_REASON, None)
+        vars(layer)["rule"] = rule
+        _become(layer, _SPARSE_CLASSES.get(type(layer), type(layer)))
+
+    result = report(model)
+    if not any(layer.status == "sparse" for layer in result.layers):
+        warnings.warn(
+            f"convert changed nothing that matters: no layer is sparse.\n{result}", NoEffectWarning, stacklevel=2
+        )
+    return result
+
+
+def revert(model: torch.nn.Module) -> None:
+    """Makes every converted layer a plain `torch.nn` one again, in place, with the same Parameters.
+
+    Raises:
+        TypeError: `model` is not a module.
+        NotSupportedError: the model is wrapped; revert the module inside, before wrapping.
+    """
+    _check_model(model)
+    for _, layer in _linear_layers(model):
+        vars(layer).pop(_REASON, None)
+        if type(layer) in _PLAIN_CLASSES:
+            vars(layer).pop("rule")
+            _become(layer, _PLAIN_CLASSES[type(layer)])
+
+
+def report(model: torch.nn.Module) -> ConversionReport:
+    """The table of `convert`, as things are now."""
+    return ConversionReport(tuple(_describe(name, layer) for name, layer in _linear_layers(model)))
+
+
+def _become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    object.__setattr__(layer, "__class__", cls)
+
+
+def _linear_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _describe(name: str, layer: torch.nn.Linear) -> LayerReport:
+    rule = layer.rule if isinstance(layer, nn.Linear) else None
+    kind = _PLAIN_CLASSES.get(type(layer), type(layer)).__name__
+    width = layer.out_features
+    if rule is None or rule.count(width) >= width:
+        reason = vars(layer).get(_REASON, "not converted") if rule is None else f"{rule} keeps everything"
+        return LayerReport(name, kind, layer.in_features, width, "dense", None, 1.0, rule, reason)
+    k = rule.count(width)
+    return LayerReport(name, kind, layer.in_features, width, "sparse", k, k / width, rule, str(rule))
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__module__.startswith("torch.") and cls.__name__ in _WRAPPERS:
+                place = f"its part {name!r}" if name else "the model"
+                raise NotSupportedError(f"{place} is a {cls.__name__}; call meprop.convert {_WRAPPERS[cls.__name__]}")
+
+
+def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
+    """Parameters that modules other than linear layers hold (an embedding, say), and a name for the holder."""
+    return {
+        parameter: f"{type(module).__name__} {name!r}"
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _reason_to_skip(
+    layer: torch.nn.Linear, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int
+) -> str | None:
+    if type(layer) not in _SPARSE_CLASSES and type(layer) not in _PLAIN_CLASSES:
+        return f"{type(layer).__name__} is a subclass of Linear with a forward pass of its own"
+    if layer.weight in foreign:
+        return f"its weight is tied to {foreign[layer.weight]}"
+    if layer.out_features < min_features:
+        return f"narrow: {layer.out_features} output features, min_features={min_features}"
+    return None

@@ -1,0 +1,17 @@
+"""What meprop raises and warns of, beside Python's own ValueError and TypeError."""
+
+
+class MepropError(Exception):
+    """Base class of the errors that are meprop's own."""
+
+
+class NotSupportedError(MepropError, RuntimeError):
+    """The request is valid, but meprop cannot serve it; the message says what to do instead."""
+
+
+class DataError(MepropError, RuntimeError):
+    """A data file is missing, damaged or not what it claims to be; the message names the file and the remedy."""
+
+
+class NoEffectWarning(UserWarning):
+    """A call that succeeded, but changed nothing."""

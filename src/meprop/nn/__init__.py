@@ -1,0 +1,5 @@
+"""Layers: subclasses of torch's, with the same constructors, parameters and state_dict keys."""
+
+from meprop.nn.linear import Linear
+
+__all__ = ["Linear"]

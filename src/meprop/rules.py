@@ -1,0 +1,100 @@
+"""Rules: which entries of an output gradient are worth propagating."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from meprop import ops
+from meprop.selection import Selection
+
+Scope = Literal["example", "batch"]
+
+
+class Rule(ABC):
+    """Answers one question for every linear map: which entries of its output gradient are propagated?"""
+
+    @abstractmethod
+    def select(self, grad_output_NO: Tensor) -> Selection:
+        """The entries of grad_output_NO [N, O] to propagate."""
+
+    @abstractmethod
+    def count(self, features: int) -> int:
+        """How many of `features` output features are kept; `features` itself means the plain dense product."""
+
+
+@dataclass(frozen=True)
+class TopK(Rule):
+    """Keeps the k entries of largest magnitude: meProp's rule (Sun et al., ICML 2017, section 3).
+
+    Exactly k entries are kept. Of equal magnitudes the lower index wins; NaN counts as the largest, so that it is never
+    hidden. With `k` at or above the number of output features the layer is the dense one, bit for bit.
+
+    Args:
+        k: An int is a count, at least 1. A float is a share of the output features n, above 0 and at most 1:
+            ``max(1, round(k * n))`` are kept.
+        scope: "example" chooses anew in every row of the gradient (the paper's top-k); "batch" chooses k features for
+            the whole batch, those with the largest sum of magnitudes (the paper's simple unified top-k).
+
+    Raises:
+        ValueError: k or scope out of range.
+        TypeError: k is not a number.
+
+    Example:
+        >>> import torch
+        >>> selection = TopK(2).select(torch.tensor([[0.1, -3.0, 0.0, 2.0]]))
+        >>> selection.indices.tolist(), selection.values.tolist()
+        ([[1, 3]], [[-3.0, 2.0]])
+    """
+
+    k: int | float
+    scope: Scope = "example"
+
+    def __post_init__(self) -> None:
+        allowed = "an int of at least 1 (a count) or a float above 0 and at most 1 (a share of the output features)"
+        if isinstance(self.k, bool):
+            raise ValueError(f"k={self.k!r} is a bool; k is {allowed}")
+        if isinstance(self.k, numbers.Integral):
+            if self.k < 1:
+                raise ValueError(f"k={self.k!r} keeps nothing; k is {allowed}")
+            object.__setattr__(self, "k", int(self.k))
+        elif isinstance(self.k, numbers.Real):
+            if math.isnan(self.k) or not 0 < self.k <= 1:
+                raise ValueError(f"k={self.k!r} is out of range; k is {allowed}")
+            object.__setattr__(self, "k", float(self.k))
+        else:
+            raise TypeError(f"k={self.k!r} is of type {type(self.k).__name__}; k is {allowed}")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope={self.scope!r}; the scope is 'example' or 'batch'")
+
+    def count(self, features: int) -> int:
+        """How many of `features` output features are kept: between 1 and `features`."""
+        k = self.k if isinstance(self.k, int) else max(1, round(self.k * features))
+        return min(k, features)
+
+    def select(self, grad_output_NO: Tensor) -> Selection:
+        """The k largest entries of each row, or the k largest columns.
+
+        Args:
+            grad_output_NO: Output gradient [N, O] of any floating dtype, O >= 1; N may be 0.
+
+        Returns:
+            A RowSelection (scope "example") or a ColumnSelection ("batch"), indices ascending.
+
+        Raises:
+            ValueError: grad_output_NO is not a matrix with at least one column.
+            TypeError: it is not of a floating dtype.
+        """
+        if grad_output_NO.dim() != 2 or grad_output_NO.shape[1] == 0:
+            raise ValueError(
+                f"an output gradient is [N, O] with O >= 1, not {list(grad_output_NO.shape)}; flatten it first"
+            )
+        if not grad_output_NO.is_floating_point():
+            raise TypeError(f"an output gradient is of a floating dtype, not {grad_output_NO.dtype}")
+        k = self.count(grad_output_NO.shape[1])
+        return ops.topk_rows(grad_output_NO, k) if self.scope == "example" else ops.topk_columns(grad_output_NO, k)

@@ -1,0 +1,66 @@
+"""What a rule answers: which entries of an output gradient are propagated. Plain data; `ops` multiplies with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RowSelection:
+    """k entries of each row (example) of an output gradient [N, O].
+
+    Attributes:
+        values: The kept entries [N, k], in the gradient's dtype.
+        indices: Their output features [N, k], int32, ascending in each row.
+        width: O, the number of output features.
+    """
+
+    values: Tensor
+    indices: Tensor
+    width: int
+
+    @property
+    def density(self) -> float:
+        """The share of the gradient that is kept, k / O."""
+        return self.indices.shape[-1] / self.width
+
+    def to_dense(self) -> Tensor:
+        """The gradient with everything else zero: [N, O], in the dtype of `values`."""
+        dense_NO = self.values.new_zeros(self.values.shape[0], self.width)
+        return dense_NO.scatter_(1, self.indices.long(), self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnSelection:
+    """k columns (output features) of an output gradient [N, O], the same for the whole batch.
+
+    Attributes:
+        values: The kept columns [N, k], in the gradient's dtype.
+        indices: Their output features [k], int32, ascending.
+        width: O, the number of output features.
+    """
+
+    values: Tensor
+    indices: Tensor
+    width: int
+
+    @property
+    def density(self) -> float:
+        """The share of the gradient that is kept, k / O."""
+        return self.indices.shape[-1] / self.width
+
+    def to_dense(self) -> Tensor:
+        """The gradient with everything else zero: [N, O], in the dtype of `values`."""
+        dense_NO = self.values.new_zeros(self.values.shape[0], self.width)
+        return dense_NO.index_copy_(1, self.indices.long(), self.values)
+
+
+Selection = RowSelection | ColumnSelection
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products and scores of `dtype` are summed: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)

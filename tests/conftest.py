@@ -1,0 +1,35 @@
+"""Fixtures of all tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from meprop.ops import native
+
+
+@pytest.fixture(params=native.levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction-set level that runs here, in turn, in use."""
+    before = native.level()
+    assert before is not None
+    native.use_level(request.param)
+    yield request.param
+    native.use_level(before)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills every uninitialised tensor with NaN (or the largest integer), so that an unwritten element shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,40 @@
+"""torch.ops.meprop.*: schemas, fakes and dispatch, by torch's own checker."""
+
+import pytest
+import torch
+
+from cases import gradient
+from meprop import ops
+from meprop.ops import reference
+
+N, O, I, K = 5, 33, 7, 4  # noqa: E741
+
+
+def selections(dtype):
+    grad = gradient("normal", N, O, dtype)
+    return grad, reference.topk_rows(grad, K), reference.topk_columns(grad, K)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_operators_pass_opcheck(dtype):
+    grad, rows, columns = selections(dtype)
+    weight, x = gradient("normal", O, I, dtype), gradient("normal", N, I, dtype)
+    cases = {
+        "topk_rows": (grad, K),
+        "topk_columns": (grad, K),
+        "rows_grad_input": (*rows, weight),
+        "rows_grad_weight": (*rows, x, O),
+        "columns_grad_input": (*columns, weight),
+        "columns_grad_weight": (*columns, x, O),
+    }
+    for name, arguments in cases.items():
+        report = torch.library.opcheck(getattr(torch.ops.meprop, name).default, arguments)
+        assert set(report.values()) == {"SUCCESS"}, (name, report)
+
+
+def test_a_tensor_subclass_goes_through_the_dispatcher():
+    """A fake tensor has no memory: reading its address would be an error, or a crash."""
+    with torch._subclasses.FakeTensorMode():
+        selection = ops.topk_rows(torch.empty(N, O), K)
+        assert ops.grad_input(selection, torch.empty(O, I)).shape == (N, I)
+        assert ops.grad_weight(selection, torch.empty(N, I)).shape == (O, I)

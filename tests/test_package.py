@@ -1,0 +1,52 @@
+"""What `pip install` and `import meprop` give."""
+
+import shutil
+import subprocess
+import sys
+
+import meprop
+from meprop.ops import native
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_extension_is_built_wherever_there_is_a_compiler():
+    """A compile error falls back to the pure-Python wheel; here it would be noticed."""
+    if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+        assert native.reason_missing() is None
+        assert meprop.backend_info()["native"] is True
+
+
+def test_the_fallback_without_the_extension_gives_the_same_results():
+    code = (
+        "import sys; sys.modules['meprop._C'] = None\n"
+        "import torch, meprop\n"
+        "assert meprop.backend_info()['native'] is False\n"
+        "assert 'C++ compiler' in meprop.backend_info()['reasons']['native']\n"
+        "torch.manual_seed(0)\n"
+        "print(meprop.TopK(5).select(torch.randn(3, 40)).indices.tolist())"
+    )
+    here = python(
+        "import torch, meprop; torch.manual_seed(0)\nprint(meprop.TopK(5).select(torch.randn(3, 40)).indices.tolist())"
+    )
+    assert python(code) == here
+
+
+def test_import_needs_only_torch_and_under_50_ms_of_its_own():
+    code = (
+        "import sys, time, torch\n"
+        "before = set(sys.modules)\n"
+        "start = time.perf_counter(); import meprop; seconds = time.perf_counter() - start\n"
+        "extras = {'numpy', 'tyro', 'rich', 'pooch', 'matplotlib', 'lightning_fabric', 'torchmetrics', 'tensorboard'}\n"
+        "print(seconds, *sorted(extras & (set(sys.modules) - before)))"
+    )
+    runs = [python(code).split() for _ in range(3)]
+    assert all(len(run) == 1 for run in runs), f"import meprop also imports {runs[0][1:]}"
+    assert min(float(run[0]) for run in runs) < 0.05
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in meprop.__all__:
+        assert getattr(meprop, name).__doc__, name
