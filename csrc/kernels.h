@@ -1,14 +1,16 @@
 // The native kernels: what each one promises, and the table through which everything reaches them.
 //
-// A level is one instruction set. Each level's unit (level_*.cpp) compiles the same algorithms (topk.inl) on its own
-// vector type (simd_*.h) inside its own namespace, and exports one `Kernels` table. The table is the whole list of
-// variants: the binding dispatches through it, and tests and benchmarks enumerate it.
+// A level is one instruction set. Each level's unit (level_*.cpp) compiles the same algorithms (topk.inl, products.inl)
+// on its own vector type (simd_*.h) inside its own namespace, and exports one `Kernels` table. The table is the whole
+// list of variants: the binding dispatches through it, and tests and benchmarks enumerate it.
 //
 // Conventions: sizes and leading dimensions are in elements; matrices are row-major, a row's elements are adjacent, and
 // rows may overlap or repeat (any leading dimension) where they are only read. The caller has checked what is said
-// under "requires"; kernels do not check again. No kernel allocates, throws, or keeps state between calls.
+// under "requires"; kernels do not check again. No kernel allocates, throws, or keeps state between calls. This header
+// holds no inline functions: shared by two levels, one would be kept, with the wrong instructions for the other.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace meprop {
@@ -18,22 +20,59 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// Elements that any kernel may read or write beyond a scratch array's stated length.
+// Words that a kernel may write beyond the used part of its scratch.
 constexpr int64_t kScratchPad = 64;
 
-// Exact top-k of rows [row_begin, row_end) of grad [rows, width].
-//
-// Writes per row the k entries of largest magnitude, by ascending index: their values, unchanged, and their indices.
-// Of equal magnitudes the lower index is taken; every NaN counts as larger than infinity and as equal to every other.
-// requires: 1 <= k <= width < 2^31; scratch of 2 * (width + kScratchPad) words for the calling thread alone.
+// A sparse matrix by rows: row r is the terms from starts[r] to starts[r + 1], or, where starts is null, from
+// r * per_row to (r + 1) * per_row; each is a coefficient and the row of the source that it multiplies.
 template <class T>
-using TopkRows = void (*)(const T* grad, int64_t grad_ld, int64_t row_begin, int64_t row_end, int64_t width, int64_t k,
-                          T* values, int32_t* indices, uint32_t* scratch);
+struct Terms {
+  const int64_t* starts;
+  int64_t per_row;
+  const int32_t* rows;
+  const T* coefficients;
+};
+
+template <class T>
+struct TypedKernels {
+  // Exact top-k of rows [row_begin, row_end) of grad [rows, width].
+  //
+  // Writes per row the k entries of largest magnitude, by ascending index: their values, unchanged, and their indices.
+  // Of equal magnitudes the lower index is taken; every NaN counts as larger than infinity and as equal to every other.
+  // requires: 1 <= k <= width < 2^31; scratch of 2 * (width + kScratchPad) words for the calling thread alone.
+  void (*topk_rows)(const T* grad, int64_t grad_ld, int64_t row_begin, int64_t row_end, int64_t width, int64_t k,
+                    T* values, int32_t* indices, uint32_t* scratch);
+
+  // Sums of the columns [column_begin, column_end) of grad [rows, ...], in float64, row after row: of the entries,
+  // rounded to T, into `sums`, and of their magnitudes into `magnitudes`. Either may be null.
+  void (*column_sums)(const T* grad, int64_t grad_ld, int64_t rows, int64_t column_begin, int64_t column_end, T* sums,
+                      double* magnitudes);
+
+  // The width of a panel, in elements.
+  int panel_width;
+
+  // Copies `width` columns of the named rows of a source (of its first `count` rows, where rows is null) into the panel
+  // [count, panel_width], zero beyond `width`.
+  // requires: 1 <= width <= panel_width; the panel on a 64-byte boundary.
+  void (*pack_panel)(const T* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, T* panel);
+
+  // out[r, :width] = sum over the terms of row r of coefficient * panel[term's row, :width], for r in [row_begin,
+  // row_end). Summed in float32 in the order of the terms, then rounded to T.
+  // requires: width as packed; the terms' rows within the panel.
+  void (*gather_product)(const T* panel, const Terms<T>& terms, int64_t row_begin, int64_t row_end, int64_t width,
+                         T* out, int64_t out_ld);
+
+  // out[r, :width] = sum over d < depth of coefficients[r * row_stride + d * depth_stride] * panel[d, :width], for r in
+  // [row_begin, row_end). Summed in float32 by ascending d, then rounded to T.
+  // requires: width as packed.
+  void (*dense_product)(const T* panel, int64_t depth, const T* coefficients, int64_t row_stride, int64_t depth_stride,
+                        int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld);
+};
 
 struct Kernels {
   const char* level;
-  TopkRows<float> topk_rows_f32;
-  TopkRows<Bf16> topk_rows_bf16;
+  TypedKernels<float> f32;
+  TypedKernels<Bf16> bf16;
 };
 
 extern const Kernels kScalar;

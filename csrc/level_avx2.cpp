@@ -6,10 +6,10 @@
 
 namespace meprop {
 namespace level_avx2 {
-#include "constants.inl"
 #include "simd_avx2.h"
-#include "topk.inl"
+
+#include "level.inl"
 }  // namespace level_avx2
 
-const Kernels kAvx2 = {"avx2", level_avx2::topk_rows<float>, level_avx2::topk_rows<Bf16>};
+const Kernels kAvx2 = {"avx2", level_avx2::kTyped<float>, level_avx2::kTyped<Bf16>};
 }  // namespace meprop

@@ -6,10 +6,10 @@
 
 namespace meprop {
 namespace level_avx512 {
-#include "constants.inl"
 #include "simd_avx512.h"
-#include "topk.inl"
+
+#include "level.inl"
 }  // namespace level_avx512
 
-const Kernels kAvx512 = {"avx512", level_avx512::topk_rows<float>, level_avx512::topk_rows<Bf16>};
+const Kernels kAvx512 = {"avx512", level_avx512::kTyped<float>, level_avx512::kTyped<Bf16>};
 }  // namespace meprop

@@ -4,10 +4,10 @@
 
 namespace meprop {
 namespace level_scalar {
-#include "constants.inl"
 #include "simd_scalar.h"
-#include "topk.inl"
+
+#include "level.inl"
 }  // namespace level_scalar
 
-const Kernels kScalar = {"scalar", level_scalar::topk_rows<float>, level_scalar::topk_rows<Bf16>};
+const Kernels kScalar = {"scalar", level_scalar::kTyped<float>, level_scalar::kTyped<Bf16>};
 }  // namespace meprop

@@ -12,7 +12,8 @@
 namespace meprop {
 namespace {
 
-enum Dtype { kFloat32 = 0, kBfloat16 = 1 };
+enum DtypeCode { kFloat32 = 0, kBfloat16 = 1 };
+enum ScopeCode { kRowsScope = 0, kColumnsScope = 1 };
 
 struct Level {
   const Kernels* kernels;
@@ -63,31 +64,69 @@ PyObject* finish(Status status) {
       Py_RETURN_NONE;
     case Status::kNoMemory:
       return PyErr_NoMemory();
+    case Status::kBadIndex:
+      PyErr_SetString(PyExc_IndexError, "the indices of a selection must ascend, and lie within the output features");
+      return nullptr;
     case Status::kBadSize:
       break;
   }
-  PyErr_SetString(PyExc_ValueError, "sizes, leading dimension, k or thread count out of range");
+  PyErr_SetString(PyExc_ValueError, "a size, leading dimension, k or number of threads is out of range");
   return nullptr;
 }
 
 template <class T>
-Status call_topk_rows(const int64_t* a) {
-  return topk_rows(*active, reinterpret_cast<const T*>(a[1]), a[2], a[3], a[4], a[5], reinterpret_cast<T*>(a[6]),
-                   reinterpret_cast<int32_t*>(a[7]), static_cast<int>(a[8]));
+T* address(int64_t value) {
+  return reinterpret_cast<T*>(value);
 }
 
-PyObject* py_topk_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[9];
-  if (!read_integers(args, given, 9, a)) return nullptr;
-  if (a[0] != kFloat32 && a[0] != kBfloat16) {
-    PyErr_SetString(PyExc_ValueError, "unknown dtype code");
+int thread_count(int64_t value) { return value > 0 && value <= INT32_MAX ? static_cast<int>(value) : 0; }
+
+template <class T>
+Status topk(Scope scope, const int64_t* a) {
+  return (scope == Scope::kRows ? topk_rows<T> : topk_columns<T>)(*active, {address<const T>(a[0]), a[1]}, a[2], a[3],
+                                                                  a[4], address<T>(a[5]), address<int32_t>(a[6]),
+                                                                  thread_count(a[7]));
+}
+
+template <class T>
+Status backward(Scope scope, const int64_t* a) {
+  LinearBackward<T> call;
+  call.scope = scope;
+  call.grad = {address<const T>(a[0]), a[1]};
+  call.rows = a[2], call.outputs = a[3], call.k = a[4];
+  call.values = address<T>(a[5]), call.indices = address<int32_t>(a[6]);
+  call.threads = thread_count(a[7]);
+  call.inputs = a[8];
+  call.weight = {address<const T>(a[9]), a[10]};
+  call.x = {address<const T>(a[11]), a[12]};
+  call.grad_input = address<T>(a[13]), call.grad_weight = address<T>(a[14]), call.grad_bias = address<T>(a[15]);
+  call.select = a[16] != 0, call.weight_rows_only = a[17] != 0;
+  return linear_backward(*active, call);
+}
+
+// The arguments of both: dtype, scope, then those of the function, `count` of them.
+template <class Run32, class Run16>
+PyObject* run(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, Run32 run_f32, Run16 run_bf16) {
+  int64_t a[20];
+  if (!read_integers(args, given, count + 2, a)) return nullptr;
+  if ((a[0] != kFloat32 && a[0] != kBfloat16) || (a[1] != kRowsScope && a[1] != kColumnsScope)) {
+    PyErr_SetString(PyExc_ValueError, "unknown dtype or scope code");
     return nullptr;
   }
+  const Scope scope = a[1] == kRowsScope ? Scope::kRows : Scope::kColumns;
   Status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = a[0] == kFloat32 ? call_topk_rows<float>(a) : call_topk_rows<Bf16>(a);
+  status = a[0] == kFloat32 ? run_f32(scope, a + 2) : run_bf16(scope, a + 2);
   Py_END_ALLOW_THREADS;
   return finish(status);
+}
+
+PyObject* py_topk(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return run(args, given, 8, topk<float>, topk<Bf16>);
+}
+
+PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return run(args, given, 18, backward<float>, backward<Bf16>);
 }
 
 PyObject* py_levels(PyObject*, PyObject*) {
@@ -119,12 +158,18 @@ PyObject* py_use_level(PyObject*, PyObject* name) {
   return nullptr;
 }
 
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+PyCFunction as_method(FastCall function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)); }
+
 PyMethodDef methods[] = {
     {"levels", py_levels, METH_NOARGS, "levels() -> names of the instruction-set levels that run here, slowest first"},
     {"level", py_level, METH_NOARGS, "level() -> the level in use"},
     {"use_level", py_use_level, METH_O, "use_level(name): serve later calls with that level"},
-    {"topk_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_topk_rows)), METH_FASTCALL,
-     "topk_rows(dtype, grad, grad_ld, rows, width, k, values, indices, threads)"},
+    {"topk", as_method(py_topk), METH_FASTCALL,
+     "topk(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads)"},
+    {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,
+     "linear_backward(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads, inputs, weight, weight_ld, "
+     "x, x_ld, grad_input, grad_weight, grad_bias, select, weight_rows_only)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

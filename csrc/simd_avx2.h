@@ -1,6 +1,7 @@
 // Eight-lane vectors: AVX2 with FMA and BMI2.
 
 constexpr int kLanes = 8;
+constexpr int kSumRegisters = 8;  // of 16 vector registers, those that hold sums
 using U32 = __m256i;
 using F32 = __m256;
 
@@ -20,16 +21,27 @@ inline uint32_t largest_lane(U32 a) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(most));
 }
 
-inline U32 load(const uint32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-inline void store(uint32_t* to, U32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a); }
 inline U32 load_bits(const float* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline U32 load_bits(const Bf16* from) {
   return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
 }
 
+inline U32 load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline void store_words(void* to, U32 a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
+inline U32 plus(U32 a, U32 b) { return _mm256_add_epi32(a, b); }
+inline U32 either(U32 a, U32 b) { return _mm256_or_si256(a, b); }
+inline U32 up_16(U32 a) { return _mm256_slli_epi32(a, 16); }
+inline U32 down_16(U32 a) { return _mm256_srli_epi32(a, 16); }
+
 inline F32 zero() { return _mm256_setzero_ps(); }
 inline F32 as_float(U32 bits) { return _mm256_castsi256_ps(bits); }
+inline F32 broadcast(float value) { return _mm256_set1_ps(value); }
+inline U32 as_bits(F32 a) { return _mm256_castps_si256(a); }
 inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline U32 where_nan(F32 a, U32 nan, U32 otherwise) {
+  return _mm256_blendv_epi8(otherwise, nan, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
 inline float sum_lanes(F32 a) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -42,6 +54,6 @@ inline int64_t compress(uint32_t* to, uint32_t mask, U32 a) {
   const uint64_t bytes = _pdep_u64(mask, 0x0101010101010101ull) * 0xff;
   const uint64_t lanes = _pext_u64(0x0706050403020100ull, bytes);
   const U32 order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(lanes)));
-  store(to, _mm256_permutevar8x32_epi32(a, order));
+  store_words(to, _mm256_permutevar8x32_epi32(a, order));
   return __builtin_popcount(mask);
 }

@@ -1,6 +1,7 @@
 // Sixteen-lane vectors: AVX-512 F, BW, DQ and VL.
 
 constexpr int kLanes = 16;
+constexpr int kSumRegisters = 24;  // of 32 vector registers, those that hold sums
 using U32 = __m512i;
 using F32 = __m512;
 
@@ -15,21 +16,32 @@ inline uint32_t is_greater(U32 a, U32 b) { return _mm512_cmpgt_epu32_mask(a, b);
 inline uint32_t is_equal(U32 a, U32 b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline uint32_t largest_lane(U32 a) { return _mm512_reduce_max_epu32(a); }
 
-inline U32 load(const uint32_t* from) { return _mm512_loadu_si512(from); }
-inline void store(uint32_t* to, U32 a) { _mm512_storeu_si512(to, a); }
 inline U32 load_bits(const float* from) { return _mm512_loadu_si512(from); }
 inline U32 load_bits(const Bf16* from) {
   return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16);
 }
 
+inline U32 load_words(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_words(void* to, U32 a) { _mm512_storeu_si512(to, a); }
+inline U32 plus(U32 a, U32 b) { return _mm512_add_epi32(a, b); }
+inline U32 either(U32 a, U32 b) { return _mm512_or_si512(a, b); }
+inline U32 up_16(U32 a) { return _mm512_slli_epi32(a, 16); }
+inline U32 down_16(U32 a) { return _mm512_srli_epi32(a, 16); }
+
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 as_float(U32 bits) { return _mm512_castsi512_ps(bits); }
+inline F32 broadcast(float value) { return _mm512_set1_ps(value); }
+inline U32 as_bits(F32 a) { return _mm512_castps_si512(a); }
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline U32 where_nan(F32 a, U32 nan, U32 otherwise) {
+  return _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
+}
 inline float sum_lanes(F32 a) { return _mm512_reduce_add_ps(a); }
 
 // Writes the lanes that `mask` names side by side, and returns how many; up to kLanes words may be overwritten.
 // Compressing in a register and storing it whole: a compressing store is microcoded on some cores.
 inline int64_t compress(uint32_t* to, uint32_t mask, U32 a) {
-  store(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), a));
+  store_words(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), a));
   return __builtin_popcount(mask);
 }

@@ -1,6 +1,7 @@
 // One-lane vectors: the literal twin of every vector variant, and the only level off x86.
 
 constexpr int kLanes = 1;
+constexpr int kSumRegisters = 8;  // how many vectors of sums a product keeps at once
 using U32 = uint32_t;
 using F32 = float;
 
@@ -13,8 +14,6 @@ inline uint32_t is_greater(U32 a, U32 b) { return a > b; }
 inline uint32_t is_equal(U32 a, U32 b) { return a == b; }
 inline uint32_t largest_lane(U32 a) { return a; }
 
-inline U32 load(const uint32_t* from) { return *from; }
-inline void store(uint32_t* to, U32 a) { *to = a; }
 inline U32 load_bits(const float* from) {
   U32 bits;
   __builtin_memcpy(&bits, from, sizeof bits);
@@ -22,13 +21,28 @@ inline U32 load_bits(const float* from) {
 }
 inline U32 load_bits(const Bf16* from) { return static_cast<U32>(from->bits) << 16; }
 
+inline U32 load_words(const void* from) {
+  U32 words;
+  __builtin_memcpy(&words, from, sizeof words);
+  return words;
+}
+inline void store_words(void* to, U32 a) { __builtin_memcpy(to, &a, sizeof a); }
+inline U32 plus(U32 a, U32 b) { return a + b; }
+inline U32 either(U32 a, U32 b) { return a | b; }
+inline U32 up_16(U32 a) { return a << 16; }
+inline U32 down_16(U32 a) { return a >> 16; }
+
 inline F32 zero() { return 0; }
+inline F32 broadcast(float value) { return value; }
 inline F32 as_float(U32 bits) {
   F32 value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline U32 as_bits(F32 a) { return load_words(&a); }
 inline F32 add(F32 a, F32 b) { return a + b; }
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }
+inline U32 where_nan(F32 a, U32 nan, U32 otherwise) { return a != a ? nan : otherwise; }
 inline float sum_lanes(F32 a) { return a; }
 
 // Writes the lanes that `mask` names side by side, and returns how many; up to kLanes words may be overwritten.

@@ -57,13 +57,13 @@ inline void collect(const T* row, int64_t width, uint32_t least, Candidates& fou
     for_each_key(row, width, [&](int64_t first, U32 keys, uint32_t mask) {
       keep(first, keys, mask & is_greater(keys, below));
     });
-  store(found.keys + count, splat(0));  // so that whole vectors of keys can be read
+  store_words(found.keys + count, splat(0));  // so that whole vectors of keys can be read
   found.count = count;
 }
 
 inline int64_t count_above(const Candidates& from, U32 key) {
   int64_t count = 0;
-  for (int64_t i = 0; i < from.count; i += kLanes) count += __builtin_popcount(is_greater(load(from.keys + i), key));
+  for (int64_t i = 0; i < from.count; i += kLanes) count += __builtin_popcount(is_greater(load_words(from.keys + i), key));
   return count;
 }
 
@@ -96,11 +96,11 @@ inline void write_indices(const Candidates& from, Cut cut, int64_t k, int32_t* i
   const U32 key = splat(cut.key);
   int64_t written = 0, ties = cut.ties;
   for (int64_t i = 0; written < k; i += kLanes) {
-    const U32 keys = load(from.keys + i);
+    const U32 keys = load_words(from.keys + i);
     uint32_t mask = is_greater(keys, key);
     for (uint32_t equal = is_equal(keys, key); equal != 0 && ties > 0; equal &= equal - 1, --ties) mask |= equal & -equal;
     uint32_t kept[kLanes];
-    const int64_t count = compress(kept, mask, load(from.indices + i));
+    const int64_t count = compress(kept, mask, load_words(from.indices + i));
     for (int64_t j = 0; j < count; ++j) indices[written + j] = static_cast<int32_t>(kept[j]);
     written += count;
   }

@@ -12,6 +12,11 @@ import meprop
 RULE = meprop.TopK(0.05)
 
 
+def convert(model, rule=RULE, **options):
+    """Without measuring: these tests are about what is converted, not about what is faster."""
+    return meprop.convert(model, rule, **{"when": "always", **options})
+
+
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(30, 200), nn.ReLU(), nn.Linear(200, 150), nn.ReLU(), nn.Linear(150, 10))
@@ -31,7 +36,7 @@ def nonzero_rows(layer: nn.Linear) -> int:
 
 def test_wide_layers_become_sparse_and_the_narrow_output_layer_stays():
     model = mlp()
-    report = meprop.convert(model, RULE)
+    report = convert(model)
     assert statuses(report) == {"0": "sparse", "2": "sparse", "4": "dense"}
     assert [layer.k for layer in report.layers] == [10, 8, None]
     assert "narrow: 10" in reasons(report)["4"]
@@ -46,13 +51,13 @@ def test_identity_of_modules_parameters_hooks_and_optimizer_survives():
     model[0].register_forward_hook(lambda *_: seen.append("hook"))
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for act in (lambda: meprop.convert(model, RULE), lambda: meprop.revert(model)):
+    for act in (lambda: convert(model), lambda: meprop.revert(model)):
         act()
         assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
         assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
         assert list(model.state_dict()) == list(before)
         assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    meprop.convert(model, RULE)
+    convert(model)
     model(torch.randn(4, 30)).square().sum().backward()
     optimizer.step()
     assert seen == ["hook"]
@@ -61,7 +66,7 @@ def test_identity_of_modules_parameters_hooks_and_optimizer_survives():
 
 def test_checkpoints_load_both_ways():
     plain, converted = mlp(), mlp()
-    meprop.convert(converted, RULE)
+    convert(converted)
     for source, target in ((plain, converted), (converted, plain)):
         with torch.no_grad():
             source[0].weight.normal_()
@@ -72,7 +77,7 @@ def test_checkpoints_load_both_ways():
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_of_a_converted_model_are_converted(duplicate):
     model = mlp()
-    meprop.convert(model, RULE)
+    convert(model)
     twin = duplicate(model)
     assert str(meprop.report(twin)) == str(meprop.report(model))
     twin(torch.randn(1, 30)).square().sum().backward()
@@ -82,7 +87,7 @@ def test_copies_of_a_converted_model_are_converted(duplicate):
 
 def test_revert_gives_the_plain_classes_and_leaves_no_trace():
     model, untouched = mlp(), mlp()
-    meprop.convert(model, RULE)
+    convert(model)
     meprop.revert(model)
     for module, plain in zip(model.modules(), untouched.modules(), strict=True):
         assert type(module) is type(plain)
@@ -93,22 +98,22 @@ def test_revert_gives_the_plain_classes_and_leaves_no_trace():
 
 def test_a_second_conversion_takes_the_new_rule():
     model = mlp()
-    meprop.convert(model, RULE)
-    report = meprop.convert(model, meprop.TopK(7))
+    convert(model)
+    report = convert(model, meprop.TopK(7))
     assert [layer.k for layer in report.layers] == [7, 7, None]
     assert str(report) == str(meprop.report(model))
 
 
 def test_a_second_conversion_leaves_what_its_filter_refuses():
     model = mlp()
-    meprop.convert(model, RULE)
-    report = meprop.convert(model, meprop.TopK(7), filter=lambda name, layer: name == "0")
+    convert(model)
+    report = convert(model, meprop.TopK(7), filter=lambda name, layer: name == "0")
     assert [layer.k for layer in report.layers] == [7, 8, None]
 
 
 def test_the_filter_gets_name_and_layer_and_its_refusal_is_reported():
     model, asked = mlp(), []
-    report = meprop.convert(model, RULE, filter=lambda name, layer: asked.append((name, layer)) or name != "0")
+    report = convert(model, filter=lambda name, layer: asked.append((name, layer)) or name != "0")
     assert asked == [("0", model[0]), ("2", model[2])]
     assert statuses(report) == {"0": "dense", "2": "sparse", "4": "dense"}
     assert reasons(report)["0"] == "refused by the filter"
@@ -116,15 +121,15 @@ def test_the_filter_gets_name_and_layer_and_its_refusal_is_reported():
 
 
 def test_min_features_moves_the_line():
-    assert statuses(meprop.convert(mlp(), meprop.TopK(3), min_features=10))["4"] == "sparse"
+    assert statuses(convert(mlp(), meprop.TopK(3), min_features=10))["4"] == "sparse"
     with pytest.raises(ValueError, match="min_features=0"):
-        meprop.convert(mlp(), RULE, min_features=0)
+        convert(mlp(), min_features=0)
 
 
 def test_a_root_that_is_itself_a_linear_is_converted_in_place():
     layer = nn.Linear(30, 200)
     weight = layer.weight
-    report = meprop.convert(layer, RULE)
+    report = convert(layer)
     assert type(layer) is meprop.nn.Linear
     assert layer.weight is weight
     assert "(the model itself)" in str(report)
@@ -137,20 +142,20 @@ def test_a_root_that_is_itself_a_linear_is_converted_in_place():
 )
 def test_nothing_to_convert_warns(make):
     with pytest.warns(meprop.NoEffectWarning, match="no layer is sparse"):
-        report = meprop.convert(make(), RULE)
+        report = convert(make())
     assert not any(layer.status == "sparse" for layer in report.layers)
 
 
 def test_a_rule_that_keeps_everything_warns_and_says_so():
     with pytest.warns(meprop.NoEffectWarning):
-        report = meprop.convert(mlp(), meprop.TopK(1.0))
+        report = convert(mlp(), meprop.TopK(1.0))
     assert "keeps everything" in reasons(report)["0"]
 
 
 def test_shared_layers_are_converted_once_and_accumulate():
     layer = nn.Linear(200, 200)
     model = nn.Sequential(layer, nn.Tanh(), layer)
-    report = meprop.convert(model, meprop.TopK(5))
+    report = convert(model, meprop.TopK(5))
     assert len(report.layers) == 1
     model(torch.randn(1, 200)).square().sum().backward()
     assert 5 <= nonzero_rows(layer) <= 10
@@ -159,7 +164,7 @@ def test_shared_layers_are_converted_once_and_accumulate():
 def test_a_weight_shared_by_two_linears_stays_shared():
     model = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 200))
     model[1].weight = model[0].weight
-    report = meprop.convert(model, meprop.TopK(5))
+    report = convert(model, meprop.TopK(5))
     assert set(statuses(report).values()) == {"sparse"}
     assert model[1].weight is model[0].weight
     model(torch.randn(1, 200)).square().sum().backward()
@@ -169,7 +174,7 @@ def test_a_weight_shared_by_two_linears_stays_shared():
 def test_a_weight_tied_to_an_embedding_stays_dense():
     model = nn.ModuleDict({"embed": nn.Embedding(300, 20), "head": nn.Linear(20, 300), "body": nn.Linear(20, 200)})
     model["head"].weight = model["embed"].weight
-    report = meprop.convert(model, RULE)
+    report = convert(model)
     assert statuses(report) == {"head": "dense", "body": "sparse"}
     assert reasons(report)["head"] == "its weight is tied to Embedding 'embed'"
 
@@ -180,7 +185,7 @@ def test_subclasses_keep_their_own_forward():
             return 2 * super().forward(input)
 
     model = nn.Sequential(Scaled(30, 200), nn.Linear(200, 200), nn.MultiheadAttention(200, 4))
-    report = meprop.convert(model, RULE)
+    report = convert(model)
     assert type(model[0]) is Scaled
     assert statuses(report) == {"0": "dense", "1": "sparse", "2.out_proj": "dense"}
     assert "Scaled is a subclass" in reasons(report)["0"]
@@ -189,30 +194,30 @@ def test_subclasses_keep_their_own_forward():
 def test_wrapped_models_are_refused_with_the_remedy():
     wrapped = nn.DataParallel(mlp())
     with pytest.raises(meprop.NotSupportedError, match=r"the model is a DataParallel; .* before wrapping"):
-        meprop.convert(wrapped, RULE)
+        convert(wrapped)
     with pytest.raises(meprop.NotSupportedError, match="its part '0' is a DataParallel"):
-        meprop.convert(nn.Sequential(wrapped), RULE)
+        convert(nn.Sequential(wrapped))
     with pytest.raises(meprop.NotSupportedError, match=r"before torch\.compile"):
-        meprop.convert(torch.compile(mlp()), RULE)
+        convert(torch.compile(mlp()))
 
 
 def test_distributed_wrappers_are_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         with pytest.raises(meprop.NotSupportedError, match="before wrapping it in DistributedDataParallel"):
-            meprop.convert(nn.parallel.DistributedDataParallel(mlp()), RULE)
+            convert(nn.parallel.DistributedDataParallel(mlp()))
         sharded = torch.distributed.fsdp.fully_shard(mlp())
         with pytest.raises(meprop.NotSupportedError, match="before fully_shard"):
-            meprop.convert(sharded, RULE)
+            convert(sharded)
     finally:
         torch.distributed.destroy_process_group()
 
 
 def test_wrong_types_are_refused():
     with pytest.raises(TypeError, match="model is of type function"):
-        meprop.convert(lambda x: x, RULE)
+        convert(lambda x: x)
     with pytest.raises(TypeError, match=r"rule=0\.05"):
-        meprop.convert(mlp(), 0.05)
+        convert(mlp(), 0.05)
     with pytest.raises(TypeError, match="model is of type dict"):
         meprop.revert({})
 
@@ -220,14 +225,14 @@ def test_wrong_types_are_refused():
 def test_a_refused_call_changes_nothing():
     model = nn.Sequential(mlp(), nn.DataParallel(mlp()))
     with pytest.raises(meprop.NotSupportedError):
-        meprop.convert(model, RULE)
+        convert(model)
     assert not any(isinstance(module, meprop.nn.Linear) for module in model.modules())
 
     def broken(name, layer):
         raise KeyError(name)
 
     with pytest.raises(KeyError):
-        meprop.convert(model[0], RULE, filter=broken)
+        convert(model[0], filter=broken)
     assert not any(isinstance(module, meprop.nn.Linear) for module in model.modules())
 
 
@@ -235,7 +240,7 @@ def test_a_refused_call_changes_nothing():
 def test_a_converted_model_compiles_whole_and_stays_sparse(scope):
     torch._dynamo.reset()
     model = mlp()
-    meprop.convert(model, meprop.TopK(5, scope=scope))
+    convert(model, meprop.TopK(5, scope=scope))
     torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(1, 30)).square().sum().backward()
     assert [nonzero_rows(model[i]) for i in (0, 2)] == [5, 5]
 
@@ -244,7 +249,7 @@ def test_a_converted_model_learns():
     """Sparse gradients train: the loss on a fixed target falls far below its start."""
     torch.manual_seed(0)
     model = mlp()
-    meprop.convert(model, RULE)
+    convert(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     x, target = torch.randn(64, 30), torch.randint(0, 10, (64,))
     losses = []

@@ -86,6 +86,61 @@ def test_gradients_of_any_shape_and_layout_equal_the_oracle(data):
         torch.testing.assert_close(tensor.grad.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+class Alternate(meprop.Rule):
+    """A rule of somebody's own: every other feature, of every example or of the batch."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def count(self, features):
+        return features // 2
+
+    def select(self, grad_output_NO):
+        rows, width = grad_output_NO.shape
+        indices = torch.arange(0, width - 1, 2, dtype=torch.int32)
+        values = grad_output_NO[:, indices.long()]
+        if self.columns:
+            return meprop.ColumnSelection(values, indices, width)
+        return meprop.RowSelection(values, indices.expand(rows, -1), width)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_rule_of_ones_own_is_multiplied_like_topk(columns, dtype):
+    x, weight, bias, grad_output = make((6,), 5, 21, dtype)
+    meprop.functional.linear(x, weight, bias, rule=Alternate(columns)).backward(grad_output)
+    kept = grad_output.double().clone()
+    kept[:, 1::2] = 0
+    kept[:, 20] = 0
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(x.grad.double(), kept @ weight.detach().double(), **tolerance)
+    torch.testing.assert_close(weight.grad.double(), kept.t() @ x.detach().double(), **tolerance)
+    torch.testing.assert_close(bias.grad.double(), grad_output.double().sum(0), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_row_sparse_gradient_is_the_dense_one_without_its_zero_rows(dtype):
+    rule = meprop.TopK(4, scope="batch")
+    x, weight, bias, grad_output = make((2, 3), 5, 21, dtype)
+    meprop.functional.linear(x, weight, bias, rule=rule).backward(grad_output)
+    dense, weight.grad = weight.grad, None
+    meprop.functional.linear(x, weight, bias, rule=rule, sparse_grad=True).backward(grad_output)
+    assert weight.grad.layout == torch.sparse_coo
+    assert weight.grad._indices().tolist() == [dense.abs().sum(1).nonzero().flatten().tolist()]
+    assert weight.grad._values().shape == (4, 5)
+    assert torch.equal(weight.grad.to_dense(), dense)
+    meprop.functional.linear(x, weight, bias, rule=rule, sparse_grad=True).backward(grad_output)
+    assert torch.equal(weight.grad.to_dense(), 2 * dense)  # it accumulates
+
+
+def test_a_row_sparse_gradient_needs_a_rule_that_keeps_whole_columns():
+    x, weight, bias, grad_output = make((6,), 5, 21)
+    with pytest.raises(ValueError, match=r"sparse_grad=True with TopK\(k=3, scope='example'\).*scope='batch'"):
+        meprop.functional.linear(x, weight, bias, rule=meprop.TopK(3), sparse_grad=True)
+    with pytest.raises(ValueError, match="not row-sparse"):
+        meprop.functional.linear(x, weight, bias, rule=Alternate(columns=False), sparse_grad=True).backward(grad_output)
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_an_expanded_gradient_works(scope):
     x, weight, bias, _ = make((6,), 5, 20)
@@ -135,14 +190,18 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, scope, needed):
     x, weight, bias, grad_output = make((5,), 6, 30)
     for tensor, needs in zip((x, weight, bias), needed, strict=True):
         tensor.requires_grad_(needs)
-    called = []
-    for name in ("grad_input", "grad_weight"):
-        original = getattr(meprop.ops, name)
-        monkeypatch.setattr(meprop.ops, name, lambda *args, _f=original, _n=name: called.append(_n) or _f(*args))
+    asked = []
+    original = meprop.ops.topk_linear_backward
+
+    def record(grad, k, scope, weight, x, **options):
+        asked.append((weight is not None, x is not None, options["needs_bias"]))
+        return original(grad, k, scope, weight, x, **options)
+
+    monkeypatch.setattr(meprop.ops, "topk_linear_backward", record)
     y = meprop.functional.linear(x, weight, bias, rule=meprop.TopK(3, scope=scope))
     saved = [] if y.grad_fn is None or not hasattr(y.grad_fn, "saved_tensors") else y.grad_fn.saved_tensors
     y.backward(grad_output)
-    assert called == [name for name, needs in zip(("grad_input", "grad_weight"), needed, strict=False) if needs]
+    assert asked == ([needed] if any(needed[:2]) else [])  # a bias alone is left to torch
     if needed[:2] == (True, False):
         assert saved[0] is None  # the input of a frozen layer is not kept in memory
     expected = expected_gradients(x, weight, grad_output, meprop.TopK(3, scope=scope))

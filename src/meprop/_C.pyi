@@ -1,17 +1,47 @@
-"""The compiled kernels. Addresses, sizes and leading dimensions are plain integers; see csrc/kernels.h."""
+"""The compiled kernels. Addresses, sizes, leading dimensions and flags are plain integers; see csrc/drivers.h.
+
+Raises:
+    ValueError: a size, leading dimension, k, number of threads, dtype or scope code is out of range.
+    IndexError: a given selection's indices do not ascend, or are not within the output features.
+    MemoryError: there is not enough memory for scratch.
+"""
 
 def levels() -> list[str]: ...
 def level() -> str: ...
 def use_level(name: str, /) -> None: ...
-def topk_rows(
+def topk(
     dtype: int,
+    scope: int,
     grad: int,
     grad_ld: int,
     rows: int,
-    width: int,
+    outputs: int,
     k: int,
     values: int,
     indices: int,
     threads: int,
+    /,
+) -> None: ...
+def linear_backward(
+    dtype: int,
+    scope: int,
+    grad: int,
+    grad_ld: int,
+    rows: int,
+    outputs: int,
+    k: int,
+    values: int,
+    indices: int,
+    threads: int,
+    inputs: int,
+    weight: int,
+    weight_ld: int,
+    x: int,
+    x_ld: int,
+    grad_input: int,
+    grad_weight: int,
+    grad_bias: int,
+    select: int,
+    weight_rows_only: int,
     /,
 ) -> None: ...

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from meprop import nn
 from meprop.errors import NoEffectWarning, NotSupportedError
+from meprop.functional import check_rule
+from meprop.nn.linear import When, sparse_state
 from meprop.rules import Rule
 
 Filter = Callable[[str, torch.nn.Module], bool]
@@ -97,7 +99,13 @@ class ConversionReport:
 
 
 def convert(
-    model: torch.nn.Module, rule: Rule, *, filter: Filter | None = None, min_features: int = 128
+    model: torch.nn.Module,
+    rule: Rule,
+    *,
+    filter: Filter | None = None,
+    min_features: int = 128,
+    sparse_grad: bool = False,
+    when: When = "auto",
 ) -> ConversionReport:
     """Lets the linear layers of a model back-propagate only what `rule` keeps. In place.
 
@@ -113,13 +121,19 @@ def convert(
             are.
         min_features: Layers with fewer output features stay dense: among few features there is little to leave out, and
             the output layer of a classifier is best kept exact.
+        sparse_grad: Make each weight.grad a sparse tensor of the kept rows; for rules with scope "batch". Such layers
+            are always sparse, as their optimizer counts on it.
+        when: "auto": at its first backward pass each layer measures, for the number of rows it then gets, whether its
+            sparse backward pass is faster than the dense one on this machine, and stays with the answer; it is
+            remembered in the cache folder ($MEPROP_CACHE), so that later runs decide alike. Under torch.compile, where
+            nothing can be measured, a layer that has not decided yet is sparse. "always": sparse without asking.
 
     Returns:
         A report; `print` it.
 
     Raises:
         TypeError: `model` or `rule` is of the wrong type.
-        ValueError: `min_features` is below 1.
+        ValueError: `min_features` is below 1, `when` is unknown, or `sparse_grad` does not go with the rule.
         NotSupportedError: the model, or a part of it, is wrapped in DistributedDataParallel, FSDP, DataParallel or
             torch.compile: convert before wrapping.
 
@@ -127,8 +141,9 @@ def convert(
         NoEffectWarning: no layer back-propagates sparsely.
     """
     _check_model(model)
-    if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"rule={rule!r} is of type {type(rule).__name__}; it must be a rule such as meprop.TopK(0.05)")
+    check_rule(rule, sparse_grad)
+    if when not in get_args(When):
+        raise ValueError(f"when={when!r}; it is 'auto' or 'always'")
     if min_features < 1:
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 
@@ -142,7 +157,7 @@ def convert(
                 vars(layer)[_REASON] = reason
             continue
         vars(layer).pop(_REASON, None)
-        vars(layer)["rule"] = rule
+        vars(layer).update(sparse_state(rule, sparse_grad, when))
         _become(layer, _SPARSE_CLASSES.get(type(layer), type(layer)))
 
     result = report(model)
@@ -164,7 +179,8 @@ def revert(model: torch.nn.Module) -> None:
     for _, layer in _linear_layers(model):
         vars(layer).pop(_REASON, None)
         if type(layer) in _PLAIN_CLASSES:
-            vars(layer).pop("rule")
+            for name in sparse_state(vars(layer)["rule"], False, "always"):
+                vars(layer).pop(name)
             _become(layer, _PLAIN_CLASSES[type(layer)])
 
 
@@ -188,8 +204,17 @@ def _describe(name: str, layer: torch.nn.Linear) -> LayerReport:
     if rule is None or rule.count(width) >= width:
         reason = vars(layer).get(_REASON, "not converted") if rule is None else f"{rule} keeps everything"
         return LayerReport(name, kind, layer.in_features, width, "dense", None, 1.0, rule, reason)
+    assert isinstance(layer, nn.Linear)
     k = rule.count(width)
-    return LayerReport(name, kind, layer.in_features, width, "sparse", k, k / width, rule, str(rule))
+    if layer.decision is not None:
+        reason = str(layer.decision)
+    elif layer.when == "auto":
+        reason = "to be measured at its first backward pass"
+    else:
+        reason = "always"
+    if layer.decision is not None and not layer.decision.sparse:
+        return LayerReport(name, kind, layer.in_features, width, "dense", None, 1.0, rule, reason)
+    return LayerReport(name, kind, layer.in_features, width, "sparse", k, k / width, rule, reason)
 
 
 def _check_model(model: torch.nn.Module) -> None:

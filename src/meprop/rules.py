@@ -27,6 +27,11 @@ class Rule(ABC):
     def count(self, features: int) -> int:
         """How many of `features` output features are kept; `features` itself means the plain dense product."""
 
+    def as_topk(self, features: int) -> tuple[int, Scope] | None:
+        """Its k and scope, if `select` is nothing but the top-k of `ops`: then one call selects and multiplies."""
+        del features
+        return None
+
 
 @dataclass(frozen=True)
 class TopK(Rule):
@@ -77,6 +82,10 @@ class TopK(Rule):
         k = self.k if isinstance(self.k, int) else max(1, round(self.k * features))
         return min(k, features)
 
+    def as_topk(self, features: int) -> tuple[int, Scope]:
+        """k for `features` output features, and the scope."""
+        return self.count(features), self.scope
+
     def select(self, grad_output_NO: Tensor) -> Selection:
         """The k largest entries of each row, or the k largest columns.
 
@@ -96,5 +105,5 @@ class TopK(Rule):
             )
         if not grad_output_NO.is_floating_point():
             raise TypeError(f"an output gradient is of a floating dtype, not {grad_output_NO.dtype}")
-        k = self.count(grad_output_NO.shape[1])
-        return ops.topk_rows(grad_output_NO, k) if self.scope == "example" else ops.topk_columns(grad_output_NO, k)
+        k, scope = self.as_topk(grad_output_NO.shape[1])
+        return ops.topk_rows(grad_output_NO, k) if scope == "example" else ops.topk_columns(grad_output_NO, k)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -59,8 +58,3 @@ class ColumnSelection:
 
 
 Selection = RowSelection | ColumnSelection
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products and scores of `dtype` are summed: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)

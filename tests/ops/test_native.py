@@ -1,7 +1,13 @@
 """Every native kernel, at every instruction-set level, against the oracle."""
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from hypothesis import strategies as st
 
 from cases import GRADIENTS, LAYOUTS, NATIVE_DTYPES, SELECTIONS, bits, gradient
 from meprop.ops import native, reference
+from meprop.selection import ColumnSelection, RowSelection
 
 # Hypothesis runs many examples within one fixture's lifetime, which suits a level.
 shared_fixture = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -68,32 +75,248 @@ def test_neither_the_row_before_nor_the_padding_leaks_into_a_row(level):
     assert torch.equal(together, alone)
 
 
+# ---------------------------------------------------------------- products
+
+# (rows N, inputs I, output features O, kept k): empty, single, odd, narrower and wider than a panel, everything kept
+PRODUCTS = [
+    (0, 5, 7, 3),
+    (1, 1, 2, 1),
+    (3, 0, 5, 2),
+    (5, 3, 33, 32),
+    (4, 64, 17, 2),
+    (7, 65, 63, 8),
+    (13, 130, 40, 40),
+    (10, 784, 500, 20),
+    (64, 300, 129, 5),
+]
+
+
+def product_bound(selected: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far a product summed in float32 and rounded to dtype may lie from the exact one, element by element.
+
+    A sum of m terms in any order errs by at most m float32 roundings of the sum of their magnitudes; then one of dtype.
+    """
+    magnitudes = selected.double().abs() @ other.double().abs()
+    terms = (selected != 0).sum(dim=1, keepdim=True) + 1
+    return terms * torch.finfo(torch.float32).eps * magnitudes + torch.finfo(dtype).eps * magnitudes
+
+
+def assert_close_to_exact(result: torch.Tensor, selected: torch.Tensor, other: torch.Tensor) -> None:
+    error = (result.double() - selected.double() @ other.double()).abs()
+    assert (error <= product_bound(selected, other, result.dtype)).all()
+
+
+def problem(rows, inputs, width, dtype, kind="normal"):
+    return (
+        gradient(kind, rows, width, dtype),
+        gradient("normal", width, inputs, dtype, seed=1),
+        gradient("normal", rows, inputs, dtype, seed=2),
+    )
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("scope", ["example", "batch"])
+@pytest.mark.parametrize(("rows", "inputs", "width", "k"), PRODUCTS)
+def test_the_whole_backward_pass(level, poisoned, rows, inputs, width, k, scope, dtype):
+    grad, weight, x = problem(rows, inputs, width, dtype)
+    select = reference.topk_rows if scope == "example" else reference.topk_columns
+    values, indices = select(grad, k)
+    selection = (RowSelection if scope == "example" else ColumnSelection)(values, indices, width)
+    selected_NO = selection.to_dense()
+
+    grad_input, grad_weight, grad_bias, _ = native.topk_linear_backward(grad, k, scope, weight, x, True, False)
+    assert grad_input.dtype == grad_weight.dtype == grad_bias.dtype == dtype
+    assert_close_to_exact(grad_input, selected_NO, weight)
+    assert_close_to_exact(grad_weight, selected_NO.t(), x)
+    torch.testing.assert_close(grad_bias, grad.double().sum(0).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-30)
+
+    # each part alone, and with the selection given, is the same to the bit
+    part = native.topk_linear_backward(grad, k, scope, weight, None, False, False)
+    assert torch.equal(bits(part[0]), bits(grad_input))
+    assert part[1:] == (None, None, None)
+    part = native.topk_linear_backward(grad, k, scope, None, x, False, False)
+    assert torch.equal(bits(part[1]), bits(grad_weight))
+    assert part[0] is None
+    assert torch.equal(bits(native.grad_input(values, indices, weight)), bits(grad_input))
+    assert torch.equal(bits(native.grad_weight(values, indices, x, width)), bits(grad_weight))
+    if scope == "batch":
+        _, rows_only, _, row_indices = native.topk_linear_backward(grad, k, scope, None, x, False, True)
+        assert torch.equal(row_indices, indices)
+        assert torch.equal(bits(rows_only), bits(grad_weight[indices.long()]))
+        assert torch.equal(bits(native.grad_weight_rows(values, x)), bits(rows_only))
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["some nan", "some inf", "zeros", "mostly zero"])
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_products_of_special_values(level, poisoned, scope, kind, dtype):
+    grad, weight, x = problem(9, 20, 50, dtype, kind)
+    expected = reference.topk_rows(grad, 6) if scope == "example" else reference.topk_columns(grad, 6)
+    grad_input, grad_weight, grad_bias, _ = native.topk_linear_backward(grad, 6, scope, weight, x, True, False)
+    close = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 40 * torch.finfo(dtype).eps, "equal_nan": True}
+    torch.testing.assert_close(grad_input, reference.grad_input(*expected, weight), **close)
+    torch.testing.assert_close(grad_weight, reference.grad_weight(*expected, x, 50), **close)
+    torch.testing.assert_close(grad_bias, grad.double().sum(0).to(dtype), **close)
+
+
+def test_what_is_not_selected_is_not_read(level):
+    """Rows of the weight that no example selected may hold anything."""
+    grad = torch.zeros(4, 30)
+    grad[:, 3:6] = torch.randn(4, 3)
+    weight = torch.full((30, 70), float("nan"))
+    weight[3:6] = torch.randn(3, 70)
+    for scope in ("example", "batch"):
+        grad_input, *_ = native.topk_linear_backward(grad, 3, scope, weight, None, False, False)
+        assert grad_input.isfinite().all()
+
+
+@shared_fixture
+@given(data=st.data())
+def test_products_of_any_shape_and_layout(level, data):
+    rows, inputs = data.draw(st.integers(0, 20), "rows"), data.draw(st.integers(1, 200), "inputs")
+    width = data.draw(st.integers(1, 90), "width")
+    k = data.draw(st.integers(1, width), "k")
+    dtype = data.draw(st.sampled_from(NATIVE_DTYPES), "dtype")
+    scope = data.draw(st.sampled_from(["example", "batch"]), "scope")
+    grad, weight, x = (
+        LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](matrix) for matrix in problem(rows, inputs, width, dtype)
+    )
+    values, indices = (reference.topk_rows if scope == "example" else reference.topk_columns)(grad, k)
+    selection = (RowSelection if scope == "example" else ColumnSelection)(values, indices, width)
+    grad_input, grad_weight, _, _ = native.topk_linear_backward(grad, k, scope, weight, x, False, False)
+    assert_close_to_exact(grad_input, selection.to_dense(), weight)
+    assert_close_to_exact(grad_weight, selection.to_dense().t(), x)
+
+
+# Large enough that four threads get work, with panels that do not divide evenly among them.
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_threads_do_not_change_a_bit(level, threads, scope, dtype):
+    grad, weight, x = problem(150, 333, 257, dtype, "rows of all scales")
+    results = []
+    for count in (1, 2, 4, 2):
+        torch.set_num_threads(count)
+        results.append(native.topk_linear_backward(grad, 20, scope, weight, x, True, False)[:3])
+    for other in results[1:]:
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], other, strict=True))
+
+
+def test_calls_from_several_python_threads_at_once():
+    problems = [problem(60, 100 + 30 * i, 200, torch.float32) for i in range(6)]
+
+    def run(grad, weight, x):
+        return [native.topk_linear_backward(grad, 9, "example", weight, x, True, False)[:3] for _ in range(20)][-1]
+
+    alone = [run(*each) for each in problems]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda each: run(*each), problems))
+    for expected, got in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_forked_process_neither_hangs_nor_errs():
+    """A fork has none of the OpenMP threads that its parent has started; a DataLoader's worker is one."""
+    grad, weight, x = problem(150, 333, 257, torch.float32)
+    expected = native.topk_linear_backward(grad, 20, "example", weight, x, True, False)
+    child = os.fork()
+    if child == 0:
+        got = native.topk_linear_backward(grad, 20, "example", weight, x, True, False)
+        torch.set_num_threads(1)  # torch's own operations do hang
+        os._exit(0 if all(torch.equal(a, b) for a, b in zip(expected[:3], got[:3], strict=True)) else 1)
+    deadline = time.monotonic() + 30
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the forked process hangs")
+    assert os.waitstatus_to_exitcode(done[1]) == 0
+
+
+def test_one_openmp_runtime_in_the_process():
+    maps = Path("/proc/self/maps").read_text()
+    assert native.reason_missing() is None
+    runtimes = {Path(line.split()[-1]).resolve() for line in maps.splitlines() if re.search(r"lib[gi]?omp[^/]*$", line)}
+    assert len(runtimes) == 1, runtimes
+
+
+# ---------------------------------------------------------------- refusals
+
+TOPK = dict.fromkeys(["dtype", "scope", "grad"], 0) | {"grad_ld": 8, "rows": 1, "outputs": 8, "k": 2}
+TOPK |= {"values": 0, "indices": 0, "threads": 1}
+BACKWARD = TOPK | {"inputs": 4, "weight": 0, "weight_ld": 4, "x": 0, "x_ld": 4}
+BACKWARD |= dict.fromkeys(["grad_input", "grad_weight", "grad_bias", "select", "weight_rows_only"], 0)
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    "wrong",
     [
-        (0, 0, 8, -1, 8, 2, 0, 0, 1),  # rows
-        (0, 0, 8, 1, 0, 1, 0, 0, 1),  # width
-        (0, 0, 8, 1, 8, 0, 0, 0, 1),  # k
-        (0, 0, 8, 1, 8, 9, 0, 0, 1),  # k above width
-        (0, 0, -8, 1, 8, 2, 0, 0, 1),  # leading dimension
-        (0, 0, 8, 1, 8, 2, 0, 0, 0),  # threads
-        (7, 0, 8, 1, 8, 2, 0, 0, 1),  # dtype
-        (0, 0, 2**62, 2**62, 8, 2, 0, 0, 1),  # the last offset overflows
-        (0, 0, 8, 1, 2**31, 2, 0, 0, 1),  # indices would not fit
+        {"rows": -1},
+        {"outputs": 0},
+        {"outputs": -8},
+        {"outputs": 2**31},  # indices would not fit
+        {"k": 0},
+        {"k": -2},
+        {"k": 9},
+        {"grad_ld": -8},
+        {"threads": 0},
+        {"threads": -1},
+        {"threads": 2**40},
+        {"dtype": 7},
+        {"scope": 2},
+        {"rows": 2**31},  # so would these
+        {"rows": 2**30, "grad_ld": 2**40},  # the last offset overflows
     ],
+    ids=str,
 )
-def test_impossible_sizes_raise_before_memory_is_touched(arguments):
-    assert native._extension is not None
-    with pytest.raises(ValueError, match=r"out of range|unknown dtype"):
-        native._extension.topk_rows(*arguments)
+@pytest.mark.parametrize("function", ["topk", "linear_backward"])
+def test_impossible_sizes_raise_before_memory_is_touched(function, wrong):
+    arguments = (TOPK if function == "topk" else BACKWARD) | wrong
+    with pytest.raises(ValueError, match=r"out of range|unknown dtype or scope"):
+        getattr(native._extension, function)(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"inputs": -1},
+        {"weight_ld": -1},
+        {"x_ld": -4},
+        {"inputs": 2**62},
+        {"weight_ld": 2**61},
+        {"rows": 2**30, "x_ld": 2**40},
+    ],
+    ids=str,
+)
+def test_impossible_matrices_raise_before_memory_is_touched(wrong):
+    with pytest.raises(ValueError, match="out of range"):
+        native._extension.linear_backward(*(BACKWARD | wrong).values())
 
 
 def test_integers_beyond_64_bits_and_missing_arguments_raise():
-    assert native._extension is not None
     with pytest.raises(OverflowError):
-        native._extension.topk_rows(0, 2**70, 8, 1, 8, 2, 0, 0, 1)
-    with pytest.raises(TypeError, match="expected 9 integers"):
-        native._extension.topk_rows(0)
+        native._extension.topk(*(TOPK | {"grad": 2**70}).values())
+    with pytest.raises(TypeError, match="expected 10 integers"):
+        native._extension.topk(0)
+    with pytest.raises(TypeError):
+        native._extension.topk(*(TOPK | {"k": "2"}).values())
+
+
+def test_scratch_beyond_memory_raises():
+    """2^31 rows' worth of selection: more than any address space serves, and asked for before anything is read."""
+    huge = {"rows": 2**31 - 1, "outputs": 2**31 - 65, "k": 2**31 - 65, "grad_ld": 0, "select": 1}
+    with pytest.raises((MemoryError, ValueError)):
+        native._extension.linear_backward(*(BACKWARD | huge).values())
+
+
+@pytest.mark.parametrize("indices", [[[0, 8]], [[-1, 3]], [[3, 3]], [[4, 3]], [[2**31 - 1, 0]]], ids=str)
+def test_a_selection_with_bad_indices_raises(indices):
+    values, indices = torch.randn(1, 2), torch.tensor(indices, dtype=torch.int32)
+    for selected in (indices, indices[0]):
+        with pytest.raises(IndexError, match="ascend"):
+            native.grad_weight(values, selected, torch.randn(1, 4), 8)
+        with pytest.raises(IndexError, match="ascend"):
+            native.grad_input(values, selected, torch.randn(8, 4))
 
 
 def test_unserved_tensors_are_declined_with_the_reason():
@@ -103,8 +326,6 @@ def test_unserved_tensors_are_declined_with_the_reason():
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )

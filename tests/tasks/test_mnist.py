@@ -197,7 +197,7 @@ def test_a_mirror_that_fails_once_is_not_asked_again(cache, monkeypatch):
         name = url.rsplit("/", 1)[-1]
         if "dead" in url:
             raise DataError(f"{url}: dead")
-        files.write_atomically(folder / name, idx(square_arrays()[name.removesuffix(".gz")]))
+        files.write_contents(folder / name, idx(square_arrays()[name.removesuffix(".gz")]))
 
     monkeypatch.setattr(files, "download", download)
     monkeypatch.setattr(mnist, "MIRRORS", ("http://dead/", "http://alive/"))

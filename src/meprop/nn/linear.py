@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from meprop import functional
+from meprop import functional, speed
 from meprop.rules import Rule
+
+When = Literal["auto", "always"]
 
 
 class Linear(torch.nn.Linear):
     """`torch.nn.Linear` that back-propagates only what `rule` keeps of its output gradient.
 
-    Parameters, forward pass, state_dict and initialisation are torch's own.
+    Parameters, forward pass, state_dict and initialisation are torch's own. A layer made by hand is always sparse; one
+    that `meprop.convert` made decides at its first backward pass whether that is faster here, and stays with it.
 
     Args:
         in_features: Size I of each input.
@@ -21,12 +27,21 @@ class Linear(torch.nn.Linear):
         device: Of the parameters.
         dtype: Of the parameters.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
+        sparse_grad: Make weight.grad a sparse tensor of the kept rows; see `meprop.functional.linear`.
+
+    Attributes:
+        when: "always" sparse, or "auto": only if measured to be faster.
+        decision: With "auto", what was decided; None before the first backward pass.
 
     Raises:
         TypeError: `rule` is not a Rule.
+        ValueError: `sparse_grad` with a rule whose rows keep entries of their own.
     """
 
     rule: Rule
+    sparse_grad: bool
+    when: When
+    decision: speed.Decision | None
 
     def __init__(
         self,
@@ -37,18 +52,35 @@ class Linear(torch.nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         rule: Rule,
+        sparse_grad: bool = False,
     ) -> None:
-        if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"rule={rule!r} is of type {type(rule).__name__}; it must be a rule such as meprop.TopK(0.05)"
-            )
+        functional.check_rule(rule, sparse_grad)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.rule = rule
+        vars(self).update(sparse_state(rule, sparse_grad, "always"))
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
-        return functional.linear(input, self.weight, self.bias, rule=self.rule)
+        decision = self.decision
+        if decision is not None and not decision.sparse:
+            return F.linear(input, self.weight, self.bias)
+        undecided = decision is None and self.when == "auto" and not torch.compiler.is_compiling()
+        decide = self._decide if undecided else None
+        return functional.apply_linear(input, self.weight, self.bias, self.rule, self.sparse_grad, decide)
+
+    def _decide(self, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]) -> bool:
+        if self.decision is None:  # else an earlier call of this layer in the same step has decided
+            rows, outputs = grad_NO.shape
+            shape = speed.LayerShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs)
+            self.decision = speed.decide(self.rule, shape)
+        return self.decision.sparse
 
     def extra_repr(self) -> str:
         """As torch's, and the rule."""
-        return f"{super().extra_repr()}, rule={self.rule}"
+        sparse_grad = ", sparse_grad=True" if self.sparse_grad else ""
+        return f"{super().extra_repr()}, rule={self.rule}{sparse_grad}"
+
+
+def sparse_state(rule: Rule, sparse_grad: bool, when: When) -> dict[str, Any]:
+    """What a layer has beside a plain one: the attributes that `meprop.convert` gives it, and revert takes."""
+    # The optimizer of row-sparse gradients counts on their layout, so there is nothing to decide.
+    return {"rule": rule, "sparse_grad": sparse_grad, "when": "always" if sparse_grad else when, "decision": None}

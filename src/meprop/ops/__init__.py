@@ -1,6 +1,24 @@
 """Selecting entries of an output gradient, and multiplying with what was selected."""
 
-from meprop.ops import library as _library  # noqa: F401  # pyright: ignore[reportUnusedImport]  (defines torch.ops.meprop)
-from meprop.ops.dispatch import backend_info, grad_input, grad_weight, topk_columns, topk_rows
+from meprop.ops import library as _library  # noqa: F401  # pyright: ignore[reportUnusedImport]  (defines the operators)
+from meprop.ops.dispatch import (
+    Gradients,
+    backend_info,
+    grad_input,
+    grad_weight,
+    linear_backward,
+    topk_columns,
+    topk_linear_backward,
+    topk_rows,
+)
 
-__all__ = ["backend_info", "grad_input", "grad_weight", "topk_columns", "topk_rows"]
+__all__ = [
+    "Gradients",
+    "backend_info",
+    "grad_input",
+    "grad_weight",
+    "linear_backward",
+    "topk_columns",
+    "topk_linear_backward",
+    "topk_rows",
+]

@@ -17,6 +17,9 @@ from meprop.selection import ColumnSelection, RowSelection, Selection
 
 _BACKENDS = (native, reference)
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of input, weight and bias; None where none is wanted."""
+
 
 def serve(op: str, tensor: Tensor, *args: Any) -> Any:
     """Runs the operation named `op` on the first backend that takes it."""
@@ -27,10 +30,13 @@ def serve(op: str, tensor: Tensor, *args: Any) -> Any:
     raise AssertionError("the reference serves every call")
 
 
+def _traced(tensor: Tensor) -> bool:
+    """Whether a call must go through torch's dispatcher: under compile, or for fake or distributed tensors."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+
+
 def _call(op: str, tensor: Tensor, *args: Any) -> Any:
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:  # subclasses: fake, functional, distributed tensors
-        return getattr(torch.ops.meprop, op)(tensor, *args)
-    return serve(op, tensor, *args)
+    return getattr(torch.ops.meprop, op)(tensor, *args) if _traced(tensor) else serve(op, tensor, *args)
 
 
 def topk_rows(grad: Tensor, k: int) -> RowSelection:
@@ -46,15 +52,71 @@ def topk_columns(grad: Tensor, k: int) -> ColumnSelection:
 
 
 def grad_input(selection: Selection, weight: Tensor) -> Tensor:
-    """selection [N, O] times weight [O, I]: the gradient of a linear map's input, [N, I]."""
-    op = "rows_grad_input" if isinstance(selection, RowSelection) else "columns_grad_input"
-    return _call(op, selection.values, selection.indices, weight)
+    """The selection [N, O] times weight [O, I]: the gradient of a linear map's input, [N, I]."""
+    return _call("grad_input", selection.values, selection.indices, weight)
 
 
-def grad_weight(selection: Selection, x: Tensor) -> Tensor:
-    """selection [N, O] transposed, times x [N, I]: the gradient of a linear map's weight, dense [O, I]."""
-    op = "rows_grad_weight" if isinstance(selection, RowSelection) else "columns_grad_weight"
-    return _call(op, selection.values, selection.indices, x, selection.width)
+def grad_weight(selection: Selection, x: Tensor, *, row_sparse: bool = False) -> Tensor:
+    """The selection [N, O] transposed, times x [N, I]: the gradient of a linear map's weight, [O, I].
+
+    Args:
+        selection: Of the output gradient.
+        x: The map's input.
+        row_sparse: Give a sparse COO tensor of the selected rows only, coalesced; for a ColumnSelection.
+    """
+    if row_sparse and isinstance(selection, RowSelection):
+        raise ValueError("a RowSelection keeps entries of any row of the weight: its gradient is not row-sparse")
+    if not row_sparse:
+        return _call("grad_weight", selection.values, selection.indices, x, selection.width)
+    rows = _call("grad_weight_rows", selection.values, x)
+    return _row_sparse(selection.indices, rows, selection.width)
+
+
+def topk_linear_backward(
+    grad: Tensor, k: int, scope: str, weight: Tensor | None, x: Tensor | None, *, needs_bias: bool, row_sparse: bool
+) -> Gradients:
+    """A linear map's backward pass with top-k: selection and gradients in one call, where a backend has it as one.
+
+    Args:
+        grad: Output gradient [N, O].
+        k: How many entries are kept, 1 <= k <= O.
+        scope: "example" (k of each row) or "batch" (k columns).
+        weight: [O, I], where the input's gradient is wanted.
+        x: Input [N, I], where the weight's gradient is wanted.
+        needs_bias: Whether the bias's gradient is wanted.
+        row_sparse: As in `grad_weight`.
+    """
+    if _traced(grad) or native.declines(grad) is not None:
+        selection = topk_rows(grad, k) if scope == "example" else topk_columns(grad, k)
+        return linear_backward(selection, grad, weight, x, needs_bias=needs_bias, row_sparse=row_sparse)
+    rows_only = row_sparse and x is not None
+    results = native.topk_linear_backward(grad, k, scope, weight, x, needs_bias, rows_only)
+    input_gradient, weight_gradient, bias_gradient, indices = results
+    if weight_gradient is not None and indices is not None:
+        weight_gradient = _row_sparse(indices, weight_gradient, grad.shape[1])
+    return input_gradient, weight_gradient, bias_gradient
+
+
+def linear_backward(
+    selection: Selection,
+    grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    *,
+    needs_bias: bool,
+    row_sparse: bool,
+) -> Gradients:
+    """A linear map's backward pass with a selection of its output gradient; arguments as `topk_linear_backward`."""
+    return (
+        None if weight is None else grad_input(selection, weight),
+        None if x is None else grad_weight(selection, x, row_sparse=row_sparse),
+        grad.sum(dim=0) if needs_bias else None,
+    )
+
+
+def _row_sparse(indices: Tensor, rows: Tensor, width: int) -> Tensor:
+    shape = (width, rows.shape[1])
+    return torch.sparse_coo_tensor(indices.long()[None], rows, shape, is_coalesced=True, check_invariants=False)
 
 
 def backend_info() -> dict[str, Any]:

@@ -5,19 +5,26 @@ Eager calls do not come this way: a Python operator costs several microseconds, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from meprop.ops.dispatch import serve
 
-_SIGNATURES = {
-    "topk_rows": "(Tensor grad, int k) -> (Tensor, Tensor)",
-    "topk_columns": "(Tensor grad, int k) -> (Tensor, Tensor)",
-    "rows_grad_input": "(Tensor values, Tensor indices, Tensor weight) -> Tensor",
-    "rows_grad_weight": "(Tensor values, Tensor indices, Tensor x, SymInt width) -> Tensor",
-    "columns_grad_input": "(Tensor values, Tensor indices, Tensor weight) -> Tensor",
-    "columns_grad_weight": "(Tensor values, Tensor indices, Tensor x, SymInt width) -> Tensor",
-}
+library = torch.library.Library("meprop", "DEF")
+
+
+def _define(schema: str, fake: Callable[..., object]) -> None:
+    """Defines an operator that is served as in eager mode, and whose results' shapes `fake` tells."""
+    op = schema.partition("(")[0]
+
+    def run(tensor: Tensor, *args: object) -> object:
+        return serve(op, tensor, *args)
+
+    library.define(schema)
+    library.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"meprop::{op}", fake, lib=library)
 
 
 def _fake_topk_rows(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -36,26 +43,12 @@ def _fake_grad_weight(_values: Tensor, _indices: Tensor, x: Tensor, width: int) 
     return x.new_empty(width, x.shape[1])
 
 
-_FAKES = {
-    "topk_rows": _fake_topk_rows,
-    "topk_columns": _fake_topk_columns,
-    "rows_grad_input": _fake_grad_input,
-    "rows_grad_weight": _fake_grad_weight,
-    "columns_grad_input": _fake_grad_input,
-    "columns_grad_weight": _fake_grad_weight,
-}
-
-library = torch.library.Library("meprop", "DEF")
+def _fake_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(values.shape[1], x.shape[1])
 
 
-def _define(op: str) -> None:
-    def run(tensor: Tensor, *args: object) -> object:
-        return serve(op, tensor, *args)
-
-    library.define(op + _SIGNATURES[op])
-    library.impl(op, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"meprop::{op}", _FAKES[op], lib=library)
-
-
-for _op in _SIGNATURES:
-    _define(_op)
+_define("topk_rows(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_rows)
+_define("topk_columns(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_columns)
+_define("grad_input(Tensor values, Tensor indices, Tensor weight) -> Tensor", _fake_grad_input)
+_define("grad_weight(Tensor values, Tensor indices, Tensor x, SymInt width) -> Tensor", _fake_grad_weight)
+_define("grad_weight_rows(Tensor values, Tensor x) -> Tensor", _fake_grad_weight_rows)

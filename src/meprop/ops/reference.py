@@ -1,14 +1,12 @@
 """The operations, as literally as the mathematics: any floating dtype, any device. The oracle of every other backend.
 
-Shapes: grad [N, O], weight [O, I], x [N, I]; a row selection is values [N, k] and indices [N, k], a column selection
-values [N, k] and indices [k]. Indices are int32 and ascending. Products are summed in float32, those of float64 inputs
-in float64. The paper is meProp (Sun et al., ICML 2017).
+Shapes: grad [N, O], weight [O, I], x [N, I]. A selection is values [N, k] with indices [N, k] (k entries of each row)
+or with indices [k] (k columns); indices are int32 and ascending. Products are summed in float32, those of float64
+inputs in float64. The paper is meProp (Sun et al., ICML 2017).
 """
 
 import torch
 from torch import Tensor
-
-from meprop.selection import accumulation_dtype
 
 
 def declines(_: Tensor) -> str | None:
@@ -30,32 +28,35 @@ def topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return grad[:, indices], indices.int()
 
 
-def rows_grad_input(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """dx[n] = sum over j of values[n, j] * weight[indices[n, j]]: [N, I]."""
-    dtype = accumulation_dtype(weight.dtype)
-    grad_input = torch.zeros(values.shape[0], weight.shape[1], dtype=dtype, device=weight.device)
+def grad_input(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """dx[n] = sum over j of values[n, j] * weight[index of (n, j)]: [N, I]."""
+    dtype = _accumulation_dtype(weight)
+    values, weight_ = values.to(dtype), weight.to(dtype)
+    if indices.dim() == 1:
+        return (values @ weight_[indices]).to(weight.dtype)
+    result = weight_.new_zeros(values.shape[0], weight.shape[1])
     for j in range(values.shape[1]):
-        grad_input += values[:, j, None].to(dtype) * weight[indices[:, j]].to(dtype)
-    return grad_input.to(weight.dtype)
+        result += values[:, j, None] * weight_[indices[:, j]]
+    return result.to(weight.dtype)
 
 
-def rows_grad_weight(values: Tensor, indices: Tensor, x: Tensor, width: int) -> Tensor:
-    """dW[o] = sum of values[n, j] * x[n] over all (n, j) with indices[n, j] = o: [width, I]."""
-    dtype = accumulation_dtype(x.dtype)
-    grad_weight = torch.zeros(width, x.shape[1], dtype=dtype, device=x.device)
+def grad_weight(values: Tensor, indices: Tensor, x: Tensor, width: int) -> Tensor:
+    """dW[o] = sum of values[n, j] * x[n] over all (n, j) whose index is o: [width, I]."""
+    if indices.dim() == 1:
+        return x.new_zeros(width, x.shape[1]).index_copy_(0, indices.long(), grad_weight_rows(values, x))
+    dtype = _accumulation_dtype(x)
+    values, x_ = values.to(dtype), x.to(dtype)
+    result = x_.new_zeros(width, x.shape[1])
     for j in range(values.shape[1]):
-        grad_weight.index_add_(0, indices[:, j], values[:, j, None].to(dtype) * x.to(dtype))
-    return grad_weight.to(x.dtype)
+        result.index_add_(0, indices[:, j], values[:, j, None] * x_)
+    return result.to(x.dtype)
 
 
-def columns_grad_input(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """dx = values @ weight[indices]: [N, I]."""
-    dtype = accumulation_dtype(weight.dtype)
-    return (values.to(dtype) @ weight[indices].to(dtype)).to(weight.dtype)
+def grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
+    """The k rows of dW that a selection of columns makes: values.T @ x, [k, I]."""
+    dtype = _accumulation_dtype(x)
+    return (values.t().to(dtype) @ x.to(dtype)).to(x.dtype)
 
 
-def columns_grad_weight(values: Tensor, indices: Tensor, x: Tensor, width: int) -> Tensor:
-    """dW[indices] = values.T @ x, zero elsewhere: [width, I]."""
-    dtype = accumulation_dtype(x.dtype)
-    rows = (values.t().to(dtype) @ x.to(dtype)).to(x.dtype)
-    return x.new_zeros(width, x.shape[1]).index_copy_(0, indices.long(), rows)
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

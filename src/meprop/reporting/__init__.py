@@ -1,0 +1,1 @@
+"""Show results: tables and progress in the terminal, figures on disk."""

@@ -1,0 +1,93 @@
+"""Figures on disk, drawn with matplotlib's objects: no window, no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from meprop.machine import write_atomically
+from meprop.training.loop import Run
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+_RULE_COLORS = {"dense": "#0072B2", "topk": "#D55E00"}
+_PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#999999"}
+_SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
+
+
+def draw_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
+    """Draw learning curves over epochs and over time, and where the time went, into a PNG.
+
+    Thin lines are seeds, the bold line is their mean.
+
+    Args:
+        runs: The runs of one experiment, with their curves.
+        metric: The quality to show, in percent.
+        path: The file; it is replaced if it exists.
+    """
+    groups = {rule: [run for run in runs if run.rule == rule] for rule in _RULE_COLORS}
+    groups = {rule: group for rule, group in groups.items() if group}
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    by_epoch, by_time, bars = figure.subplots(1, 3, width_ratios=[3, 3, 2])
+    for rule, group in groups.items():
+        _draw_curves(by_epoch, rule, group, metric, "epoch")
+        _draw_curves(by_time, rule, group, metric, "seconds")
+    by_epoch.set_xlabel("epochs")
+    by_epoch.set_xlim(0.5, max(run.epochs for run in runs) + 0.5)
+    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_time.set_xlabel("seconds of training steps")
+    by_time.set_xlim(left=0)
+    limits = _value_limits(runs, metric)
+    for axes in (by_epoch, by_time):
+        axes.set_ylim(*limits)
+        axes.set_ylabel(f"dev {metric}, %" + ("" if limits[0] == 0 else "  (axis does not start at 0)"))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="best")
+    by_epoch.set_title("For the same number of epochs")
+    by_time.set_title("For the same time")
+    _draw_seconds(bars, groups)
+    for axes in (by_epoch, by_time, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+def _draw_curves(axes: Axes, rule: str, group: Sequence[Run], metric: str, x: str) -> None:
+    color = _RULE_COLORS[rule]
+    xs = [[record[x] for record in run.curve] for run in group]
+    ys = [[record["dev"][metric] for record in run.curve] for run in group]
+    if len(group) > 1:
+        for run_xs, run_ys in zip(xs, ys, strict=True):
+            axes.plot(run_xs, run_ys, color=color, linewidth=0.8, alpha=0.5)
+    label = rule if len(group) == 1 else f"{rule}, mean of {len(group)} seeds"
+    mean_xs, mean_ys = ([mean(column) for column in zip(*rows, strict=True)] for rows in (xs, ys))
+    marker = "o" if rule == "dense" else "s"
+    axes.plot(mean_xs, mean_ys, color=color, linewidth=2.4, marker=marker, markersize=5, label=label)
+
+
+def _value_limits(runs: Sequence[Run], metric: str) -> tuple[float, float]:
+    values = [record["dev"][metric] for run in runs for record in run.curve]
+    low, high = min(values), max(values)
+    missing = max(0.0, _SMALLEST_SPAN - (high - low)) / 2
+    margin = 0.05 * max(high - low, _SMALLEST_SPAN)
+    return max(0.0, low - missing - margin), min(100.5, high + missing + margin)
+
+
+def _draw_seconds(axes: Axes, groups: dict[str, list[Run]]) -> None:
+    bottom = [0.0] * len(groups)
+    for phase, color in _PHASE_COLORS.items():
+        heights = [mean(run.seconds[phase] for run in group) for group in groups.values()]
+        axes.bar(list(groups), heights, bottom=bottom, color=color, width=0.55, label=phase)
+        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    for position, total in enumerate(bottom):
+        axes.annotate(f"{total:.1f} s", (position, total), xytext=(0, 4), textcoords="offset points", ha="center")
+    axes.set_ylim(0, max(bottom) * 1.4)  # room for the legend above the bars
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set_ylabel("seconds")
+    axes.set_title("Where the time goes")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="upper right")

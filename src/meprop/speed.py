@@ -1,0 +1,155 @@
+"""Whether a layer's sparse backward pass is faster than the dense one, here: measured once, and remembered on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from meprop import functional, machine, ops
+from meprop.rules import Rule
+
+# A layer turns sparse only for a gain that the next measurement will not take back.
+_LEAST_GAIN = 1.05
+
+# Each side is timed at least so often, and then until so many seconds are spent.
+_LEAST_REPEATS, _MOST_REPEATS, _SECONDS = 5, 40, 0.1
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the speed of a linear layer's backward pass depends on, beside the machine.
+
+    Attributes:
+        rows: N, the product of the leading dimensions of its input.
+        inputs: I.
+        outputs: O.
+        dtype: Of the output gradient.
+        device: Its type, "cpu" or "cuda".
+        needs: Whether gradients of input, weight and bias are wanted.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+    device: str
+    needs: tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which backward pass a layer takes from its first one on, and the measurement behind that.
+
+    Attributes:
+        sparse: Whether it is the sparse one.
+        rows: N of the backward pass that decided.
+        dense_us: Microseconds of forward and backward pass, dense: the lower quartile.
+        sparse_us: The same, sparse.
+    """
+
+    sparse: bool
+    rows: int
+    dense_us: float
+    sparse_us: float
+
+    def __str__(self) -> str:
+        ratio = self.dense_us / self.sparse_us
+        verdict = f"{ratio:.1f}x as fast as dense" if self.sparse else f"sparse is not faster ({ratio:.2f}x)"
+        return f"{verdict} with {self.rows} rows: {self.sparse_us:.0f} us against {self.dense_us:.0f}, measured"
+
+
+def decide(rule: Rule, shape: LayerShape) -> Decision:
+    """The faster backward pass for a layer of this shape on this machine: as measured before, or measured now."""
+    path = machine.cache_folder() / "speed" / f"{_fingerprint()}.json"
+    key = _key(rule, shape)
+    known = _read(path)
+    try:
+        dense_us, sparse_us = (float(value) for value in known[key])
+    except (KeyError, TypeError, ValueError):  # not measured yet, or not by us
+        dense_us, sparse_us = measure(rule, shape)
+        _remember(path, key, (dense_us, sparse_us))
+    return Decision(sparse_us * _LEAST_GAIN < dense_us, shape.rows, dense_us, sparse_us)
+
+
+def measure(rule: Rule, shape: LayerShape) -> tuple[float, float]:
+    """Microseconds of a dense and a sparse forward and backward pass on random data: lower quartiles, interleaved."""
+    generator = torch.Generator(shape.device).manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=shape.device).to(shape.dtype)
+
+    x, weight, bias = random(shape.rows, shape.inputs), random(shape.outputs, shape.inputs), random(shape.outputs)
+    grad_output = random(shape.rows, shape.outputs)
+    wanted = [tensor.requires_grad_() for tensor, needs in zip((x, weight, bias), shape.needs, strict=True) if needs]
+
+    def dense() -> None:
+        torch.autograd.grad(F.linear(x, weight, bias), wanted, grad_output)
+
+    def sparse() -> None:
+        torch.autograd.grad(functional.linear(x, weight, bias, rule=rule), wanted, grad_output)
+
+    # Called within a backward pass: its own modes must not matter.
+    with torch.enable_grad(), torch.autocast(shape.device, enabled=False):
+        return _interleaved(dense, sparse, shape.device)
+
+
+def _interleaved(dense: Callable[[], None], sparse: Callable[[], None], device: str) -> tuple[float, float]:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + _SECONDS
+    for run in (dense, sparse):
+        run()  # not timed: first calls allocate
+    while len(seconds[0]) < _LEAST_REPEATS or (time.perf_counter() < end and len(seconds[0]) < _MOST_REPEATS):
+        for run, spent in zip((dense, sparse), seconds, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            spent.append(time.perf_counter() - start)
+    dense_us, sparse_us = (1e6 * sorted(spent)[len(spent) // 5] for spent in seconds)
+    return dense_us, sparse_us
+
+
+def _key(rule: Rule, shape: LayerShape) -> str:
+    needs = "".join(name for name, needed in zip("xwb", shape.needs, strict=True) if needed)
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return f"{rule} {shape.device} {dtype} {shape.rows}x{shape.inputs}x{shape.outputs} {needs}"
+
+
+def _fingerprint() -> str:
+    """What a measurement is valid for: the machine, with its threads, and the versions."""
+    facts = {
+        "machine": machine.describe(),
+        "isa": ops.backend_info()["isa"],
+        "torch": str(torch.__version__),
+        "meprop": version("meprop"),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was measured on this machine; nothing, if the file is not there or not readable."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(path: Path, key: str, microseconds: tuple[float, float]) -> None:
+    """Adds a measurement to the file. Where it cannot be written, the next process measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({**_read(path), key: microseconds}, indent=1).encode()
+        machine.write_atomically(path, lambda file: file.write(content))
+    except OSError:
+        pass

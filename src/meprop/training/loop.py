@@ -1,0 +1,332 @@
+"""The training loop: one `Trainer` per run, `fit` to train several in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from time import perf_counter
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import meprop
+from meprop.errors import MepropError
+
+
+class Task(Protocol):
+    """What the loop needs to know of a task; `meprop.tasks` holds the tasks."""
+
+    @property
+    def name(self) -> str:
+        """The task's name on the command line."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """The quality to compare by: a key of what `evaluate` returns, in percent, the higher the better."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches `train_batches` yields."""
+        ...
+
+    def build_model(self) -> nn.Module:
+        """Return a dense model, initialised from torch's global random state."""
+        ...
+
+    def train_batches(self, generator: torch.Generator) -> Iterable[Any]:
+        """Return one epoch's batches (tensors, or tuples of them), in an order drawn from `generator` alone."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the scalar loss of a batch."""
+        ...
+
+    def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
+        """Return the metrics of a split, without touching the random state."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings that every task shares.
+
+    Raises:
+        ValueError: If a setting is outside its range; the message names the option.
+    """
+
+    epochs: int = 5
+    """Passes over the training data."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial weights, the order of the data and dropout; each is a run of its own."""
+    k: int | float = 20
+    """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
+    scope: Literal["example", "batch"] = "example"
+    """Choose the k entries for each example (as in the paper), or once for the whole batch (simple unified top-k)."""
+    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    """Optimizer, the same for dense and sparse; torch's fused implementation where there is one."""
+    lr: float = 1e-3
+    """Learning rate."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic: fp32, or bf16 autocast with fp32 weights."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"--seeds must be one or more different non-negative integers, got {list(self.seeds)}")
+        if not (self.lr > 0 and isfinite(self.lr)):
+            raise ValueError(f"--lr must be a positive number, got {self.lr}")
+        self.rule()
+
+    def rule(self) -> meprop.TopK:
+        """Return the rule of the sparse runs."""
+        return meprop.TopK(self.k, scope=self.scope)
+
+
+@dataclass
+class Seconds:
+    """Seconds of training, summed over the steps; waiting for data and evaluation are in none of them."""
+
+    forward: float = 0.0
+    """The model and the loss."""
+    backward: float = 0.0
+    """All gradients, the selection included."""
+    optimizer: float = 0.0
+    """The update, and clearing the gradients."""
+    step: float = 0.0
+    """The whole step: the three together."""
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What is known at the end of an epoch."""
+
+    epoch: int
+    loss: float
+    """Mean training loss over the epoch's batches."""
+    dev: dict[str, float]
+    test: dict[str, float]
+    seconds: float
+    """Seconds of training steps so far."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The outcome of one run: an element of `runs` in result.json. Metrics are those after the last epoch."""
+
+    rule: str
+    """`"dense"` or `"topk"`."""
+    seed: int
+    epochs: int
+    dev: dict[str, float]
+    test: dict[str, float]
+    seconds: dict[str, float]
+    k: int | float | None
+    """As configured; None if dense."""
+    density: float
+    """Share of the entries that are propagated, over the output gradients of the sparse layers; 1 if there is none."""
+    curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """`EpochRecord` of each epoch."""
+    layers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """The conversion report's records; empty if dense."""
+
+
+class Trainer:
+    """One training run, which can be advanced in parts, saved and continued bit for bit.
+
+    Runs with the same seed start from the same weights and see the same batches and dropout, whatever the rule.
+
+    Args:
+        task: What to train.
+        config: How; `config.seeds` and `config.k` are not looked at, the next two arguments say which run this is.
+        rule: The sparse rule, or None for a dense run.
+        seed: Seed of the initial weights, the order of the data and dropout.
+    """
+
+    def __init__(self, task: Task, config: TrainingConfig, rule: meprop.TopK | None, seed: int) -> None:
+        from lightning_fabric import Fabric  # imported here since it takes seconds, which `meprop --help` need not wait
+
+        self.task, self.config, self.rule, self.seed = task, config, rule, seed
+        # Fabric chooses device and precision. Its module wrapper would add a tenth to such short steps, so the loop
+        # uses the plain module under `autocast`, which is all that these two precisions ask for.
+        self._fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+        self.device = self._fabric.device
+        self._cuda_devices = [self.device] if self.device.type == "cuda" else []
+
+        with torch.random.fork_rng(devices=self._cuda_devices):
+            torch.manual_seed(seed)
+            self.model = task.build_model().to(self.device)
+            self._random = self._random_state()
+            self.report = None if rule is None else meprop.convert(self.model, rule)
+        self.optimizer = _build_optimizer(self.model, config, self.device)
+
+        self._order = torch.Generator().manual_seed(seed)
+        self._epoch_order = self._order.get_state()  # as it was when the current epoch began
+        self._batches: Iterator[Any] | None = None
+        self.step = 0
+        """Steps done in the current epoch."""
+        self.loss_sum = 0.0
+        """Sum of their losses."""
+        self.seconds = Seconds()
+        self.curve: list[EpochRecord] = []
+
+    @property
+    def name(self) -> str:
+        """`"dense"` or `"topk"`."""
+        return "dense" if self.rule is None else "topk"
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return len(self.curve)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch == self.config.epochs
+
+    def advance(self, steps: int) -> None:
+        """Train up to `steps` batches; stop early at the end of an epoch, and then evaluate dev and test."""
+        self.model.train()
+        with self._own_random_state():
+            if self._batches is None:
+                self._batches = iter(self.task.train_batches(self._order))
+                for _ in range(self.step):  # after a resume: the batches that were already seen
+                    next(self._batches)
+            for _ in range(steps):
+                batch = next(self._batches, None)
+                if batch is None:
+                    self._end_epoch()
+                    break
+                self._train_step(batch)
+
+    def _train_step(self, batch: Any) -> None:
+        seconds, clock = self.seconds, self._clock
+        if self._cuda_devices:
+            batch = self._fabric.to_device(batch)
+        start = clock()
+        with self._fabric.autocast():
+            loss = self.task.loss(self.model, batch)
+        forward_end = clock()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        backward_end = clock()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = clock()
+
+        seconds.forward += forward_end - start
+        seconds.backward += backward_end - forward_end
+        seconds.optimizer += end - backward_end
+        seconds.step += end - start
+        self.step += 1
+        value = loss.item()
+        if not isfinite(value):
+            where = f"epoch {self.epoch + 1}, step {self.step} ({self.name}, seed {self.seed})"
+            raise MepropError(f"the loss became {value} in {where}: try a smaller --lr")
+        self.loss_sum += value
+
+    def _clock(self) -> float:
+        if self._cuda_devices:
+            torch.cuda.synchronize(self.device)
+        return perf_counter()
+
+    def _end_epoch(self) -> None:
+        if self.step == 0:
+            raise MepropError(f"task {self.task.name} has no training batches")
+        with self._fabric.autocast():
+            dev, test = self.task.evaluate(self.model, "dev"), self.task.evaluate(self.model, "test")
+        self.curve.append(EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step))
+        self.step, self.loss_sum, self._batches = 0, 0.0, None
+        self._epoch_order = self._order.get_state()
+
+    def _random_state(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda_devices)]
+
+    @contextmanager
+    def _own_random_state(self) -> Generator[None]:
+        """Swap in this run's random state, so that runs in turns, or a caller's draws, do not disturb one another."""
+        with torch.random.fork_rng(devices=self._cuda_devices):
+            torch.set_rng_state(self._random[0])
+            for device, state in zip(self._cuda_devices, self._random[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+            self._random = self._random_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that `load_state_dict` needs to continue bit for bit: tensors and plain data only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self._random,
+            "epoch_order": self._epoch_order,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "seconds": asdict(self.seconds),
+            "curve": [asdict(record) for record in self.curve],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, in a trainer built from the same task, config, rule and seed."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._random = state["random"]
+        self._epoch_order = state["epoch_order"]
+        self._order.set_state(self._epoch_order)
+        self._batches = None
+        self.step, self.loss_sum = state["step"], state["loss_sum"]
+        self.seconds = Seconds(**state["seconds"])
+        self.curve = [EpochRecord(**record) for record in state["curve"]]
+
+    def result(self) -> Run:
+        """Return the outcome after the last completed epoch."""
+        layers = [] if self.report is None else [asdict(layer) for layer in self.report.layers]
+        sparse = [layer for layer in layers if layer["status"] == "sparse"]
+        kept, width = sum(layer["k"] for layer in sparse), sum(layer["out_features"] for layer in sparse)
+        return Run(
+            rule=self.name,
+            seed=self.seed,
+            epochs=self.epoch,
+            dev=self.curve[-1].dev,
+            test=self.curve[-1].test,
+            seconds=asdict(self.seconds),
+            k=None if self.rule is None else self.rule.k,
+            density=kept / width if sparse else 1.0,
+            curve=[asdict(record) for record in self.curve],
+            layers=layers,
+        )
+
+
+def fit(trainers: Sequence[Trainer], after_turn: Callable[[Trainer], None], turn: int = 100) -> list[Run]:
+    """Train to the end, in turns of `turn` steps, so that a noisy machine disturbs all runs alike.
+
+    Args:
+        trainers: The runs.
+        after_turn: Called with the trainer after each of its turns, outside what is timed.
+        turn: Steps in a turn.
+
+    Returns:
+        The outcome of each trainer, in the same order.
+    """
+    while unfinished := [trainer for trainer in trainers if not trainer.finished]:
+        for trainer in unfinished:
+            trainer.advance(turn)
+            after_turn(trainer)
+    return [trainer.result() for trainer in trainers]
+
+
+def _build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+    parameters = model.parameters()
+    match config.optimizer:
+        case "adam":
+            return torch.optim.Adam(parameters, config.lr, fused=True)
+        case "adagrad":  # torch has no fused Adagrad for GPUs
+            return torch.optim.Adagrad(parameters, config.lr, fused=device.type == "cpu")
+        case "sgd":
+            return torch.optim.SGD(parameters, config.lr, fused=True)

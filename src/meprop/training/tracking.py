@@ -1,0 +1,139 @@
+"""The record of an experiment: result.json with all that is needed to judge and repeat it, and live curves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import meprop
+from meprop import machine
+from meprop.training.loop import Run, Trainer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+RESULT = "result.json"
+CHECKPOINT = "checkpoint.pt"
+FIGURE = "curves.png"
+TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The content of result.json."""
+
+    task: str
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    """Of meprop's source checkout, with `-dirty` if it had changes; None if it is not a checkout."""
+    runs: list[Run]
+
+
+def describe(task: str, config: dict[str, Any], runs: list[Run]) -> Result:
+    """Return the record of `runs`, with this machine, the versions and the commit."""
+    return Result(task, config, machine.describe(), versions(), commit(), runs)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "meprop": meprop.__version__}
+    for package in ("numpy", "lightning-fabric"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of meprop's source checkout, with `-dirty` if it has changes; None if it is not one."""
+    checkout = Path(__file__).resolve().parents[3]
+    if not (checkout / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
+        return None
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Return a dataclass as nested JSON data: tuples as lists, paths as strings."""
+    return json.loads(json.dumps(asdict(settings), default=str))
+
+
+def claim_folder(out: Path, *, overwrite: bool) -> None:
+    """Make the folder for a new experiment; what an earlier one left there goes only if `overwrite` is set.
+
+    Raises:
+        ValueError: If the folder holds an earlier experiment, or is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    earlier = [out / name for name in (RESULT, CHECKPOINT, FIGURE, TENSORBOARD) if (out / name).exists()]
+    if earlier and not overwrite:
+        raise ValueError(f"{earlier[0]} exists; give another --out, or --overwrite to replace it")
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def write_result(out: Path, result: Result) -> Path:
+    """Write `out`/result.json and return its path."""
+    path = out / RESULT
+    content = json.dumps(asdict(result), indent=2, allow_nan=False).encode() + b"\n"
+    machine.write_atomically(path, lambda file: file.write(content))
+    return path
+
+
+class LiveCurves:
+    """TensorBoard curves of loss, dev and test, one series per run, updated after each epoch; off unless `enabled`."""
+
+    def __init__(self, out: Path, *, enabled: bool) -> None:
+        self._folder = out / TENSORBOARD
+        self._enabled = enabled
+        self._writers: dict[str, SummaryWriter] = {}
+        self._written: dict[str, int] = {}
+
+    def __enter__(self) -> LiveCurves:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def update(self, trainer: Trainer) -> None:
+        """Write the epochs that are new since the last call."""
+        if not self._enabled:
+            return
+        run = f"{trainer.name}-seed{trainer.seed}"
+        if run not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # A resumed run writes its earlier epochs again, in place of those that are there.
+            self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=1)
+        writer = self._writers[run]
+        for record in trainer.curve[self._written.get(run, 0) :]:
+            writer.add_scalar("loss", record.loss, record.epoch)
+            for split, metrics in (("dev", record.dev), ("test", record.test)):
+                for name, value in metrics.items():
+                    writer.add_scalar(f"{split}/{name}", value, record.epoch)
+            writer.flush()
+        self._written[run] = trainer.epoch

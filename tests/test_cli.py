@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tyro")
+pytest.importorskip("lightning_fabric")
+
+from meprop import cli
+from meprop.tasks.mnist import MnistConfig
+from meprop.training import checkpoint
+from meprop.training.loop import TrainingConfig
+
+SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Files of MNIST's format: 100 and 30 images of 4 x 4 pixels in 3 classes, told apart by a bright row."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for prefix, count in (("train", 100), ("t10k", 30)):
+        classes = torch.arange(count) % 3
+        images = torch.randint(0, 100, (count, 4, 4), generator=generator)
+        images[torch.arange(count), classes] += 150
+        pixels = bytes(images.flatten().tolist())
+        labels = bytes(classes.tolist())
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(struct.pack(">4I", 0x803, count, 4, 4) + pixels)
+        )
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(struct.pack(">2I", 0x801, count) + labels)
+        )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEPROP_DATA", raising=False)
+
+
+def compare(data, *options):
+    return cli.main(["compare", "mnist", "--data-dir", str(data), "--epochs", "2", *SMALL, *options])
+
+
+def train(data, *options):
+    return cli.main(["train", "mnist", "--data-dir", str(data), "--epochs", "3", *SMALL, "--dropout", "0.2", *options])
+
+
+def err(capsys):
+    return capsys.readouterr().err
+
+
+def result(folder):
+    return json.loads((Path(folder) / "result.json").read_text())
+
+
+def test_compare_writes_the_result_and_shows_it(data, capsys):
+    assert compare(data, "--seeds", "0", "1") == 0
+    content = result("runs/compare-mnist")
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
+    assert [(run["rule"], run["seed"]) for run in content["runs"]] == [
+        ("dense", 0), ("topk", 0), ("dense", 1), ("topk", 1)
+    ]  # fmt: skip
+    assert content["config"]["task"]["hidden"] == [128]
+    assert (content["config"]["training"]["k"], content["config"]["training"]["epochs"]) == (5, 2)
+    assert Path("runs/compare-mnist/curves.png").stat().st_size > 1000
+    shown = capsys.readouterr()
+    for text in ("16 x 128", "test accuracy", "backward, s", "density", "3.9%", "±", "sparse is"):
+        assert text in shown.out
+    assert "topk, seed 1: epoch 2/2" in shown.err  # no terminal: a line per epoch
+
+
+def test_nothing_is_replaced_unless_asked_for(data, capsys):
+    assert compare(data) == 0
+    before = Path("runs/compare-mnist/result.json").read_bytes()
+    assert compare(data) == 2
+    assert "result.json exists; give another --out, or --overwrite" in capsys.readouterr().err
+    assert Path("runs/compare-mnist/result.json").read_bytes() == before
+    assert compare(data, "--overwrite", "--seeds", "3") == 0
+    assert result("runs/compare-mnist")["runs"][0]["seed"] == 3
+
+
+def test_a_bad_request_does_not_touch_an_earlier_result(data):
+    assert compare(data) == 0
+    before = Path("runs/compare-mnist/result.json").read_bytes()
+    assert compare("missing", "--overwrite") == 1
+    assert compare(data, "--overwrite", "--dev-size", "1000") == 2
+    assert Path("runs/compare-mnist/result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("every", "step"), [((), 0), (("--checkpoint-every", "3"), 3)])
+def test_an_interrupted_run_continues_bit_for_bit(data, monkeypatch, capsys, every, step):
+    assert train(data, "--out", "whole") == 0
+    save = checkpoint.save
+
+    def save_then_ctrl_c(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_then_ctrl_c)
+        assert train(data, "--out", "part", *every) == 130
+    assert "part/checkpoint.pt is kept: continue with --resume" in err(capsys)
+    assert torch.load("part/checkpoint.pt", weights_only=True)["state"]["step"] == step
+    assert not Path("part/result.json").exists()
+
+    assert train(data, "--out", "part") == 2  # neither --resume nor --overwrite
+    assert "checkpoint.pt exists" in err(capsys)
+    assert train(data, "--out", "part", "--resume", *every) == 0
+    whole, part = result("whole")["runs"][0], result("part")["runs"][0]
+    assert (part["dev"], part["test"]) == (whole["dev"], whole["test"])
+    states = [torch.load(f"{name}/checkpoint.pt", weights_only=True)["state"] for name in ("whole", "part")]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+
+
+def test_resuming_with_other_options_or_from_a_damaged_file_is_refused(data, capsys):
+    assert train(data, "--out", "x") == 0
+    saved = Path("x/checkpoint.pt").read_bytes()
+    assert train(data, "--out", "x", "--resume", "--lr", "0.01") == 2
+    assert re.search(r"checkpoint\.pt belongs to a run with other settings \(lr was 0\.001, now 0\.01\)", err(capsys))
+    assert Path("x/checkpoint.pt").read_bytes() == saved
+    Path("x/checkpoint.pt").write_bytes(saved[:1000])
+    assert train(data, "--out", "x", "--resume") == 1
+    assert re.search(r"checkpoint\.pt is damaged .*--overwrite", err(capsys))
+
+
+def test_resuming_without_a_checkpoint_says_that_it_starts_anew(data, capsys):
+    assert train(data, "--out", "x", "--resume", "--rule", "dense") == 0
+    assert "checkpoint.pt does not exist: starting from the beginning" in err(capsys)
+    assert result("x")["runs"][0]["rule"] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--epochs", "0"], 2, "--epochs must be at least 1, got 0"),
+        (["--seeds", "1", "1"], 2, "--seeds must be one or more different"),
+        (["--k", "0"], 2, "k=0 keeps nothing"),
+        (["--k", "1.5"], 2, "k=1.5 is out of range"),
+        (["--lr", "-1"], 2, "--lr must be a positive number"),
+        (["--data-dir", "nowhere"], 1, "nowhere"),
+        (["--checkpoint-every", "-1"], 2, "--checkpoint-every must be 0 or more"),
+        (["--seeds", "1", "2"], 2, "give one seed"),
+        (["--resume", "--overwrite"], 2, "give one of them"),
+    ],
+)
+def test_wrong_requests_end_in_one_line(capsys, options, code, message):
+    assert cli.main(["train", "mnist", *options]) == code
+    shown = err(capsys)
+    assert message in shown
+    assert shown.startswith("meprop: error: ")
+    assert shown.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["compare", "mnist", "--epochs", "x"], ["train", "mnits"], []])
+def test_what_does_not_parse_is_refused(capsys, arguments):
+    assert cli.main(arguments) == 2
+    assert "Traceback" not in err(capsys)
+
+
+@pytest.mark.parametrize(("text", "k"), [("20", 20), ("0.05", 0.05), ("1", 1), ("1.0", 1.0)])
+def test_k_is_a_count_or_a_share(text, k):
+    command = cli._parse(["compare", "mnist", "--k", text])
+    assert isinstance(command, cli.Compare)
+    assert command.training.k == k
+    assert type(command.training.k) is type(k)
+
+
+@pytest.mark.parametrize("command", [cli.Train, cli.Compare])
+def test_help_explains_every_option_with_its_default(capsys, command):
+    assert cli.main([command.__name__.lower(), "mnist", "--help"]) == 0
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    for fields in (command, MnistConfig, TrainingConfig):
+        for field in dataclasses.fields(fields):
+            if field.name in ("task", "training"):
+                continue
+            option = f"--{field.name.replace('_', '-')} "
+            explanation = shown.split(option, 1)[1].split(" --", 1)[0]
+            assert "(default:" in shown.split(option, 1)[1], field.name
+            assert len(explanation.split()) > 3, field.name
+
+
+def test_data_says_what_is_there(data, capsys):
+    assert cli.main(["data", "mnist", "--data-dir", str(data), "--dev-size", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert "80 training, 20 development, 30 test images of 4 x 4 pixels in 3 classes" in shown
+    assert str(data) in shown
+
+
+def test_doctor_downloads_nothing_and_finds_the_data(data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MEPROP_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "not here yet; get them with: meprop data mnist" in shown
+    assert "native:" in shown
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setenv("MEPROP_DATA", str(data))
+    assert cli.main(["doctor"]) == 0
+    assert f"mnist: {data}" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_named_with_the_remedy():
+    code = "import sys; sys.modules['tyro'] = None; from meprop.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "meprop: error: tyro is not installed: pip install 'meprop[tasks]'\n"
+
+
+def test_help_does_not_wait_for_what_it_does_not_need():
+    code = (
+        "import sys; from meprop.cli import main; main(['--help']); "
+        "print([m for m in ('matplotlib', 'lightning_fabric', 'tensorboard') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,40 @@
+"""The machine's description, the cache folder, and writing without ever leaving half a file."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from meprop import machine
+
+
+def test_cache_folder_order(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEPROP_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert machine.cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("MEPROP_CACHE")
+    assert machine.cache_folder() == tmp_path / "xdg" / "meprop"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert machine.cache_folder() == Path.home() / ".cache" / "meprop"
+
+
+def test_the_description_is_plain_data():
+    facts = machine.describe()
+    assert facts == json.loads(json.dumps(facts))
+    assert facts["threads"] >= 1
+    assert facts["cpu"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path, failing):
+    path = tmp_path / "a"
+    machine.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="no space"):
+        machine.write_atomically(path, lambda file: file.write(b"new"))
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -1,0 +1,217 @@
+"""when="auto": each layer decides once, by measurement, and stays with it."""
+
+import copy
+import json
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import meprop
+from meprop import speed
+
+RULE = meprop.TopK(5)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEPROP_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Replaces the measurement by given microseconds (dense, sparse), and records what was asked."""
+
+    measured = SimpleNamespace(microseconds=(100.0, 10.0), shapes=[])
+
+    def measure(rule, shape):
+        measured.shapes.append(shape)
+        return measured.microseconds
+
+    monkeypatch.setattr(speed, "measure", measure)
+    return measured
+
+
+def model(features=200):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(20, features), torch.nn.ReLU(), torch.nn.Linear(features, 3))
+
+
+def nonzero_rows(layer):
+    return int((layer.weight.grad.abs().sum(1) > 0).sum())
+
+
+def backward(net, rows=1):
+    net.zero_grad()
+    net(torch.randn(rows, 20)).square().sum().backward()
+
+
+def test_a_faster_sparse_pass_is_taken_from_the_first_backward_on(measured):
+    net = model()
+    assert meprop.convert(net, RULE).layers[0].reason == "to be measured at its first backward pass"
+    for _ in range(2):
+        backward(net)
+        assert nonzero_rows(net[0]) == 5
+    assert len(measured.shapes) == 1
+    layer = meprop.report(net).layers[0]
+    assert layer.status == "sparse"
+    assert layer.reason.startswith("10.0x as fast as dense with 1 rows")
+
+
+@pytest.mark.parametrize("microseconds", [(10.0, 100.0), (10.0, 9.9)])
+def test_a_slower_or_hardly_faster_one_is_not(measured, microseconds):
+    measured.microseconds = microseconds
+    net, plain = model(), model()
+    meprop.convert(net, RULE)
+    x = torch.randn(7, 20)
+    for _ in range(2):
+        for module in (net, plain):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    layer = meprop.report(net).layers[0]
+    assert (layer.status, layer.k, layer.density) == ("dense", None, 1.0)
+    assert "sparse is not faster" in layer.reason
+    assert type(net(x).grad_fn).__name__ == type(plain(x).grad_fn).__name__  # from now on it is torch's own pass
+
+
+def test_the_question_says_what_the_pass_needs(measured):
+    net = model()
+    meprop.convert(net, RULE)
+    net[0].bias.requires_grad_(False)
+    backward(net, rows=9)
+    assert measured.shapes == [speed.LayerShape(9, 20, 200, torch.float32, "cpu", (False, True, False))]
+
+
+def test_a_forward_pass_alone_decides_nothing(measured):
+    net = model()
+    meprop.convert(net, RULE)
+    net(torch.randn(1, 20))
+    with torch.no_grad():
+        net(torch.randn(1, 20))
+    assert measured.shapes == []
+    backward(net, rows=3)
+    assert [shape.rows for shape in measured.shapes] == [3]
+
+
+def test_the_decision_stays_when_the_number_of_rows_changes(measured):
+    net = model()
+    meprop.convert(net, RULE)
+    backward(net, rows=8)
+    measured.microseconds = (1.0, 100.0)
+    backward(net, rows=5)
+    assert len(measured.shapes) == 1
+    assert net[0].decision.sparse
+
+
+def test_a_layer_called_twice_in_a_step_decides_once(measured):
+    layer = torch.nn.Linear(200, 200)
+    meprop.convert(layer, RULE)
+    layer(layer(torch.randn(4, 200)).relu()).square().sum().backward()
+    assert len(measured.shapes) == 1
+
+
+def test_always_never_asks(measured):
+    net = model()
+    assert meprop.convert(net, RULE, when="always").layers[0].reason == "always"
+    backward(net)
+    assert measured.shapes == []
+    with pytest.raises(ValueError, match=r"when='never'.*'auto' or 'always'"):
+        meprop.convert(net, RULE, when="never")
+
+
+def test_converting_again_asks_again(measured):
+    net = model()
+    meprop.convert(net, RULE)
+    backward(net)
+    meprop.convert(net, meprop.TopK(7))
+    assert net[0].decision is None
+    backward(net)
+    assert len(measured.shapes) == 2
+    assert nonzero_rows(net[0]) == 7
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copies_keep_the_decision(measured, duplicate):
+    net = model()
+    meprop.convert(net, RULE)
+    backward(net)
+    assert str(meprop.report(duplicate(net))) == str(meprop.report(net))
+
+
+def test_the_answer_is_remembered_on_disk(measured, cache):
+    for _ in range(2):
+        net = model()
+        meprop.convert(net, RULE)
+        backward(net)
+    assert len(measured.shapes) == 1
+    (file,) = (cache / "speed").iterdir()
+    assert json.loads(file.read_text()) == {"TopK(k=5, scope='example') cpu float32 1x20x200 wb": [100.0, 10.0]}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"{\"TopK(k=5, scope='example') cpu float32 1x20x200 wb\": 3}", b"\xff"]
+)
+def test_a_damaged_memory_is_measured_anew_and_mended(measured, cache, content):
+    net = model()
+    meprop.convert(net, RULE)
+    backward(net)
+    (file,) = (cache / "speed").iterdir()
+    file.write_bytes(content)
+    net = model()
+    meprop.convert(net, RULE)
+    backward(net)
+    assert len(measured.shapes) == 2
+    assert len(json.loads(file.read_text())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(measured, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEPROP_CACHE", str(tmp_path / "file"))
+    net = model()
+    meprop.convert(net, RULE)
+    backward(net)
+    assert net[0].decision.sparse
+
+
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_a_real_measurement_leaves_everything_as_it_was(scope):
+    rule = meprop.TopK(5, scope=scope)
+    state = torch.get_rng_state()
+    shape = speed.LayerShape(16, 64, 300, torch.float32, "cpu", (True, True, True))
+    dense, sparse = speed.measure(rule, shape)
+    assert 0 < dense < 1e6
+    assert 0 < sparse < 1e6
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_real_decision_in_the_middle_of_a_backward_pass(monkeypatch):
+    """The measurement runs backward passes of its own inside a backward pass, under autocast too."""
+    monkeypatch.setattr(speed, "_SECONDS", 0.0)
+    net = model()
+    meprop.convert(net, RULE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.mse_loss(net(torch.randn(16, 20)), torch.zeros(16, 3))
+        loss.backward()
+    assert net[0].decision is not None
+    assert net[0].weight.grad.isfinite().all()
+
+
+def test_a_large_sparse_layer_is_faster_than_dense_here():
+    if not meprop.backend_info()["native"]:
+        pytest.skip("without the native kernels it is not")
+    shape = speed.LayerShape(256, 1024, 1024, torch.float32, "cpu", (True, True, True))
+    assert speed.decide(meprop.TopK(0.04), shape).sparse
+
+
+def test_compiled_before_it_decided_a_layer_is_sparse(measured):
+    torch._dynamo.reset()
+    net = model()
+    meprop.convert(net, RULE)
+    torch.compile(net, fullgraph=True, backend="aot_eager")(torch.randn(1, 20)).square().sum().backward()
+    assert measured.shapes == []
+    assert nonzero_rows(net[0]) == 5

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+
+from meprop import machine
+from meprop.errors import DataError
+from meprop.training import checkpoint
+from meprop.training.loop import Trainer, TrainingConfig, fit
+
+SETTINGS = {"k": 5, "hidden": [500, 500]}
+
+
+def ignore(trainer):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("steps", [5, 8, 9, 13])  # within the first epoch, at its end, evaluated, within the second
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(task, tmp_path, steps, sparse, optimizer):
+    config = TrainingConfig(epochs=3, k=5, accelerator="cpu", optimizer=optimizer)
+    rule = config.rule() if sparse else None
+    whole = Trainer(task, config, rule, 7)
+    (expected,) = fit([whole], ignore)
+
+    interrupted = Trainer(task, config, rule, 7)
+    for _ in range(steps):
+        interrupted.advance(1)
+    checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
+    interrupted.advance(3)  # what the checkpoint holds is not what goes on living in memory
+
+    resumed = Trainer(task, config, rule, 7)
+    resumed.load_state_dict(checkpoint.load(tmp_path / "c.pt", SETTINGS))
+    (actual,) = fit([resumed], ignore)
+    assert (actual.dev, actual.test) == (expected.dev, expected.test)
+    assert [r["loss"] for r in actual.curve] == [r["loss"] for r in expected.curve]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("failing", ["save", "fsync", "replace"])
+def test_a_crash_while_saving_keeps_the_checkpoint_that_was_there(tmp_path, monkeypatch, failing):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"step": 1}, SETTINGS)
+
+    def crash(*args):
+        if failing == "save":
+            args[1].write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch if failing == "save" else os, failing, crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"step": 2}, SETTINGS)
+    monkeypatch.undo()
+    assert checkpoint.load(path, SETTINGS) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_kill_9_leaves_the_checkpoint_that_was_there(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"step": 1}, SETTINGS)
+    child = os.fork()
+    if child == 0:  # dies in the middle of writing, without any clean-up
+        machine.write_atomically(path, lambda file: (file.write(b"half of it"), file.flush(), os.kill(os.getpid(), 9)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    assert checkpoint.load(path, SETTINGS) == {"step": 1}
+    checkpoint.save(path, {"step": 2}, SETTINGS)  # the remains are no obstacle
+    assert checkpoint.load(path, SETTINGS) == {"step": 2}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: b"\x00" * len(content),
+        lambda content: b"not a checkpoint",
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path, damage):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"weight": torch.zeros(1000)}, SETTINGS)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"c\.pt is damaged or not a checkpoint of meprop .*--overwrite"):
+        checkpoint.load(path, SETTINGS)
+
+
+def test_a_file_of_another_kind_is_no_checkpoint(tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "c.pt")
+    with pytest.raises(DataError, match="not a checkpoint of meprop"):
+        checkpoint.load(tmp_path / "c.pt", SETTINGS)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"format": 1, "settings": SETTINGS, "state": Evil()}, tmp_path / "c.pt")
+    with pytest.raises(DataError):
+        checkpoint.load(tmp_path / "c.pt", SETTINGS)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_naming_them(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", {}, SETTINGS)
+    with pytest.raises(ValueError, match=r"other settings \(k was 5, now 6\)"):
+        checkpoint.load(tmp_path / "c.pt", {**SETTINGS, "k": 6})

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("lightning_fabric")
+
+import meprop
+from meprop.errors import MepropError
+from meprop.training.loop import Trainer, TrainingConfig, fit
+
+CONFIG = TrainingConfig(epochs=3, k=5, accelerator="cpu")
+
+
+def ignore(trainer):
+    pass
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_dense_and_sparse_start_alike_and_see_the_same_batches(task):
+    dense, sparse = (Trainer(task, CONFIG, rule, 7) for rule in (None, CONFIG.rule()))
+    assert_same_weights(weights(dense), weights(sparse))
+    fit([dense], ignore)
+    seen_dense, task.seen = task.seen, []
+    fit([sparse], ignore)
+    assert len(seen_dense) == 3 * 8
+    assert all(torch.equal(d, s) for d, s in zip(seen_dense, task.seen, strict=True))
+    assert not torch.equal(seen_dense[0], seen_dense[8])  # the order changes from epoch to epoch
+    assert any(not torch.equal(weights(dense)[n], weights(sparse)[n]) for n in weights(dense))
+
+
+def test_dense_and_sparse_with_everything_kept_are_the_same_run(task):
+    dense, sparse = (Trainer(task, CONFIG, rule, 7) for rule in (None, meprop.TopK(120, scope="example")))
+    everything = Trainer(task, CONFIG, meprop.TopK(127), 7)
+    fit([dense, sparse, everything], ignore)
+    with pytest.warns(meprop.NoEffectWarning):
+        kept_all = Trainer(task, CONFIG, meprop.TopK(1.0), 7)
+    fit([kept_all], ignore)
+    assert_same_weights(weights(dense), weights(kept_all))
+
+
+@pytest.mark.parametrize("turn", [1, 3, 100])
+def test_taking_turns_changes_nothing(task, turn):
+    alone = Trainer(task, CONFIG, CONFIG.rule(), 7)
+    fit([alone], ignore)
+    torch.manual_seed(99)
+    pair = [Trainer(task, CONFIG, rule, 7) for rule in (None, CONFIG.rule())]
+    fit(pair, lambda trainer: torch.rand(3), turn=turn)  # the caller draws numbers too
+    assert_same_weights(weights(alone), weights(pair[1]))
+
+
+def test_another_seed_is_another_run(task):
+    first, second = (Trainer(task, CONFIG, None, seed) for seed in (0, 1))
+    assert not torch.equal(weights(first)["0.weight"], weights(second)["0.weight"])
+
+
+def test_the_callers_random_state_is_left_alone(task):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    fit([Trainer(task, CONFIG, CONFIG.rule(), 7)], ignore)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_result_holds_every_epoch_and_the_seconds_add_up(task):
+    (run,) = fit([Trainer(task, CONFIG, CONFIG.rule(), 7)], ignore)
+    assert [record["epoch"] for record in run.curve] == [1, 2, 3]
+    assert run.curve[-1]["dev"] == run.dev
+    assert run.dev["accuracy"] > 70  # it learns
+    parts = run.seconds["forward"] + run.seconds["backward"] + run.seconds["optimizer"]
+    assert 0 < run.seconds["step"] == pytest.approx(parts)
+    assert (run.rule, run.k, run.density) == ("topk", 5, pytest.approx(5 / 128))
+    assert [layer["status"] for layer in run.layers] == ["sparse", "dense"]  # the output layer stays dense
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+def test_each_optimizer_updates_the_weights(task, optimizer):
+    trainer = Trainer(task, TrainingConfig(epochs=1, optimizer=optimizer, lr=0.1), None, 7)
+    before = weights(trainer)
+    trainer.advance(1)
+    assert not torch.equal(before["0.weight"], weights(trainer)["0.weight"])
+
+
+def test_bf16_keeps_fp32_weights_and_still_learns(task):
+    (run,) = fit([trainer := Trainer(task, TrainingConfig(epochs=3, k=5, precision="bf16-mixed"), None, 7)], ignore)
+    assert trainer.model[0].weight.dtype == torch.float32
+    assert run.dev["accuracy"] > 70
+
+
+def test_a_diverged_run_stops_with_the_place_and_a_remedy(task):
+    task.inputs_NI[:] = float("inf")
+    with pytest.raises(MepropError, match=r"loss became nan in epoch 1, step 1 \(dense, seed 7\): try a smaller --lr"):
+        Trainer(task, CONFIG, None, 7).advance(1)
+
+
+@given(epochs=st.integers(max_value=0))
+def test_epochs_are_checked(epochs):
+    with pytest.raises(ValueError, match="--epochs must be at least 1"):
+        TrainingConfig(epochs=epochs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seeds": ()}, "--seeds"),
+        ({"seeds": (1, 2, 1)}, "--seeds"),
+        ({"seeds": (-1,)}, "--seeds"),
+        ({"lr": 0.0}, "--lr"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"k": 0}, "k=0"),
+        ({"k": 1.5}, "k=1.5"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**settings)

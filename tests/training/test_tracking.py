@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+
+from meprop.training import tracking
+from meprop.training.loop import Trainer, TrainingConfig, fit
+
+
+@pytest.fixture
+def result(task):
+    config = TrainingConfig(epochs=1, k=5)
+    runs = fit([Trainer(task, config, rule, 0) for rule in (None, config.rule())], lambda trainer: None)
+    return tracking.describe("tiny", {"training": tracking.plain(config)}, runs)
+
+
+def test_result_json_has_the_published_keys(result, tmp_path):
+    content = json.loads(tracking.write_result(tmp_path, result).read_text())
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
+    assert [run["rule"] for run in content["runs"]] == ["dense", "topk"]
+    for run in content["runs"]:
+        assert {"rule", "seed", "epochs", "dev", "test", "seconds"} <= set(run)
+        assert set(run["seconds"]) == {"forward", "backward", "optimizer", "step"}
+        assert set(run["dev"]) == set(run["test"]) == {"accuracy", "loss"}
+    assert content["config"]["training"]["seeds"] == [0]
+    assert content["versions"]["torch"] == str(torch.__version__)
+    assert {"cpu", "cores", "memory_gib", "threads", "gpu"} <= set(content["machine"])
+
+
+def test_a_failed_write_keeps_the_old_result(result, tmp_path, monkeypatch):
+    path = tracking.write_result(tmp_path, result)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        tracking.write_result(tmp_path, result)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["result.json", "checkpoint.pt"])
+def test_an_earlier_experiment_is_only_replaced_on_request(tmp_path, name):
+    (tmp_path / name).write_text("earlier")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} exists; give another --out, or --overwrite"):
+        tracking.claim_folder(tmp_path, overwrite=False)
+    assert (tmp_path / name).read_text() == "earlier"
+    tracking.claim_folder(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]  # and nothing that is not ours
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        tracking.claim_folder(tmp_path / "x", overwrite=True)
+
+
+def test_live_curves_hold_every_epoch_once(task, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = TrainingConfig(epochs=3, k=5)
+    with tracking.LiveCurves(tmp_path, enabled=True) as curves:
+        fit([Trainer(task, config, None, 4)], curves.update, turn=3)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "dense-seed4"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("dev/accuracy")] == [1, 2, 3]
+
+
+def test_no_curves_unless_asked_for(task, tmp_path):
+    with tracking.LiveCurves(tmp_path, enabled=False) as curves:
+        fit([Trainer(task, TrainingConfig(epochs=1), None, 4)], curves.update)
+    assert not list(tmp_path.iterdir())
