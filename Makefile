@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test env lint format clean
+.PHONY: help demo test sanitize env lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,14 @@ test: env  ## set up .venv and run all tests
 	$(BIN)/python -m pytest -n 2
 
 env: $(READY)  ## set up .venv only (again, after a change of the build or of the native code)
+
+sanitize: env  ## the tests of the native code on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/pip install --quiet --disable-pip-version-check 'cmake>=3.26' ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DMEPROP_SANITIZE=ON -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) \
+	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
+	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py tests/test_package.py::test_another_build_is_tested_where_one_is_asked_for
 
 lint: env  ## ruff and pyright (strict on src)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'pyright>=1.1.400'

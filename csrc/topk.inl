@@ -82,12 +82,10 @@ inline Cut find_cut(const Candidates& from, int64_t k, uint32_t least, uint32_t 
     const uint32_t middle = low + (high - low) / 2;
     const int64_t count = count_above(from, splat(middle));
     if (count == k) return {middle, 0};
-    if (count > k) {
-      low = middle + 1;
-    } else {
-      high = middle;
-      above = count;
-    }
+    const bool more = count > k;  // as likely as not: assigned without a branch
+    low = more ? middle + 1 : low;
+    high = more ? high : middle;
+    above = more ? above : count;
   }
   return {low, k - above};
 }

@@ -1,9 +1,19 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and the choice of the extension that they test."""
 
+import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
+import torch  # before the extension, which shares its OpenMP runtime
+
+if path := os.environ.get("MEPROP_TEST_EXTENSION"):  # another build of it, such as the sanitized one
+    spec = importlib.util.spec_from_file_location("meprop._C", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["meprop._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["meprop._C"])
 
 from meprop.ops import native
 

@@ -1,5 +1,6 @@
 """What `pip install` and `import meprop` give."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,12 @@ def test_the_extension_is_built_wherever_there_is_a_compiler():
     if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
         assert native.reason_missing() is None
         assert meprop.backend_info()["native"] is True
+
+
+def test_another_build_is_tested_where_one_is_asked_for():
+    """Or `make sanitize` would test the ordinary build."""
+    asked = os.environ.get("MEPROP_TEST_EXTENSION")
+    assert asked is None or native._extension.__file__ == asked
 
 
 def test_the_fallback_without_the_extension_gives_the_same_results():

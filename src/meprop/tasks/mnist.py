@@ -54,14 +54,18 @@ PACKAGE_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c
 
 @dataclass(frozen=True)
 class MnistConfig:
-    """What to train on, and the network. Each ValueError says what was got and what is allowed."""
+    """What to train on, and the network.
+
+    Raises:
+        ValueError: a setting is out of range; the message says what was got and what is allowed.
+    """
 
     data_dir: Path | None = None
     """Folder of the four idx files, MNIST's or your own. Default: $MEPROP_DATA, then the cache, then a download."""
     hidden: tuple[int, ...] = (500, 500)
     """Widths of the hidden layers."""
-    dropout: float = 0.0
-    """Probability of dropping a hidden unit, after each hidden layer."""
+    dropout: float = 0.2
+    """Probability of dropping a hidden unit, after each hidden layer; 0.2 is that of the paper's table 4."""
     batch_size: int = 10
     """Images per training step."""
     dev_size: int = 5000
@@ -92,6 +96,13 @@ class Digits:
     """The largest label of any split, plus one."""
     image_shape: tuple[int, int]
     """Height and width."""
+
+    def __str__(self) -> str:
+        height, width = self.image_shape
+        return (
+            f"{len(self.train_images)} training, {len(self.dev_images)} development, {len(self.test_images)} test "
+            f"images of {height} x {width} pixels in {self.num_classes} classes"
+        )
 
 
 def load(config: MnistConfig) -> Digits:
@@ -128,6 +139,12 @@ def load(config: MnistConfig) -> Digits:
         num_classes=1 + int(max(labels.max(), test_labels.max())),
         image_shape=(images.shape[1], images.shape[2]),
     )
+
+
+def locate(data_dir: Path | None) -> Path | None:
+    """The folder that `load` would read now, or None where it would have to download."""
+    folder = files.find_folder("mnist", data_dir, _missing, fill=lambda folder: None)
+    return None if _missing(folder) else folder
 
 
 def _size(images_NHW: Tensor) -> str:

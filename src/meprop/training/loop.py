@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from math import isfinite
+from math import cos, isfinite, pi
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
@@ -70,7 +70,11 @@ class TrainingConfig:
     optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
     """Optimizer, the same for dense and sparse; torch's fused implementation where there is one."""
     lr: float = 1e-3
-    """Learning rate."""
+    """Learning rate at the start."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over the steps: down to zero along half a cosine, or constant (as in the paper)."""
+    when: Literal["always", "auto"] = "always"
+    """Where to be sparse: in every layer that can be; auto leaves a layer dense where sparse measures slower here."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -164,7 +168,8 @@ class Trainer:
             torch.manual_seed(seed)
             self.model = task.build_model().to(self.device)
             self._random = self._random_state()
-            self.report = None if rule is None else meprop.convert(self.model, rule)
+            if rule is not None:
+                meprop.convert(self.model, rule, when=config.when)
         self.optimizer = _build_optimizer(self.model, config, self.device)
 
         self._order = torch.Generator().manual_seed(seed)
@@ -181,6 +186,11 @@ class Trainer:
     def name(self) -> str:
         """`"dense"` or `"topk"`."""
         return "dense" if self.rule is None else "topk"
+
+    @property
+    def report(self) -> meprop.ConversionReport:
+        """What each layer does, and why."""
+        return meprop.report(self.model)
 
     @property
     def epoch(self) -> int:
@@ -217,6 +227,7 @@ class Trainer:
         forward_end = clock()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         backward_end = clock()
+        self._set_lr()
         self.optimizer.step()
         self.optimizer.zero_grad()
         end = clock()
@@ -231,6 +242,13 @@ class Trainer:
             where = f"epoch {self.epoch + 1}, step {self.step} ({self.name}, seed {self.seed})"
             raise MepropError(f"the loss became {value} in {where}: try a smaller --lr")
         self.loss_sum += value
+
+    def _set_lr(self) -> None:
+        if self.config.schedule == "constant":
+            return
+        done = (self.epoch + self.step / self.task.steps_per_epoch) / self.config.epochs
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * (1 + cos(pi * done)) / 2
 
     def _clock(self) -> float:
         if self._cuda_devices:
@@ -286,7 +304,7 @@ class Trainer:
 
     def result(self) -> Run:
         """Return the outcome after the last completed epoch."""
-        layers = [] if self.report is None else [asdict(layer) for layer in self.report.layers]
+        layers = [asdict(layer) for layer in self.report.layers] if self.rule is not None else []
         sparse = [layer for layer in layers if layer["status"] == "sparse"]
         kept, width = sum(layer["k"] for layer in sparse), sum(layer["out_features"] for layer in sparse)
         return Run(
