@@ -15,12 +15,12 @@ namespace {
 
 constexpr int64_t kMaxOutputs = INT32_MAX - kScratchPad;
 
-// Work below which waking another thread costs more than it saves: entries looked at, multiply-adds.
+// Work that is worth a thread: entries looked at, multiply-adds.
 constexpr int64_t kEntriesPerThread = 1 << 13;
 constexpr int64_t kProductsPerThread = 1 << 16;
 
 // What scratch is for. Each use has a block of its own.
-enum Use { kCandidates, kMagnitudes, kScores, kValues, kIndices, kStarts, kPlaces, kSourceRows, kSourceValues, kPanels, kUses };
+enum Use { kCandidates, kMagnitudes, kScores, kValues, kIndices, kStarts, kPlaces, kSourceRows, kSourceValues, kPacked, kUses };
 
 // The blocks of one calling thread. They are kept from call to call: memory that is fresh from the system costs a page
 // fault per 4 KB, which is more than the work of a small layer.
@@ -96,22 +96,39 @@ bool valid_selection(Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, i
 bool forked = false;
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-int team_size(int threads, int64_t work, int64_t work_per_thread) {
-  return static_cast<int>(std::clamp<int64_t>(work / work_per_thread, 1, threads));
+struct Range {
+  int64_t begin, end;
+};
+
+// The threads that run one operation, as one of them sees it.
+struct Team {
+  int id, size;
+
+  // This thread's equal part of [0, count), in multiples of `grain`.
+  Range part(int64_t count, int64_t grain = 1) const {
+    const int64_t grains = (count + grain - 1) / grain;
+    return {grains * id / size * grain, std::min(count, grains * (id + 1) / size * grain)};
+  }
+
+  // Returns when all threads of the team have come here.
+  void wait() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+};
+
+// How many threads are worth waking for so many entries to look at and multiply-adds to do.
+int team_size(int threads, int64_t entries, int64_t products) {
+  if (forked) return 1;
+  return static_cast<int>(std::clamp<int64_t>(entries / kEntriesPerThread + products / kProductsPerThread, 1, threads));
 }
 
-// Calls part(thread, begin, end) with equal parts of [0, count), each a multiple of `grain` long but the last.
-template <class Part>
-void share(int threads, int64_t count, int64_t grain, Part part) {
-  const int64_t grains = (count + grain - 1) / grain;
-  threads = static_cast<int>(std::clamp<int64_t>(grains, 1, threads));
-  if (threads == 1 || forked) return part(0, int64_t{0}, count);
+template <class Body>
+void run_team(int threads, Body body) {
+  if (threads == 1) return body(Team{0, 1});
 #pragma omp parallel num_threads(threads)
-  {
-    const int id = omp_get_thread_num(), team = omp_get_num_threads();
-    const int64_t begin = grains * id / team * grain, end = std::min(count, grains * (id + 1) / team * grain);
-    if (begin < end) part(id, begin, end);
-  }
+  body(Team{omp_get_thread_num(), omp_get_num_threads()});
 }
 
 // A column of the selection's scores, in the order of preference: the larger sum, then the lower index.
@@ -129,7 +146,7 @@ uint64_t order_key(double magnitude) {
 }
 
 // The selection [rows, k] by output instead of by row: for each output the rows that selected it, ascending, and their
-// values. A counting sort; every thread counts and then places a part of the rows.
+// values. A counting sort, in which each thread counts and later places its part of the rows.
 template <class T>
 class Transposed {
  public:
@@ -137,21 +154,24 @@ class Transposed {
       : rows_(rows),
         outputs_(outputs),
         k_(k),
-        threads_(team_size(threads, rows * k, kEntriesPerThread)),
+        threads_(threads),
         starts_(kStarts, outputs + 1),
-        places_(kPlaces, threads_ * outputs),
+        places_(kPlaces, threads * outputs),
         source_rows_(kSourceRows, rows * k),
         values_(kSourceValues, rows * k) {}
 
   explicit operator bool() const { return starts_ && places_ && source_rows_ && values_; }
 
-  void fill(const T* values, const int32_t* indices) {
-    // A thread that gets no rows writes no counts, so all are cleared first.
-    std::memset(places_.get(), 0, sizeof(int64_t) * static_cast<size_t>(threads_ * outputs_));
-    share(threads_, rows_, 1, [&](int thread, int64_t begin, int64_t end) {
-      int64_t* counts = places_.get() + thread * outputs_;
-      for (int64_t i = begin * k_; i < end * k_; ++i) ++counts[indices[i]];
-    });
+  // First: every thread, when its part of the rows is selected.
+  void count(Team team, const int32_t* indices) {
+    int64_t* counts = places_.get() + team.id * outputs_;
+    std::memset(counts, 0, sizeof(int64_t) * static_cast<size_t>(outputs_));
+    const Range rows = team.part(rows_);
+    for (int64_t i = rows.begin * k_; i < rows.end * k_; ++i) ++counts[indices[i]];
+  }
+
+  // Second: one thread, when all have counted. Turns each count into the place of the first entry.
+  void allot() {
     int64_t place = 0;
     for (int64_t output = 0; output < outputs_; ++output) {
       starts_.get()[output] = place;
@@ -163,16 +183,19 @@ class Transposed {
       }
     }
     starts_.get()[outputs_] = place;
-    share(threads_, rows_, 1, [&](int thread, int64_t begin, int64_t end) {
-      int64_t* places = places_.get() + thread * outputs_;
-      for (int64_t row = begin; row < end; ++row) {
-        for (int64_t i = row * k_; i < (row + 1) * k_; ++i) {
-          const int64_t to = places[indices[i]]++;
-          source_rows_.get()[to] = static_cast<int32_t>(row);
-          values_.get()[to] = values[i];
-        }
+  }
+
+  // Third: every thread, when the places are allotted. After it, and a wait, the terms are there.
+  void fill(Team team, const T* values, const int32_t* indices) {
+    int64_t* places = places_.get() + team.id * outputs_;
+    const Range rows = team.part(rows_);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      for (int64_t i = row * k_; i < (row + 1) * k_; ++i) {
+        const int64_t to = places[indices[i]]++;
+        source_rows_.get()[to] = static_cast<int32_t>(row);
+        values_.get()[to] = values[i];
       }
-    });
+    }
   }
 
   Terms<T> terms() const { return {starts_.get(), 0, source_rows_.get(), values_.get()}; }
@@ -195,96 +218,220 @@ void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byt
 #endif
 }
 
-// Computes out [rows, width], panel after panel, each thread a share of all (panel, row) pairs: packs the panel's
-// columns of `source` and calls product(panel, row begin, row end, width, out at the panel's first column).
-// `source_rows` names the rows to pack, or is null for the first `source_count`. `work` counts multiply-adds.
-template <class T, class Product>
-Status by_panels(const TypedKernels<T>& kernels, Matrix<T> source, const int32_t* source_rows, int64_t source_count,
-                 int64_t rows, int64_t width, T* out, int64_t work, int threads, Product product) {
-  if (rows == 0 || width == 0) return Status::kOk;
-  const int64_t panel_width = kernels.panel_width, panels = (width + panel_width - 1) / panel_width;
-  threads = team_size(threads, work, kProductsPerThread);
-  const int64_t panel_size = source_count * panel_width;
-  const Scratch<T> scratch(kPanels, threads * panel_size);
-  if (!scratch) return Status::kNoMemory;
-  prefer_large_pages(out, static_cast<size_t>(rows * width) * sizeof(T));
-  share(threads, panels * rows, 1, [&](int thread, int64_t begin, int64_t end) {
-    T* panel = scratch.get() + thread * panel_size;
+// A product's right-hand side: some rows of a matrix, `width` columns of them.
+template <class T>
+struct Source {
+  Matrix<T> matrix;
+  const int32_t* row_numbers;  // null: the first `rows`
+  int64_t rows, width;
+};
+
+// What a source's copy should take at most: half of a core's L2, less what else is there.
+constexpr int64_t kPackedBytes = 512 << 10;
+// Rows of the output that are computed for one panel before the next: few enough to be written as streams.
+constexpr int64_t kRowBlock = 16;
+
+// How a source is read: in place, or from copies of so many columns at a time.
+template <class T>
+class Packing {
+ public:
+  Packing(const TypedKernels<T>& kernels, Source<T> source, bool worth_it)
+      : kernels_(kernels), source_(source), panel_(kernels.panel_width) {
+    const int64_t panels = (source.width + panel_ - 1) / panel_;
+    const int64_t at_once = kPackedBytes / std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(T)));
+    in_place_ = source.row_numbers == nullptr && (at_once >= panels || !worth_it);
+    columns_ = in_place_ ? std::max<int64_t>(1, panels) * panel_ : std::clamp<int64_t>(at_once, 1, panels) * panel_;
+  }
+
+  // Elements of scratch for each thread.
+  int64_t size() const { return source_.rows * (in_place_ ? panel_ : columns_); }
+
+  // Computes out [rows, width], each thread a part of all (copy, row) pairs. Calls product(source, source_ld, row begin,
+  // row end, width, out) for a block of rows and a panel of columns, source and out being at the panel's first column.
+  template <class Product>
+  void multiply(Team team, T* packed, int64_t rows, T* out, Product product) const {
+    if (rows == 0) return;
+    const int64_t whole = in_place_ ? source_.width / panel_ * panel_ : 0;  // columns that are read in place
+    auto [begin, end] = team.part((source_.width + columns_ - 1) / columns_ * rows);
     while (begin < end) {
-      const int64_t column = begin / rows * panel_width, row = begin % rows;
-      const int64_t row_end = std::min(rows, row + (end - begin));
-      const int64_t columns = std::min(panel_width, width - column);
-      kernels.pack_panel(source.data + column, source.ld, source_rows, source_count, columns, panel);
-      product(panel, row, row_end, columns, out + column);
-      begin += row_end - row;
+      const int64_t first = begin / rows * columns_, row_begin = begin % rows;
+      const int64_t row_end = std::min(rows, row_begin + (end - begin));
+      const int64_t last = std::min(first + columns_, source_.width), copied = std::max(first, whole);
+      const int64_t packed_ld = in_place_ ? panel_ : columns_;
+      if (copied < last)
+        kernels_.pack(source_.matrix.data + copied, source_.matrix.ld, source_.row_numbers, source_.rows, last - copied,
+                      packed, packed_ld);
+      for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
+        const int64_t block_end = std::min(row + kRowBlock, row_end);
+        for (int64_t column = first; column < last; column += panel_) {
+          const int64_t width = std::min(panel_, last - column);
+          if (column < whole)
+            product(source_.matrix.data + column, source_.matrix.ld, row, block_end, width, out + column);
+          else
+            product(packed + (column - copied), packed_ld, row, block_end, width, out + column);
+        }
+      }
+      begin += row_end - row_begin;
     }
+  }
+
+ private:
+  const TypedKernels<T>& kernels_;
+  Source<T> source_;
+  int64_t panel_, columns_;
+  bool in_place_;
+};
+
+// Moves the first k rows of out [outputs, width] to their places, and clears all others; each thread some columns. From
+// the last to the first, so that no row is overwritten before it has moved: its place is never before it.
+template <class T>
+void spread_rows(Team team, const int32_t* indices, int64_t k, int64_t outputs, int64_t width, T* out) {
+  const Range columns = team.part(width, 64);
+  if (columns.begin >= columns.end) return;
+  const size_t bytes = static_cast<size_t>(columns.end - columns.begin) * sizeof(T);
+  out += columns.begin;
+  int64_t next = outputs;
+  for (int64_t j = k - 1; j >= 0; --j) {
+    const int64_t place = indices[j];
+    for (int64_t o = place + 1; o < next; ++o) std::memset(out + o * width, 0, bytes);
+    if (place != j) std::memcpy(out + place * width, out + j * width, bytes);
+    next = place;
+  }
+  for (int64_t o = 0; o < next; ++o) std::memset(out + o * width, 0, bytes);
+}
+
+// The selection of the largest columns.
+template <class T>
+class TopColumns {
+ public:
+  explicit TopColumns(int64_t outputs) : outputs_(outputs), magnitudes_(kMagnitudes, outputs), scores_(kScores, outputs) {}
+
+  explicit operator bool() const { return magnitudes_ && scores_; }
+
+  // Every thread; its columns' sums are `sums` (may be null), those of their magnitudes are kept here.
+  void sum(Team team, const TypedKernels<T>& kernels, Matrix<T> grad, int64_t rows, T* sums) {
+    const Range columns = team.part(outputs_, 64);
+    kernels.column_sums(grad.data, grad.ld, rows, columns.begin, columns.end, sums, magnitudes_.get());
+  }
+
+  // One thread, when all have summed.
+  void choose(int64_t k, int32_t* indices) {
+    Scored* scores = scores_.get();
+    for (int32_t o = 0; o < outputs_; ++o) scores[o] = {order_key(magnitudes_.get()[o]), o};
+    std::nth_element(scores, scores + k - 1, scores + outputs_);
+    for (int64_t j = 0; j < k; ++j) indices[j] = scores[j].index;
+    std::sort(indices, indices + k);
+  }
+
+  // Every thread, when the columns are chosen.
+  static void gather(Team team, Matrix<T> grad, int64_t rows, int64_t k, const int32_t* indices, T* values) {
+    const Range part = team.part(rows);
+    for (int64_t row = part.begin; row < part.end; ++row)
+      for (int64_t j = 0; j < k; ++j) values[row * k + j] = grad.data[row * grad.ld + indices[j]];
+  }
+
+ private:
+  int64_t outputs_;
+  Scratch<double> magnitudes_;
+  Scratch<Scored> scores_;
+};
+
+// Words of scratch that topk_rows needs for each thread.
+int64_t candidate_words(int64_t outputs) { return 2 * (outputs + kScratchPad); }
+
+template <class T>
+void topk_rows_part(Team team, const TypedKernels<T>& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k,
+                    T* values, int32_t* indices, uint32_t* candidates) {
+  const Range part = team.part(rows);
+  kernels.topk_rows(grad.data, grad.ld, part.begin, part.end, outputs, k, values, indices,
+                    candidates + team.id * candidate_words(outputs));
+}
+
+template <class T>
+void bias_part(Team team, const TypedKernels<T>& kernels, const LinearBackward<T>& call) {
+  const Range columns = team.part(call.outputs, 64);
+  kernels.column_sums(call.grad.data, call.grad.ld, call.rows, columns.begin, columns.end, call.grad_bias, nullptr);
+}
+
+// A source whose rows are used so often, on average, is worth copying.
+constexpr int64_t kUsesWorthPacking = 3;
+
+template <class T>
+Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads) {
+  const bool needs_input = call.grad_input != nullptr, needs_weight = call.grad_weight != nullptr;
+  const int64_t terms = call.rows * call.k;
+  const Packing<T> weight(kernels, {call.weight, nullptr, call.outputs, call.inputs},
+                          terms >= kUsesWorthPacking * call.outputs);
+  const Packing<T> x(kernels, {call.x, nullptr, call.rows, call.inputs}, call.k >= kUsesWorthPacking);
+  const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
+  const Scratch<T> packed(kPacked, threads * packed_size);
+  const Scratch<uint32_t> candidates(kCandidates, call.select ? threads * candidate_words(call.outputs) : 0);
+  Transposed<T> transposed(call.rows, call.outputs, needs_weight ? call.k : 0, threads);
+  if (!packed || !candidates || !transposed) return Status::kNoMemory;
+
+  const Terms<T> by_row = {nullptr, call.k, call.indices, call.values}, by_output = transposed.terms();
+  const auto gather = [&](const Terms<T>& from) {
+    return [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width, T* out) {
+      kernels.gather_product(source, source_ld, from, begin, end, width, out, call.inputs);
+    };
+  };
+  run_team(threads, [&](Team team) {
+    T* own = packed.get() + team.id * packed_size;
+    if (call.select)
+      topk_rows_part(team, kernels, call.grad, call.rows, call.outputs, call.k, call.values, call.indices,
+                     candidates.get());
+    if (needs_weight) transposed.count(team, call.indices);
+    if (call.grad_bias != nullptr) bias_part(team, kernels, call);
+    team.wait();
+    if (needs_weight && team.id == 0) transposed.allot();
+    if (needs_input) weight.multiply(team, own, call.rows, call.grad_input, gather(by_row));
+    if (!needs_weight) return;
+    team.wait();
+    transposed.fill(team, call.values, call.indices);
+    team.wait();
+    x.multiply(team, own, call.outputs, call.grad_weight, gather(by_output));
   });
   return Status::kOk;
 }
 
 template <class T>
-Status rows_products(const TypedKernels<T>& kernels, const LinearBackward<T>& call) {
-  const int64_t work = call.rows * call.k * call.inputs;
-  if (call.grad_input != nullptr) {
-    const Terms<T> terms = {nullptr, call.k, call.indices, call.values};
-    const Status status =
-        by_panels(kernels, call.weight, nullptr, call.outputs, call.rows, call.inputs, call.grad_input, work,
-                  call.threads, [&](const T* panel, int64_t begin, int64_t end, int64_t width, T* out) {
-                    kernels.gather_product(panel, terms, begin, end, width, out, call.inputs);
-                  });
-    if (status != Status::kOk) return status;
-  }
-  if (call.grad_weight != nullptr) {
-    Transposed<T> transposed(call.rows, call.outputs, call.k, call.threads);
-    if (!transposed) return Status::kNoMemory;
-    transposed.fill(call.values, call.indices);
-    const Terms<T> terms = transposed.terms();
-    return by_panels(kernels, call.x, nullptr, call.rows, call.outputs, call.inputs, call.grad_weight, work,
-                     call.threads, [&](const T* panel, int64_t begin, int64_t end, int64_t width, T* out) {
-                       kernels.gather_product(panel, terms, begin, end, width, out, call.inputs);
-                     });
-  }
-  return Status::kOk;
-}
+Status columns_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads) {
+  const bool needs_input = call.grad_input != nullptr, needs_weight = call.grad_weight != nullptr;
+  const Packing<T> weight(kernels, {call.weight, call.indices, call.k, call.inputs}, true);
+  const Packing<T> x(kernels, {call.x, nullptr, call.rows, call.inputs}, true);
+  const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
+  const Scratch<T> packed(kPacked, threads * packed_size);
+  TopColumns<T> columns(call.select ? call.outputs : 0);
+  if (!packed || !columns) return Status::kNoMemory;
 
-// Moves the first k rows of out [outputs, width] to their places, and clears all others. From the last to the first, so
-// that no row is overwritten before it has moved: indices ascend, so a row's place is never before it.
-template <class T>
-void spread_rows(const int32_t* indices, int64_t k, int64_t outputs, int64_t width, T* out, int threads) {
-  share(threads, width, 64, [&](int, int64_t begin, int64_t end) {
-    const size_t bytes = static_cast<size_t>(end - begin) * sizeof(T);
-    int64_t next = outputs;
-    for (int64_t j = k - 1; j >= 0; --j) {
-      const int64_t place = indices[j];
-      for (int64_t o = place + 1; o < next; ++o) std::memset(out + o * width + begin, 0, bytes);
-      if (place != j) std::memcpy(out + place * width + begin, out + j * width + begin, bytes);
-      next = place;
+  run_team(threads, [&](Team team) {
+    T* own = packed.get() + team.id * packed_size;
+    if (call.select) {
+      columns.sum(team, kernels, call.grad, call.rows, call.grad_bias);
+      team.wait();
+      if (team.id == 0) columns.choose(call.k, call.indices);
+      team.wait();
+      columns.gather(team, call.grad, call.rows, call.k, call.indices, call.values);
+      team.wait();
+    } else if (call.grad_bias != nullptr) {
+      bias_part(team, kernels, call);
     }
-    for (int64_t o = 0; o < next; ++o) std::memset(out + o * width + begin, 0, bytes);
+    if (needs_input)
+      weight.multiply(team, own, call.rows, call.grad_input,
+                      [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width, T* out) {
+                        kernels.dense_product(source, source_ld, call.k, call.values, call.k, 1, begin, end, width, out,
+                                              call.inputs);
+                      });
+    if (!needs_weight) return;
+    x.multiply(team, own, call.k, call.grad_weight,
+               [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width, T* out) {
+                 kernels.dense_product(source, source_ld, call.rows, call.values, 1, call.k, begin, end, width, out,
+                                       call.inputs);
+               });
+    if (call.weight_rows_only) return;
+    team.wait();
+    spread_rows(team, call.indices, call.k, call.outputs, call.inputs, call.grad_weight);
   });
-}
-
-template <class T>
-Status columns_products(const TypedKernels<T>& kernels, const LinearBackward<T>& call) {
-  const int64_t work = call.rows * call.k * call.inputs;
-  if (call.grad_input != nullptr) {
-    const Status status =
-        by_panels(kernels, call.weight, call.indices, call.k, call.rows, call.inputs, call.grad_input, work,
-                  call.threads, [&](const T* panel, int64_t begin, int64_t end, int64_t width, T* out) {
-                    kernels.dense_product(panel, call.k, call.values, call.k, 1, begin, end, width, out, call.inputs);
-                  });
-    if (status != Status::kOk) return status;
-  }
-  if (call.grad_weight != nullptr) {
-    const Status status =
-        by_panels(kernels, call.x, nullptr, call.rows, call.k, call.inputs, call.grad_weight, work, call.threads,
-                  [&](const T* panel, int64_t begin, int64_t end, int64_t width, T* out) {
-                    kernels.dense_product(panel, call.rows, call.values, 1, call.k, begin, end, width, out, call.inputs);
-                  });
-    if (status != Status::kOk) return status;
-    if (!call.weight_rows_only)
-      spread_rows(call.indices, call.k, call.outputs, call.inputs, call.grad_weight, call.threads);
-  }
   return Status::kOk;
 }
 
@@ -304,13 +451,11 @@ template <class T>
 Status topk_rows(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, T* values,
                  int32_t* indices, int threads) {
   if (!valid_selection(grad, rows, outputs, k, threads)) return Status::kBadSize;
-  threads = team_size(threads, rows * outputs, kEntriesPerThread);
-  const int64_t words = 2 * (outputs + kScratchPad);
-  const Scratch<uint32_t> scratch(kCandidates, threads * words);
-  if (!scratch) return Status::kNoMemory;
-  share(threads, rows, 1, [&](int thread, int64_t begin, int64_t end) {
-    typed<T>(kernels).topk_rows(grad.data, grad.ld, begin, end, outputs, k, values, indices,
-                                scratch.get() + thread * words);
+  threads = team_size(threads, rows * outputs, 0);
+  const Scratch<uint32_t> candidates(kCandidates, threads * candidate_words(outputs));
+  if (!candidates) return Status::kNoMemory;
+  run_team(threads, [&](Team team) {
+    topk_rows_part(team, typed<T>(kernels), grad, rows, outputs, k, values, indices, candidates.get());
   });
   return Status::kOk;
 }
@@ -319,51 +464,41 @@ template <class T>
 Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, T* values,
                     int32_t* indices, int threads) {
   if (!valid_selection(grad, rows, outputs, k, threads)) return Status::kBadSize;
-  threads = team_size(threads, rows * outputs, kEntriesPerThread);
-  const Scratch<double> magnitudes(kMagnitudes, outputs);
-  const Scratch<Scored> scored(kScores, outputs);
-  if (!magnitudes || !scored) return Status::kNoMemory;
-  share(threads, outputs, 64, [&](int, int64_t begin, int64_t end) {
-    typed<T>(kernels).column_sums(grad.data, grad.ld, rows, begin, end, nullptr, magnitudes.get());
-  });
-  for (int32_t o = 0; o < outputs; ++o) scored.get()[o] = {order_key(magnitudes.get()[o]), o};
-  std::nth_element(scored.get(), scored.get() + k - 1, scored.get() + outputs);
-  for (int64_t j = 0; j < k; ++j) indices[j] = scored.get()[j].index;
-  std::sort(indices, indices + k);
-  share(threads, rows, 1, [&](int, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t j = 0; j < k; ++j) values[row * k + j] = grad.data[row * grad.ld + indices[j]];
+  TopColumns<T> columns(outputs);
+  if (!columns) return Status::kNoMemory;
+  run_team(team_size(threads, rows * outputs, 0), [&](Team team) {
+    columns.sum(team, typed<T>(kernels), grad, rows, nullptr);
+    team.wait();
+    if (team.id == 0) columns.choose(k, indices);
+    team.wait();
+    columns.gather(team, grad, rows, k, indices, values);
   });
   return Status::kOk;
 }
 
 template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
-  const int64_t index_rows = call.scope == Scope::kRows ? call.rows : 1;
   int64_t work = 0;
   if (!valid_selection(call.grad, call.rows, call.outputs, call.k, call.threads) ||
       !fits<T>(call.outputs, call.inputs, call.weight.ld) || !fits<T>(call.rows, call.inputs, call.x.ld) ||
       !fits<int64_t>(call.rows, call.k, 0) || __builtin_mul_overflow(call.rows * call.k, call.inputs, &work))
     return Status::kBadSize;
 
+  const int64_t index_rows = call.scope == Scope::kRows ? call.rows : 1;
   const bool keep_selection = call.indices != nullptr;
   const Scratch<T> values(kValues, keep_selection ? 0 : call.rows * call.k);
   const Scratch<int32_t> indices(kIndices, keep_selection ? 0 : index_rows * call.k);
   if (!values || !indices) return Status::kNoMemory;
   if (!keep_selection) call.values = values.get(), call.indices = indices.get();
-  if (call.select) {
-    const Status status = (call.scope == Scope::kRows ? topk_rows<T> : topk_columns<T>)(
-        kernels, call.grad, call.rows, call.outputs, call.k, call.values, call.indices, call.threads);
-    if (status != Status::kOk) return status;
-  } else if (!valid_indices(call.indices, index_rows, call.k, call.outputs)) {
-    return Status::kBadIndex;
-  }
-  if (call.grad_bias != nullptr)
-    share(team_size(call.threads, call.rows * call.outputs, kEntriesPerThread), call.outputs, 64,
-          [&](int, int64_t begin, int64_t end) {
-            typed<T>(kernels).column_sums(call.grad.data, call.grad.ld, call.rows, begin, end, call.grad_bias, nullptr);
-          });
-  return call.scope == Scope::kRows ? rows_products(typed<T>(kernels), call) : columns_products(typed<T>(kernels), call);
+  if (!call.select && !valid_indices(call.indices, index_rows, call.k, call.outputs)) return Status::kBadIndex;
+
+  if (call.inputs == 0) call.grad_input = call.grad_weight = nullptr;
+  const size_t row_bytes = static_cast<size_t>(call.inputs) * sizeof(T);
+  const int64_t weight_rows = call.weight_rows_only ? call.k : call.outputs;
+  if (call.grad_input != nullptr) prefer_large_pages(call.grad_input, static_cast<size_t>(call.rows) * row_bytes);
+  if (call.grad_weight != nullptr) prefer_large_pages(call.grad_weight, static_cast<size_t>(weight_rows) * row_bytes);
+  const int threads = team_size(call.threads, call.rows * call.outputs, work);
+  return (call.scope == Scope::kRows ? rows_backward<T> : columns_backward<T>)(typed<T>(kernels), call, threads);
 }
 
 #define MEPROP_INSTANTIATE(T)                                                                                       \

@@ -48,25 +48,26 @@ struct TypedKernels {
   void (*column_sums)(const T* grad, int64_t grad_ld, int64_t rows, int64_t column_begin, int64_t column_end, T* sums,
                       double* magnitudes);
 
-  // The width of a panel, in elements.
+  // How many columns the products compute at once, in elements.
   int panel_width;
 
-  // Copies `width` columns of the named rows of a source (of its first `count` rows, where rows is null) into the panel
-  // [count, panel_width], zero beyond `width`.
-  // requires: 1 <= width <= panel_width; the panel on a 64-byte boundary.
-  void (*pack_panel)(const T* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, T* panel);
+  // Copies `width` columns of the named rows of a source (of its first `count` rows, where rows is null) to `packed`
+  // [count, packed_ld], zero beyond `width`.
+  // requires: 1 <= width <= packed_ld, a multiple of panel_width.
+  void (*pack)(const T* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, T* packed,
+               int64_t packed_ld);
 
-  // out[r, :width] = sum over the terms of row r of coefficient * panel[term's row, :width], for r in [row_begin,
+  // out[r, :width] = sum over the terms of row r of coefficient * source[term's row, :width], for r in [row_begin,
   // row_end). Summed in float32 in the order of the terms, then rounded to T.
-  // requires: width as packed; the terms' rows within the panel.
-  void (*gather_product)(const T* panel, const Terms<T>& terms, int64_t row_begin, int64_t row_end, int64_t width,
-                         T* out, int64_t out_ld);
+  // requires: 1 <= width <= panel_width <= readable elements in each row of the source.
+  void (*gather_product)(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
+                         int64_t width, T* out, int64_t out_ld);
 
-  // out[r, :width] = sum over d < depth of coefficients[r * row_stride + d * depth_stride] * panel[d, :width], for r in
+  // out[r, :width] = sum over d < depth of coefficients[r * row_stride + d * depth_stride] * source[d, :width], for r in
   // [row_begin, row_end). Summed in float32 by ascending d, then rounded to T.
-  // requires: width as packed.
-  void (*dense_product)(const T* panel, int64_t depth, const T* coefficients, int64_t row_stride, int64_t depth_stride,
-                        int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld);
+  // requires: 1 <= width <= panel_width <= readable elements in each row of the source.
+  void (*dense_product)(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
+                        int64_t depth_stride, int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld);
 };
 
 struct Kernels {

@@ -15,4 +15,4 @@ constexpr int kPanelLines = 4;
 
 template <class T>
 constexpr TypedKernels<T> kTyped = {topk_rows<T>,  column_sums<T>,    kPanelWidth<T>,
-                                    pack_panel<T>, gather_product<T>, dense_product<T>};
+                                    pack<T>,       gather_product<T>, dense_product<T>};

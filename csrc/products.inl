@@ -1,9 +1,10 @@
 // Products with a selection, for any level. Included inside a level's namespace, after its vector type.
 //
 // Every product has the form out[r] = sum over terms of coefficient * source[row]: the input gradient gathers rows of
-// the weight, the weight gradient gathers rows of the input. Rows of a large matrix lie a page or more apart, where
-// they collide in the caches and in the address translation; so the source is copied, one panel of columns at a time,
-// into adjacent rows of kPanelLines lines each, and gathered from there. Sums run in the order of the terms, in
+// the weight, the weight gradient gathers rows of the input. A kernel computes one panel of columns, kPanelLines lines
+// wide, whose sums stay in registers. Rows of a large matrix lie a page or more apart, where they collide in the caches
+// and in the address translation; the drivers therefore copy a large source, some panels at a time, into adjacent rows
+// first (pack). Sums run in the order of the terms, in
 // float32, whoever computes them: the result does not depend on the number of threads.
 
 // A line of T: one vector of words. Lines of bfloat16 hold two entries a word, summed apart as floats.
@@ -87,21 +88,20 @@ struct PanelSums {
 };
 
 template <class T>
-void pack_panel(const T* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, T* panel) {
+void pack(const T* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, T* packed,
+          int64_t packed_ld) {
   constexpr int kAhead = 8;  // rows; the hardware does not prefetch across pages
-  for (int64_t i = 0; i < count; ++i) {
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; ++i, packed += packed_ld) {
     const T* from = source + (rows != nullptr ? rows[i] : i) * source_ld;
-    T* to = panel + i * kPanelWidth<T>;
     if (i + kAhead < count) {
       const T* next = source + (rows != nullptr ? rows[i + kAhead] : i + kAhead) * source_ld;
-      for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next + j);
+      for (int64_t j = 0; j < width; j += kCacheLine) __builtin_prefetch(next + j);
     }
-    if (width == kPanelWidth<T>) {
-      for (int j = 0; j < kPanelWidth<T>; j += Line<T>::kEntries) store_words(to + j, load_words(from + j));
-    } else {
-      __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(T));
-      __builtin_memset(to + width, 0, static_cast<size_t>(kPanelWidth<T> - width) * sizeof(T));
-    }
+    int64_t j = 0;
+    for (; j + Line<T>::kEntries <= width; j += Line<T>::kEntries) store_words(packed + j, load_words(from + j));
+    __builtin_memcpy(packed + j, from + j, static_cast<size_t>(width - j) * sizeof(T));
+    __builtin_memset(packed + width, 0, static_cast<size_t>(packed_ld - width) * sizeof(T));
   }
 }
 
@@ -111,25 +111,25 @@ inline int64_t first_term(const Terms<T>& terms, int64_t row) {
 }
 
 template <class T>
-void gather_product(const T* panel, const Terms<T>& terms, int64_t row_begin, int64_t row_end, int64_t width, T* out,
-                    int64_t out_ld) {
+void gather_product(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
+                    int64_t width, T* out, int64_t out_ld) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t end = first_term(terms, row + 1);
     PanelSums<T> sums;
     for (int64_t i = first_term(terms, row); i < end; ++i)
-      sums.add_product(to_float(terms.coefficients[i]), panel + terms.rows[i] * int64_t{kPanelWidth<T>});
+      sums.add_product(to_float(terms.coefficients[i]), source + terms.rows[i] * source_ld);
     sums.store(out + row * out_ld, width);
   }
 }
 
 // `Rows` output rows at once, so that each line of the panel is loaded once for all of them.
 template <class T, int Rows>
-inline void dense_rows(const T* panel, int64_t depth, const T* coefficients, int64_t row_stride, int64_t depth_stride,
-                       int64_t width, T* out, int64_t out_ld) {
+inline void dense_rows(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
+                       int64_t depth_stride, int64_t width, T* out, int64_t out_ld) {
   PanelSums<T> sums[Rows];
-  for (int64_t d = 0; d < depth; ++d, panel += kPanelWidth<T>, coefficients += depth_stride) {
+  for (int64_t d = 0; d < depth; ++d, source += source_ld, coefficients += depth_stride) {
     typename Line<T>::Entries entries[kPanelLines];
-    for (int i = 0; i < kPanelLines; ++i) entries[i] = Line<T>::load(panel + i * Line<T>::kEntries);
+    for (int i = 0; i < kPanelLines; ++i) entries[i] = Line<T>::load(source + i * Line<T>::kEntries);
     for (int r = 0; r < Rows; ++r) {
       const F32 factor = broadcast(to_float(coefficients[r * row_stride]));
       for (int i = 0; i < kPanelLines; ++i) sums[r].lines[i].add_product(factor, entries[i]);
@@ -139,21 +139,21 @@ inline void dense_rows(const T* panel, int64_t depth, const T* coefficients, int
 }
 
 template <class T, int Rows>
-inline void dense_rest(int64_t rows, const T* panel, int64_t depth, const T* coefficients, int64_t row_stride,
-                       int64_t depth_stride, int64_t width, T* out, int64_t out_ld) {
+inline void dense_rest(int64_t rows, const T* source, int64_t source_ld, int64_t depth, const T* coefficients,
+                       int64_t row_stride, int64_t depth_stride, int64_t width, T* out, int64_t out_ld) {
   if (rows == Rows)
-    dense_rows<T, Rows>(panel, depth, coefficients, row_stride, depth_stride, width, out, out_ld);
+    dense_rows<T, Rows>(source, source_ld, depth, coefficients, row_stride, depth_stride, width, out, out_ld);
   else if constexpr (Rows > 1)
-    dense_rest<T, Rows - 1>(rows, panel, depth, coefficients, row_stride, depth_stride, width, out, out_ld);
+    dense_rest<T, Rows - 1>(rows, source, source_ld, depth, coefficients, row_stride, depth_stride, width, out, out_ld);
 }
 
 template <class T>
-void dense_product(const T* panel, int64_t depth, const T* coefficients, int64_t row_stride, int64_t depth_stride,
-                   int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld) {
+void dense_product(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
+                   int64_t depth_stride, int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld) {
   constexpr int kRows = kSumRegisters / (kPanelLines * Line<T>::kSums);
   for (int64_t row = row_begin; row < row_end; row += kRows) {
     const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
-    dense_rest<T, kRows>(rows, panel, depth, coefficients + row * row_stride, row_stride, depth_stride, width,
+    dense_rest<T, kRows>(rows, source, source_ld, depth, coefficients + row * row_stride, row_stride, depth_stride, width,
                          out + row * out_ld, out_ld);
   }
 }

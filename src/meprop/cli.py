@@ -1,4 +1,4 @@
-"""The command line: `meprop train`, `compare`, `data` and `doctor`.
+"""The command line: `meprop train`, `compare`, `data`, `bench` and `doctor`.
 
 Each command is a frozen dataclass: its fields are the options, their docstrings the help, its `run` what it does.
 """
@@ -34,10 +34,10 @@ class _TaskEntry(NamedTuple):
     config: type[Any]
     build: Callable[[Any], Task]
     """Reads the data."""
-    find_data: Callable[[Path | None], Path | None]
+    locate: Callable[[Path | None], Path | None]
     """From --data-dir to the folder of the data, None if they are not here yet; downloads nothing."""
-    describe_data: Callable[[Any], str]
-    """One line about the data, downloaded if needed."""
+    load: Callable[[Any], object]
+    """Reads the data, downloaded if needed; str() of them is a line about them."""
     training: TrainingConfig
     """Defaults of the shared settings."""
 
@@ -48,34 +48,13 @@ def _tasks() -> dict[str, _TaskEntry]:
 
     return {
         "mnist": _TaskEntry(
-            mnist.MnistConfig, mnist.MnistTask, _find_mnist, _describe_mnist, TrainingConfig(epochs=5, k=20)
+            mnist.MnistConfig, mnist.MnistTask, mnist.locate, mnist.load, TrainingConfig(epochs=10, k=20)
         ),
     }
 
 
 def _entry(config: object) -> _TaskEntry:
     return next(entry for entry in _tasks().values() if entry.config is type(config))
-
-
-def _find_mnist(data_dir: Path | None) -> Path | None:
-    from meprop.tasks import files, mnist
-
-    def missing(folder: Path) -> list[str]:
-        return [name for name in mnist.FILES if not any(folder.glob(name.replace("-idx", "?idx") + "*"))]
-
-    folder = files.find_folder("mnist", data_dir, missing, fill=lambda folder: None)
-    return None if missing(folder) else folder
-
-
-def _describe_mnist(config: Any) -> str:
-    from meprop.tasks import mnist
-
-    data = mnist.load(config)
-    height, width = data.image_shape
-    return (
-        f"{len(data.train_images)} training, {len(data.dev_images)} development, {len(data.test_images)} test images "
-        f"of {height} x {width} pixels in {data.num_classes} classes"
-    )
 
 
 # ---------------------------------------------------------------- commands
@@ -124,7 +103,7 @@ class Train(Generic[TaskConfig]):
             tracking.claim_folder(self.out, overwrite=self.overwrite)
             if self.resume:
                 _note(f"{path} does not exist: starting from the beginning")
-        if trainer.report is not None:
+        if trainer.rule is not None:
             print(trainer.report)
 
         saver = _CheckpointSaver(trainer, path, settings, self.checkpoint_every)
@@ -163,6 +142,8 @@ class Compare(Generic[TaskConfig]):
             if not runs:
                 print(pair[1].report)
             runs += _train(pair, self.out, tensorboard=self.tensorboard)
+            if self.training.when == "auto":
+                print(pair[1].report)  # now with what was decided
         _finish(self, task, self.out, runs)
 
 
@@ -175,8 +156,8 @@ class Data(Generic[TaskConfig]):
     def run(self) -> None:
         """Read the data, and print what and where they are."""
         entry = _entry(self.task)
-        print(entry.describe_data(self.task))
-        print(f"in {entry.find_data(getattr(self.task, 'data_dir', None))}")
+        print(entry.load(self.task))
+        print(f"in {entry.locate(getattr(self.task, 'data_dir', None))}")
 
 
 @dataclass(frozen=True)
@@ -196,7 +177,57 @@ class Doctor:
         print(f"commit: {tracking.commit() or 'unknown (not a source checkout)'}")
         print("data")
         for name, entry in _tasks().items():
-            print(f"  {name}: {entry.find_data(None) or f'not here yet; get them with: meprop data {name}'}")
+            print(f"  {name}: {entry.locate(None) or f'not here yet; get them with: meprop data {name}'}")
+
+
+@dataclass(frozen=True)
+class BenchLinear:
+    """Time the backward pass of a linear layer, sparse against dense, over shapes and densities."""
+
+    out: Path = Path("runs/bench-linear")
+    """Folder for result.json and curves.png."""
+    cases: tuple[str, ...] = ("*",)
+    """Patterns of the grid's cases, such as 'batch-*', or names of others, such as example-fp32-64x512x512-k20."""
+    seconds: float = 3.0
+    """To spend on the timing of each case; a slow one takes longer, for 9 rounds."""
+    threads: int = 0
+    """Threads of dense and sparse alike; 0 for torch's own choice."""
+    page: Path | None = None
+    """Replace the section of this Markdown file by the results, and the figure beside it."""
+    overwrite: bool = False
+    """Replace an earlier experiment in --out."""
+
+    def run(self) -> None:
+        """Check and time the cases, and write and show the result."""
+        import torch
+
+        from meprop.bench import linear
+        from meprop.reporting import bench_linear as report
+
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds must be a positive number, got {self.seconds}")
+        if self.threads < 0:
+            raise ValueError(f"--threads must be 0 or more, got {self.threads}")
+        cases = linear.choose_cases(self.cases)
+        if self.page is not None:
+            report.check_page(self.page)
+        tracking.claim_folder(self.out, overwrite=self.overwrite)
+
+        def show(result: linear.CaseResult) -> None:
+            ratio = "WRONG" if result.wrong is not None else f"{result.ratios['dense'].p20:.2f}x"
+            _note(f"{result.name}: {ratio}")
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads or threads)
+        try:
+            bench = linear.run(cases, self.seconds, tracking.plain(self), show)
+        finally:
+            torch.set_num_threads(threads)
+        path = report.write(bench, self.out, self.page)
+        print(report.table(bench.cases))
+        print(f"\n{report.LEGEND}\nwritten: {path}")
+        if bench.wrong:
+            raise MepropError(f"differs from the oracle, and was not timed: {', '.join(bench.wrong)}")
 
 
 # ---------------------------------------------------------------- what train and compare share
@@ -295,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: list[str]) -> Train[Any] | Compare[Any] | Data[Any] | Doctor:
+def _parse(argv: list[str]) -> Train[Any] | Compare[Any] | Data[Any] | BenchLinear | Doctor:
     """Return the command that the arguments ask for.
 
     Raises:
@@ -323,10 +354,15 @@ def _parse(argv: list[str]) -> Train[Any] | Compare[Any] | Data[Any] | Doctor:
     def data(name: str, entry: _TaskEntry) -> Any:
         return Data(entry.config())
 
+    # a union even while there is one benchmark
+    bench: Any = Union[  # noqa: UP007
+        Annotated[BenchLinear, subcommand("linear")], Annotated[None, tyro.conf.Suppress]
+    ]
     commands: Any = Union[  # noqa: UP007 - `|` takes no Any
         with_tasks(Train, train),
         with_tasks(Compare, compare),
         with_tasks(Data, data),
+        Annotated[Any, subcommand("bench", description="Measure speed.", constructor_factory=lambda: bench)],
         Annotated[Doctor, subcommand("doctor")],
     ]
     messages = io.StringIO()

@@ -72,35 +72,49 @@ def topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _topk(_COLUMNS, grad, k, (k,))
 
 
+def _topk(scope: int, grad: Tensor, k: int, indices_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    assert _extension is not None
+    grad = _readable(grad, grad.dtype)
+    rows, width = grad.shape
+    values = torch.empty((rows, k), dtype=grad.dtype)
+    indices = torch.empty(indices_shape, dtype=torch.int32)
+    _extension.topk(
+        _DTYPE_CODES[grad.dtype],
+        scope,
+        grad.data_ptr(),
+        grad.stride(0),
+        rows,
+        width,
+        k,
+        values.data_ptr(),
+        indices.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values, indices
+
+
 def grad_input(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """As `reference.grad_input`."""
-    result, _ = linear_backward(values, indices, weight.shape[0], weight, None)
+    scope = _ROWS if indices.dim() == 2 else _COLUMNS
+    selection = values.contiguous(), indices.contiguous()
+    result, _, _ = _backward(scope, None, *values.shape, weight.shape[0], selection, weight, None)
     assert result is not None
     return result
 
 
 def grad_weight(values: Tensor, indices: Tensor, x: Tensor, width: int) -> Tensor:
     """As `reference.grad_weight`."""
-    _, result = linear_backward(values, indices, width, None, x)
+    scope = _ROWS if indices.dim() == 2 else _COLUMNS
+    selection = values.contiguous(), indices.contiguous()
+    _, result, _ = _backward(scope, None, *values.shape, width, selection, None, x)
     assert result is not None
     return result
 
 
 def grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
     """As `reference.grad_weight_rows`."""
-    indices = torch.arange(values.shape[1], dtype=torch.int32)
-    return grad_weight(values, indices, x, values.shape[1])
-
-
-def linear_backward(
-    values: Tensor, indices: Tensor, width: int, weight: Tensor | None, x: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input (if `weight` is given) and weight (if `x` is) of a selection, in one call."""
-    values, indices = values.contiguous(), indices.contiguous()
-    scope = _ROWS if indices.dim() == 2 else _COLUMNS
-    shape = (values.shape[0], width, values.shape[1])
-    result = _backward(scope, None, shape, values, indices, weight, x, needs_bias=False, rows_only=False)
-    return result[:2]
+    k = values.shape[1]
+    return grad_weight(values, torch.arange(k, dtype=torch.int32), x, k)
 
 
 def topk_linear_backward(
@@ -121,85 +135,69 @@ def topk_linear_backward(
         The gradients of input [N, I], weight [O, I] (or [k, I]) and bias [O], or None each, and, with `rows_only`, the
         indices [k] of the rows.
     """
-    if grad.stride(1) != 1:
-        grad = grad.contiguous()
+    grad = _readable(grad, grad.dtype)
     rows, width = grad.shape
-    values = indices = None
-    if rows_only:
-        values, indices = grad.new_empty(rows, k), torch.empty(k, dtype=torch.int32)
     code = _ROWS if scope == "example" else _COLUMNS
-    return (*_backward(code, grad, (rows, width, k), values, indices, weight, x, needs_bias, rows_only), indices)
-
-
-def _topk(scope: int, grad: Tensor, k: int, indices_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    assert _extension is not None
-    if grad.stride(1) != 1:
-        grad = grad.contiguous()
-    rows, width = grad.shape
-    values, indices = grad.new_empty(rows, k), torch.empty(indices_shape, dtype=torch.int32)
-    _extension.topk(
-        _DTYPE_CODES[grad.dtype],
-        scope,
-        grad.data_ptr(),
-        grad.stride(0),
-        rows,
-        width,
-        k,
-        values.data_ptr(),
-        indices.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return values, indices
+    if not rows_only:
+        return (*_backward(code, grad, rows, k, width, None, weight, x, needs_bias), None)
+    selection = torch.empty((rows, k), dtype=grad.dtype), torch.empty(k, dtype=torch.int32)
+    return (*_backward(code, grad, rows, k, width, selection, weight, x, needs_bias, rows_only), selection[1])
 
 
 def _backward(
     scope: int,
     grad: Tensor | None,
-    shape: tuple[int, int, int],
-    values: Tensor | None,
-    indices: Tensor | None,
+    rows: int,
+    k: int,
+    width: int,
+    selection: tuple[Tensor, Tensor] | None,
     weight: Tensor | None,
     x: Tensor | None,
-    needs_bias: bool,
-    rows_only: bool,
+    needs_bias: bool = False,
+    rows_only: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One native call. It makes the selection from `grad`, or, where that is None, takes `selection` as given."""
     assert _extension is not None
-    rows, width, k = shape
-    like = next(tensor for tensor in (grad, values) if tensor is not None)
-    inputs = next((tensor.shape[1] for tensor in (weight, x) if tensor is not None), 0)
-    weight, x = _readable(weight, like), _readable(x, like)
-    grad_input = None if weight is None else like.new_empty(rows, inputs)
-    grad_weight = None if x is None else like.new_empty(k if rows_only else width, inputs)
-    grad_bias = like.new_empty(width) if needs_bias else None
+    tensor = selection[0] if grad is None and selection is not None else grad
+    assert tensor is not None
+    dtype = tensor.dtype
+    inputs = 0
+    grad_input = grad_weight = grad_bias = None
+    if weight is not None:
+        weight, inputs = _readable(weight, dtype), weight.shape[1]
+        grad_input = torch.empty((rows, inputs), dtype=dtype)
+    if x is not None:
+        x, inputs = _readable(x, dtype), x.shape[1]
+        grad_weight = torch.empty((k if rows_only else width, inputs), dtype=dtype)
+    if needs_bias:
+        grad_bias = torch.empty(width, dtype=dtype)
     _extension.linear_backward(
-        _DTYPE_CODES[like.dtype],
+        _DTYPE_CODES[dtype],
         scope,
-        *_address(grad),
+        0 if grad is None else grad.data_ptr(),
+        0 if grad is None else grad.stride(0),
         rows,
         width,
         k,
-        _address(values)[0],
-        _address(indices)[0],
+        0 if selection is None else selection[0].data_ptr(),
+        0 if selection is None else selection[1].data_ptr(),
         torch.get_num_threads(),
         inputs,
-        *_address(weight),
-        *_address(x),
-        _address(grad_input)[0],
-        _address(grad_weight)[0],
-        _address(grad_bias)[0],
+        0 if weight is None else weight.data_ptr(),
+        0 if weight is None else weight.stride(0),
+        0 if x is None else x.data_ptr(),
+        0 if x is None else x.stride(0),
+        0 if grad_input is None else grad_input.data_ptr(),
+        0 if grad_weight is None else grad_weight.data_ptr(),
+        0 if grad_bias is None else grad_bias.data_ptr(),
         grad is not None,
         rows_only,
     )
     return grad_input, grad_weight, grad_bias
 
 
-def _readable(matrix: Tensor | None, like: Tensor) -> Tensor | None:
-    """The matrix in the dtype of `like`, its rows' elements adjacent."""
-    if matrix is None or (matrix.dtype == like.dtype and matrix.stride(1) == 1):
+def _readable(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix in this dtype, its rows' elements adjacent."""
+    if matrix.dtype == dtype and matrix.stride(1) == 1:
         return matrix
-    return matrix.to(like.dtype).contiguous()
-
-
-def _address(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and leading dimension; 0 for a tensor that is not wanted."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+    return matrix.to(dtype).contiguous()

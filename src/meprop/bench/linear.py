@@ -1,0 +1,438 @@
+"""The backward pass of one linear layer, sparse against dense, over shapes and densities.
+
+A case is checked against the oracle first; one that is wrong is not timed. Timed is autograd's backward pass alone, for
+the gradients of input, weight and bias, selection and autograd's own cost included, on random normal data; the graph is
+made once, outside the timing, and kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import meprop
+from meprop import functional, machine
+from meprop.bench.measure import Disturbance, DisturbanceMeter, Times, interleaved
+from meprop.bench.roofline import Limits, Roofline, Work, measure_limits, roofline
+from meprop.errors import NoEffectWarning
+from meprop.ops import reference
+from meprop.selection import ColumnSelection, RowSelection, Selection
+from meprop.training import tracking
+
+Kind = Literal["example", "batch", "topk"]
+Dtype = Literal["fp32", "bf16"]
+
+_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
+_NAME = re.compile(r"(example|batch|topk)-(fp32|bf16)-(\d+)x(?:(\d+)x)?(\d+)-k(\d+)")
+_CHECKED_COLUMNS = 64  # of each product, all its rows: enough to meet every panel of it by chance, and quick
+_REPEATS = 4
+
+
+# ---------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        kind: The backward pass with a selection in each "example" or for the whole "batch", or the row "topk" alone.
+        dtype: Of all tensors.
+        rows: N.
+        inputs: I; 0 for "topk".
+        outputs: O.
+        k: How many of the O are kept.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+
+    kind: Kind
+    dtype: Dtype
+    rows: int
+    inputs: int
+    outputs: int
+    k: int
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.outputs) < 1 or not 1 <= self.k <= self.outputs:
+            raise ValueError(f"case {self.name}: sizes must be at least 1, and k at most {self.outputs}")
+        if (self.inputs > 0) != (self.kind != "topk"):
+            raise ValueError(f"case {self.name}: example and batch are N x I x O, topk is N x O")
+
+    @classmethod
+    def parse(cls, name: str) -> Case | None:
+        """Return the case of this name, such as example-fp32-64x512x512-k20; None if it is no such name."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        kind, dtype, rows, inputs, outputs, k = match.groups()
+        return cls(kind, dtype, int(rows), int(inputs or 0), int(outputs), int(k))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def name(self) -> str:
+        """Kind, dtype, sizes and k, as `parse` takes them."""
+        return f"{self.kind}-{self.dtype}-{self.shape.replace(' ', '')}-k{self.k}"
+
+    @property
+    def shape(self) -> str:
+        """N x I x O, or N x O."""
+        return " x ".join(str(size) for size in (self.rows, self.inputs, self.outputs) if size)
+
+    @property
+    def density(self) -> float:
+        """The share of the output gradient that is kept, k / O."""
+        return self.k / self.outputs
+
+    @property
+    def rule(self) -> meprop.TopK:
+        """What selects."""
+        return meprop.TopK(self.k, scope="batch" if self.kind == "batch" else "example")
+
+
+def default_cases() -> list[Case]:
+    """Return the whole grid: shapes at 4%, small layers at k=20, densities at one shape, and the selection alone."""
+
+    def case(kind: Kind, dtype: Dtype, shape: tuple[int, int, int], density: float) -> Case:
+        return Case(kind, dtype, *shape, k=max(1, round(density * shape[2])))
+
+    usual = (512, 2048, 2048)
+    shapes = (usual, (1024, 4096, 4096), (2048, 768, 3072), (2048, 3072, 768))
+    kinds: tuple[Kind, ...] = ("example", "batch")
+    densities = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+    cases = [case("example", "fp32", shape, 0.04) for shape in shapes]
+    cases += [Case("example", "fp32", 64, 512, 512, k=20), Case("example", "fp32", 32, 784, 500, k=20)]
+    cases += [case(kind, dtype, usual, density) for kind in kinds for dtype in _DTYPES for density in densities]
+    cases += [Case("topk", "fp32", n, 0, o, k) for n, o, k in ((512, 2048, 82), (64, 500, 20), (4096, 3072, 123))]
+    return list(dict.fromkeys(cases))
+
+
+def choose_cases(patterns: Sequence[str]) -> list[Case]:
+    """Return the cases of the grid whose names match a pattern (`*` and `?`), and those beyond it that are named.
+
+    Raises:
+        ValueError: A pattern matches nothing and names nothing.
+    """
+    grid, chosen = default_cases(), list[Case]()
+    for pattern in patterns:
+        case = Case.parse(pattern)
+        found = [case] if case else [case for case in grid if fnmatchcase(case.name, pattern)]
+        if not found:
+            raise ValueError(
+                f"--cases {pattern}: no such case; a case is named like {grid[0].name}, batch-bf16-64x512x512-k20 or "
+                "topk-fp32-64x500-k20, in any size"
+            )
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Dense time / sparse time: above 1, sparse is faster. Of the 20th percentiles and of the medians."""
+
+    p20: float
+    p50: float
+
+    @classmethod
+    def of(cls, dense: Times, sparse: Times) -> Ratio:
+        """Return the ratio of two sides."""
+        return cls(dense.p20 / sparse.p20, dense.p50 / sparse.p50)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What was found for one case.
+
+    Attributes:
+        name: The case's.
+        case: The case.
+        wrong: How it differs from the oracle; None if it does not. A wrong case has nothing but this.
+        times: By side: "dense_fp32", "dense_bf16", "sparse"; of "batch", whose "sparse" has a row-sparse weight
+            gradient, "sparse_dense_form"; "converted". Of "topk": "torch" (`torch.topk(g.abs(), k)`) and "sparse".
+        ratios: By name: "dense" (the baseline of the case's own dtype against "sparse"), "other_dtype" (the baseline of
+            the other one), and of that first baseline "dense_form" and "converted".
+        roofline: The floor under "sparse".
+        share: Of the bound that "sparse" reaches: floor / 20th percentile.
+        converted: What the layer decided that `meprop.convert` has converted.
+        disturbance: By others, while it was timed; None if unknown.
+    """
+
+    name: str
+    case: Case
+    wrong: str | None = None
+    times: dict[str, Times] = field(default_factory=dict[str, Times])
+    ratios: dict[str, Ratio] = field(default_factory=dict[str, Ratio])
+    roofline: Roofline | None = None
+    share: float | None = None
+    converted: str | None = None
+    disturbance: Disturbance | None = None
+
+
+@dataclass(frozen=True)
+class LinearBench:
+    """The content of result.json."""
+
+    task: str
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    backends: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    disturbance: Disturbance | None
+    """By others, during the whole run; None if unknown."""
+    limits: Limits
+    """What the machine reached in this run."""
+    cases: list[CaseResult]
+
+    @property
+    def wrong(self) -> list[str]:
+        """Return the names of the cases that differ from the oracle."""
+        return [result.name for result in self.cases if result.wrong is not None]
+
+
+def run(
+    cases: Sequence[Case],
+    seconds: float,
+    config: dict[str, Any],
+    after_case: Callable[[CaseResult], None] = lambda result: None,
+) -> LinearBench:
+    """Check and time the cases.
+
+    Args:
+        cases: What to time.
+        seconds: To spend on each case's timing; slow ones take longer, for 9 rounds.
+        config: Kept in the record.
+        after_case: Called with each result.
+    """
+    meter = DisturbanceMeter()
+    results: list[CaseResult] = []
+    with _fresh_decisions():
+        limits = measure_limits()
+        for case in cases:
+            results.append(run_case(case, seconds, limits))
+            after_case(results[-1])
+    return LinearBench(
+        "bench-linear",
+        config,
+        machine.describe(),
+        meprop.backend_info(),
+        tracking.versions(),
+        tracking.commit(),
+        meter.read(),
+        limits,
+        results,
+    )
+
+
+@contextmanager
+def _fresh_decisions() -> Generator[None]:
+    """Lets converted layers decide by today's kernels, not by what an earlier build left in the cache folder."""
+    before = os.environ.get("MEPROP_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MEPROP_CACHE"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["MEPROP_CACHE"]
+            else:
+                os.environ["MEPROP_CACHE"] = before
+
+
+def run_case(case: Case, seconds: float, limits: Limits) -> CaseResult:
+    """Check one case, then time it."""
+    return _run_topk(case, seconds, limits) if case.kind == "topk" else _run_backward(case, seconds, limits)
+
+
+# ---------------------------------------------------------------- the selection alone
+
+
+def _run_topk(case: Case, seconds: float, limits: Limits) -> CaseResult:
+    grad = _normal(0, case.dtype, case.rows, case.outputs)
+    wrong = _selection_differs(case, grad, _oracle(case, grad))
+    if wrong is not None:
+        return CaseResult(case.name, case, wrong)
+    sides = {"torch": lambda: torch.topk(grad.abs(), case.k), "sparse": lambda: case.rule.select(grad)}
+    meter = DisturbanceMeter()
+    times = interleaved(sides, seconds)
+    size = _BYTES[case.dtype]
+    work = Work(0, 0, case.rows * (case.outputs * size + case.k * (size + 4)))  # indices are int32
+    bound = roofline(work, case.dtype, limits)
+    ratios = {"dense": Ratio.of(times["torch"], times["sparse"])}
+    share = bound.floor / times["sparse"].p20
+    return CaseResult(case.name, case, None, times, ratios, bound, share, disturbance=meter.read())
+
+
+# ---------------------------------------------------------------- the backward pass
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A linear layer's tensors: x [N, I], weight [O, I] and bias [O], which need gradients, and grad_output [N, O]."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    grad_output: Tensor
+
+    @classmethod
+    def random(cls, case: Case, dtype: Dtype) -> _Problem:
+        sizes = ((case.rows, case.inputs), (case.outputs, case.inputs), (case.outputs,))
+        x, weight, bias = (_normal(seed, dtype, *size).requires_grad_() for seed, size in enumerate(sizes, start=1))
+        return cls(x, weight, bias, _normal(0, dtype, case.rows, case.outputs))
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.x, self.weight, self.bias
+
+
+Backward = Callable[[], tuple[Tensor, ...]]
+
+
+def _backward(forward: Callable[[Tensor], Tensor], problem: _Problem, leaves: tuple[Tensor, ...]) -> Backward:
+    """The backward pass of a graph that is made now."""
+    y = forward(problem.x)
+    return lambda: torch.autograd.grad(y, leaves, problem.grad_output, retain_graph=True)
+
+
+def _dense(problem: _Problem) -> Backward:
+    return _backward(lambda x: F.linear(x, problem.weight, problem.bias), problem, problem.leaves)
+
+
+def _sparse(problem: _Problem, rule: meprop.TopK, *, sparse_grad: bool) -> Backward:
+    def forward(x: Tensor) -> Tensor:
+        return functional.linear(x, problem.weight, problem.bias, rule=rule, sparse_grad=sparse_grad)
+
+    return _backward(forward, problem, problem.leaves)
+
+
+def _converted(problem: _Problem, rule: meprop.TopK) -> tuple[Backward, str]:
+    """The backward pass of a layer after plain `meprop.convert`, once it has decided, and what it decided."""
+    layer = torch.nn.Linear(problem.x.shape[1], problem.weight.shape[0], device="meta")
+    layer.weight, layer.bias = torch.nn.Parameter(problem.weight.detach()), torch.nn.Parameter(problem.bias.detach())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)  # a narrow layer stays dense: that is what is measured then
+        meprop.convert(layer, rule)
+    leaves = (problem.x, layer.weight, layer.bias)
+    _backward(layer, problem, leaves)()  # decides
+    report = meprop.report(layer).layers[0]
+    return _backward(layer, problem, leaves), f"{report.status}: {report.reason}"
+
+
+def _run_backward(case: Case, seconds: float, limits: Limits) -> CaseResult:
+    problems = {dtype: _Problem.random(case, dtype) for dtype in _DTYPES}
+    own, other = problems[case.dtype], "bf16" if case.dtype == "fp32" else "fp32"
+    sides = {"sparse": _sparse(own, case.rule, sparse_grad=case.kind == "batch")}
+    if case.kind == "batch":
+        sides["sparse_dense_form"] = _sparse(own, case.rule, sparse_grad=False)
+    oracle = _oracle(case, own.grad_output)
+    wrong = _selection_differs(case, own.grad_output, oracle)
+    for name, side in sides.items():
+        gradients = side()
+        wrong = wrong or _gradients_differ(name, gradients, own, oracle.to_dense()) or _varies(name, side, gradients)
+    if wrong is not None:
+        return CaseResult(case.name, case, wrong)
+
+    sides |= {f"dense_{dtype}": _dense(problem) for dtype, problem in problems.items()}
+    sides["converted"], converted = _converted(own, case.rule)
+    meter = DisturbanceMeter()
+    times = interleaved(sides, seconds)
+    dense = times[f"dense_{case.dtype}"]
+    ratios = {
+        "dense": Ratio.of(dense, times["sparse"]),
+        "other_dtype": Ratio.of(times[f"dense_{other}"], times["sparse"]),
+        "converted": Ratio.of(dense, times["converted"]),
+    }
+    if "sparse_dense_form" in times:
+        ratios["dense_form"] = Ratio.of(dense, times["sparse_dense_form"])
+    bound = roofline(_backward_work(case, oracle), case.dtype, limits)
+    share = bound.floor / times["sparse"].p20
+    return CaseResult(case.name, case, None, times, ratios, bound, share, converted, meter.read())
+
+
+def _backward_work(case: Case, selection: Selection) -> Work:
+    """Counts both products; of the memory, each operand that is needed and each result once."""
+    size = _BYTES[case.dtype]
+    multiply_adds = 2 * case.rows * case.k * case.inputs
+    weight_rows = int(selection.indices.unique().numel())  # read for the input's gradient
+    grad_weight_rows = case.k if case.kind == "batch" else case.outputs
+    entries = case.rows * case.outputs + case.outputs  # grad_output and the bias's gradient
+    entries += (2 * case.rows + weight_rows + grad_weight_rows) * case.inputs  # input and its gradient; the weight's
+    # Each example gathers other rows, a line per vector of multiply-adds; a batch's panel is reused from registers.
+    gathered = multiply_adds * size if case.kind == "example" else 0
+    return Work(multiply_adds, gathered, entries * size)
+
+
+# ---------------------------------------------------------------- against the oracle
+
+
+def _oracle(case: Case, grad_NO: Tensor) -> Selection:
+    if case.kind == "batch":
+        return ColumnSelection(*reference.topk_columns(grad_NO, case.k), case.outputs)
+    return RowSelection(*reference.topk_rows(grad_NO, case.k), case.outputs)
+
+
+def _selection_differs(case: Case, grad_NO: Tensor, oracle: Selection) -> str | None:
+    selection = case.rule.select(grad_NO)
+    if not torch.equal(selection.indices, oracle.indices):
+        return "the selection's indices differ from the oracle's"
+    if not torch.equal(selection.values, oracle.values):
+        return "the selection's values differ from the oracle's"
+    return None
+
+
+def _gradients_differ(side: str, gradients: tuple[Tensor, ...], problem: _Problem, selected_NO: Tensor) -> str | None:
+    """Compares with the exact products of what the oracle selected, on columns that are drawn at random."""
+    x, weight = problem.x.detach(), problem.weight.detach()
+    columns = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:_CHECKED_COLUMNS]
+    ones = torch.ones(1, x.shape[0])
+    grad_x, grad_weight, grad_bias = gradients
+    comparisons = {
+        "input": (grad_x, selected_NO, weight[:, columns]),
+        "weight": (grad_weight.to_dense(), selected_NO.t(), x[:, columns]),
+    }
+    for name, (gradient, left, right) in comparisons.items():
+        if not gradient.isfinite().all() or not _within_bound(gradient[:, columns], left, right):
+            return f"{side}: the gradient of the {name} differs from the oracle's"
+    if not _within_bound(grad_bias[None], ones, problem.grad_output):
+        return f"{side}: the gradient of the bias differs from the oracle's"
+    return None
+
+
+def _varies(name: str, side: Backward, gradients: tuple[Tensor, ...]) -> str | None:
+    """The same inputs give the same bits: if not, threads are in each other's way, which a single check may miss."""
+    for _ in range(_REPEATS):
+        if not all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(gradients, side(), strict=True)):
+            return f"{name}: the same pass gave other gradients when repeated"
+    return None
+
+
+def _within_bound(result: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Whether result can be left @ right, summed in float32 in any order and rounded to its dtype.
+
+    A sum of m terms errs by at most m float32 roundings of the sum of their magnitudes; then comes one of the dtype.
+    """
+    left, right = left.double(), right.double()
+    exact = left @ right
+    terms = (left != 0).sum(dim=1, keepdim=True) + 1
+    bound = terms * torch.finfo(torch.float32).eps * (left.abs() @ right.abs())
+    return bool(((result.double() - exact).abs() <= bound + torch.finfo(result.dtype).eps * exact.abs()).all())
+
+
+def _normal(seed: int, dtype: Dtype, *size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(_DTYPES[dtype])
