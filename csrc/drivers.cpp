@@ -227,7 +227,7 @@ struct Source {
 };
 
 // What a source's copy should take at most: half of a core's L2, less what else is there.
-constexpr int64_t kPackedBytes = 512 << 10;
+constexpr int64_t kPackedBytes = 128 << 10;
 // Rows of the output that are computed for one panel before the next: few enough to be written as streams.
 constexpr int64_t kRowBlock = 16;
 

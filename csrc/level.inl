@@ -4,7 +4,7 @@
 constexpr uint32_t kNanKey = 0x7f800001u;
 
 // The guess of the next row's k-th largest magnitude, over this row's: a few candidates more than k, rarely fewer.
-constexpr float kGuessMargin = 0.9f;
+constexpr float kGuessMargin = 0.93f;
 
 // Lines of a panel: wide enough to hide the work per term, narrow enough that the panel of a large source stays in L2.
 constexpr int kPanelLines = 4;

@@ -1,4 +1,4 @@
-// Eight-lane vectors: AVX2 with FMA and BMI2.
+// Eight-lane vectors: AVX2 with FMA and BMI.
 
 constexpr int kLanes = 8;
 constexpr int kSumRegisters = 8;  // of 16 vector registers, those that hold sums
@@ -6,7 +6,6 @@ using U32 = __m256i;
 using F32 = __m256;
 
 inline U32 splat(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
-inline U32 counting_from(uint32_t first) { return _mm256_add_epi32(splat(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 inline U32 smaller(U32 a, U32 b) { return _mm256_min_epu32(a, b); }
 inline U32 larger(U32 a, U32 b) { return _mm256_max_epu32(a, b); }
 inline U32 both(U32 a, U32 b) { return _mm256_and_si256(a, b); }
@@ -46,14 +45,4 @@ inline float sum_lanes(F32 a) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
-// Writes the lanes that `mask` names side by side, and returns how many; up to kLanes words may be overwritten.
-// BMI2 spreads the mask to bytes and packs the numbers of its lanes, which then steer a permutation.
-inline int64_t compress(uint32_t* to, uint32_t mask, U32 a) {
-  const uint64_t bytes = _pdep_u64(mask, 0x0101010101010101ull) * 0xff;
-  const uint64_t lanes = _pext_u64(0x0706050403020100ull, bytes);
-  const U32 order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(lanes)));
-  store_words(to, _mm256_permutevar8x32_epi32(a, order));
-  return __builtin_popcount(mask);
 }

@@ -6,9 +6,6 @@ using U32 = __m512i;
 using F32 = __m512;
 
 inline U32 splat(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
-inline U32 counting_from(uint32_t first) {
-  return _mm512_add_epi32(splat(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-}
 inline U32 smaller(U32 a, U32 b) { return _mm512_min_epu32(a, b); }
 inline U32 larger(U32 a, U32 b) { return _mm512_max_epu32(a, b); }
 inline U32 both(U32 a, U32 b) { return _mm512_and_si512(a, b); }
@@ -38,10 +35,3 @@ inline U32 where_nan(F32 a, U32 nan, U32 otherwise) {
   return _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
 }
 inline float sum_lanes(F32 a) { return _mm512_reduce_add_ps(a); }
-
-// Writes the lanes that `mask` names side by side, and returns how many; up to kLanes words may be overwritten.
-// Compressing in a register and storing it whole: a compressing store is microcoded on some cores.
-inline int64_t compress(uint32_t* to, uint32_t mask, U32 a) {
-  store_words(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), a));
-  return __builtin_popcount(mask);
-}

@@ -6,7 +6,6 @@ using U32 = uint32_t;
 using F32 = float;
 
 inline U32 splat(uint32_t value) { return value; }
-inline U32 counting_from(uint32_t first) { return first; }
 inline U32 smaller(U32 a, U32 b) { return a < b ? a : b; }
 inline U32 larger(U32 a, U32 b) { return a > b ? a : b; }
 inline U32 both(U32 a, U32 b) { return a & b; }
@@ -44,9 +43,3 @@ inline F32 add(F32 a, F32 b) { return a + b; }
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }
 inline U32 where_nan(F32 a, U32 nan, U32 otherwise) { return a != a ? nan : otherwise; }
 inline float sum_lanes(F32 a) { return a; }
-
-// Writes the lanes that `mask` names side by side, and returns how many; up to kLanes words may be overwritten.
-inline int64_t compress(uint32_t* to, uint32_t mask, U32 a) {
-  *to = a;
-  return mask;
-}

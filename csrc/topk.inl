@@ -1,39 +1,51 @@
 // Exact top-k of rows, for any level. Included inside a level's namespace, after its vector type.
 //
 // Magnitudes are compared as integers: for non-negative floats, the order of the bits is the order of the values. Per
-// row: (1) one pass finds the largest key and the mean magnitude; (2) one pass collects the candidates, those above a
+// row: (1) one pass finds the mean magnitude; (2) one pass collects the candidates, those above a
 // guess of the k-th largest; (3) bisection on the bits of the few candidates finds the exact cut; (4) what is above
 // the cut is written out. The guess only decides how many candidates there are, never the result.
 
 // Magnitude of an entry as an ordered integer. All NaN become one key, just above infinity's.
 inline U32 magnitude_key(U32 bits) { return smaller(both(bits, splat(0x7fffffffu)), splat(kNanKey)); }
 
-// Calls visit(first index, keys, mask of the lanes that exist) over one row.
-template <class T, class Visit>
-inline void for_each_key(const T* row, int64_t width, Visit visit) {
-  constexpr uint32_t kAll = (1u << kLanes) - 1;
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) visit(i, magnitude_key(load_bits(row + i)), kAll);
-  if (i == width) return;
-  T tail[kLanes] = {};
-  for (int64_t j = i; j < width; ++j) tail[j - i] = row[j];
-  visit(i, magnitude_key(load_bits(tail)), (1u << (width - i)) - 1);
+// The key of one entry.
+inline uint32_t entry_key(uint32_t bits) {
+  bits &= 0x7fffffffu;
+  return bits < kNanKey ? bits : kNanKey;
 }
-
-struct RowScale {
-  uint32_t largest_key;
-  float mean;
-};
+inline uint32_t entry_bits(const float* entry) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, entry, sizeof bits);
+  return bits;
+}
+inline uint32_t entry_bits(const Bf16* entry) { return static_cast<uint32_t>(entry->bits) << 16; }
 
 template <class T>
-inline RowScale row_scale(const T* row, int64_t width) {
-  U32 most = splat(0);
-  F32 total = zero();
-  for_each_key(row, width, [&](int64_t, U32 keys, uint32_t) {
-    most = larger(most, keys);
-    total = add(total, as_float(keys));
-  });
-  return {largest_lane(most), sum_lanes(total) / static_cast<float>(width)};
+inline float mean_magnitude(const T* row, int64_t width) {
+  F32 total[2] = {zero(), zero()};  // two, as an addition takes several cycles
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= width; i += 2 * kLanes)
+    for (int j = 0; j < 2; ++j) total[j] = add(total[j], as_float(magnitude_key(load_bits(row + i + j * kLanes))));
+  float rest = 0;
+  for (; i < width; ++i) {
+    const uint32_t key = entry_key(entry_bits(row + i));
+    float magnitude;
+    __builtin_memcpy(&magnitude, &key, sizeof magnitude);
+    rest += magnitude;
+  }
+  return (sum_lanes(add(total[0], total[1])) + rest) / static_cast<float>(width);
+}
+
+// Of up to 64 entries, those whose key is above `key`, as bits.
+template <class T>
+inline uint64_t above(const T* entries, int64_t count, uint32_t key) {
+  const U32 keys = splat(key);
+  uint64_t mask = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    mask |= uint64_t{is_greater(magnitude_key(load_bits(entries + i)), keys)} << i;
+  for (; i < count; ++i) mask |= uint64_t{entry_key(entry_bits(entries + i)) > key} << i;
+  return mask;
 }
 
 struct Candidates {
@@ -42,23 +54,32 @@ struct Candidates {
   int64_t count;
 };
 
-// The entries whose key is `least` or more, by ascending index.
+// The entries whose key is `least` or more, by ascending index. Masks of 64 entries first, then their bits one by one:
+// the candidates are few, and a vector of them would mostly be empty.
 template <class T>
 inline void collect(const T* row, int64_t width, uint32_t least, Candidates& found) {
-  const U32 below = splat(least - 1);
+  uint32_t* const keys = found.keys;
+  uint32_t* const indices = found.indices;
   int64_t count = 0;
-  auto keep = [&](int64_t first, U32 keys, uint32_t mask) {
-    compress(found.keys + count, mask, keys);
-    count += compress(found.indices + count, mask, counting_from(static_cast<uint32_t>(first)));
-  };
-  if (least == 0)
-    for_each_key(row, width, keep);
-  else
-    for_each_key(row, width, [&](int64_t first, U32 keys, uint32_t mask) {
-      keep(first, keys, mask & is_greater(keys, below));
-    });
-  store_words(found.keys + count, splat(0));  // so that whole vectors of keys can be read
+  for (int64_t first = 0; first < width; first += 64) {
+    const int64_t size = width - first < 64 ? width - first : 64;
+    uint64_t mask = ~uint64_t{0} >> (64 - size);
+    if (least > 0) mask = size == 64 ? above(row + first, 64, least - 1) : above(row + first, size, least - 1);
+    for (; mask != 0; mask &= mask - 1, ++count) {
+      const int64_t index = first + __builtin_ctzll(mask);
+      indices[count] = static_cast<uint32_t>(index);
+      keys[count] = entry_bits(row + index);
+    }
+  }
+  store_words(keys + count, splat(0));  // so that whole vectors of keys can be read
+  for (int64_t i = 0; i < count; i += kLanes) store_words(keys + i, magnitude_key(load_words(keys + i)));
   found.count = count;
+}
+
+inline uint32_t largest_key(const Candidates& from) {
+  U32 most = splat(0);
+  for (int64_t i = 0; i < from.count; i += kLanes) most = larger(most, load_words(from.keys + i));
+  return largest_lane(most);
 }
 
 inline int64_t count_above(const Candidates& from, U32 key) {
@@ -73,10 +94,10 @@ struct Cut {
   int64_t ties;
 };
 
-// requires: at least k candidates, none above `largest_key`.
-inline Cut find_cut(const Candidates& from, int64_t k, uint32_t least, uint32_t largest_key) {
+// requires: at least k candidates, none below `least`.
+inline Cut find_cut(const Candidates& from, int64_t k, uint32_t least) {
   // Invariant: k or more candidates are `low` or more; fewer than k are above `high`, namely `above`.
-  uint32_t low = least, high = largest_key;
+  uint32_t low = least, high = largest_key(from);
   int64_t above = 0;
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
@@ -97,16 +118,14 @@ inline void write_indices(const Candidates& from, Cut cut, int64_t k, int32_t* i
     const U32 keys = load_words(from.keys + i);
     uint32_t mask = is_greater(keys, key);
     for (uint32_t equal = is_equal(keys, key); equal != 0 && ties > 0; equal &= equal - 1, --ties) mask |= equal & -equal;
-    uint32_t kept[kLanes];
-    const int64_t count = compress(kept, mask, load_words(from.indices + i));
-    for (int64_t j = 0; j < count; ++j) indices[written + j] = static_cast<int32_t>(kept[j]);
-    written += count;
+    for (; mask != 0; mask &= mask - 1)
+      indices[written++] = static_cast<int32_t>(from.indices[i + __builtin_ctz(mask)]);
   }
 }
 
 // The key to start from: `ratio` times the row's mean magnitude, or 0 where that says nothing (zeros, NaN, infinity).
-inline uint32_t guess_key(float ratio, RowScale scale) {
-  const float guess = ratio * scale.mean;
+inline uint32_t guess_key(float ratio, float mean) {
+  const float guess = ratio * mean;
   if (!(guess > 0) || guess > 3e38f) return 0;
   uint32_t key;
   __builtin_memcpy(&key, &guess, sizeof key);
@@ -117,17 +136,18 @@ template <class T>
 void topk_rows(const T* grad, int64_t grad_ld, int64_t row_begin, int64_t row_end, int64_t width, int64_t k, T* values,
                int32_t* indices, uint32_t* scratch) {
   Candidates found{scratch, scratch + width + kScratchPad, 0};
-  float ratio = 0;  // of the k-th largest magnitude to the mean: rows of one gradient resemble each other
+  // Of the k-th largest magnitude to the mean. Rows of one gradient resemble each other, so each row's serves the next;
+  // the first has to do with a little less than a normal distribution's.
+  float ratio = 0.7f * __builtin_sqrtf(2 * __builtin_logf(static_cast<float>(width) / static_cast<float>(k)));
   for (int64_t row = row_begin; row < row_end; ++row) {
     const T* from = grad + row * grad_ld;
-    const RowScale scale = row_scale(from, width);
-    uint32_t least = guess_key(ratio, scale);
-    if (least > scale.largest_key) least = 0;
+    const float mean = mean_magnitude(from, width);
+    uint32_t least = guess_key(ratio, mean);
     collect(from, width, least, found);
-    if (found.count < k) collect(from, width, least = guess_key(ratio / 2, scale), found);
+    if (found.count < k) collect(from, width, least = guess_key(ratio / 2, mean), found);
     if (found.count < k) collect(from, width, least = 0, found);
 
-    const Cut cut = find_cut(found, k, least, scale.largest_key);
+    const Cut cut = find_cut(found, k, least);
     int32_t* row_indices = indices + row * k;
     write_indices(found, cut, k, row_indices);
     T* row_values = values + row * k;
@@ -135,6 +155,6 @@ void topk_rows(const T* grad, int64_t grad_ld, int64_t row_begin, int64_t row_en
 
     float kth;
     __builtin_memcpy(&kth, &cut.key, sizeof kth);
-    ratio = scale.mean > 0 ? kGuessMargin * kth / scale.mean : 0;
+    ratio = mean > 0 ? kGuessMargin * kth / mean : 0;
   }
 }
