@@ -20,7 +20,7 @@ constexpr int64_t kEntriesPerThread = 1 << 13;
 constexpr int64_t kProductsPerThread = 1 << 16;
 
 // What scratch is for. Each use has a block of its own.
-enum Use { kCandidates, kMagnitudes, kScores, kValues, kIndices, kStarts, kPlaces, kSourceRows, kSourceValues, kPacked, kUses };
+enum Use { kCandidates, kMagnitudes, kScores, kValues, kIndices, kBias, kStarts, kPlaces, kSourceRows, kSourceValues, kPacked, kUses };
 
 // The blocks of one calling thread. They are kept from call to call: memory that is fresh from the system costs a page
 // fault per 4 KB, which is more than the work of a small layer.
@@ -100,6 +100,12 @@ struct Range {
   int64_t begin, end;
 };
 
+// Rows are shared out in blocks, at most so many; what is summed over rows is summed in each block first, then over the
+// blocks, so that the sums do not depend on the number of threads.
+constexpr int64_t kRowBlocks = 32, kLeastRowsPerBlock = 8;
+
+int64_t rows_per_block(int64_t rows) { return std::max(kLeastRowsPerBlock, (rows + kRowBlocks - 1) / kRowBlocks); }
+
 // The threads that run one operation, as one of them sees it.
 struct Team {
   int id, size;
@@ -109,6 +115,9 @@ struct Team {
     const int64_t grains = (count + grain - 1) / grain;
     return {grains * id / size * grain, std::min(count, grains * (id + 1) / size * grain)};
   }
+
+  // This thread's part of the rows, in whole blocks.
+  Range row_part(int64_t rows) const { return part(rows, rows_per_block(rows)); }
 
   // Returns when all threads of the team have come here.
   void wait() const {
@@ -166,7 +175,7 @@ class Transposed {
   void count(Team team, const int32_t* indices) {
     int64_t* counts = places_.get() + team.id * outputs_;
     std::memset(counts, 0, sizeof(int64_t) * static_cast<size_t>(outputs_));
-    const Range rows = team.part(rows_);
+    const Range rows = team.row_part(rows_);
     for (int64_t i = rows.begin * k_; i < rows.end * k_; ++i) ++counts[indices[i]];
   }
 
@@ -188,7 +197,7 @@ class Transposed {
   // Third: every thread, when the places are allotted. After it, and a wait, the terms are there.
   void fill(Team team, const T* values, const int32_t* indices) {
     int64_t* places = places_.get() + team.id * outputs_;
-    const Range rows = team.part(rows_);
+    const Range rows = team.row_part(rows_);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       for (int64_t i = row * k_; i < (row + 1) * k_; ++i) {
         const int64_t to = places[indices[i]]++;
@@ -300,21 +309,109 @@ void spread_rows(Team team, const int32_t* indices, int64_t k, int64_t outputs, 
   for (int64_t o = 0; o < next; ++o) std::memset(out + o * width, 0, bytes);
 }
 
-// The selection of the largest columns.
+float rounded(double value, float*) { return static_cast<float>(value); }
+Bf16 rounded(double value, Bf16*) {
+  const float narrow = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &narrow, sizeof bits);
+  return {static_cast<uint16_t>(narrow != narrow ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+// One pass over the output gradient for exact top-k of its rows, and for the sums of its columns, the bias's gradient.
 template <class T>
-class TopColumns {
+class RowsPass {
  public:
-  explicit TopColumns(int64_t outputs) : outputs_(outputs), magnitudes_(kMagnitudes, outputs), scores_(kScores, outputs) {}
+  RowsPass(const TypedKernels<T>& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, bool sums, int threads)
+      : kernels_(kernels),
+        grad_(grad),
+        rows_(rows),
+        outputs_(outputs),
+        block_(rows_per_block(rows)),
+        wants_sums_(sums),
+        candidates_(kCandidates, threads * candidate_words()),
+        sums_(kBias, sums ? (rows / block_ + 1) * outputs : 0) {}
 
-  explicit operator bool() const { return magnitudes_ && scores_; }
+  explicit operator bool() const { return candidates_ && sums_; }
 
-  // Every thread; its columns' sums are `sums` (may be null), those of their magnitudes are kept here.
-  void sum(Team team, const TypedKernels<T>& kernels, Matrix<T> grad, int64_t rows, T* sums) {
-    const Range columns = team.part(outputs_, 64);
-    kernels.column_sums(grad.data, grad.ld, rows, columns.begin, columns.end, sums, magnitudes_.get());
+  // Every thread: its part of the rows, in chunks that are still in the cache when they are summed.
+  void read(Team team, bool select, int64_t k, T* values, int32_t* indices) {
+    const Range part = team.row_part(rows_);
+    if (wants_sums_)
+      for (int64_t row = part.begin; row < part.end; row += block_) std::fill_n(block_sums(row), outputs_, 0.0);
+    const int64_t chunk = std::max<int64_t>(8, kPackedBytes / (outputs_ * static_cast<int64_t>(sizeof(T))));
+    for (int64_t begin = part.begin; begin < part.end; begin += chunk) {
+      const int64_t end = std::min(begin + chunk, part.end);
+      if (select)
+        kernels_.topk_rows(grad_.data, grad_.ld, begin, end, outputs_, k, values, indices,
+                           candidates_.get() + team.id * candidate_words());
+      if (wants_sums_) sum(begin, end);
+    }
   }
 
-  // One thread, when all have summed.
+  // Every thread, when all have read: its columns of the sums.
+  void write_sums(Team team, T* out) const {
+    const Range columns = team.part(outputs_, 16);
+    double* totals = block_sums(0);
+    if (rows_ == 0) std::fill_n(totals, outputs_, 0.0);
+    for (int64_t row = block_; row < rows_; row += block_)
+      for (int64_t c = columns.begin; c < columns.end; ++c) totals[c] += block_sums(row)[c];
+    for (int64_t c = columns.begin; c < columns.end; ++c) out[c] = rounded(totals[c], out);
+  }
+
+ private:
+  void sum(int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t block_end = std::min(end, (begin / block_ + 1) * block_);
+      kernels_.add_columns(grad_.data + begin * grad_.ld, grad_.ld, block_end - begin, outputs_, block_sums(begin),
+                           nullptr);
+      begin = block_end;
+    }
+  }
+
+  double* block_sums(int64_t row) const { return sums_.get() + row / block_ * outputs_; }
+
+  // Words of scratch that topk_rows needs for each thread.
+  int64_t candidate_words() const { return 2 * (outputs_ + kScratchPad); }
+
+  const TypedKernels<T>& kernels_;
+  Matrix<T> grad_;
+  int64_t rows_, outputs_, block_;
+  bool wants_sums_;
+  Scratch<uint32_t> candidates_;
+  Scratch<double> sums_;
+};
+
+// The same for the columns with the largest sums of magnitudes.
+template <class T>
+class ColumnsPass {
+ public:
+  ColumnsPass(const TypedKernels<T>& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, bool sums)
+      : kernels_(kernels),
+        grad_(grad),
+        rows_(rows),
+        outputs_(outputs),
+        wants_sums_(sums),
+        sums_(kBias, sums ? outputs : 0),
+        magnitudes_(kMagnitudes, outputs),
+        scores_(kScores, outputs) {}
+
+  explicit operator bool() const { return sums_ && magnitudes_ && scores_; }
+
+  // Every thread: its columns, summed and, where wanted, written.
+  void read(Team team, bool select, T* sums_out) {
+    const Range columns = team.part(outputs_, 64);
+    const int64_t begin = columns.begin, count = columns.end - columns.begin;
+    if (count <= 0) return;
+    double* sums = wants_sums_ ? sums_.get() + begin : nullptr;
+    double* magnitudes = select ? magnitudes_.get() + begin : nullptr;
+    if (wants_sums_) std::fill_n(sums, count, 0.0);
+    if (select) std::fill_n(magnitudes, count, 0.0);
+    kernels_.add_columns(grad_.data + begin, grad_.ld, rows_, count, sums, magnitudes);
+    if (wants_sums_)
+      for (int64_t c = 0; c < count; ++c) sums_out[begin + c] = rounded(sums[c], sums_out);
+  }
+
+  // One thread, when all have read.
   void choose(int64_t k, int32_t* indices) {
     Scored* scores = scores_.get();
     for (int32_t o = 0; o < outputs_; ++o) scores[o] = {order_key(magnitudes_.get()[o]), o};
@@ -323,35 +420,21 @@ class TopColumns {
     std::sort(indices, indices + k);
   }
 
-  // Every thread, when the columns are chosen.
-  static void gather(Team team, Matrix<T> grad, int64_t rows, int64_t k, const int32_t* indices, T* values) {
-    const Range part = team.part(rows);
+  // Every thread, when the columns are chosen: the values [rows, k] of its rows.
+  void gather(Team team, int64_t k, const int32_t* indices, T* values) const {
+    const Range part = team.part(rows_);
     for (int64_t row = part.begin; row < part.end; ++row)
-      for (int64_t j = 0; j < k; ++j) values[row * k + j] = grad.data[row * grad.ld + indices[j]];
+      for (int64_t j = 0; j < k; ++j) values[row * k + j] = grad_.data[row * grad_.ld + indices[j]];
   }
 
  private:
-  int64_t outputs_;
-  Scratch<double> magnitudes_;
+  const TypedKernels<T>& kernels_;
+  Matrix<T> grad_;
+  int64_t rows_, outputs_;
+  bool wants_sums_;
+  Scratch<double> sums_, magnitudes_;
   Scratch<Scored> scores_;
 };
-
-// Words of scratch that topk_rows needs for each thread.
-int64_t candidate_words(int64_t outputs) { return 2 * (outputs + kScratchPad); }
-
-template <class T>
-void topk_rows_part(Team team, const TypedKernels<T>& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k,
-                    T* values, int32_t* indices, uint32_t* candidates) {
-  const Range part = team.part(rows);
-  kernels.topk_rows(grad.data, grad.ld, part.begin, part.end, outputs, k, values, indices,
-                    candidates + team.id * candidate_words(outputs));
-}
-
-template <class T>
-void bias_part(Team team, const TypedKernels<T>& kernels, const LinearBackward<T>& call) {
-  const Range columns = team.part(call.outputs, 64);
-  kernels.column_sums(call.grad.data, call.grad.ld, call.rows, columns.begin, columns.end, call.grad_bias, nullptr);
-}
 
 // A source whose rows are used so often, on average, is worth copying.
 constexpr int64_t kUsesWorthPacking = 3;
@@ -359,15 +442,16 @@ constexpr int64_t kUsesWorthPacking = 3;
 template <class T>
 Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads) {
   const bool needs_input = call.grad_input != nullptr, needs_weight = call.grad_weight != nullptr;
+  const bool needs_bias = call.grad_bias != nullptr;
   const int64_t terms = call.rows * call.k;
   const Packing<T> weight(kernels, {call.weight, nullptr, call.outputs, call.inputs},
                           terms >= kUsesWorthPacking * call.outputs);
   const Packing<T> x(kernels, {call.x, nullptr, call.rows, call.inputs}, call.k >= kUsesWorthPacking);
   const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
   const Scratch<T> packed(kPacked, threads * packed_size);
-  const Scratch<uint32_t> candidates(kCandidates, call.select ? threads * candidate_words(call.outputs) : 0);
+  RowsPass<T> pass(kernels, call.grad, call.rows, call.outputs, needs_bias, threads);
   Transposed<T> transposed(call.rows, call.outputs, needs_weight ? call.k : 0, threads);
-  if (!packed || !candidates || !transposed) return Status::kNoMemory;
+  if (!packed || !pass || !transposed) return Status::kNoMemory;
 
   const Terms<T> by_row = {nullptr, call.k, call.indices, call.values}, by_output = transposed.terms();
   const auto gather = [&](const Terms<T>& from) {
@@ -377,12 +461,10 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
   };
   run_team(threads, [&](Team team) {
     T* own = packed.get() + team.id * packed_size;
-    if (call.select)
-      topk_rows_part(team, kernels, call.grad, call.rows, call.outputs, call.k, call.values, call.indices,
-                     candidates.get());
+    if (call.select || needs_bias) pass.read(team, call.select, call.k, call.values, call.indices);
     if (needs_weight) transposed.count(team, call.indices);
-    if (call.grad_bias != nullptr) bias_part(team, kernels, call);
     team.wait();
+    if (needs_bias) pass.write_sums(team, call.grad_bias);
     if (needs_weight && team.id == 0) transposed.allot();
     if (needs_input) weight.multiply(team, own, call.rows, call.grad_input, gather(by_row));
     if (!needs_weight) return;
@@ -397,24 +479,23 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
 template <class T>
 Status columns_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads) {
   const bool needs_input = call.grad_input != nullptr, needs_weight = call.grad_weight != nullptr;
+  const bool needs_bias = call.grad_bias != nullptr;
   const Packing<T> weight(kernels, {call.weight, call.indices, call.k, call.inputs}, true);
   const Packing<T> x(kernels, {call.x, nullptr, call.rows, call.inputs}, true);
   const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
   const Scratch<T> packed(kPacked, threads * packed_size);
-  TopColumns<T> columns(call.select ? call.outputs : 0);
-  if (!packed || !columns) return Status::kNoMemory;
+  ColumnsPass<T> pass(kernels, call.grad, call.rows, call.outputs, needs_bias);
+  if (!packed || !pass) return Status::kNoMemory;
 
   run_team(threads, [&](Team team) {
     T* own = packed.get() + team.id * packed_size;
+    if (call.select || needs_bias) pass.read(team, call.select, call.grad_bias);
     if (call.select) {
-      columns.sum(team, kernels, call.grad, call.rows, call.grad_bias);
       team.wait();
-      if (team.id == 0) columns.choose(call.k, call.indices);
+      if (team.id == 0) pass.choose(call.k, call.indices);
       team.wait();
-      columns.gather(team, call.grad, call.rows, call.k, call.indices, call.values);
+      pass.gather(team, call.k, call.indices, call.values);
       team.wait();
-    } else if (call.grad_bias != nullptr) {
-      bias_part(team, kernels, call);
     }
     if (needs_input)
       weight.multiply(team, own, call.rows, call.grad_input,
@@ -452,11 +533,9 @@ Status topk_rows(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t o
                  int32_t* indices, int threads) {
   if (!valid_selection(grad, rows, outputs, k, threads)) return Status::kBadSize;
   threads = team_size(threads, rows * outputs, 0);
-  const Scratch<uint32_t> candidates(kCandidates, threads * candidate_words(outputs));
-  if (!candidates) return Status::kNoMemory;
-  run_team(threads, [&](Team team) {
-    topk_rows_part(team, typed<T>(kernels), grad, rows, outputs, k, values, indices, candidates.get());
-  });
+  RowsPass<T> pass(typed<T>(kernels), grad, rows, outputs, false, threads);
+  if (!pass) return Status::kNoMemory;
+  run_team(threads, [&](Team team) { pass.read(team, true, k, values, indices); });
   return Status::kOk;
 }
 
@@ -464,14 +543,14 @@ template <class T>
 Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, T* values,
                     int32_t* indices, int threads) {
   if (!valid_selection(grad, rows, outputs, k, threads)) return Status::kBadSize;
-  TopColumns<T> columns(outputs);
-  if (!columns) return Status::kNoMemory;
+  ColumnsPass<T> pass(typed<T>(kernels), grad, rows, outputs, false);
+  if (!pass) return Status::kNoMemory;
   run_team(team_size(threads, rows * outputs, 0), [&](Team team) {
-    columns.sum(team, typed<T>(kernels), grad, rows, nullptr);
+    pass.read(team, true, nullptr);
     team.wait();
-    if (team.id == 0) columns.choose(k, indices);
+    if (team.id == 0) pass.choose(k, indices);
     team.wait();
-    columns.gather(team, grad, rows, k, indices, values);
+    pass.gather(team, k, indices, values);
   });
   return Status::kOk;
 }

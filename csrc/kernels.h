@@ -43,10 +43,8 @@ struct TypedKernels {
   void (*topk_rows)(const T* grad, int64_t grad_ld, int64_t row_begin, int64_t row_end, int64_t width, int64_t k,
                     T* values, int32_t* indices, uint32_t* scratch);
 
-  // Sums of the columns [column_begin, column_end) of grad [rows, ...], in float64, row after row: of the entries,
-  // rounded to T, into `sums`, and of their magnitudes into `magnitudes`. Either may be null.
-  void (*column_sums)(const T* grad, int64_t grad_ld, int64_t rows, int64_t column_begin, int64_t column_end, T* sums,
-                      double* magnitudes);
+  // Adds grad [rows, columns] to `sums` [columns], and its magnitudes to `magnitudes`, row after row. Either may be null.
+  void (*add_columns)(const T* grad, int64_t grad_ld, int64_t rows, int64_t columns, double* sums, double* magnitudes);
 
   // How many columns the products compute at once, in elements.
   int panel_width;

@@ -14,5 +14,5 @@ constexpr int kPanelLines = 4;
 #include "products.inl"
 
 template <class T>
-constexpr TypedKernels<T> kTyped = {topk_rows<T>,  column_sums<T>,    kPanelWidth<T>,
+constexpr TypedKernels<T> kTyped = {topk_rows<T>,  add_columns<T>,    kPanelWidth<T>,
                                     pack<T>,       gather_product<T>, dense_product<T>};

@@ -158,30 +158,17 @@ void dense_product(const T* source, int64_t source_ld, int64_t depth, const T* c
   }
 }
 
-inline void round_to(float value, float* to) { *to = value; }
-inline void round_to(float value, Bf16* to) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  to->bits = static_cast<uint16_t>(value != value ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 template <class T>
-void column_sums(const T* grad, int64_t grad_ld, int64_t rows, int64_t column_begin, int64_t column_end, T* sums,
-                 double* magnitudes) {
-  constexpr int kBlock = 512;  // sums of both kinds stay in L1
-  for (int64_t begin = column_begin; begin < column_end; begin += kBlock) {
-    const int64_t width = column_end - begin < kBlock ? column_end - begin : kBlock;
-    double sum[kBlock] = {}, magnitude[kBlock] = {};
-    const T* row = grad + begin;
+void add_columns(const T* grad, int64_t grad_ld, int64_t rows, int64_t columns, double* sums, double* magnitudes) {
+  constexpr int64_t kBlock = 512;  // columns whose sums of both kinds stay in L1
+  for (int64_t begin = 0; begin < columns; begin += kBlock) {
+    const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
+    const T* row = grad;
     for (int64_t n = 0; n < rows; ++n, row += grad_ld) {
       if (sums != nullptr)
-        for (int64_t c = 0; c < width; ++c) sum[c] += static_cast<double>(to_float(row[c]));
+        for (int64_t c = begin; c < end; ++c) sums[c] += static_cast<double>(to_float(row[c]));
       if (magnitudes != nullptr)
-        for (int64_t c = 0; c < width; ++c) magnitude[c] += __builtin_fabs(static_cast<double>(to_float(row[c])));
-    }
-    for (int64_t c = 0; c < width; ++c) {
-      if (sums != nullptr) round_to(static_cast<float>(sum[c]), sums + begin + c);
-      if (magnitudes != nullptr) magnitudes[begin + c] = magnitude[c];
+        for (int64_t c = begin; c < end; ++c) magnitudes[c] += __builtin_fabs(static_cast<double>(to_float(row[c])));
     }
   }
 }

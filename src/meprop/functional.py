@@ -42,8 +42,7 @@ class _Linear(torch.autograd.Function):
             )
         x, weight = ctx.saved_tensors
         (grad_output,) = grad_outputs
-        grad_NO = grad_output.reshape(-1, grad_output.shape[-1])
-        x_NI = None if x is None else x.reshape(-1, x.shape[-1])
+        grad_NO, x_NI = _matrix(grad_output), None if x is None else _matrix(x)
         needs = ctx.needs_input_grad[:3]
         inputs = x_NI.shape[1] if x_NI is not None else weight.shape[1]
         if ctx.decide is None or ctx.decide(grad_NO, inputs, needs):
@@ -51,9 +50,13 @@ class _Linear(torch.autograd.Function):
         else:
             gradients = _dense_backward(grad_NO, weight, x_NI, needs[2])
         grad_x, grad_weight, grad_bias = gradients
-        if grad_x is not None:
+        if grad_x is not None and grad_output.dim() != 2:
             grad_x = grad_x.view(*grad_output.shape[:-1], inputs)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _sparse_backward(

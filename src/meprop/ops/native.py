@@ -33,7 +33,7 @@ def declines(tensor: Tensor) -> str | None:
     """Why this backend cannot serve a call on such a tensor, or None if it can."""
     if _reason_missing is not None:
         return _reason_missing
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"native kernels run on the CPU, not on {tensor.device}"
     if tensor.dtype not in _DTYPE_CODES:
         return f"native kernels take float32 and bfloat16, not {tensor.dtype}"
