@@ -22,12 +22,23 @@ constexpr int64_t kProductsPerThread = 1 << 16;
 // What scratch is for. Each use has a block of its own.
 enum Use { kCandidates, kMagnitudes, kScores, kValues, kIndices, kBias, kStarts, kPlaces, kSourceRows, kSourceValues, kPacked, kUses };
 
+constexpr int64_t kLargestKept = 4 << 20;
+
 // The blocks of one calling thread. They are kept from call to call: memory that is fresh from the system costs a page
 // fault per 4 KB, which is more than the work of a small layer.
 class Blocks {
  public:
   ~Blocks() {
     for (Block& block : blocks_) std::free(block.data);
+  }
+
+  // Gives back what is too large to keep, where page faults are little beside the work.
+  void trim() {
+    for (Block& block : blocks_) {
+      if (block.bytes <= kLargestKept) continue;
+      std::free(block.data);
+      block = {};
+    }
   }
 
   // `bytes` of uninitialised memory on a cache-line boundary, or null. Gives back what the same use had before.
@@ -106,7 +117,7 @@ constexpr int64_t kRowBlocks = 32, kLeastRowsPerBlock = 8;
 
 int64_t rows_per_block(int64_t rows) { return std::max(kLeastRowsPerBlock, (rows + kRowBlocks - 1) / kRowBlocks); }
 
-// The threads that run one operation, as one of them sees it.
+// The threads that run one operation, as one of them sees it. OpenMP may give fewer than were asked for.
 struct Team {
   int id, size;
 
@@ -163,7 +174,6 @@ class Transposed {
       : rows_(rows),
         outputs_(outputs),
         k_(k),
-        threads_(threads),
         starts_(kStarts, outputs + 1),
         places_(kPlaces, threads * outputs),
         source_rows_(kSourceRows, rows * k),
@@ -180,11 +190,11 @@ class Transposed {
   }
 
   // Second: one thread, when all have counted. Turns each count into the place of the first entry.
-  void allot() {
+  void allot(Team team) {
     int64_t place = 0;
     for (int64_t output = 0; output < outputs_; ++output) {
       starts_.get()[output] = place;
-      for (int thread = 0; thread < threads_; ++thread) {
+      for (int thread = 0; thread < team.size; ++thread) {
         int64_t& here = places_.get()[thread * outputs_ + output];
         const int64_t count = here;
         here = place;
@@ -211,7 +221,6 @@ class Transposed {
 
  private:
   int64_t rows_, outputs_, k_;
-  int threads_;
   Scratch<int64_t> starts_, places_;
   Scratch<int32_t> source_rows_;
   Scratch<T> values_;
@@ -249,16 +258,16 @@ class Packing {
     const int64_t panels = (source.width + panel_ - 1) / panel_;
     const int64_t at_once = kPackedBytes / std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(T)));
     in_place_ = source.row_numbers == nullptr && (at_once >= panels || !worth_it);
-    columns_ = in_place_ ? std::max<int64_t>(1, panels) * panel_ : std::clamp<int64_t>(at_once, 1, panels) * panel_;
+    columns_ = in_place_ ? std::max<int64_t>(1, panels) * panel_ : std::clamp<int64_t>(at_once, 1, std::max<int64_t>(1, panels)) * panel_;
   }
 
   // Elements of scratch for each thread.
   int64_t size() const { return source_.rows * (in_place_ ? panel_ : columns_); }
 
   // Computes out [rows, width], each thread a part of all (copy, row) pairs. Calls product(source, source_ld, row begin,
-  // row end, width, out) for a block of rows and a panel of columns, source and out being at the panel's first column.
+  // row end, width, out) for a block of rows and up to `step` columns, source and out being at the first of them.
   template <class Product>
-  void multiply(Team team, T* packed, int64_t rows, T* out, Product product) const {
+  void multiply(Team team, T* packed, int64_t rows, int64_t step, T* out, Product product) const {
     if (rows == 0) return;
     const int64_t whole = in_place_ ? source_.width / panel_ * panel_ : 0;  // columns that are read in place
     auto [begin, end] = team.part((source_.width + columns_ - 1) / columns_ * rows);
@@ -272,13 +281,11 @@ class Packing {
                       packed, packed_ld);
       for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
         const int64_t block_end = std::min(row + kRowBlock, row_end);
-        for (int64_t column = first; column < last; column += panel_) {
-          const int64_t width = std::min(panel_, last - column);
-          if (column < whole)
-            product(source_.matrix.data + column, source_.matrix.ld, row, block_end, width, out + column);
-          else
-            product(packed + (column - copied), packed_ld, row, block_end, width, out + column);
-        }
+        for (int64_t column = first; column < whole; column += step)
+          product(source_.matrix.data + column, source_.matrix.ld, row, block_end, std::min(step, whole - column),
+                  out + column);
+        for (int64_t column = copied; column < last; column += step)
+          product(packed + (column - copied), packed_ld, row, block_end, std::min(step, last - column), out + column);
       }
       begin += row_end - row_begin;
     }
@@ -465,13 +472,13 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
     if (needs_weight) transposed.count(team, call.indices);
     team.wait();
     if (needs_bias) pass.write_sums(team, call.grad_bias);
-    if (needs_weight && team.id == 0) transposed.allot();
-    if (needs_input) weight.multiply(team, own, call.rows, call.grad_input, gather(by_row));
+    if (needs_weight && team.id == 0) transposed.allot(team);
+    if (needs_input) weight.multiply(team, own, call.rows, kernels.gather_width, call.grad_input, gather(by_row));
     if (!needs_weight) return;
     team.wait();
     transposed.fill(team, call.values, call.indices);
     team.wait();
-    x.multiply(team, own, call.outputs, call.grad_weight, gather(by_output));
+    x.multiply(team, own, call.outputs, kernels.gather_width, call.grad_weight, gather(by_output));
   });
   return Status::kOk;
 }
@@ -498,13 +505,13 @@ Status columns_backward(const TypedKernels<T>& kernels, const LinearBackward<T>&
       team.wait();
     }
     if (needs_input)
-      weight.multiply(team, own, call.rows, call.grad_input,
+      weight.multiply(team, own, call.rows, kernels.panel_width, call.grad_input,
                       [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width, T* out) {
                         kernels.dense_product(source, source_ld, call.k, call.values, call.k, 1, begin, end, width, out,
                                               call.inputs);
                       });
     if (!needs_weight) return;
-    x.multiply(team, own, call.k, call.grad_weight,
+    x.multiply(team, own, call.k, kernels.panel_width, call.grad_weight,
                [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width, T* out) {
                  kernels.dense_product(source, source_ld, call.rows, call.values, 1, call.k, begin, end, width, out,
                                        call.inputs);
@@ -577,7 +584,10 @@ Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
   if (call.grad_input != nullptr) prefer_large_pages(call.grad_input, static_cast<size_t>(call.rows) * row_bytes);
   if (call.grad_weight != nullptr) prefer_large_pages(call.grad_weight, static_cast<size_t>(weight_rows) * row_bytes);
   const int threads = team_size(call.threads, call.rows * call.outputs, work);
-  return (call.scope == Scope::kRows ? rows_backward<T> : columns_backward<T>)(typed<T>(kernels), call, threads);
+  const Status status =
+      (call.scope == Scope::kRows ? rows_backward<T> : columns_backward<T>)(typed<T>(kernels), call, threads);
+  blocks.trim();
+  return status;
 }
 
 #define MEPROP_INSTANTIATE(T)                                                                                       \

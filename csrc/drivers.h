@@ -4,7 +4,8 @@
 // there any more.
 //
 // Shapes: grad [N, O] (rows, outputs), weight [O, I] (outputs, inputs), x [N, I]. Inputs have leading dimensions,
-// outputs are contiguous. Every result is the same for every number of threads.
+// outputs are contiguous. Every result is the same for every number of threads (but with torch.set_flush_denormal, which
+// concerns the calling thread alone, denormal sums are not).
 #pragma once
 
 #include "kernels.h"

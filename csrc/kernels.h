@@ -46,8 +46,10 @@ struct TypedKernels {
   // Adds grad [rows, columns] to `sums` [columns], and its magnitudes to `magnitudes`, row after row. Either may be null.
   void (*add_columns)(const T* grad, int64_t grad_ld, int64_t rows, int64_t columns, double* sums, double* magnitudes);
 
-  // How many columns the products compute at once, in elements.
+  // How many columns dense_product and gather_product compute at once, in elements: the second is a multiple of the
+  // first.
   int panel_width;
+  int gather_width;
 
   // Copies `width` columns of the named rows of a source (of its first `count` rows, where rows is null) to `packed`
   // [count, packed_ld], zero beyond `width`.
@@ -57,7 +59,7 @@ struct TypedKernels {
 
   // out[r, :width] = sum over the terms of row r of coefficient * source[term's row, :width], for r in [row_begin,
   // row_end). Summed in float32 in the order of the terms, then rounded to T.
-  // requires: 1 <= width <= panel_width <= readable elements in each row of the source.
+  // requires: 1 <= width <= gather_width; readable elements in each row of the source: width, rounded up to panel_width.
   void (*gather_product)(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
                          int64_t width, T* out, int64_t out_ld);
 

@@ -14,5 +14,6 @@ constexpr int kPanelLines = 4;
 #include "products.inl"
 
 template <class T>
-constexpr TypedKernels<T> kTyped = {topk_rows<T>,  add_columns<T>,    kPanelWidth<T>,
+constexpr TypedKernels<T> kTyped = {topk_rows<T>,  add_columns<T>,    kPanelLines * Line<T>::kEntries,
+                                    kGatherLines<T> * Line<T>::kEntries,
                                     pack<T>,       gather_product<T>, dense_product<T>};

@@ -63,26 +63,28 @@ inline float to_float(Bf16 value) {
   return result;
 }
 
+// The widest panel has as many lines as registers hold sums, but no more than 8: what is gained then is little.
 template <class T>
-constexpr int kPanelWidth = kPanelLines * Line<T>::kEntries;
+constexpr int kGatherLines = kSumRegisters / Line<T>::kSums < 8 ? kSumRegisters / Line<T>::kSums : 8;
 
-// The sums of one output row within a panel.
-template <class T>
+// The sums of one output row within a panel of so many lines.
+template <class T, int Lines>
 struct PanelSums {
-  Line<T> lines[kPanelLines];
+  static constexpr int kWidth = Lines * Line<T>::kEntries;
+  Line<T> lines[Lines];
 
   void add_product(float coefficient, const T* source) {
     const F32 factor = broadcast(coefficient);
-    for (int i = 0; i < kPanelLines; ++i) lines[i].add_product(factor, Line<T>::load(source + i * Line<T>::kEntries));
+    for (int i = 0; i < Lines; ++i) lines[i].add_product(factor, Line<T>::load(source + i * Line<T>::kEntries));
   }
 
   void store(T* to, int64_t width) const {
-    if (width == kPanelWidth<T>) {
-      for (int i = 0; i < kPanelLines; ++i) lines[i].store(to + i * Line<T>::kEntries);
+    if (width == kWidth) {
+      for (int i = 0; i < Lines; ++i) lines[i].store(to + i * Line<T>::kEntries);
       return;
     }
-    T whole[kPanelWidth<T>];
-    for (int i = 0; i < kPanelLines; ++i) lines[i].store(whole + i * Line<T>::kEntries);
+    T whole[kWidth];
+    for (int i = 0; i < Lines; ++i) lines[i].store(whole + i * Line<T>::kEntries);
     __builtin_memcpy(to, whole, static_cast<size_t>(width) * sizeof(T));
   }
 };
@@ -110,23 +112,30 @@ inline int64_t first_term(const Terms<T>& terms, int64_t row) {
   return terms.starts != nullptr ? terms.starts[row] : row * terms.per_row;
 }
 
-template <class T>
-void gather_product(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
-                    int64_t width, T* out, int64_t out_ld) {
+template <class T, int Lines>
+inline void gather_lines(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
+                         int64_t width, T* out, int64_t out_ld) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t end = first_term(terms, row + 1);
-    PanelSums<T> sums;
+    PanelSums<T, Lines> sums;
     for (int64_t i = first_term(terms, row); i < end; ++i)
       sums.add_product(to_float(terms.coefficients[i]), source + terms.rows[i] * source_ld);
     sums.store(out + row * out_ld, width);
   }
 }
 
+template <class T>
+void gather_product(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
+                    int64_t width, T* out, int64_t out_ld) {
+  const auto gather = width <= kPanelLines * Line<T>::kEntries ? gather_lines<T, kPanelLines> : gather_lines<T, kGatherLines<T>>;
+  gather(source, source_ld, terms, row_begin, row_end, width, out, out_ld);
+}
+
 // `Rows` output rows at once, so that each line of the panel is loaded once for all of them.
 template <class T, int Rows>
 inline void dense_rows(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
                        int64_t depth_stride, int64_t width, T* out, int64_t out_ld) {
-  PanelSums<T> sums[Rows];
+  PanelSums<T, kPanelLines> sums[Rows];
   for (int64_t d = 0; d < depth; ++d, source += source_ld, coefficients += depth_stride) {
     typename Line<T>::Entries entries[kPanelLines];
     for (int i = 0; i < kPanelLines; ++i) entries[i] = Line<T>::load(source + i * Line<T>::kEntries);

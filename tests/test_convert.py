@@ -260,3 +260,18 @@ def test_a_converted_model_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_a_complex_layer_stays_dense():
+    model = nn.Sequential(nn.Linear(30, 200), nn.Linear(30, 200, dtype=torch.complex64))
+    report = convert(model)
+    assert statuses(report) == {"0": "sparse", "1": "dense"}
+    assert "complex64" in reasons(report)["1"]
+
+
+def test_what_was_made_from_a_converted_layer_cannot_be_reverted_silently():
+    model = mlp()
+    convert(model)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(meprop.NotSupportedError, match=r"layer '0'.*parametrizations"):
+        meprop.revert(model)

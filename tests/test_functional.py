@@ -281,3 +281,26 @@ def test_compiled_gradients_are_as_sparse_as_eager_ones(scope, backend):
     assert len(nonzero_rows(eager[1])) == 3 if scope == "batch" else 3 <= len(nonzero_rows(eager[1])) <= 18
     for a, b in zip(compiled, eager, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_autocast_leaves_float64_alone_as_torch_does():
+    x, weight, bias, grad_output = make((8,), 12, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = meprop.functional.linear(x, weight, bias, rule=meprop.TopK(5))
+    assert y.dtype == F.linear(x, weight, bias).dtype == torch.float64
+    y.backward(grad_output)
+    assert weight.grad.dtype == torch.float64
+
+
+def test_complex_weights_are_refused():
+    weight = torch.randn(30, 6, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(TypeError, match=r"complex64.*floating"):
+        meprop.functional.linear(torch.randn(5, 6, dtype=torch.complex64), weight, rule=meprop.TopK(3))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_no_input_features(scope):
+    x, weight, bias, grad_output = make((2, 3), 0, 9)
+    meprop.functional.linear(x, weight, bias, rule=meprop.TopK(3, scope=scope)).backward(grad_output)
+    assert x.grad.shape == x.shape
+    torch.testing.assert_close(bias.grad, grad_output.sum((0, 1)))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import meprop
 from meprop import speed
@@ -215,3 +216,47 @@ def test_compiled_before_it_decided_a_layer_is_sparse(measured):
     torch.compile(net, fullgraph=True, backend="aot_eager")(torch.randn(1, 20)).square().sum().backward()
     assert measured.shapes == []
     assert nonzero_rows(net[0]) == 5
+
+
+@pytest.mark.parametrize("microseconds", [(100.0, 10.0), (10.0, 100.0)], ids=["sparse", "dense"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_deciding_between_a_forward_pass_and_its_repetition(measured, microseconds, use_reentrant):
+    """Checkpointing repeats the forward pass within the backward pass, and compares what both have saved."""
+    measured.microseconds = microseconds
+    layer, plain = torch.nn.Linear(40, 300), torch.nn.Linear(40, 300)
+    plain.load_state_dict(layer.state_dict())
+    meprop.convert(layer, RULE)
+    x = torch.randn(2, 4, 40, requires_grad=True)
+    for _ in range(2):
+        for module in (layer, plain):
+            module.zero_grad()
+            y = sum(checkpoint(module, x, use_reentrant=use_reentrant) for _ in range(3))
+            y.square().sum().backward()
+        assert len(measured.shapes) == 1
+        if microseconds[0] < microseconds[1]:
+            torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+        else:
+            assert nonzero_rows(layer) < 300
+
+
+def test_an_empty_batch_decides_nothing(measured):
+    net = model()
+    meprop.convert(net, RULE)
+    backward(net, rows=0)
+    assert measured.shapes == []
+    assert net[0].decision is None
+
+
+def test_a_rule_that_cannot_be_known_again_is_not_remembered(measured, cache):
+    class Anonymous(meprop.Rule):
+        def count(self, features):
+            return 5
+
+        def select(self, grad_output_NO):
+            return RULE.select(grad_output_NO)
+
+    net = model()
+    meprop.convert(net, Anonymous())
+    backward(net)
+    assert len(measured.shapes) == 1
+    assert not (cache / "speed").exists()

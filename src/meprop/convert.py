@@ -12,7 +12,7 @@ import torch
 from meprop import nn
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.functional import check_rule
-from meprop.nn.linear import When, sparse_state
+from meprop.nn.linear import SPARSE_STATE, When, sparse_state
 from meprop.rules import Rule
 
 Filter = Callable[[str, torch.nn.Module], bool]
@@ -26,7 +26,7 @@ _PLAIN_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 
 # A wrapper holds references into the model that a change of class would pass by.
 _WRAPPERS = {
-    "DataParallel": "before wrapping it in DataParallel",
+    "DataParallel": "with when='always' before wrapping it in DataParallel",
     "DistributedDataParallel": "before wrapping it in DistributedDataParallel",
     "FullyShardedDataParallel": "before wrapping it in FullyShardedDataParallel",
     "FSDPModule": "before fully_shard",
@@ -173,15 +173,21 @@ def revert(model: torch.nn.Module) -> None:
 
     Raises:
         TypeError: `model` is not a module.
-        NotSupportedError: the model is wrapped; revert the module inside, before wrapping.
+        NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a subclass of
+            meprop.nn.Linear, as parametrizations make.
     """
     _check_model(model)
-    for _, layer in _linear_layers(model):
+    for name, layer in _linear_layers(model):
         vars(layer).pop(_REASON, None)
         if type(layer) in _PLAIN_CLASSES:
-            for name in sparse_state(vars(layer)["rule"], False, "always"):
-                vars(layer).pop(name)
+            for attribute in SPARSE_STATE:
+                vars(layer).pop(attribute)
             _become(layer, _PLAIN_CLASSES[type(layer)])
+        elif isinstance(layer, nn.Linear):
+            raise NotSupportedError(
+                f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn.Linear: it cannot be made plain. "
+                "Remove what was added to it (parametrizations) first."
+            )
 
 
 def report(model: torch.nn.Module) -> ConversionReport:
@@ -242,6 +248,8 @@ def _reason_to_skip(
 ) -> str | None:
     if type(layer) not in _SPARSE_CLASSES and type(layer) not in _PLAIN_CLASSES:
         return f"{type(layer).__name__} is a subclass of Linear with a forward pass of its own"
+    if not layer.weight.is_floating_point():
+        return f"its weight is of dtype {layer.weight.dtype}"
     if layer.weight in foreign:
         return f"its weight is tied to {foreign[layer.weight]}"
     if layer.out_features < min_features:

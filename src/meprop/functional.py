@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor if tensor.dim() == 2 else tensor[None]
 
 
 def _sparse_backward(
@@ -97,7 +97,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rule: Rule,
 
     Raises:
         NotSupportedError: In the backward pass, with create_graph=True; under torch.compile, with sparse_grad.
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
         ValueError: sparse_grad with a rule whose rows keep entries of their own.
     """
     check_rule(rule, sparse_grad)
@@ -108,6 +108,10 @@ def apply_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, sparse_grad: bool, decide: Decide | None
 ) -> Tensor:
     """`linear` with checked arguments; `decide`, where given, is asked in the backward pass whether to be sparse."""
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"weight is of dtype {weight.dtype}; sparse back-propagation is for floating dtypes, not complex"
+        )
     needs_rule = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not needs_rule or rule.count(weight.shape[0]) >= weight.shape[0]:
         return F.linear(x, weight, bias)
@@ -117,9 +121,13 @@ def apply_linear(
         )
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
     return _Linear.apply(x, weight, bias, rule, sparse_grad, decide)  # pyright: ignore[reportReturnType]  (apply is untyped)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As torch casts the operands of its own linear."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def check_rule(rule: Rule, sparse_grad: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -15,11 +16,17 @@ class RowSelection:
         values: The kept entries [N, k], in the gradient's dtype.
         indices: Their output features [N, k], int32, ascending in each row.
         width: O, the number of output features.
+
+    Raises:
+        ValueError: The shapes do not fit, or the indices are not int32.
     """
 
     values: Tensor
     indices: Tensor
     width: int
+
+    def __post_init__(self) -> None:
+        _check(self.values, self.indices, self.values.shape, "[N, k]")
 
     @property
     def density(self) -> float:
@@ -40,11 +47,17 @@ class ColumnSelection:
         values: The kept columns [N, k], in the gradient's dtype.
         indices: Their output features [k], int32, ascending.
         width: O, the number of output features.
+
+    Raises:
+        ValueError: The shapes do not fit, or the indices are not int32.
     """
 
     values: Tensor
     indices: Tensor
     width: int
+
+    def __post_init__(self) -> None:
+        _check(self.values, self.indices, self.values.shape[1:], "[k]")
 
     @property
     def density(self) -> float:
@@ -58,3 +71,11 @@ class ColumnSelection:
 
 
 Selection = RowSelection | ColumnSelection
+
+
+def _check(values: Tensor, indices: Tensor, shape: torch.Size, form: str) -> None:
+    if values.dim() != 2 or indices.shape != shape or indices.dtype != torch.int32:
+        raise ValueError(
+            f"a selection is values [N, k] with int32 indices {form}, not values {list(values.shape)} with "
+            f"{indices.dtype} indices {list(indices.shape)}"
+        )

@@ -38,3 +38,14 @@ def test_a_tensor_subclass_goes_through_the_dispatcher():
         selection = ops.topk_rows(torch.empty(N, O), K)
         assert ops.grad_input(selection, torch.empty(O, I)).shape == (N, I)
         assert ops.grad_weight(selection, torch.empty(N, I)).shape == (O, I)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [torch.arange(4, dtype=torch.int32)[None], torch.arange(4)[None].expand(50, 4), torch.arange(3, dtype=torch.int32)],
+    ids=["too few rows", "int64", "too few columns"],
+)
+def test_operators_refuse_what_is_no_selection(indices):
+    """They would read beyond the end of the indices."""
+    with pytest.raises(ValueError, match="a selection is values"):
+        torch.ops.meprop.grad_input(torch.randn(50, 4), indices, torch.randn(8, 64))

@@ -170,6 +170,26 @@ def test_what_is_not_selected_is_not_read(level):
         assert grad_input.isfinite().all()
 
 
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_expanded_matrices(level, scope):
+    """Each row the same memory: a leading dimension of 0."""
+    grad, weight, x = (matrix[:1].expand(matrix.shape) for matrix in problem(6, 70, 30, torch.float32))
+    values, indices = (reference.topk_rows if scope == "example" else reference.topk_columns)(grad, 4)
+    grad_input, grad_weight, _, _ = native.topk_linear_backward(grad, 4, scope, weight, x, False, False)
+    torch.testing.assert_close(grad_input, reference.grad_input(values, indices, weight))
+    torch.testing.assert_close(grad_weight, reference.grad_weight(values, indices, x, 30))
+
+
+def test_negated_views_and_tensors_without_memory():
+    grad, weight, x = problem(6, 70, 30, torch.float32)
+    expected = native.topk_linear_backward(-grad, 4, "example", -weight, -x, True, False)
+    got = native.topk_linear_backward(
+        *(torch._neg_view(grad), 4, "example"), *map(torch._neg_view, (weight, x)), True, False
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected[:3], got[:3], strict=True))
+    assert "memory" in str(native.declines(torch._efficientzerotensor(2, 3)))
+
+
 @shared_fixture
 @given(data=st.data())
 def test_products_of_any_shape_and_layout(level, data):
@@ -231,6 +251,24 @@ def test_a_forked_process_neither_hangs_nor_errs():
         os.waitpid(child, 0)
         pytest.fail("the forked process hangs")
     assert os.waitstatus_to_exitcode(done[1]) == 0
+
+
+@pytest.mark.parametrize(
+    "limit", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "true"}], ids=str
+)
+def test_fewer_threads_than_asked_for(limit):
+    code = (
+        "import torch\nfrom meprop.ops import native\ntorch.manual_seed(0)\n"
+        "grad, weight, x = torch.randn(150, 257), torch.randn(257, 333), torch.randn(150, 333)\n"
+        "results = []\n"
+        "for threads in (1, 4):\n"
+        "    torch.set_num_threads(threads)\n"
+        "    for scope in ('example', 'batch'):\n"
+        "        results += native.topk_linear_backward(grad, 20, scope, weight, x, True, False)[:3]\n"
+        "assert all(torch.equal(a, b) for a, b in zip(results[:6], results[6:]))"
+    )
+    done = run_python(code, **limit)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_openmp_runtime_in_the_process():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("lightning_fabric")
 
 import meprop
+from meprop import speed
 from meprop.errors import MepropError
 from meprop.training.loop import Trainer, TrainingConfig, fit
 
@@ -125,3 +128,28 @@ def test_epochs_are_checked(epochs):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**settings)
+
+
+def test_a_resumed_run_keeps_what_its_layers_decided(task, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEPROP_CACHE", str(tmp_path))
+    config = TrainingConfig(epochs=2, k=5, when="auto")
+    monkeypatch.setattr(speed, "measure", lambda rule, shape: (10.0, 100.0))
+    trainer = Trainer(task, config, config.rule(), 7)
+    trainer.advance(3)
+    state = copy.deepcopy(trainer.state_dict())
+    assert state["decisions"]["0"]["sparse"] is False
+
+    monkeypatch.setattr(speed, "decide", lambda rule, shape: pytest.fail("decided again"))
+    resumed = Trainer(task, config, config.rule(), 7)
+    resumed.load_state_dict(state)
+    assert str(resumed.report) == str(trainer.report)
+    for each in (trainer, resumed):
+        each.advance(3)
+    for ours, theirs in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_metric_that_is_not_finite_stops_the_run_with_the_reason(task, monkeypatch):
+    monkeypatch.setattr(type(task), "evaluate", lambda self, model, split: {"accuracy": 50.0, "loss": float("nan")})
+    with pytest.raises(MepropError, match=r"dev loss became nan in epoch 1 \(dense, seed 7\): try a smaller --lr"):
+        Trainer(task, TrainingConfig(epochs=1), None, 7).advance(100)

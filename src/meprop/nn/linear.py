@@ -60,16 +60,21 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
-        decision = self.decision
-        if decision is not None and not decision.sparse:
+        decide = None
+        if self.when == "auto" and not torch.compiler.is_compiling():
+            if self.decision is None or (not self.decision.sparse and _saved_tensors_are_hooked()):
+                decide = self._decide
+            elif not self.decision.sparse:
+                return F.linear(input, self.weight, self.bias)
+        elif self.decision is not None and not self.decision.sparse:
             return F.linear(input, self.weight, self.bias)
-        undecided = decision is None and self.when == "auto" and not torch.compiler.is_compiling()
-        decide = self._decide if undecided else None
         return functional.apply_linear(input, self.weight, self.bias, self.rule, self.sparse_grad, decide)
 
     def _decide(self, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]) -> bool:
+        rows, outputs = grad_NO.shape
+        if rows == 0:  # says nothing about the batches to come
+            return True
         if self.decision is None:  # else an earlier call of this layer in the same step has decided
-            rows, outputs = grad_NO.shape
             shape = speed.LayerShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs)
             self.decision = speed.decide(self.rule, shape)
         return self.decision.sparse
@@ -80,7 +85,18 @@ class Linear(torch.nn.Linear):
         return f"{super().extra_repr()}, rule={self.rule}{sparse_grad}"
 
 
+SPARSE_STATE = ("rule", "sparse_grad", "when", "decision")
+
+
 def sparse_state(rule: Rule, sparse_grad: bool, when: When) -> dict[str, Any]:
     """What a layer has beside a plain one: the attributes that `meprop.convert` gives it, and revert takes."""
     # The optimizer of row-sparse gradients counts on their layout, so there is nothing to decide.
-    return {"rule": rule, "sparse_grad": sparse_grad, "when": "always" if sparse_grad else when, "decision": None}
+    return dict(zip(SPARSE_STATE, (rule, sparse_grad, "always" if sparse_grad else when, None), strict=True))
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether a forward pass is being recorded to be run again (torch.utils.checkpoint), or its tensors to be moved.
+
+    Both passes must then save the same tensors, whatever is decided between them.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from meprop.selection import ColumnSelection, RowSelection
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _ROWS, _COLUMNS = 0, 1
@@ -37,6 +40,8 @@ def declines(tensor: Tensor) -> str | None:
         return f"native kernels run on the CPU, not on {tensor.device}"
     if tensor.dtype not in _DTYPE_CODES:
         return f"native kernels take float32 and bfloat16, not {tensor.dtype}"
+    if tensor._is_zerotensor():
+        return "native kernels read memory, which this tensor of zeros does not have"
     return None
 
 
@@ -55,6 +60,11 @@ def use_level(name: str) -> None:
     if _extension is None:
         raise ValueError(_reason_missing)
     _extension.use_level(name)
+
+
+def extension_file() -> Path | None:
+    """Where the extension lies; None without it."""
+    return Path(_extension.__file__) if _extension is not None and _extension.__file__ is not None else None
 
 
 def reason_missing() -> str | None:
@@ -95,18 +105,14 @@ def _topk(scope: int, grad: Tensor, k: int, indices_shape: tuple[int, ...]) -> t
 
 def grad_input(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """As `reference.grad_input`."""
-    scope = _ROWS if indices.dim() == 2 else _COLUMNS
-    selection = values.contiguous(), indices.contiguous()
-    result, _, _ = _backward(scope, None, *values.shape, weight.shape[0], selection, weight, None)
+    result, _ = _of_selection(values, indices, weight.shape[0], weight, None)
     assert result is not None
     return result
 
 
 def grad_weight(values: Tensor, indices: Tensor, x: Tensor, width: int) -> Tensor:
     """As `reference.grad_weight`."""
-    scope = _ROWS if indices.dim() == 2 else _COLUMNS
-    selection = values.contiguous(), indices.contiguous()
-    _, result, _ = _backward(scope, None, *values.shape, width, selection, None, x)
+    _, result = _of_selection(values, indices, width, None, x)
     assert result is not None
     return result
 
@@ -144,6 +150,18 @@ def topk_linear_backward(
     return (*_backward(code, grad, rows, k, width, selection, weight, x, needs_bias, rows_only), selection[1])
 
 
+def _of_selection(
+    values: Tensor, indices: Tensor, width: int, weight: Tensor | None, x: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if indices.dim() == 2:
+        scope, _ = _ROWS, RowSelection(values, indices, width)  # checks shapes and dtypes
+    else:
+        scope, _ = _COLUMNS, ColumnSelection(values, indices, width)
+    rows, k = values.shape
+    selection = values.contiguous(), indices.contiguous()
+    return _backward(scope, None, rows, k, width, selection, weight, x)[:2]
+
+
 def _backward(
     scope: int,
     grad: Tensor | None,
@@ -163,6 +181,9 @@ def _backward(
     dtype = tensor.dtype
     inputs = 0
     grad_input = grad_weight = grad_bias = None
+    if (weight is not None and weight.shape[0] != width) or (x is not None and x.shape[0] != rows):
+        shapes = [None if matrix is None else list(matrix.shape) for matrix in (weight, x)]
+        raise ValueError(f"an output gradient [{rows}, {width}] does not go with weight and input of shapes {shapes}")
     if weight is not None:
         weight, inputs = _readable(weight, dtype), weight.shape[1]
         grad_input = torch.empty((rows, inputs), dtype=dtype)
@@ -198,6 +219,6 @@ def _backward(
 
 def _readable(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix in this dtype, its rows' elements adjacent."""
-    if matrix.dtype == dtype and matrix.stride(1) == 1:
+    if matrix.dtype == dtype and matrix.stride(1) == 1 and not matrix.is_neg():
         return matrix
-    return matrix.to(dtype).contiguous()
+    return matrix.resolve_neg().to(dtype).contiguous()

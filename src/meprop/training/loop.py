@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import meprop
 from meprop.errors import MepropError
+from meprop.speed import Decision
 
 
 class Task(Protocol):
@@ -260,6 +261,11 @@ class Trainer:
             raise MepropError(f"task {self.task.name} has no training batches")
         with self._fabric.autocast():
             dev, test = self.task.evaluate(self.model, "dev"), self.task.evaluate(self.model, "test")
+        for split, metrics in (("dev", dev), ("test", test)):
+            for metric, value in metrics.items():
+                if not isfinite(value):
+                    where = f"epoch {self.epoch + 1} ({self.name}, seed {self.seed})"
+                    raise MepropError(f"{split} {metric} became {value} in {where}: try a smaller --lr")
         self.curve.append(EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step))
         self.step, self.loss_sum, self._batches = 0, 0.0, None
         self._epoch_order = self._order.get_state()
@@ -281,6 +287,11 @@ class Trainer:
         """Return all that `load_state_dict` needs to continue bit for bit: tensors and plain data only."""
         return {
             "model": self.model.state_dict(),
+            "decisions": {
+                name: asdict(layer.decision)
+                for name, layer in self.model.named_modules()
+                if isinstance(layer, meprop.nn.Linear) and layer.decision is not None
+            },
             "optimizer": self.optimizer.state_dict(),
             "random": self._random,
             "epoch_order": self._epoch_order,
@@ -293,6 +304,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, in a trainer built from the same task, config, rule and seed."""
         self.model.load_state_dict(state["model"])
+        for name, decision in state["decisions"].items():
+            vars(self.model.get_submodule(name))["decision"] = Decision(**decision)
         self.optimizer.load_state_dict(state["optimizer"])
         self._random = state["random"]
         self._epoch_order = state["epoch_order"]

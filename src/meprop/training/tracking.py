@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -78,18 +77,16 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def claim_folder(out: Path, *, overwrite: bool) -> None:
-    """Make the folder for a new experiment; what an earlier one left there goes only if `overwrite` is set.
+    """Make the folder for a new experiment. What an earlier one left there stays until the new one replaces it.
 
     Raises:
-        ValueError: If the folder holds an earlier experiment, or is a file.
+        ValueError: If the folder holds an earlier experiment and `overwrite` is not set, or is a file.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     earlier = [out / name for name in (RESULT, CHECKPOINT, FIGURE, TENSORBOARD) if (out / name).exists()]
     if earlier and not overwrite:
         raise ValueError(f"{earlier[0]} exists; give another --out, or --overwrite to replace it")
-    for path in earlier:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
 
 
