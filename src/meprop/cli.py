@@ -50,7 +50,7 @@ def _tasks() -> dict[str, _TaskEntry]:
 
     return {
         "mnist": _TaskEntry(
-            mnist.MnistConfig, mnist.MnistTask, mnist.locate, mnist.load, TrainingConfig(epochs=8, k=20)
+            mnist.MnistConfig, mnist.MnistTask, mnist.locate, mnist.load, TrainingConfig(epochs=10, k=20)
         ),
     }
 
