@@ -2,20 +2,19 @@
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch  # before the extension, which shares its OpenMP runtime
 
+from meprop.ops import native
+
 if path := os.environ.get("MEPROP_TEST_EXTENSION"):  # another build of it, such as the sanitized one
     spec = importlib.util.spec_from_file_location("meprop._C", path)
     assert spec is not None
     assert spec.loader is not None
-    sys.modules["meprop._C"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["meprop._C"])
-
-from meprop.ops import native
+    native._extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native._extension)
 
 
 @pytest.fixture(params=native.levels())
