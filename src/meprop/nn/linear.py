@@ -60,14 +60,12 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
-        decide = None
-        if self.when == "auto" and not torch.compiler.is_compiling():
-            if self.decision is None or (not self.decision.sparse and _saved_tensors_are_hooked()):
-                decide = self._decide
-            elif not self.decision.sparse:
-                return F.linear(input, self.weight, self.bias)
-        elif self.decision is not None and not self.decision.sparse:
+        compiling = torch.compiler.is_compiling()
+        dense = self.decision is not None and not self.decision.sparse
+        if dense and (compiling or not _saved_tensors_are_hooked()):
             return F.linear(input, self.weight, self.bias)
+        asks = self.when == "auto" and not compiling and (dense or self.decision is None)
+        decide = self._decide if asks else None
         return functional.apply_linear(input, self.weight, self.bias, self.rule, self.sparse_grad, decide)
 
     def _decide(self, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]) -> bool:
