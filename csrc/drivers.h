@@ -58,4 +58,65 @@ struct LinearBackward {
 template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call);
 
+// Sequences of a batch in time-major order, packed as torch.nn.utils.rnn does: first the `sizes[0]` rows of time step 0,
+// then the sizes[1] <= sizes[0] rows of time step 1, and so on; row b of every time step belongs to sequence b. An LSTM
+// walks over the time steps from the first to the last, or, in `reverse`, from the last to the first.
+struct Sequences {
+  int64_t steps;
+  const int64_t* sizes;
+  bool reverse;
+};
+
+// One layer of an LSTM in one direction. Shapes: B = sizes[0] sequences, N the sum of sizes, I inputs, H units; all
+// contiguous but x and the weights. The initial state (h0, c0) and the bias are zeros where null.
+struct LstmForward {
+  Sequences sequences;
+  int64_t units, inputs;
+  Matrix<float> weight_ih;  // [4H, I]
+  Matrix<float> weight_hh;  // [4H, H]
+  Matrix<float> x;          // [N, I]
+  const float* bias;        // [4H]
+  const float* h0;          // [B, H]
+  const float* c0;          // [B, H]
+  float* gates;             // [N, 4H]: the gates' activations
+  float* output;            // [N, H]
+  float* cells;             // [N, H]: the cell states
+  float* last_output;       // [B, H]: of each sequence, at its last step
+  float* last_cells;        // [B, H]
+  int threads;
+};
+
+Status lstm_forward(const Kernels& kernels, LstmForward call);
+
+// Its backward pass through time, in which of each gate's gradient (before the activation) a selection of k entries
+// stands for the whole: at each time step, of each row, or of the time step's rows together. The cells' own gradients
+// are exact. Reads what LstmForward wrote.
+struct LstmBackward {
+  Sequences sequences;
+  Scope scope;
+  int64_t units, inputs, k;
+  Matrix<float> weight_ih;   // [4H, I]
+  Matrix<float> weight_hh;   // [4H, H]
+  Matrix<float> x;           // [N, I]
+  const float* h0;
+  const float* c0;
+  const float* gates;
+  const float* output;
+  const float* cells;
+  // Null stands for zeros.
+  const float* grad_output;  // [N, H]
+  const float* grad_last_output;  // [B, H]
+  const float* grad_last_cells;   // [B, H]
+  // What is null is not computed.
+  float* grad_x;          // [N, I]
+  float* grad_weight_ih;  // [4H, I]
+  float* grad_weight_hh;  // [4H, H]
+  float* grad_bias;       // [4H], from the whole gradients, not from the selections
+  float* grad_h0;         // [B, H]
+  float* grad_c0;         // [B, H]
+  int threads;
+};
+
+Status lstm_backward(const Kernels& kernels, LstmBackward call);
+
 }  // namespace meprop

@@ -70,10 +70,44 @@ struct TypedKernels {
                         int64_t depth_stride, int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld);
 };
 
+// The cells of an LSTM. Its units are computed in blocks of `block`; a unit has four gates, in torch's order: input,
+// forget, cell, output. `units` below is the number of units of a block that are there: 1 <= units <= block.
+struct LstmKernels {
+  // In a block, the gates' sums lie one gate after the other: 4 * block floats, which is TypedKernels<float>::panel_width.
+  int block;
+
+  // Copies the block of units that begins at `weight` ([4 * gate_stride rows, depth]: a unit's gates are gate_stride rows
+  // apart) to packed [depth, 4 * block]: what dense_product takes as its source. Zero for units that are not there.
+  void (*pack)(const float* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, int64_t depth, float* packed);
+
+  // The same product for one row, straight from the weight: sums[gate * block + unit] = weight row * x [depth].
+  void (*dot)(const float* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, const float* x, int64_t depth,
+              float* sums);
+
+  // Puts sums [rows, 4 * block] where their gates are, in rows 4 * gate_stride apart, a unit's gates gate_stride apart;
+  // `bias` (null: zeros), gates as far apart, is added.
+  void (*spread)(const float* sums, const float* bias, int64_t rows, int64_t units, int64_t gate_stride, float* gates);
+
+  // One step of a block's cells for some rows. `gates` holds the input's part of the gates, laid out as by `spread`, and
+  // gets the gates' activations; `sums` [rows, 4 * block] is their recurrent part. From them and the earlier cell state
+  // the new state and the output; rows of all three are gate_stride apart. Null `sums` and `earlier` stand for zeros.
+  void (*step)(const float* sums, int64_t rows, int64_t units, int64_t gate_stride, float* gates, const float* earlier,
+               float* cells, float* output);
+
+  // The gradient of one step of one row's cells, all `units` (any number) of them: of the gates before their
+  // activations, gate_gradients [4, units], and, in place, of the cell state: from that of this step's to that of the
+  // earlier one. grad_output and grad_carried are summed to the output's gradient; grad_output and `earlier` may be null,
+  // for zeros. The gates' gradients are also added to gate_sums [4, units], where that is not null.
+  void (*step_gradient)(int64_t units, const float* gates, const float* cells, const float* earlier,
+                        const float* grad_output, const float* grad_carried, float* grad_cells, float* gate_gradients,
+                        float* gate_sums);
+};
+
 struct Kernels {
   const char* level;
   TypedKernels<float> f32;
   TypedKernels<Bf16> bf16;
+  LstmKernels lstm;
 };
 
 extern const Kernels kScalar;

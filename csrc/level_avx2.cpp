@@ -11,5 +11,6 @@ namespace level_avx2 {
 #include "level.inl"
 }  // namespace level_avx2
 
-const Kernels kAvx2 = {"avx2", level_avx2::kTyped<float>, level_avx2::kTyped<Bf16>};
+const Kernels kAvx2 = {"avx2", level_avx2::kTyped<float>, level_avx2::kTyped<Bf16>,
+                       level_avx2::kLstm};
 }  // namespace meprop

@@ -11,5 +11,6 @@ namespace level_avx512 {
 #include "level.inl"
 }  // namespace level_avx512
 
-const Kernels kAvx512 = {"avx512", level_avx512::kTyped<float>, level_avx512::kTyped<Bf16>};
+const Kernels kAvx512 = {"avx512", level_avx512::kTyped<float>, level_avx512::kTyped<Bf16>,
+                         level_avx512::kLstm};
 }  // namespace meprop

@@ -9,5 +9,6 @@ namespace level_scalar {
 #include "level.inl"
 }  // namespace level_scalar
 
-const Kernels kScalar = {"scalar", level_scalar::kTyped<float>, level_scalar::kTyped<Bf16>};
+const Kernels kScalar = {"scalar", level_scalar::kTyped<float>, level_scalar::kTyped<Bf16>,
+                         level_scalar::kLstm};
 }  // namespace meprop

@@ -159,11 +159,13 @@ inline void dense_rest(int64_t rows, const T* source, int64_t source_ld, int64_t
 template <class T>
 void dense_product(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
                    int64_t depth_stride, int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld) {
+  // Blocks of nearly equal numbers of rows: a last one of one or two would wait for the panel's lines.
   constexpr int kRows = kSumRegisters / (kPanelLines * Line<T>::kSums);
-  for (int64_t row = row_begin; row < row_end; row += kRows) {
-    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+  for (int64_t row = row_begin, blocks = (row_end - row_begin + kRows - 1) / kRows; blocks > 0; --blocks) {
+    const int64_t rows = (row_end - row + blocks - 1) / blocks;
     dense_rest<T, kRows>(rows, source, source_ld, depth, coefficients + row * row_stride, row_stride, depth_stride, width,
                          out + row * out_ld, out_ld);
+    row += rows;
   }
 }
 

@@ -30,6 +30,7 @@ inline void store_words(void* to, U32 a) { _mm256_storeu_si256(static_cast<__m25
 inline U32 plus(U32 a, U32 b) { return _mm256_add_epi32(a, b); }
 inline U32 either(U32 a, U32 b) { return _mm256_or_si256(a, b); }
 inline U32 up_16(U32 a) { return _mm256_slli_epi32(a, 16); }
+inline U32 up_23(U32 a) { return _mm256_slli_epi32(a, 23); }
 inline U32 down_16(U32 a) { return _mm256_srli_epi32(a, 16); }
 
 inline F32 zero() { return _mm256_setzero_ps(); }
@@ -37,6 +38,13 @@ inline F32 as_float(U32 bits) { return _mm256_castsi256_ps(bits); }
 inline F32 broadcast(float value) { return _mm256_set1_ps(value); }
 inline U32 as_bits(F32 a) { return _mm256_castps_si256(a); }
 inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+inline F32 subtract(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
+inline F32 multiply(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+inline F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+// Within the bounds; NaN stays NaN: of two operands, minimum and maximum give the second where one is NaN.
+inline F32 clamp(F32 a, float low, float high) {
+  return _mm256_min_ps(broadcast(high), _mm256_max_ps(broadcast(low), a));
+}
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline U32 where_nan(F32 a, U32 nan, U32 otherwise) {
   return _mm256_blendv_epi8(otherwise, nan, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));

@@ -23,6 +23,7 @@ inline void store_words(void* to, U32 a) { _mm512_storeu_si512(to, a); }
 inline U32 plus(U32 a, U32 b) { return _mm512_add_epi32(a, b); }
 inline U32 either(U32 a, U32 b) { return _mm512_or_si512(a, b); }
 inline U32 up_16(U32 a) { return _mm512_slli_epi32(a, 16); }
+inline U32 up_23(U32 a) { return _mm512_slli_epi32(a, 23); }
 inline U32 down_16(U32 a) { return _mm512_srli_epi32(a, 16); }
 
 inline F32 zero() { return _mm512_setzero_ps(); }
@@ -30,6 +31,13 @@ inline F32 as_float(U32 bits) { return _mm512_castsi512_ps(bits); }
 inline F32 broadcast(float value) { return _mm512_set1_ps(value); }
 inline U32 as_bits(F32 a) { return _mm512_castps_si512(a); }
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 subtract(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+inline F32 multiply(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+inline F32 divide(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+// Within the bounds; NaN stays NaN: of two operands, minimum and maximum give the second where one is NaN.
+inline F32 clamp(F32 a, float low, float high) {
+  return _mm512_min_ps(broadcast(high), _mm512_max_ps(broadcast(low), a));
+}
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline U32 where_nan(F32 a, U32 nan, U32 otherwise) {
   return _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);

@@ -29,6 +29,7 @@ inline void store_words(void* to, U32 a) { __builtin_memcpy(to, &a, sizeof a); }
 inline U32 plus(U32 a, U32 b) { return a + b; }
 inline U32 either(U32 a, U32 b) { return a | b; }
 inline U32 up_16(U32 a) { return a << 16; }
+inline U32 up_23(U32 a) { return a << 23; }
 inline U32 down_16(U32 a) { return a >> 16; }
 
 inline F32 zero() { return 0; }
@@ -40,6 +41,11 @@ inline F32 as_float(U32 bits) {
 }
 inline U32 as_bits(F32 a) { return load_words(&a); }
 inline F32 add(F32 a, F32 b) { return a + b; }
+inline F32 subtract(F32 a, F32 b) { return a - b; }
+inline F32 multiply(F32 a, F32 b) { return a * b; }
+inline F32 divide(F32 a, F32 b) { return a / b; }
+// Within the bounds; NaN stays NaN.
+inline F32 clamp(F32 a, float low, float high) { return a < low ? low : a > high ? high : a; }
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }
 inline U32 where_nan(F32 a, U32 nan, U32 otherwise) { return a != a ? nan : otherwise; }
 inline float sum_lanes(F32 a) { return a; }

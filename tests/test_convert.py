@@ -275,3 +275,59 @@ def test_what_was_made_from_a_converted_layer_cannot_be_reverted_silently():
     torch.nn.utils.parametrizations.weight_norm(model[0])
     with pytest.raises(meprop.NotSupportedError, match=r"layer '0'.*parametrizations"):
         meprop.revert(model)
+
+
+class Tagger(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = nn.LSTM(12, 200, **options)
+        self.head = nn.Linear(200, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def test_lstms_are_converted_and_reverted_in_place():
+    model = Tagger()
+    before = dict(model.named_parameters())
+    x = torch.randn(4, 3, 12)
+    with torch.no_grad():
+        output = model(x)
+    report = convert(model)
+    assert statuses(report) == {"lstm": "sparse", "head": "dense"}
+    layer = report.layers[0]
+    assert (layer.kind, layer.in_features, layer.out_features, layer.k, layer.density) == ("LSTM", 12, 200, 10, 0.05)
+    assert type(model.lstm) is meprop.nn.LSTM
+    torch.testing.assert_close(model(x), output)
+    model(x[:1, :1]).sum().backward()
+    rows = model.lstm.weight_ih_l0.grad.view(4, 200, 12).abs().sum(dim=2) > 0
+    assert (rows.sum(dim=1) <= 10).all()
+    assert rows[0].sum() == 10
+    meprop.revert(model)
+    assert type(model.lstm) is nn.LSTM
+    assert set(vars(model.lstm)) == set(vars(nn.LSTM(12, 200)))
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+def test_lstms_that_stay_dense_say_why():
+    class OwnForward(nn.LSTM):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "projections": nn.LSTM(4, 200, proj_size=8),
+            "narrow": nn.LSTM(4, 20),
+            "subclass": OwnForward(4, 200),
+            "sparse": nn.LSTM(4, 200),
+        }
+    )
+    assert statuses(convert(model)) == dict(zip(model, ["dense", "dense", "dense", "sparse"], strict=True))
+    found = reasons(meprop.report(model))
+    assert "proj_size=8" in found["projections"]
+    assert "20 hidden units" in found["narrow"]
+    assert "subclass of LSTM" in found["subclass"]
+    mixed = nn.Sequential(nn.LSTM(4, 200), nn.Linear(200, 200))
+    report = convert(mixed, meprop.TopK(0.05, scope="batch"), sparse_grad=True)
+    assert statuses(report) == {"0": "dense", "1": "sparse"}
+    assert "each time step" in reasons(report)["0"]

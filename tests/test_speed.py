@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import meprop
@@ -260,3 +261,36 @@ def test_a_rule_that_cannot_be_known_again_is_not_remembered(measured, cache):
     backward(net)
     assert len(measured.shapes) == 1
     assert not (cache / "speed").exists()
+
+
+@pytest.mark.parametrize(("microseconds", "sparse"), [((100.0, 10.0), True), ((10.0, 9.9), False)])
+@pytest.mark.parametrize("form", ["padded", "batch first", "packed", "unbatched"])
+def test_an_lstm_decides_at_its_first_forward_pass_with_gradients(measured, microseconds, sparse, form):
+    measured.microseconds = microseconds
+    torch.manual_seed(0)
+    net = torch.nn.LSTM(20, 200, batch_first=form == "batch first")
+    assert "first forward pass" in meprop.convert(net, RULE).layers[0].reason
+    x = {
+        "padded": torch.randn(6, 4, 20),
+        "batch first": torch.randn(4, 6, 20),
+        "packed": pack_sequence([torch.randn(length, 20) for length in (6, 6, 5, 5)]),
+        "unbatched": torch.randn(6, 20),
+    }[form]
+    with torch.no_grad():
+        net(x)
+    assert not measured.shapes
+    for _ in range(2):
+        net.zero_grad()
+        output, _ = net(x)
+        (output.data if form == "packed" else output).sum().backward()
+        assert bool((net.weight_ih_l0.grad == 0).all(dim=1).any()) == sparse
+    assert measured.shapes == [speed.LstmShape(6, 1 if form == "unbatched" else 4, 20, 200, torch.float32, "cpu")]
+    assert meprop.report(net).layers[0].status == ("sparse" if sparse else "dense")
+
+
+def test_a_real_measurement_of_an_lstm_leaves_everything_as_it_was():
+    state = torch.get_rng_state()
+    dense, sparse = speed.measure(meprop.TopK(5), speed.LstmShape(3, 4, 10, 150, torch.float32, "cpu"))
+    assert 0 < dense < 1e6
+    assert 0 < sparse < 1e6
+    assert torch.equal(state, torch.get_rng_state())

@@ -16,10 +16,15 @@ from meprop.nn.linear import SPARSE_STATE, When, sparse_state
 from meprop.rules import Rule
 
 Filter = Callable[[str, torch.nn.Module], bool]
+Layer = torch.nn.Linear | torch.nn.LSTM
+"""What can be converted."""
 
 # Plain class -> the class that takes over its instances. A layer keeps its identity: only its class changes, so that
 # parameters, buffers, hooks and references to it stay what they are, and a root module can be converted too.
-_SPARSE_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.Linear: nn.Linear}
+_SPARSE_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.Linear: nn.Linear,
+    torch.nn.LSTM: nn.LSTM,
+}
 _PLAIN_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     sparse: plain for plain, sparse in _SPARSE_CLASSES.items()
 }
@@ -45,9 +50,9 @@ class LayerReport:
         name: Its name in the model, "" for the model itself.
         kind: The plain class's name, e.g. "Linear".
         in_features: I.
-        out_features: O, among which the rule chooses.
+        out_features: O, among which the rule chooses; of an LSTM, the hidden units H, as it chooses within each gate.
         status: "sparse" or "dense".
-        k: How many output features are kept; None if dense.
+        k: How many of them are kept; None if dense.
         density: k / O; 1.0 if dense.
         rule: The rule, None if the layer is a plain one.
         reason: Why it is dense, or what convert did.
@@ -69,14 +74,14 @@ class ConversionReport:
     """What was done to each layer of a model; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer, in the model's order.
+        layers: One record for each linear layer and each LSTM, in the model's order.
     """
 
     layers: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layers"
+            return "no linear layers and no LSTMs"
         head = ("layer", "kind", "in x out", "backward", "kept", "why")
         rows = [
             (
@@ -95,7 +100,7 @@ class ConversionReport:
             for row in (head, *rows)
         ]
         sparse = sum(layer.status == "sparse" for layer in self.layers)
-        return "\n".join([*lines, f"{sparse} of {len(self.layers)} linear layers back-propagate sparsely"])
+        return "\n".join([*lines, f"{sparse} of {len(self.layers)} layers back-propagate sparsely"])
 
 
 def convert(
@@ -107,24 +112,26 @@ def convert(
     sparse_grad: bool = False,
     when: When = "auto",
 ) -> ConversionReport:
-    """Lets the linear layers of a model back-propagate only what `rule` keeps. In place.
+    """Lets the linear layers and LSTMs of a model back-propagate only what `rule` keeps. In place.
 
-    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`: the same object with the same Parameters, so that optimizers,
-    hooks and checkpoints go on as before. A layer that is already converted takes the new rule. What stays dense is in
-    the report with the reason: narrow layers, subclasses of Linear (whose own forward pass would be lost), layers whose
-    weight is tied to a module of another kind, and what `filter` refuses.
+    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, each `torch.nn.LSTM` a `meprop.nn.LSTM`: the same object with
+    the same Parameters, so that optimizers, hooks and checkpoints go on as before. A layer that is already converted
+    takes the new rule. What stays dense is in the report with the reason: narrow layers, subclasses (whose own forward
+    pass would be lost), LSTMs with projections, layers whose weight is tied to a module of another kind, and what
+    `filter` refuses.
 
     Args:
         model: Any module; it may itself be a Linear.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         filter: Called with (name, layer) for each layer that could be converted; those with a false answer stay as they
             are.
-        min_features: Layers with fewer output features stay dense: among few features there is little to leave out, and
-            the output layer of a classifier is best kept exact.
+        min_features: Layers with fewer output features (LSTMs: hidden units) stay dense: among few there is little to
+            leave out, and the output layer of a classifier is best kept exact.
         sparse_grad: Make each weight.grad a sparse tensor of the kept rows; for rules with scope "batch". Such layers
-            are always sparse, as their optimizer counts on it.
-        when: "auto": at its first backward pass each layer measures, for the number of rows it then gets, whether its
-            sparse backward pass is faster than the dense one on this machine, and stays with the answer; it is
+            are always sparse, as their optimizer counts on it. LSTMs stay dense then: they choose anew at each time
+            step, so that most rows of their weights get a gradient.
+        when: "auto": at its first backward pass (an LSTM: forward pass) each layer measures, for the number of rows it
+            then gets, whether being sparse is faster than dense on this machine, and stays with the answer; it is
             remembered in the cache folder ($MEPROP_CACHE), so that later runs decide alike. Under torch.compile, where
             nothing can be measured, a layer that has not decided yet is sparse. "always": sparse without asking.
 
@@ -148,12 +155,12 @@ def convert(
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 
     foreign = _owners_of_other_kinds(model)
-    for name, layer in _linear_layers(model):
-        reason = _reason_to_skip(layer, rule, foreign, min_features)
+    for name, layer in _layers(model):
+        reason = _reason_to_skip(layer, foreign, min_features, sparse_grad)
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
         if reason is not None:
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layer, nn.Linear | nn.LSTM):
                 vars(layer)[_REASON] = reason
             continue
         vars(layer).pop(_REASON, None)
@@ -174,53 +181,60 @@ def revert(model: torch.nn.Module) -> None:
     Raises:
         TypeError: `model` is not a module.
         NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a subclass of
-            meprop.nn.Linear, as parametrizations make.
+            meprop.nn.Linear or LSTM, as parametrizations make.
     """
     _check_model(model)
-    for name, layer in _linear_layers(model):
+    for name, layer in _layers(model):
         vars(layer).pop(_REASON, None)
         if type(layer) in _PLAIN_CLASSES:
             for attribute in SPARSE_STATE:
                 vars(layer).pop(attribute)
             _become(layer, _PLAIN_CLASSES[type(layer)])
-        elif isinstance(layer, nn.Linear):
+        elif isinstance(layer, nn.Linear | nn.LSTM):
             raise NotSupportedError(
-                f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn.Linear: it cannot be made plain. "
+                f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "
                 "Remove what was added to it (parametrizations) first."
             )
 
 
 def report(model: torch.nn.Module) -> ConversionReport:
     """The table of `convert`, as things are now."""
-    return ConversionReport(tuple(_describe(name, layer) for name, layer in _linear_layers(model)))
+    return ConversionReport(tuple(_describe(name, layer) for name, layer in _layers(model)))
 
 
 def _become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
     object.__setattr__(layer, "__class__", cls)
 
 
-def _linear_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+def _layers(model: torch.nn.Module) -> list[tuple[str, Layer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
 
 
-def _describe(name: str, layer: torch.nn.Linear) -> LayerReport:
-    rule = layer.rule if isinstance(layer, nn.Linear) else None
+def _features(layer: Layer) -> tuple[int, int]:
+    """Of its input, and those among which a rule chooses."""
+    if isinstance(layer, torch.nn.LSTM):
+        return layer.input_size, layer.hidden_size
+    return layer.in_features, layer.out_features
+
+
+def _describe(name: str, layer: Layer) -> LayerReport:
+    rule = layer.rule if isinstance(layer, nn.Linear | nn.LSTM) else None
     kind = _PLAIN_CLASSES.get(type(layer), type(layer)).__name__
-    width = layer.out_features
+    inputs, width = _features(layer)
     if rule is None or rule.count(width) >= width:
         reason = vars(layer).get(_REASON, "not converted") if rule is None else f"{rule} keeps everything"
-        return LayerReport(name, kind, layer.in_features, width, "dense", None, 1.0, rule, reason)
-    assert isinstance(layer, nn.Linear)
+        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, reason)
+    assert isinstance(layer, nn.Linear | nn.LSTM)
     k = rule.count(width)
     if layer.decision is not None:
         reason = str(layer.decision)
     elif layer.when == "auto":
-        reason = "to be measured at its first backward pass"
+        reason = f"to be measured at its first {'backward' if kind == 'Linear' else 'forward'} pass"
     else:
         reason = "always"
     if layer.decision is not None and not layer.decision.sparse:
-        return LayerReport(name, kind, layer.in_features, width, "dense", None, 1.0, rule, reason)
-    return LayerReport(name, kind, layer.in_features, width, "sparse", k, k / width, rule, reason)
+        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, reason)
+    return LayerReport(name, kind, inputs, width, "sparse", k, k / width, rule, reason)
 
 
 def _check_model(model: torch.nn.Module) -> None:
@@ -234,24 +248,32 @@ def _check_model(model: torch.nn.Module) -> None:
 
 
 def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
-    """Parameters that modules other than linear layers hold (an embedding, say), and a name for the holder."""
+    """Parameters that modules other than such layers hold (an embedding, say), and a name for the holder."""
     return {
         parameter: f"{type(module).__name__} {name!r}"
         for name, module in model.named_modules()
-        if not isinstance(module, torch.nn.Linear)
+        if not isinstance(module, Layer)
         for parameter in module.parameters(recurse=False)
     }
 
 
-def _reason_to_skip(
-    layer: torch.nn.Linear, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int
-) -> str | None:
+def _reason_to_skip(layer: Layer, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool) -> str | None:
     if type(layer) not in _SPARSE_CLASSES and type(layer) not in _PLAIN_CLASSES:
-        return f"{type(layer).__name__} is a subclass of Linear with a forward pass of its own"
-    if not layer.weight.is_floating_point():
-        return f"its weight is of dtype {layer.weight.dtype}"
-    if layer.weight in foreign:
-        return f"its weight is tied to {foreign[layer.weight]}"
-    if layer.out_features < min_features:
-        return f"narrow: {layer.out_features} output features, min_features={min_features}"
+        kind = "LSTM" if isinstance(layer, torch.nn.LSTM) else "Linear"
+        return f"{type(layer).__name__} is a subclass of {kind} with a forward pass of its own"
+    for parameter in layer.parameters():
+        if not parameter.is_floating_point():
+            return f"its weight is of dtype {parameter.dtype}"
+        if parameter.dim() == 2 and parameter in foreign:
+            return f"its weight is tied to {foreign[parameter]}"
+    _, width = _features(layer)
+    if isinstance(layer, torch.nn.LSTM):
+        if layer.proj_size > 0:
+            return f"it has projections (proj_size={layer.proj_size})"
+        if sparse_grad:
+            return "sparse_grad: an LSTM chooses anew at each time step"
+        if width < min_features:
+            return f"narrow: {width} hidden units, min_features={min_features}"
+    if width < min_features:
+        return f"narrow: {width} output features, min_features={min_features}"
     return None

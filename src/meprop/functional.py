@@ -35,11 +35,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise NotSupportedError(
-                "create_graph=True: a sparse backward pass has no gradient of its own: what it left out has no graph. "
-                "For this pass call meprop.revert(model), or use a rule that keeps everything (k >= out_features)."
-            )
+        _refuse_second_derivatives()
         x, weight = ctx.saved_tensors
         (grad_output,) = grad_outputs
         grad_NO, x_NI = _matrix(grad_output), None if x is None else _matrix(x)
@@ -53,6 +49,14 @@ class _Linear(torch.autograd.Function):
         if grad_x is not None and grad_output.dim() != 2:
             grad_x = grad_x.view(*grad_output.shape[:-1], inputs)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotSupportedError(
+            "create_graph=True: a sparse backward pass has no gradient of its own: what it left out has no graph. "
+            "For this pass call meprop.revert(model), or use a rule that keeps everything (k >= out_features)."
+        )
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -128,6 +132,164 @@ def apply_linear(
 def _autocast(tensor: Tensor) -> Tensor:
     """As torch casts the operands of its own linear."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+class _Lstm(torch.autograd.Function):
+    """One layer in one direction. Half precision is widened: states and gates are float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        batch_sizes: Tensor,
+        reverse: bool,
+        rule: Rule,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.rule, ctx.reverse, ctx.dtype = rule, reverse, x.dtype
+        ctx.set_materialize_grads(False)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, weight_ih, weight_hh = x.to(dtype), weight_ih.to(dtype), weight_hh.to(dtype)
+        h0, c0 = None if h0 is None else h0.to(dtype), None if c0 is None else c0.to(dtype)
+        biases = [bias.to(dtype) for bias in (bias_ih, bias_hh) if bias is not None]
+        bias = sum(biases[1:], biases[0]) if biases else None
+        trace = ops.lstm_forward(x, weight_ih, weight_hh, bias, (h0, c0), batch_sizes, reverse)
+        output, cells, gates, h_n, c_n = trace
+        ctx.save_for_backward(x, weight_ih, weight_hh, h0, c0, batch_sizes, output, cells, gates)
+        return output.to(ctx.dtype), h_n.to(ctx.dtype), c_n.to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        x, weight_ih, weight_hh, h0, c0, batch_sizes, output, cells, gates = ctx.saved_tensors
+        grad_output, grad_h, grad_c = (None if grad is None else grad.to(x.dtype) for grad in grads)
+        needs_x, needs_h0, needs_c0, needs_ih, needs_hh, *needs_biases = ctx.needs_input_grad[:7]
+        needs = (needs_x, needs_ih, needs_hh, any(needs_biases), needs_h0, needs_c0)
+        results = ops.lstm_backward(
+            (output, cells, gates),
+            x,
+            weight_ih,
+            weight_hh,
+            (h0, c0),
+            batch_sizes,
+            ctx.reverse,
+            (grad_output, grad_h, grad_c),
+            ctx.rule.as_topk(weight_hh.shape[1]),
+            ctx.rule.select,
+            needs,
+        )
+        grad_x, grad_ih, grad_hh, grad_bias, grad_h0, grad_c0 = (
+            None if result is None else result.to(ctx.dtype) for result in results
+        )
+        # The two biases have the same gradient, but may not share its memory.
+        grad_biases = [grad_bias if needed else None for needed in needs_biases]
+        if all(needs_biases) and grad_bias is not None:
+            grad_biases[1] = grad_bias.clone()
+        return grad_x, grad_h0, grad_c0, grad_ih, grad_hh, *grad_biases, None, None, None
+
+
+def lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    rule: Rule,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One layer of an LSTM in one direction, exactly; backwards, only what `rule` keeps of each gate is propagated.
+
+    At each time step `rule` chooses among the H entries of each of the four gates' gradients (before the activation):
+    of each sequence, or, with scope "batch", for all sequences of the time step. With S the kept parts [n, 4H], the
+    earlier output's gradient is S W_hh, dx = S W_ih, dW_ih = S^T x and dW_hh = S^T h (meProp, section 3; the choice per
+    gate is ours, as the paper does not name the gates). The cells' own gradients are exact, a bias gets the sum of the
+    whole gates' gradients. Arithmetic is float32 (float64 for float64 tensors).
+
+    Args:
+        x: Input [T, B, I], or, with `batch_sizes`, the packed rows [N, I] of sequences of different lengths, as in
+            `torch.nn.utils.rnn.PackedSequence.data`.
+        hx: Initial output and cell state, each [B, H]; None for zeros.
+        weight_ih: Weight of the input [4H, I]; gates in torch's order: input, forget, cell, output.
+        weight_hh: Weight of the earlier output [4H, H].
+        bias_ih: Bias [4H], or None.
+        bias_hh: Bias [4H], or None.
+        rule: What to keep of each gate, e.g. `meprop.TopK(20)`.
+        batch_sizes: Rows of each time step [T], int64 on the CPU, not increasing: `PackedSequence.batch_sizes`.
+        reverse: Walk from the last time step to the first.
+
+    Returns:
+        Output [T, B, H] or [N, H], and the last output and cell state of each sequence, [B, H] each.
+
+    Raises:
+        NotSupportedError: In the backward pass, with create_graph=True.
+        TypeError: `rule` is not a Rule, or the weights are not of a floating dtype.
+        ValueError: A shape does not fit, or `batch_sizes` is not as said above.
+    """
+    check_rule(rule)
+    if x.dim() != (3 if batch_sizes is None else 2):
+        raise ValueError(f"x is {list(x.shape)}; it is [T, B, I] without batch_sizes, and [N, I] with them")
+    if batch_sizes is not None:
+        _check_batch_sizes(batch_sizes, len(x))
+    elif x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"x is {list(x.shape)} [T, B, I]; an LSTM needs at least one time step and one sequence")
+    units, inputs, batch = weight_hh.shape[-1], x.shape[-1], x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    expected = [("weight_ih", weight_ih, (4 * units, inputs)), ("weight_hh", weight_hh, (4 * units, units))]
+    expected += [
+        (name, bias, (4 * units,)) for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)) if bias is not None
+    ]
+    expected += [("hx", state, (batch, units)) for state in hx or ()]
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}; for H = {units}, I = {inputs}, B = {batch} it is {list(shape)}"
+            )
+    return apply_lstm(x, hx, (weight_ih, weight_hh, bias_ih, bias_hh), batch_sizes, reverse, rule)
+
+
+def apply_lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    rule: Rule,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`lstm` with checked arguments."""
+    if not weights[0].is_floating_point():
+        raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
+    tensors = (x, *(hx or (None, None)), *weights)
+    if torch.is_autocast_enabled(x.device.type):
+        tensors = tuple(None if tensor is None else _autocast(tensor) for tensor in tensors)
+    rows, *others = tensors
+    sizes = torch.full((x.shape[0],), x.shape[1]) if batch_sizes is None else batch_sizes
+    assert rows is not None
+    output, h_n, c_n = _Lstm.apply(_matrix(rows), *others, sizes, reverse, rule)  # pyright: ignore[reportGeneralTypeIssues]
+    return output if batch_sizes is not None else output.view(*x.shape[:2], -1), (h_n, c_n)
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    valid = (
+        batch_sizes.dim() == 1
+        and batch_sizes.dtype == torch.int64
+        and batch_sizes.is_cpu
+        and len(batch_sizes) > 0
+        and bool((batch_sizes > 0).all())
+        and bool((batch_sizes.diff() <= 0).all())
+        and int(batch_sizes.sum()) == rows
+    )
+    if not valid:
+        raise ValueError(
+            f"batch_sizes is {batch_sizes!r}; it is [T], int64, on the CPU, positive, not increasing, with the sum "
+            f"{rows}, the rows of x"
+        )
 
 
 def check_rule(rule: Rule, sparse_grad: bool = False) -> None:

@@ -25,6 +25,10 @@ _LEAST_GAIN = 1.05
 _LEAST_REPEATS, _MOST_REPEATS, _SECONDS = 5, 40, 0.1
 
 
+Passes = tuple[Callable[[], None], Callable[[], None]]
+"""A forward and backward pass on random data, dense and sparse."""
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What the speed of a linear layer's backward pass depends on, beside the machine.
@@ -44,6 +48,65 @@ class LayerShape:
     dtype: torch.dtype
     device: str
     needs: tuple[bool, bool, bool]
+
+    def __str__(self) -> str:
+        needs = "".join(name for name, needed in zip("xwb", self.needs, strict=True) if needed)
+        return f"{self.rows}x{self.inputs}x{self.outputs} {needs}"
+
+    def passes(self, rule: Rule) -> Passes:
+        """Of such a layer."""
+        x, weight, bias, grad_output = _random(
+            self, (self.rows, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.rows, self.outputs)
+        )
+        wanted = [tensor.requires_grad_() for tensor, needs in zip((x, weight, bias), self.needs, strict=True) if needs]
+        return (
+            lambda: _discard(torch.autograd.grad(F.linear(x, weight, bias), wanted, grad_output)),
+            lambda: _discard(torch.autograd.grad(functional.linear(x, weight, bias, rule=rule), wanted, grad_output)),
+        )
+
+
+@dataclass(frozen=True)
+class LstmShape:
+    """What the speed of a layer of an LSTM depends on, beside the machine.
+
+    Attributes:
+        steps: T.
+        batch: Sequences B; of different lengths, the mean over the time steps.
+        inputs: I.
+        units: H.
+        dtype: Of the input.
+        device: Its type, "cpu" or "cuda".
+    """
+
+    steps: int
+    batch: int
+    inputs: int
+    units: int
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.steps * self.batch
+
+    def __str__(self) -> str:
+        return f"lstm {self.steps}x{self.batch}x{self.inputs}x{self.units}"
+
+    def passes(self, rule: Rule) -> Passes:
+        """Of such a layer."""
+        x, grad_output = _random(self, (self.steps, self.batch, self.inputs), (self.steps, self.batch, self.units))
+        layer = torch.nn.LSTM(self.inputs, self.units, device=self.device, dtype=self.dtype)
+        wanted = [x.requires_grad_(), *layer.parameters()]
+        return (
+            lambda: _discard(torch.autograd.grad(layer(x)[0], wanted, grad_output)),
+            lambda: _discard(
+                torch.autograd.grad(functional.lstm(x, None, *layer.parameters(), rule=rule)[0], wanted, grad_output)
+            ),
+        )
+
+
+Shape = LayerShape | LstmShape
 
 
 @dataclass(frozen=True)
@@ -68,7 +131,7 @@ class Decision:
         return f"{verdict} with {self.rows} rows: {self.sparse_us:.0f} us against {self.dense_us:.0f}, measured"
 
 
-def decide(rule: Rule, shape: LayerShape) -> Decision:
+def decide(rule: Rule, shape: Shape) -> Decision:
     """The faster backward pass for a layer of this shape on this machine: as measured before, or measured now."""
     path = machine.cache_folder() / "speed" / f"{_fingerprint()}.json"
     key = _key(rule, shape)
@@ -84,26 +147,21 @@ def decide(rule: Rule, shape: LayerShape) -> Decision:
     return Decision(sparse_us * _LEAST_GAIN < dense_us, shape.rows, dense_us, sparse_us)
 
 
-def measure(rule: Rule, shape: LayerShape) -> tuple[float, float]:
+def measure(rule: Rule, shape: Shape) -> tuple[float, float]:
     """Microseconds of a dense and a sparse forward and backward pass on random data: lower quartiles, interleaved."""
+    # Called within a forward or backward pass: its modes and its random numbers must not matter, nor be disturbed.
+    devices = [torch.cuda.current_device()] if shape.device == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(shape.device, enabled=False):
+        return _interleaved(*shape.passes(rule), shape.device)
+
+
+def _random(shape: Shape, *sizes: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator(shape.device).manual_seed(0)
+    return [torch.randn(size, generator=generator, device=shape.device).to(shape.dtype) for size in sizes]
 
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, device=shape.device).to(shape.dtype)
 
-    x, weight, bias = random(shape.rows, shape.inputs), random(shape.outputs, shape.inputs), random(shape.outputs)
-    grad_output = random(shape.rows, shape.outputs)
-    wanted = [tensor.requires_grad_() for tensor, needs in zip((x, weight, bias), shape.needs, strict=True) if needs]
-
-    def dense() -> None:
-        torch.autograd.grad(F.linear(x, weight, bias), wanted, grad_output)
-
-    def sparse() -> None:
-        torch.autograd.grad(functional.linear(x, weight, bias, rule=rule), wanted, grad_output)
-
-    # Called within a backward pass: its own modes must not matter.
-    with torch.enable_grad(), torch.autocast(shape.device, enabled=False):
-        return _interleaved(dense, sparse, shape.device)
+def _discard(_: object) -> None:
+    pass
 
 
 def _interleaved(dense: Callable[[], None], sparse: Callable[[], None], device: str) -> tuple[float, float]:
@@ -123,10 +181,8 @@ def _interleaved(dense: Callable[[], None], sparse: Callable[[], None], device: 
     return dense_us, sparse_us
 
 
-def _key(rule: Rule, shape: LayerShape) -> str:
-    needs = "".join(name for name, needed in zip("xwb", shape.needs, strict=True) if needed)
-    dtype = str(shape.dtype).removeprefix("torch.")
-    return f"{rule} {shape.device} {dtype} {shape.rows}x{shape.inputs}x{shape.outputs} {needs}"
+def _key(rule: Rule, shape: Shape) -> str:
+    return f"{rule} {shape.device} {str(shape.dtype).removeprefix('torch.')} {shape}"
 
 
 def _fingerprint() -> str:

@@ -1,5 +1,6 @@
 """Layers: subclasses of torch's, with the same constructors, parameters and state_dict keys."""
 
 from meprop.nn.linear import Linear
+from meprop.nn.lstm import LSTM
 
-__all__ = ["Linear"]
+__all__ = ["LSTM", "Linear"]

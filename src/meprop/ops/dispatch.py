@@ -7,6 +7,7 @@ Under `torch.compile` it goes through the `torch.library` operation of the same 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,6 +113,44 @@ def linear_backward(
         None if x is None else grad_weight(selection, x, row_sparse=row_sparse),
         grad.sum(dim=0) if needs_bias else None,
     )
+
+
+def lstm_forward(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference.lstm_forward`."""
+    backend = native if _native_lstm(x) else reference
+    return backend.lstm_forward(x, weight_ih, weight_hh, bias, initial, batch_sizes, reverse)
+
+
+def lstm_backward(
+    trace: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    reverse: bool,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    topk: tuple[int, str] | None,
+    select: Callable[[Tensor], Selection],
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """`reference.lstm_backward`; `topk` is k and scope, where `select` is nothing but top-k."""
+    arguments = (trace, x, weight_ih, weight_hh, initial, batch_sizes, reverse, gradients)
+    if topk is not None and _native_lstm(x):
+        return native.topk_lstm_backward(*arguments, topk, needs)
+    return reference.lstm_backward(*arguments, select, needs)
+
+
+def _native_lstm(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.dtype == torch.float32 and native.declines(tensor) is None
 
 
 def _row_sparse(indices: Tensor, rows: Tensor, width: int) -> Tensor:

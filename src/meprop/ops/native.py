@@ -150,6 +150,93 @@ def topk_linear_backward(
     return (*_backward(code, grad, rows, k, width, selection, weight, x, needs_bias, rows_only), selection[1])
 
 
+def lstm_forward(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.lstm_forward`, float32 only."""
+    assert _extension is not None
+    units, batch = weight_hh.shape[1], int(batch_sizes[0])
+    x, weight_ih, weight_hh = (_readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
+    bias, h0, c0 = _contiguous(bias), _contiguous(initial[0]), _contiguous(initial[1])
+    gates = x.new_empty(len(x), 4 * units)
+    output, cells = x.new_empty(len(x), units), x.new_empty(len(x), units)
+    last_output, last_cells = x.new_empty(batch, units), x.new_empty(batch, units)
+    _extension.lstm_forward(
+        len(batch_sizes),
+        batch_sizes.data_ptr(),
+        reverse,
+        units,
+        x.shape[1],
+        weight_ih.data_ptr(),
+        weight_ih.stride(0),
+        weight_hh.data_ptr(),
+        weight_hh.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        *map(_address, (bias, h0, c0, gates, output, cells, last_output, last_cells)),
+        torch.get_num_threads(),
+    )
+    return output, cells, gates, last_output, last_cells
+
+
+def topk_lstm_backward(
+    trace: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    reverse: bool,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    topk: tuple[int, str],
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """As `reference.lstm_backward`, float32 only, selecting by top-k of the given k and scope."""
+    assert _extension is not None
+    k, scope = topk
+    output, cells, gates = trace
+    inputs, units = x.shape[1], weight_hh.shape[1]
+    batch = int(batch_sizes[0])
+    x, weight_ih, weight_hh = (_readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
+    h0, c0 = (_contiguous(state) for state in initial)
+    grad_output, grad_h, grad_c = (_contiguous(gradient) for gradient in gradients)
+    shapes = [(len(x), inputs), (4 * units, inputs), (4 * units, units), (4 * units,), (batch, units), (batch, units)]
+    results = [x.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=True)]
+    _extension.lstm_backward(
+        len(batch_sizes),
+        batch_sizes.data_ptr(),
+        reverse,
+        _ROWS if scope == "example" else _COLUMNS,
+        units,
+        inputs,
+        k,
+        weight_ih.data_ptr(),
+        weight_ih.stride(0),
+        weight_hh.data_ptr(),
+        weight_hh.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        *map(_address, (h0, c0, gates, output, cells, grad_output, grad_h, grad_c)),
+        *map(_address, results),
+        torch.get_num_threads(),
+    )
+    return tuple(results)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.resolve_neg().contiguous()
+
+
 def _of_selection(
     values: Tensor, indices: Tensor, width: int, weight: Tensor | None, x: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -5,8 +5,14 @@ or with indices [k] (k columns); indices are int32 and ascending. Products are s
 inputs in float64. The paper is meProp (Sun et al., ICML 2017).
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
+
+from meprop.selection import Selection
 
 
 def declines(_: Tensor) -> str | None:
@@ -60,3 +66,140 @@ def grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+# ---------------------------------------------------------------- LSTM: one layer, one direction
+#
+# Sequences are packed as by torch.nn.utils.rnn: batch_sizes [T] (int64, on the CPU, not increasing) rows for each time
+# step, N in all, row b of a time step belonging to sequence b of B = batch_sizes[0]. In `reverse` the walk begins with
+# the last time step. H units; gates in torch's order: input, forget, cell, output. Initial states [B, H] may be None:
+# zeros.
+
+
+def _steps(batch_sizes: Tensor, reverse: bool) -> Iterator[slice]:
+    """The rows of each time step, in the order of the walk."""
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    steps = [slice(start, start + size) for start, size in zip(starts.tolist(), batch_sizes.tolist(), strict=True)]
+    return reversed(steps) if reverse else iter(steps)
+
+
+def _with_new(state: Tensor, new: Tensor) -> Tensor:
+    """The state of all sequences, when the first ones have a new one."""
+    return torch.cat([new, state[len(new) :]])
+
+
+def _earlier(states: Tensor, initial: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
+    """For each row [N, H] the state before it: that of the sequence's step before, or the initial one."""
+    earlier, state = torch.empty_like(states), initial
+    for rows in _steps(batch_sizes, reverse):
+        earlier[rows] = state[: rows.stop - rows.start]
+        state = _with_new(state, states[rows])
+    return earlier
+
+
+def _or_zeros(state: Tensor | None, like: Tensor, batch_sizes: Tensor) -> Tensor:
+    return like.new_zeros(int(batch_sizes[0]), like.shape[1]) if state is None else state
+
+
+def lstm_forward(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer of an LSTM in one direction.
+
+    Args:
+        x: Input [N, I].
+        weight_ih: [4H, I].
+        weight_hh: [4H, H].
+        bias: The sum of torch's two [4H], or None.
+        initial: h0 and c0 [B, H].
+        batch_sizes: [T].
+        reverse: Whether the walk begins with the last time step.
+
+    Returns:
+        Output [N, H], cell states [N, H], the gates' activations [N, 4H], and of each sequence the last output and cell
+        state [B, H].
+    """
+    projected = x @ weight_ih.t() if bias is None else x @ weight_ih.t() + bias
+    output, cells = x.new_empty(len(x), weight_hh.shape[1]), x.new_empty(len(x), weight_hh.shape[1])
+    gates = torch.empty_like(projected)
+    h, c = (_or_zeros(state, output, batch_sizes) for state in initial)
+    for rows in _steps(batch_sizes, reverse):
+        size = rows.stop - rows.start
+        i, f, g, o = (projected[rows] + h[:size] @ weight_hh.t()).chunk(4, dim=1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        cells[rows] = f * c[:size] + i * g
+        output[rows] = o * cells[rows].tanh()
+        gates[rows] = torch.cat([i, f, g, o], dim=1)
+        h, c = _with_new(h, output[rows]), _with_new(c, cells[rows])
+    return output, cells, gates, h, c
+
+
+def lstm_backward(
+    trace: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    reverse: bool,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    select: Callable[[Tensor], Selection],
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Back-propagation through time, with a selection of each gate's gradient at each time step.
+
+    The cells' own gradients are exact. With S the selections of all four gates' gradients (before the activations), for
+    a time step [n, 4H], for all rows [N, 4H]: the earlier output's gradient is S W_hh, dx = S W_ih, dW_ih = S^T x,
+    dW_hh = S^T (the earlier outputs). A bias's gradient is the sum of the whole gates' gradients.
+
+    Args:
+        trace: Output, cell states and gates as `lstm_forward` gave them.
+        x: Input [N, I].
+        weight_ih: [4H, I].
+        weight_hh: [4H, H].
+        initial: h0 and c0 [B, H].
+        batch_sizes: [T].
+        reverse: As in the forward pass.
+        gradients: Of output [N, H], last output [B, H] and last cell state [B, H]; None for zeros.
+        select: From a gate's gradient at a time step [n, H] to what is propagated of it.
+        needs: Which of the six results are wanted.
+
+    Returns:
+        The gradients of x, weight_ih, weight_hh, a bias [4H], h0 and c0; None where it is not wanted.
+    """
+    output, cells, gates = trace
+    grad_output, grad_h, grad_c = gradients
+    h0, c0 = (_or_zeros(state, output, batch_sizes) for state in initial)
+    grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+    grad_h, grad_c = _or_zeros(grad_h, output, batch_sizes), _or_zeros(grad_c, output, batch_sizes)
+    earlier_cells = _earlier(cells, c0, batch_sizes, reverse)
+    whole, kept = torch.empty_like(gates), torch.empty_like(gates)
+    for rows in _steps(batch_sizes, not reverse):
+        size = rows.stop - rows.start
+        i, f, g, o = gates[rows].chunk(4, dim=1)
+        tanh_c = cells[rows].tanh()
+        grad = grad_output[rows] + grad_h[:size]
+        grad_cell = grad_c[:size] + grad * o * (1 - tanh_c**2)
+        of_gates = [
+            grad_cell * g * i * (1 - i),
+            grad_cell * earlier_cells[rows] * f * (1 - f),
+            grad_cell * i * (1 - g**2),
+            grad * tanh_c * o * (1 - o),
+        ]
+        whole[rows] = torch.cat(of_gates, dim=1)
+        kept[rows] = torch.cat([select(gate).to_dense() for gate in of_gates], dim=1)
+        grad_h, grad_c = _with_new(grad_h, kept[rows] @ weight_hh), _with_new(grad_c, grad_cell * f)
+    return (
+        kept @ weight_ih if needs[0] else None,
+        kept.t() @ x if needs[1] else None,
+        kept.t() @ _earlier(output, h0, batch_sizes, reverse) if needs[2] else None,
+        whole.sum(dim=0) if needs[3] else None,
+        grad_h if needs[4] else None,
+        grad_c if needs[5] else None,
+    )

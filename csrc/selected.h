@@ -1,0 +1,183 @@
+// Products with a selection, shared out among a team: what the backward passes of all layers are put together from.
+//
+// For the drivers (linear.cpp, lstm.cpp), which are compiled alike; a level's unit must not include it (kernels.h).
+#pragma once
+
+#include "drivers.h"
+#include "team.h"
+
+namespace meprop {
+
+template <class T>
+const TypedKernels<T>& typed(const Kernels& kernels);
+template <>
+inline const TypedKernels<float>& typed(const Kernels& kernels) {
+  return kernels.f32;
+}
+template <>
+inline const TypedKernels<Bf16>& typed(const Kernels& kernels) {
+  return kernels.bf16;
+}
+
+// A column of the selection's scores, in the order of preference: the larger sum, then the lower index.
+struct Scored {
+  uint64_t key;
+  int32_t index;
+  bool operator<(const Scored& other) const { return key != other.key ? key > other.key : index < other.index; }
+};
+
+inline uint64_t order_key(double magnitude) {
+  if (magnitude != magnitude) return UINT64_MAX;
+  uint64_t key;  // of non-negative numbers, the bits are ordered as the numbers
+  std::memcpy(&key, &magnitude, sizeof key);
+  return key;
+}
+
+// The k columns with the largest magnitudes, by ascending index; of equals the lower index, NaN the largest.
+inline void choose_largest(const double* magnitudes, int64_t columns, int64_t k, Scored* scores, int32_t* indices) {
+  for (int32_t o = 0; o < columns; ++o) scores[o] = {order_key(magnitudes[o]), o};
+  std::nth_element(scores, scores + k - 1, scores + columns);
+  for (int64_t j = 0; j < k; ++j) indices[j] = scores[j].index;
+  std::sort(indices, indices + k);
+}
+
+// The selection [rows, k] by output instead of by row: for each output the rows that selected it, ascending, and their
+// values. A counting sort, in which each thread counts and later places its part of the rows.
+template <class T>
+class Transposed {
+ public:
+  Transposed(int64_t rows, int64_t outputs, int64_t k, int threads)
+      : rows_(rows),
+        outputs_(outputs),
+        k_(k),
+        starts_(kStarts, outputs + 1),
+        places_(kPlaces, threads * outputs),
+        source_rows_(kSourceRows, rows * k),
+        values_(kSourceValues, rows * k) {}
+
+  explicit operator bool() const { return starts_ && places_ && source_rows_ && values_; }
+
+  // First: every thread, when its part of the rows is selected.
+  void count(Team team, const int32_t* indices) {
+    int64_t* counts = places_.get() + team.id * outputs_;
+    std::memset(counts, 0, sizeof(int64_t) * static_cast<size_t>(outputs_));
+    const Range rows = team.row_part(rows_);
+    for (int64_t i = rows.begin * k_; i < rows.end * k_; ++i) ++counts[indices[i]];
+  }
+
+  // Second: one thread, when all have counted. Turns each count into the place of the first entry.
+  void allot(Team team) {
+    int64_t place = 0;
+    for (int64_t output = 0; output < outputs_; ++output) {
+      starts_.get()[output] = place;
+      for (int thread = 0; thread < team.size; ++thread) {
+        int64_t& here = places_.get()[thread * outputs_ + output];
+        const int64_t count = here;
+        here = place;
+        place += count;
+      }
+    }
+    starts_.get()[outputs_] = place;
+  }
+
+  // Third: every thread, when the places are allotted. After it, and a wait, the terms are there.
+  void fill(Team team, const T* values, const int32_t* indices) {
+    int64_t* places = places_.get() + team.id * outputs_;
+    const Range rows = team.row_part(rows_);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      for (int64_t i = row * k_; i < (row + 1) * k_; ++i) {
+        const int64_t to = places[indices[i]]++;
+        source_rows_.get()[to] = static_cast<int32_t>(row);
+        values_.get()[to] = values[i];
+      }
+    }
+  }
+
+  Terms<T> terms() const { return {starts_.get(), 0, source_rows_.get(), values_.get()}; }
+
+ private:
+  int64_t rows_, outputs_, k_;
+  Scratch<int64_t> starts_, places_;
+  Scratch<int32_t> source_rows_;
+  Scratch<T> values_;
+};
+
+// A product's right-hand side: some rows of a matrix, `width` columns of them.
+template <class T>
+struct Source {
+  Matrix<T> matrix;
+  const int32_t* row_numbers;  // null: the first `rows`
+  int64_t rows, width;
+};
+
+// What a source's copy should take at most: half of a core's L2, less what else is there.
+constexpr int64_t kPackedBytes = 128 << 10;
+// Rows of the output that are computed for one panel before the next: few enough to be written as streams.
+constexpr int64_t kRowBlock = 16;
+
+// A source whose rows are used so often, on average, is worth copying.
+constexpr int64_t kUsesWorthPacking = 3;
+
+// Covers [0, width) with pieces of at most `step` columns, each of whole panels, and calls piece(first, columns) for each.
+// Where panels do not divide the width, the last piece begins early, and computes some columns once more, to end with it.
+// requires: width >= panel; step a multiple of panel.
+template <class Piece>
+void for_pieces(int64_t width, int64_t panel, int64_t step, Piece piece) {
+  for (int64_t column = 0; column < width;) {
+    const int64_t rest = (width - column + panel - 1) / panel * panel;
+    const int64_t columns = std::min({step, rest, width / panel * panel});
+    piece(std::min(column, width - columns), columns);
+    column += columns;
+  }
+}
+
+// How a source is read: in place, or from copies of so many columns at a time.
+template <class T>
+class Packing {
+ public:
+  Packing(const TypedKernels<T>& kernels, Source<T> source, bool worth_it)
+      : kernels_(kernels), source_(source), panel_(kernels.panel_width) {
+    const int64_t panels = std::max<int64_t>(1, (source.width + panel_ - 1) / panel_);
+    const int64_t at_once = kPackedBytes / std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(T)));
+    in_place_ = source.row_numbers == nullptr && source.width >= panel_ && (at_once >= panels || !worth_it);
+    columns_ = in_place_ ? source.width : std::clamp<int64_t>(at_once, 1, panels) * panel_;
+  }
+
+  // Elements of scratch for each thread.
+  int64_t size() const { return in_place_ ? 0 : source_.rows * columns_; }
+
+  // Computes out [rows, width], each thread a part of all (copy, row) pairs. Calls product(source, source_ld, row begin,
+  // row end, width, out) for a block of rows and up to `step` columns, source and out being at the first of them.
+  template <class Product>
+  void multiply(Team team, T* packed, int64_t rows, int64_t step, T* out, Product product) const {
+    if (rows == 0) return;
+    auto [begin, end] = team.part((source_.width + columns_ - 1) / columns_ * rows);
+    while (begin < end) {
+      const int64_t first = begin / rows * columns_, row_begin = begin % rows;
+      const int64_t row_end = std::min(rows, row_begin + (end - begin));
+      const int64_t width = std::min(columns_, source_.width - first);
+      if (!in_place_)
+        kernels_.pack(source_.matrix.data + first, source_.matrix.ld, source_.row_numbers, source_.rows, width, packed,
+                      columns_);
+      for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
+        const int64_t block_end = std::min(row + kRowBlock, row_end);
+        if (in_place_)
+          for_pieces(width, panel_, step, [&](int64_t column, int64_t columns) {
+            product(source_.matrix.data + column, source_.matrix.ld, row, block_end, columns, out + column);
+          });
+        else
+          for (int64_t column = 0; column < width; column += step)
+            product(packed + column, columns_, row, block_end, std::min(step, width - column), out + first + column);
+      }
+      begin += row_end - row_begin;
+    }
+  }
+
+ private:
+  const TypedKernels<T>& kernels_;
+  Source<T> source_;
+  int64_t panel_, columns_;
+  bool in_place_;
+};
+
+}  // namespace meprop

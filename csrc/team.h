@@ -1,0 +1,142 @@
+// What every operation needs before it can compute: threads that share out the work, and scratch memory.
+//
+// For the drivers (linear.cpp, lstm.cpp), which are compiled alike; a level's unit must not include it (kernels.h).
+#pragma once
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace meprop {
+
+// Work that is worth a thread: entries looked at, multiply-adds.
+constexpr int64_t kEntriesPerThread = 1 << 13;
+constexpr int64_t kProductsPerThread = 1 << 16;
+
+// What scratch is for. Each use has a block of its own.
+enum Use { kCandidates, kMagnitudes, kScores, kValues, kIndices, kBias, kStarts, kPlaces, kSourceRows, kSourceValues, kPacked,
+  // of an LSTM
+  kOffsets, kSums, kPrevious, kGateGradients, kGradOutput, kGradCells, kNarrow, kPackedInputs, kUses };
+
+constexpr int64_t kLargestKept = 4 << 20;
+
+// The blocks of one calling thread. They are kept from call to call: memory that is fresh from the system costs a page
+// fault per 4 KB, which is more than the work of a small layer.
+class Blocks {
+ public:
+  ~Blocks() {
+    for (Block& block : blocks_) std::free(block.data);
+  }
+
+  // Gives back what is too large to keep, where page faults are little beside the work.
+  void trim() {
+    for (Block& block : blocks_) {
+      if (block.bytes <= kLargestKept) continue;
+      std::free(block.data);
+      block = {};
+    }
+  }
+
+  // `bytes` of uninitialised memory on a cache-line boundary, or null. Gives back what the same use had before.
+  void* take(Use use, int64_t bytes) {
+    Block& block = blocks_[use];
+    if (bytes > block.bytes || block.data == nullptr) {
+      std::free(block.data);
+      const int64_t rounded = (bytes / 64 + 1) * 64;
+      block.data = std::aligned_alloc(64, static_cast<size_t>(rounded));
+      block.bytes = block.data != nullptr ? rounded : 0;
+    }
+    return block.data;
+  }
+
+ private:
+  struct Block {
+    void* data = nullptr;
+    int64_t bytes = 0;
+  };
+  Block blocks_[kUses];
+};
+
+inline thread_local Blocks blocks;
+
+// `count` uninitialised elements for one use, until the same use is asked for again; null where there is no memory.
+template <class T>
+class Scratch {
+ public:
+  Scratch(Use use, int64_t count) {
+    int64_t bytes = 0;
+    if (__builtin_mul_overflow(count, static_cast<int64_t>(sizeof(T)), &bytes) || bytes > INT64_MAX - 64) return;
+    data_ = static_cast<T*>(blocks.take(use, bytes));
+  }
+  explicit operator bool() const { return data_ != nullptr; }
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// Whether a matrix of these sizes can be addressed: its last element's offset in bytes fits.
+template <class T>
+bool fits(int64_t rows, int64_t columns, int64_t ld) {
+  int64_t elements = 0, bytes = 0;
+  return rows >= 0 && columns >= 0 && ld >= 0 && !__builtin_mul_overflow(rows, std::max(ld, columns), &elements) &&
+         !__builtin_mul_overflow(elements, static_cast<int64_t>(sizeof(T)), &bytes);
+}
+
+inline bool forked = false;
+[[maybe_unused]] inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Rows are shared out in blocks, at most so many; what is summed over rows is summed in each block first, then over the
+// blocks, so that the sums do not depend on the number of threads.
+constexpr int64_t kRowBlocks = 32, kLeastRowsPerBlock = 8;
+
+inline int64_t rows_per_block(int64_t rows) { return std::max(kLeastRowsPerBlock, (rows + kRowBlocks - 1) / kRowBlocks); }
+
+// The threads that run one operation, as one of them sees it. OpenMP may give fewer than were asked for.
+struct Team {
+  int id, size;
+
+  // This thread's equal part of [0, count), in multiples of `grain`.
+  Range part(int64_t count, int64_t grain = 1) const {
+    const int64_t grains = (count + grain - 1) / grain;
+    return {grains * id / size * grain, std::min(count, grains * (id + 1) / size * grain)};
+  }
+
+  // This thread's part of the rows, in whole blocks.
+  Range row_part(int64_t rows) const { return part(rows, rows_per_block(rows)); }
+
+  // Returns when all threads of the team have come here.
+  void wait() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+};
+
+// How many threads are worth waking for so many entries to look at and multiply-adds to do.
+inline int team_size(int threads, int64_t entries, int64_t products) {
+  if (forked) return 1;
+  return static_cast<int>(std::clamp<int64_t>(entries / kEntriesPerThread + products / kProductsPerThread, 1, threads));
+}
+
+template <class Body>
+void run_team(int threads, Body body) {
+  if (threads == 1) return body(Team{0, 1});
+#pragma omp parallel num_threads(threads)
+  body(Team{omp_get_thread_num(), omp_get_num_threads()});
+}
+
+// Large outputs are mostly fresh from the system, at a page fault per 4 KB; larger pages make that per 2 MB.
+void prefer_large_pages(void* data, size_t bytes);
+
+}  // namespace meprop

@@ -1,0 +1,125 @@
+"""LSTM with a sparse backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from meprop import functional, speed
+from meprop.errors import NotSupportedError
+from meprop.nn.linear import When, sparse_state
+from meprop.rules import Rule
+
+
+class LSTM(torch.nn.LSTM):
+    """`torch.nn.LSTM` that back-propagates only what `rule` keeps of each gate's gradient at each time step.
+
+    Parameters, state_dict, initialisation, and the forms of input and output are torch's own: padded, packed or
+    unbatched sequences, `batch_first`, `num_layers`, `bidirectional`, `dropout`. What is computed forwards is torch's
+    up to rounding; without gradients, or with k >= hidden_size, it is torch's own LSTM bit for bit. Backwards see
+    `meprop.functional.lstm`. A layer made by hand is always sparse; one that `meprop.convert` made decides at its first
+    forward pass with gradients whether that is faster here, and stays with it.
+
+    Args:
+        *args: As `torch.nn.LSTM`: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional.
+        rule: What to keep of the H entries of each gate, e.g. `meprop.TopK(20)`.
+        **kwargs: As `torch.nn.LSTM`, but for proj_size.
+
+    Attributes:
+        when: "always" sparse, or "auto": only if measured to be faster.
+        decision: With "auto", what was decided; None before the first forward pass.
+
+    Raises:
+        TypeError: `rule` is not a Rule.
+        NotSupportedError: `proj_size` is given.
+    """
+
+    rule: Rule
+    sparse_grad: bool
+    when: When
+    decision: speed.Decision | None
+
+    def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
+        functional.check_rule(rule)
+        super().__init__(*args, **kwargs)
+        if self.proj_size > 0:
+            raise NotSupportedError(f"proj_size={self.proj_size}: meprop.nn.LSTM has no projections; use torch.nn.LSTM")
+        vars(self).update(sparse_state(rule, False, "always"))
+
+    @torch.compiler.disable  # a compiled model calls it as it is, as it does torch's own
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's are overloads)
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """As `torch.nn.LSTM`: input [T, B, I] to output [T, B, D * H] and states [layers * D, B, H], D directions."""
+        if not self._is_sparse(input, hx):
+            return super().forward(input, hx)
+        if isinstance(input, PackedSequence):
+            rows, batch_sizes, order, restore = input
+            hx = None if hx is None else self.permute_hidden(hx, order)
+            self._check(rows, hx, batch_sizes)
+            output, states = self._layers(rows, hx, batch_sizes)
+            return PackedSequence(output, batch_sizes, order, restore), self.permute_hidden(states, restore)
+        unbatched = input.dim() == 2
+        if unbatched:
+            input, hx = input[:, None], None if hx is None else (hx[0][:, None], hx[1][:, None])
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        self._check(input, hx, None)
+        output, (h, c) = self._layers(input, hx, None)
+        if unbatched:
+            return output[:, 0], (h[:, 0], c[:, 0])
+        return output.transpose(0, 1) if self.batch_first else output, (h, c)
+
+    def _check(self, time_major: Tensor, hx: tuple[Tensor, Tensor] | None, batch_sizes: Tensor | None) -> None:
+        """Raises torch's own errors."""
+        self.check_input(time_major, batch_sizes)
+        if hx is not None:
+            batch = time_major.shape[1] if batch_sizes is None else int(batch_sizes[0])
+            expected = (self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size)
+            self.check_hidden_size(hx[0], expected, "Expected hidden[0] size {}, got {}")
+            self.check_hidden_size(hx[1], expected, "Expected hidden[1] size {}, got {}")
+
+    def _layers(
+        self, x: Tensor, hx: tuple[Tensor, Tensor] | None, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        last: list[tuple[Tensor, Tensor]] = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            outputs: list[Tensor] = []
+            for reverse in (False, True) if self.bidirectional else (False,):
+                initial = None if hx is None else (hx[0][len(last)], hx[1][len(last)])
+                weights = self._weights(f"l{layer}{'_reverse' if reverse else ''}")
+                output, states = functional.apply_lstm(x, initial, weights, batch_sizes, reverse, self.rule)
+                outputs.append(output)
+                last.append(states)
+            x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+        h, c = (torch.stack(states) for states in zip(*last, strict=True))
+        return x, (h, c)
+
+    def _weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        weight_ih, weight_hh = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"weight_hh_{suffix}")
+        if not self.bias:
+            return weight_ih, weight_hh, None, None
+        return weight_ih, weight_hh, getattr(self, f"bias_ih_{suffix}"), getattr(self, f"bias_hh_{suffix}")
+
+    def _is_sparse(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None) -> bool:
+        rows, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+        if rows.numel() == 0 or self.rule.count(self.hidden_size) >= self.hidden_size or not torch.is_grad_enabled():
+            return False
+        if not any(tensor.requires_grad for tensor in (rows, *(hx or ()), *self.parameters())):
+            return False
+        if self.when == "auto" and self.decision is None:
+            steps = len(batch_sizes) if batch_sizes is not None else rows.shape[self.batch_first and rows.dim() == 3]
+            batch = round(rows.shape[:-1].numel() / steps)
+            shape = speed.LstmShape(steps, batch, self.input_size, self.hidden_size, rows.dtype, rows.device.type)
+            self.decision = speed.decide(self.rule, shape)
+        return self.decision is None or self.decision.sparse
+
+    def extra_repr(self) -> str:
+        """As torch's, and the rule."""
+        return f"{super().extra_repr()}, rule={self.rule}"

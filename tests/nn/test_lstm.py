@@ -1,0 +1,465 @@
+"""LSTM: torch's own in every form of input, and its sparse gradients against step-by-step autograd."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import meprop
+from meprop import functional
+from meprop.rules import Rule
+from meprop.selection import ColumnSelection, RowSelection
+
+INPUTS, UNITS = 6, 19
+LENGTHS = [5, 7, 1, 7, 3]  # not sorted, with equals
+
+
+class KeepAll(Rule):
+    """Keeps everything, but does not say so: the sparse path then has to give the dense gradients."""
+
+    def count(self, features: int) -> int:
+        return features - 1
+
+    def select(self, grad_output_NO: Tensor) -> RowSelection:
+        indices = torch.arange(grad_output_NO.shape[1], dtype=torch.int32).expand(grad_output_NO.shape)
+        return RowSelection(grad_output_NO, indices, grad_output_NO.shape[1])
+
+
+class KeepAllByTopK(KeepAll):
+    def as_topk(self, features: int) -> tuple[int, str]:
+        return features, "example"
+
+
+def make(dtype: torch.dtype = torch.float64, rule: Rule | None = None, **options) -> meprop.nn.LSTM:
+    torch.manual_seed(0)
+    return meprop.nn.LSTM(INPUTS, UNITS, dtype=dtype, rule=rule or meprop.TopK(4), **options)
+
+
+def plain(layer: meprop.nn.LSTM) -> torch.nn.LSTM:
+    twin = copy.deepcopy(layer)
+    meprop.revert(twin)
+    assert type(twin) is torch.nn.LSTM
+    return twin
+
+
+def random_input(form: str, batch_first: bool, dtype: torch.dtype) -> Tensor | PackedSequence:
+    torch.manual_seed(1)
+    x = torch.randn(max(LENGTHS), len(LENGTHS), INPUTS, dtype=dtype)
+    if form == "unbatched":
+        return x[:, 0].clone().requires_grad_()
+    x = x.transpose(0, 1).contiguous() if batch_first else x
+    x.requires_grad_()
+    if form == "packed":
+        return pack_padded_sequence(x, torch.tensor(LENGTHS), batch_first=batch_first, enforce_sorted=False)
+    return x
+
+
+def random_states(layer: torch.nn.LSTM, form: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    shape = (count, UNITS) if form == "unbatched" else (count, len(LENGTHS), UNITS)
+    dtype = layer.weight_ih_l0.dtype
+    return torch.randn(shape, dtype=dtype).requires_grad_(), torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def run(layer: torch.nn.LSTM, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    """Output, states, then the gradients of a random loss with respect to everything that can have one."""
+    output, states = layer(x, hx)
+    rows = output.data if isinstance(output, PackedSequence) else output
+    torch.manual_seed(3)
+    loss = sum((tensor * torch.randn_like(tensor)).sum() for tensor in (rows, *states))
+    source = x.data if isinstance(x, PackedSequence) else x
+    wanted = [source, *(hx or ()), *layer.parameters()]
+    return [rows, *states, *torch.autograd.grad(loss, wanted)]
+
+
+@pytest.mark.parametrize("rule", [KeepAll(), KeepAllByTopK()], ids=["select", "top-k"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("given_states", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("form", ["padded", "packed", "unbatched"])
+@pytest.mark.parametrize(
+    ("num_layers", "bidirectional", "batch_first", "bias"),
+    [*itertools.product([1, 2], [False, True], [False, True], [True]), (2, True, False, False)],
+)
+def test_with_everything_kept_it_is_torchs(
+    num_layers, bidirectional, batch_first, bias, form, given_states, dtype, rule, poisoned
+):
+    options = {"num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first, "bias": bias}
+    layer = make(dtype, rule, **options)
+    x = random_input(form, batch_first, dtype)
+    hx = random_states(layer, form) if given_states else None
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for actual, expected in zip(run(layer, x, hx), run(plain(layer), x, hx), strict=True):
+        assert actual.shape == expected.shape
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_dropout_between_layers_is_torchs():
+    layer = make(rule=KeepAll(), num_layers=3, dropout=0.5)
+    twin = plain(layer)
+    x = random_input("padded", False, torch.float64)
+    layer.eval(), twin.eval()
+    torch.testing.assert_close(layer(x)[0], twin(x)[0])
+    layer.train()
+    torch.manual_seed(4)
+    first, second = layer(x)[0], layer(x)[0]
+    assert not torch.equal(first, second)
+    torch.manual_seed(4)
+    assert torch.equal(first, layer(x)[0])
+
+
+# ---------------------------------------------------------------- sparse gradients
+
+
+class KeepOfGradient(torch.autograd.Function):
+    """The identity, whose gradient is what the rule keeps: the literal meaning of meProp."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rule: Rule) -> Tensor:
+        ctx.rule = rule
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.rule.select(grad).to_dense(), None
+
+
+def step_by_step(
+    x: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], sizes: list[int], reverse: bool, rule: Rule
+) -> list[Tensor]:
+    """An LSTM of one layer, step by step and gate by gate, differentiated by autograd. The biases are outside of what
+    is selected. x is packed [N, I]; returns packed output and last states.
+    """
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    h, c = hx
+    starts = list(itertools.accumulate(sizes, initial=0))
+    outputs: list[Tensor | None] = [None] * len(sizes)
+    for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+        n = sizes[t]
+        product = x[starts[t] : starts[t + 1]] @ weight_ih.t() + h[:n] @ weight_hh.t()
+        gates = [KeepOfGradient.apply(gate, rule) for gate in product.chunk(4, dim=1)]
+        i, f, g, o = (gate + bias for gate, bias in zip(gates, (bias_ih + bias_hh).chunk(4), strict=True))
+        new_c = f.sigmoid() * c[:n] + i.sigmoid() * g.tanh()
+        new_h = o.sigmoid() * new_c.tanh()
+        outputs[t] = new_h
+        h, c = torch.cat([new_h, h[n:]]), torch.cat([new_c, c[n:]])
+    return [torch.cat(outputs), h, c]
+
+
+SIZES = {
+    "ragged": [5, 5, 4, 2, 1, 1],
+    "equal": [3, 3, 3],
+    "one": [1, 1, 1, 1],
+    "single step": [4],
+    "wide": [70, 33, 33],
+}
+RULES = [meprop.TopK(1), meprop.TopK(5), meprop.TopK(UNITS - 1), meprop.TopK(4, scope="batch"), meprop.TopK(0.5)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_sparse_gradients_are_those_of_a_literal_lstm(level, poisoned, sizes, reverse, rule):
+    check_against_step_by_step(sizes, reverse, rule, torch.float32)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_oracle_is_a_literal_lstm(poisoned, sizes, reverse, rule):
+    check_against_step_by_step(sizes, reverse, rule, torch.float64)
+
+
+def check_against_step_by_step(sizes: list[int], reverse: bool, rule: Rule, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shapes = [(sum(sizes), INPUTS), *[(sizes[0], UNITS)] * 2]
+    shapes += [(4 * UNITS, INPUTS), (4 * UNITS, UNITS), (4 * UNITS,), (4 * UNITS,)]
+    exact = [torch.randn(shape, dtype=torch.float64).mul_(0.5).requires_grad_() for shape in shapes]
+    given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+
+    expected = step_by_step(exact[0], (exact[1], exact[2]), exact[3:], sizes, reverse, rule)
+    x, h0, c0, *weights = given
+    batch_sizes = torch.tensor(sizes)
+    output, states = functional.lstm(x, (h0, c0), *weights, rule=rule, batch_sizes=batch_sizes, reverse=reverse)
+    actual = [output, *states]
+    grads = [torch.randn_like(tensor) for tensor in expected]
+    expected += torch.autograd.grad(expected, exact, grads)
+    actual += torch.autograd.grad(actual, given, [grad.to(dtype) for grad in grads])
+    tolerance = 1e-11 if dtype == torch.float64 else 3e-5
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+
+
+def gradients_of(
+    lstm: Callable[..., tuple[Tensor, object]], x: Tensor, weights: list[Tensor], grad: Tensor
+) -> list[Tensor]:
+    return list(torch.autograd.grad(lstm(x, None, *weights)[0], [x, *weights], grad))
+
+
+def paper_sized(steps: int = 6, batch: int = 33) -> tuple[Tensor, list[Tensor], Tensor]:
+    torch.manual_seed(0)
+    layer = torch.nn.LSTM(INPUTS, 500)
+    return (
+        torch.randn(steps, batch, INPUTS, requires_grad=True),
+        list(layer.parameters()),
+        torch.randn(steps, batch, 500),
+    )
+
+
+@pytest.mark.parametrize("scope", ["example", "batch"])
+@pytest.mark.parametrize("batch", [1, 7, 130])
+def test_the_number_of_threads_changes_no_bit(level, threads, scope, batch):
+    x, weights, grad = paper_sized(batch=batch)
+    weights = [weight.detach() for weight in weights]
+    # The input's product is torch's, whose bits may depend on the threads: with such numbers it is exact.
+    rows, weights[0] = x.detach().flatten(0, 1).round(), (64 * weights[0]).round() / 64
+    sizes = torch.full((len(x),), batch)
+    rule = meprop.TopK(20, scope=scope)
+
+    def results(count: int) -> list[Tensor]:
+        torch.set_num_threads(count)
+        trace = meprop.ops.lstm_forward(rows, *weights[:3], (None, None), sizes, False)
+        arguments = (trace[:3], rows, *weights[:2], (None, None), sizes, False, (grad.flatten(0, 1), None, None))
+        return [*trace, *meprop.ops.lstm_backward(*arguments, (20, scope), rule.select, (True,) * 6)]
+
+    once = results(1)
+    for count in (2, 3):
+        for one, other in zip(once, results(count), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_of_equal_gradients_the_lower_units_are_kept(level, dtype, scope):
+    """Units that are all alike have gradients that are all alike."""
+    x = torch.ones(3, 2, INPUTS, dtype=dtype)
+    weights = [torch.full((4 * UNITS, width), 0.01, dtype=dtype, requires_grad=True) for width in (INPUTS, UNITS)]
+    rule = meprop.TopK(3, scope=scope)
+    output, _ = functional.lstm(x, None, *weights, rule=rule)
+    grad, _ = torch.autograd.grad(output, weights, torch.ones_like(output))
+    kept = grad.view(4, UNITS, INPUTS).abs().sum(dim=2) > 0
+    assert kept[:, :3].all()
+    assert not kept[:, 3:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_nan_is_not_hidden_and_stays_in_its_sequence(level, dtype):
+    torch.manual_seed(0)
+    layer = make(dtype)
+    x = torch.randn(4, 3, INPUTS, dtype=dtype, requires_grad=True)
+    output, _ = layer(x)
+    grad = torch.full_like(output, 1e-3)
+    grad[2, 1, 7] = float("nan")
+    grad_x, grad_weight = torch.autograd.grad(output, [x, layer.weight_hh_l0], grad)
+    assert grad_x[:3, 1].isnan().all()
+    assert not grad_x[3].isnan().any()
+    assert not grad_x[:, [0, 2]].isnan().any()
+    assert grad_weight.isnan().any()
+
+    x = x.detach().clone()
+    x[1, 2, 0] = float("nan")
+    output, _ = layer(x)
+    assert output[1:, 2].isnan().all()
+    assert not output[:, :2].isnan().any()
+    assert not output[0].isnan().any()
+
+
+def test_large_inputs_saturate_as_torchs(level):
+    layer = make(torch.float32, KeepAllByTopK())
+    scales = torch.tensor([0.0, 1e-30, 1e-6, 1e-3, 1.0, 10.0, 1e2, 1e4, 1e30])
+    x = (torch.randn(1, 64, INPUTS) * scales.repeat(8)[:64, None]).repeat_interleave(9, 1)[:, :64].requires_grad_()
+    for one, other in zip(run(layer, x, None), run(plain(layer), x, None), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bias_gets_the_whole_gradient(level):
+    x, weights, grad = paper_sized(steps=1)
+    rule = meprop.TopK(5)
+    dense = torch.nn.LSTM(INPUTS, 500)
+    dense.load_state_dict(dict(zip(dense.state_dict(), weights, strict=True)))
+    expected = torch.autograd.grad(dense(x)[0], list(dense.parameters()), grad)
+    actual = gradients_of(lambda *a: functional.lstm(*a, rule=rule), x, weights, grad)[1:]
+    torch.testing.assert_close(actual[2], expected[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual[3], actual[2])
+    assert actual[2].data_ptr() != actual[3].data_ptr()
+    assert (actual[0].abs().sum(dim=1) > 0).sum() <= 4 * 33 * 5 < (expected[0].abs().sum(dim=1) > 0).sum()
+
+
+@pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "x"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_is_frozen_gets_no_gradient_and_changes_none(frozen, dtype, poisoned):
+    def gradients(freeze: bool) -> dict[str, Tensor | None]:
+        layer = make(dtype)
+        x = torch.randn(4, 3, INPUTS, dtype=dtype, requires_grad=True)
+        tensors = {"x": x, **dict(layer.named_parameters())}
+        if freeze:
+            tensors[frozen].requires_grad_(False)
+        layer(x)[0].pow(2).sum().backward()
+        return {name: tensor.grad for name, tensor in tensors.items()}
+
+    partial, whole = gradients(True), gradients(False)
+    assert partial.pop(frozen) is None
+    for name, grad in partial.items():
+        assert grad is not None
+        assert torch.equal(grad, whole[name])
+
+
+def test_layouts_of_inputs_and_gradients(level, poisoned):
+    """Gradients that are expanded, transposed or absent, and inputs that are not contiguous."""
+    layer = make(torch.float32)
+    base = torch.randn(3, INPUTS, 4, requires_grad=True)
+    expected = run(layer, base.permute(2, 0, 1).contiguous(), None)
+    for one, other in zip(run(layer, base.permute(2, 0, 1), None), expected, strict=True):
+        assert torch.equal(one, other)
+    (from_sum,) = torch.autograd.grad(layer(base.permute(2, 0, 1))[0].sum(), base)
+    assert from_sum.isfinite().all()
+    _output, (_h, c) = layer(base.permute(2, 0, 1))
+    (from_cells,) = torch.autograd.grad(c.sum(), base)  # no gradient of the output at all
+    assert from_cells.isfinite().all()
+    assert from_cells.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- as a module
+
+
+def test_without_gradients_or_with_all_kept_it_is_torchs_own():
+    x = random_input("padded", False, torch.float32)
+    layer = make(torch.float32)
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], plain(layer)(x)[0])
+    layer = make(torch.float32, meprop.TopK(UNITS))
+    for one, other in zip(run(layer, x, None), run(plain(layer), x, None), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_summed_in_float32(dtype):
+    layer = make(torch.float32)
+    x = random_input("padded", False, torch.float32)
+    half = copy.deepcopy(layer).to(dtype)
+    widened = copy.deepcopy(half).float()
+    output, (h, c) = half(x.to(dtype))
+    assert output.dtype == h.dtype == c.dtype == dtype
+    exact, _ = widened(x.to(dtype).float())
+    assert torch.equal(output, exact.to(dtype))
+    output.sum().backward()
+    assert half.weight_hh_l0.grad.dtype == dtype
+
+
+def test_autocast_gives_the_dtype_of_torchs():
+    layer = make(torch.float32)
+    x = random_input("padded", False, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = layer(x)[0], plain(layer)(x)[0]
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+    actual.float().sum().backward()
+    assert layer.weight_ih_l0.grad.dtype == torch.float32
+    assert (layer.weight_ih_l0.grad == 0).any()
+
+
+def test_state_dict_pickle_and_copies():
+    layer = make(num_layers=2, bidirectional=True)
+    reference = torch.nn.LSTM(INPUTS, UNITS, num_layers=2, bidirectional=True, dtype=torch.float64)
+    assert list(layer.state_dict()) == list(reference.state_dict())
+    reference.load_state_dict(layer.state_dict())
+    layer.load_state_dict(reference.state_dict())
+    x = random_input("padded", False, torch.float64)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.rule == layer.rule
+        for one, two in zip(run(layer, x, None), run(other, x, None), strict=True):
+            assert torch.equal(one, two)
+    assert "rule=TopK(k=4" in repr(layer)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    layer = make(torch.float32)
+    x = random_input("padded", False, torch.float32)
+    layer(x)[0].pow(2).sum().backward()
+    expected = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    checkpoint(lambda x: layer(x)[0], x, use_reentrant=False).pow(2).sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(layer.parameters(), expected, strict=True))
+
+
+def test_compiled_models_call_it_as_it_is():
+    layer = make(torch.float32)
+    model = torch.nn.ModuleDict({"lstm": layer})
+
+    def forward(x: Tensor) -> Tensor:
+        return model["lstm"](2 * x)[0] + 1
+
+    x = random_input("padded", False, torch.float32)
+    forward(x).pow(2).sum().backward()
+    expected = layer.weight_hh_l0.grad.clone()
+    assert (expected == 0).any()
+    layer.zero_grad()
+    torch.compile(forward, backend="aot_eager")(x).pow(2).sum().backward()
+    torch.testing.assert_close(layer.weight_hh_l0.grad, expected)
+
+
+def test_parametrized_weights_are_used():
+    layer = make(torch.float32)
+    torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    x = random_input("padded", False, torch.float32)
+    layer(x)[0].sum().backward()
+    assert layer.parametrizations.weight_hh_l0.original0.grad is not None
+
+
+def test_second_derivatives_are_refused():
+    x = random_input("padded", False, torch.float32)
+    with pytest.raises(meprop.errors.NotSupportedError, match="create_graph"):
+        torch.autograd.grad(make(torch.float32)(x)[0].sum(), x, create_graph=True)
+
+
+def test_refusals():
+    layer = make(torch.float32)
+    with pytest.raises(meprop.errors.NotSupportedError, match="proj_size=3"):
+        meprop.nn.LSTM(4, 8, proj_size=3, rule=meprop.TopK(2))
+    with pytest.raises(TypeError, match="rule=3"):
+        meprop.nn.LSTM(4, 8, rule=3)
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\)"):
+        layer(torch.randn(3, 2, INPUTS + 1))
+    with pytest.raises(ValueError, match="dtype"):
+        layer(torch.randn(3, 2, INPUTS, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"hidden\[1\]"):
+        layer(torch.randn(3, 2, INPUTS), (torch.zeros(1, 2, UNITS), torch.zeros(1, 3, UNITS)))
+    weights = list(layer.parameters())
+    rule = meprop.TopK(2)
+    with pytest.raises(ValueError, match="weight_ih is"):
+        functional.lstm(torch.randn(3, 2, INPUTS - 1), None, *weights, rule=rule)
+    with pytest.raises(ValueError, match="x is"):
+        functional.lstm(torch.randn(3, INPUTS), None, *weights, rule=rule)
+    with pytest.raises(ValueError, match="at least one"):
+        functional.lstm(torch.randn(0, 2, INPUTS), None, *weights, rule=rule)
+    for sizes in ([2, 3], [4, 2], [3, 2, 0], []):
+        with pytest.raises(ValueError, match="batch_sizes"):
+            functional.lstm(torch.randn(5, INPUTS), None, *weights, rule=rule, batch_sizes=torch.tensor(sizes))
+    with pytest.raises(TypeError, match="rule="):
+        functional.lstm(torch.randn(3, 2, INPUTS), None, *weights, rule=None)
+
+
+def test_column_rules_of_ones_own_are_asked_at_each_step():
+    """A rule without a fused kernel goes rule -> selection -> ops, gate by gate."""
+    asked: list[tuple[int, ...]] = []
+
+    class First(Rule):
+        def count(self, features: int) -> int:
+            return 2
+
+        def select(self, grad_output_NO: Tensor) -> ColumnSelection:
+            asked.append(tuple(grad_output_NO.shape))
+            return ColumnSelection(grad_output_NO[:, :2], torch.tensor([0, 1], dtype=torch.int32), UNITS)
+
+    layer = make(torch.float32, First())
+    layer(torch.randn(3, 2, INPUTS))[0].sum().backward()
+    assert asked == [(2, UNITS)] * 12
+    rows = layer.weight_ih_l0.grad.view(4, UNITS, INPUTS).abs().sum(dim=2) > 0
+    assert rows[:, :2].all()
+    assert not rows[:, 2:].any()
