@@ -68,21 +68,20 @@ struct Sequences {
 };
 
 // One layer of an LSTM in one direction. Shapes: B = sizes[0] sequences, N the sum of sizes, I inputs, H units; all
-// contiguous but x and the weights. The initial state (h0, c0) and the bias are zeros where null.
+// contiguous but x and the weights. `h` and `c`, outputs and cell states [B + N, H], begin with the initial ones [B, H].
 struct LstmForward {
   Sequences sequences;
   int64_t units, inputs;
   Matrix<float> weight_ih;  // [4H, I]
   Matrix<float> weight_hh;  // [4H, H]
   Matrix<float> x;          // [N, I]
-  const float* bias;        // [4H]
-  const float* h0;          // [B, H]
-  const float* c0;          // [B, H]
+  const float* bias;        // [4H], or null
+  bool from_zeros;          // whether the initial states are zeros: saves a product with them
+  float* h;                 // the first [B, H] are read
+  float* c;                 // the same
   float* gates;             // [N, 4H]: the gates' activations
-  float* output;            // [N, H]
-  float* cells;             // [N, H]: the cell states
-  float* last_output;       // [B, H]: of each sequence, at its last step
-  float* last_cells;        // [B, H]
+  float* last_h;            // [B, H]: of each sequence, at its last step
+  float* last_c;            // [B, H]
   int threads;
 };
 
@@ -98,15 +97,13 @@ struct LstmBackward {
   Matrix<float> weight_ih;   // [4H, I]
   Matrix<float> weight_hh;   // [4H, H]
   Matrix<float> x;           // [N, I]
-  const float* h0;
-  const float* c0;
+  const float* h;
+  const float* c;
   const float* gates;
-  const float* output;
-  const float* cells;
   // Null stands for zeros.
   const float* grad_output;  // [N, H]
-  const float* grad_last_output;  // [B, H]
-  const float* grad_last_cells;   // [B, H]
+  const float* grad_last_h;  // [B, H]
+  const float* grad_last_c;  // [B, H]
   // What is null is not computed.
   float* grad_x;          // [N, I]
   float* grad_weight_ih;  // [4H, I]

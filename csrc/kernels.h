@@ -90,14 +90,13 @@ struct LstmKernels {
 
   // One step of a block's cells for some rows. `gates` holds the input's part of the gates, laid out as by `spread`, and
   // gets the gates' activations; `sums` [rows, 4 * block] is their recurrent part. From them and the earlier cell state
-  // the new state and the output; rows of all three are gate_stride apart. Null `sums` and `earlier` stand for zeros.
+  // the new state and the output; rows of all three are gate_stride apart. Null `sums` stand for zeros.
   void (*step)(const float* sums, int64_t rows, int64_t units, int64_t gate_stride, float* gates, const float* earlier,
                float* cells, float* output);
 
   // The gradient of one step of one row's cells, all `units` (any number) of them: of the gates before their
   // activations, gate_gradients [4, units], and, in place, of the cell state: from that of this step's to that of the
-  // earlier one. grad_output and grad_carried are summed to the output's gradient; grad_output and `earlier` may be null,
-  // for zeros. The gates' gradients are also added to gate_sums [4, units], where that is not null.
+  // earlier one. grad_output (null: zeros) and grad_carried are summed to the output's gradient. The gates' gradients are also added to gate_sums [4, units], where that is not null.
   void (*step_gradient)(int64_t units, const float* gates, const float* cells, const float* earlier,
                         const float* grad_output, const float* grad_carried, float* grad_cells, float* gate_gradients,
                         float* gate_sums);

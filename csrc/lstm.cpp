@@ -31,6 +31,11 @@ class Walk {
   int64_t offset(int64_t step) const { return offsets_.get()[time(step)]; }
   int64_t size(int64_t step) const { return step < 0 || step >= steps() ? 0 : sequences_.sizes[time(step)]; }
 
+  // Where h and c have the state of row `row` of a step, and where the one before it: that of the step before, or, of
+  // sequences that begin with this step, the initial one.
+  int64_t state(int64_t step, int64_t row) const { return batch() + offset(step) + row; }
+  int64_t earlier(int64_t step, int64_t row) const { return row < size(step - 1) ? state(step - 1, row) : row; }
+
  private:
   int64_t time(int64_t step) const { return sequences_.reverse ? sequences_.steps - 1 - step : step; }
 
@@ -44,9 +49,9 @@ bool valid(const Sequences& sequences, int64_t units, int threads) {
   for (int64_t t = 0; t < sequences.steps; ++t) {
     if (sequences.sizes[t] < 1 || (t > 0 && sequences.sizes[t] > sequences.sizes[t - 1])) return false;
     rows += sequences.sizes[t];
-    if (rows > INT32_MAX) return false;
+    if (rows > INT32_MAX - sequences.sizes[0]) return false;
   }
-  return fits<float>(rows, 4 * units, 0);
+  return fits<float>(rows + sequences.sizes[0], 4 * units, 0);
 }
 
 void copy_or_clear(const float* from, int64_t count, float* to) {
@@ -66,20 +71,6 @@ void prefetch(const float* matrix, int64_t rows, int64_t columns, int64_t ld) {
 const float* at_row(const float* matrix, int64_t row, int64_t width) {
   return matrix != nullptr ? matrix + row * width : nullptr;
 }
-
-// Calls part(begin, end, h, c) for a step's rows [begin, end), in which the earlier state of row b is that of the step
-// before it or, of sequences that begin with this step, the initial one: h and c are where row `begin` has it.
-template <class Part>
-void with_earlier(const Walk& walk, int64_t step, int64_t begin, int64_t end, int64_t units, const float* output,
-                  const float* cells, const float* h0, const float* c0, Part part) {
-  const int64_t going_on = std::clamp(walk.size(step - 1), begin, end);
-  if (begin < going_on) {
-    const int64_t row = walk.offset(step - 1) + begin;
-    part(begin, going_on, output + row * units, cells + row * units);
-  }
-  if (going_on < end) part(going_on, end, at_row(h0, going_on, units), at_row(c0, going_on, units));
-}
-
 
 // The product of rows of a matrix with one block of a weight's units, four gates each: [rows, 4 * block].
 class BlockProduct {
@@ -160,28 +151,29 @@ Status lstm_forward(const Kernels& kernels, LstmForward call) {
       for (int64_t block = own.begin; block < own.end; ++block) {
         const int64_t unit = block * lstm.block, count = std::min<int64_t>(lstm.block, units - unit);
         const BlockProduct product = recurrent(block);
-        const auto rows_from = [&](int64_t begin, int64_t end, const float* h, const float* c) {
-          for (; begin < end; begin += kRowsAtOnce) {
-            const int64_t rows = std::min(kRowsAtOnce, end - begin), first = walk.offset(step) + begin;
-            prefetch(call.gates + first * 4 * units + unit, 4 * rows, count, units);
-            prefetch(call.cells + first * units + unit, rows, count, units);
-            prefetch(call.output + first * units + unit, rows, count, units);
-            if (h != nullptr) product.multiply({h, units}, rows, sums);
-            lstm.step(h != nullptr ? sums : nullptr, rows, count, units, call.gates + first * 4 * units + unit,
-                      c != nullptr ? c + unit : nullptr, call.cells + first * units + unit,
-                      call.output + first * units + unit);
-            h = at_row(h, rows, units), c = at_row(c, rows, units);
-          }
-        };
-        with_earlier(walk, step, 0, walk.size(step), units, call.output, call.cells, call.h0, call.c0, rows_from);
+        for (int64_t row = 0, end; row < walk.size(step); row = end) {
+          const bool begins = row >= walk.size(step - 1);
+          end = std::min(row + kRowsAtOnce, walk.size(step));
+          if (!begins) end = std::min(end, walk.size(step - 1));
+          const int64_t rows = end - row, earlier = walk.earlier(step, row) * units;
+          float* gates = call.gates + (walk.offset(step) + row) * 4 * units + unit;
+          float* h = call.h + walk.state(step, row) * units + unit;
+          float* c = call.c + walk.state(step, row) * units + unit;
+          prefetch(gates, 4 * rows, count, units);
+          prefetch(h, rows, count, units);
+          prefetch(c, rows, count, units);
+          const bool zeros = begins && call.from_zeros;
+          if (!zeros) product.multiply({call.h + earlier, units}, rows, sums);
+          lstm.step(zeros ? nullptr : sums, rows, count, units, gates, call.c + earlier + unit, c, h);
+        }
       }
       team.wait();
     }
     for (int64_t step = 0; step < walk.steps(); ++step) {  // those whose last step this is
       const Range ending = team.part(std::max<int64_t>(0, walk.size(step) - walk.size(step + 1)));
-      const int64_t row = walk.size(step + 1) + ending.begin, from = (walk.offset(step) + row) * units;
-      copy_or_clear(call.output + from, ending.size() * units, call.last_output + row * units);
-      copy_or_clear(call.cells + from, ending.size() * units, call.last_cells + row * units);
+      const int64_t row = walk.size(step + 1) + ending.begin, from = walk.state(step, row) * units;
+      copy_or_clear(call.h + from, ending.size() * units, call.last_h + row * units);
+      copy_or_clear(call.c + from, ending.size() * units, call.last_c + row * units);
     }
   });
   blocks.trim();
@@ -229,8 +221,8 @@ class WalkBack {
     if (!in_place_)
       kernels_.f32.pack(call_.weight_hh.data + gates.begin * call_.weight_hh.ld, call_.weight_hh.ld, nullptr,
                         gates.size(), units_, narrow_.get() + gates.begin * panel_, panel_);
-    copy_or_clear(at_row(call_.grad_last_output, own.begin, units_), own.size() * units_, grad_output(own.begin));
-    copy_or_clear(at_row(call_.grad_last_cells, own.begin, units_), own.size() * units_, grad_cells(own.begin));
+    copy_or_clear(at_row(call_.grad_last_h, own.begin, units_), own.size() * units_, grad_output(own.begin));
+    copy_or_clear(at_row(call_.grad_last_c, own.begin, units_), own.size() * units_, grad_cells(own.begin));
     if (call_.grad_bias != nullptr)
       for (int64_t row = own.begin; row < own.end; row += block_) std::fill_n(block_sums(row), 4 * units_, 0.0f);
     team.wait();
@@ -261,16 +253,13 @@ class WalkBack {
 
  private:
   void differentiate(int64_t step, Range rows) {
-    const int64_t first = walk_.offset(step);
-    with_earlier(walk_, step, rows.begin, rows.end, units_, call_.output, call_.cells, call_.h0, call_.c0,
-                 [&](int64_t begin, int64_t end, const float*, const float* earlier) {
-                   for (int64_t row = begin; row < end; ++row, earlier = at_row(earlier, 1, units_))
-                     kernels_.lstm.step_gradient(units_, call_.gates + (first + row) * 4 * units_,
-                                                 call_.cells + (first + row) * units_, earlier,
-                                                 at_row(call_.grad_output, first + row, units_), grad_output(row),
-                                                 grad_cells(row), gate_gradients(row),
-                                                 call_.grad_bias != nullptr ? block_sums(row) : nullptr);
-                 });
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t place = walk_.offset(step) + row;
+      kernels_.lstm.step_gradient(units_, call_.gates + place * 4 * units_, call_.c + walk_.state(step, row) * units_,
+                                  call_.c + walk_.earlier(step, row) * units_,
+                                  at_row(call_.grad_output, place, units_), grad_output(row), grad_cells(row),
+                                  gate_gradients(row), call_.grad_bias != nullptr ? block_sums(row) : nullptr);
+    }
   }
 
   // Each gate of each row is a row of its own.
@@ -370,14 +359,14 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
   WalkBack back(kernels, call, walk, threads);
   if (!back) return Status::kNoMemory;
   const int64_t kept = back.kept(), outputs = 4 * units;
-  const Scratch<float> previous(kPrevious, call.grad_weight_hh != nullptr ? rows * units : 0);
+  const Scratch<int32_t> earlier(kEarlier, rows);
   const Packing<float> weight(kernels.f32, {call.weight_ih, nullptr, outputs, call.inputs}, rows * kept >= kUsesWorthPacking * outputs);
   const Packing<float> x(kernels.f32, {call.x, nullptr, rows, call.inputs}, kept >= kUsesWorthPacking);
-  const Packing<float> h(kernels.f32, {{previous.get(), units}, nullptr, rows, units}, kept >= kUsesWorthPacking);
+  const Packing<float> h(kernels.f32, {{call.h, units}, earlier.get(), rows, units}, true);
   const int64_t packed_size = std::max({weight.size(), x.size(), h.size()});
   const Scratch<float> packed(kPacked, threads * packed_size);
   Transposed<float> transposed(rows, outputs, needs_weight ? kept : 0, threads);
-  if (!previous || !packed || !transposed) return Status::kNoMemory;
+  if (!earlier || !packed || !transposed) return Status::kNoMemory;
 
   const Terms<float> by_row = {nullptr, kept, back.indices(), back.values()}, by_output = transposed.terms();
   const auto gather = [&](const Terms<float>& from, int64_t out_ld) {
@@ -395,14 +384,10 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
     if (call.grad_x != nullptr) weight.multiply(team, own, rows, step_width, call.grad_x, gather(by_row, call.inputs));
     if (!needs_weight) return;
     transposed.count(team, back.indices());
-    if (call.grad_weight_hh != nullptr)
-      for (int64_t step = 0; step < walk.steps(); ++step) {
-        const Range part = team.part(walk.size(step));
-        with_earlier(walk, step, part.begin, part.end, units, call.output, call.cells, call.h0, call.c0,
-                     [&](int64_t begin, int64_t end, const float* from, const float*) {
-                       copy_or_clear(from, (end - begin) * units, previous.get() + (walk.offset(step) + begin) * units);
-                     });
-      }
+    const Range steps = team.part(walk.steps());
+    for (int64_t step = steps.begin; step < steps.end; ++step)
+      for (int64_t row = 0; row < walk.size(step); ++row)
+        earlier.get()[walk.offset(step) + row] = static_cast<int32_t>(walk.earlier(step, row));
     team.wait();
     if (team.id == 0) transposed.allot(team);
     team.wait();

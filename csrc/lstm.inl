@@ -126,7 +126,7 @@ inline void step_cells(const float* sums, int64_t rows, int64_t units, int64_t g
       gate[i] = i == 2 ? hyperbolic_tangent(gate[i]) : sigmoid(gate[i]);
       store_some(gates + i * gate_stride, gate[i], units);
     }
-    const F32 before = load_or_zero(earlier, row * gate_stride, units);
+    const F32 before = load_some(earlier + row * gate_stride, units);
     const F32 cell = multiply_add(gate[1], before, multiply(gate[0], gate[2]));
     store_some(cells, cell, units);
     store_some(output, multiply(gate[3], hyperbolic_tangent(cell)), units);
@@ -150,7 +150,7 @@ inline void step_cells_gradient(int64_t units, const float* gates, const float* 
         multiply_add(multiply(grad, out), tangent_slope(tangent), load_some(grad_cells + at, count));
     const F32 of_gates[4] = {
         multiply(multiply(grad_cell, candidate), sigmoid_slope(in)),
-        multiply(multiply(grad_cell, load_or_zero(earlier, at, count)), sigmoid_slope(forget)),
+        multiply(multiply(grad_cell, load_some(earlier + at, count)), sigmoid_slope(forget)),
         multiply(multiply(grad_cell, in), tangent_slope(candidate)),
         multiply(multiply(grad, tangent), sigmoid_slope(out)),
     };

@@ -132,8 +132,8 @@ PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given)
 Sequences sequences(const int64_t* a) { return {a[0], address<const int64_t>(a[1]), a[2] != 0}; }
 
 PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[20];
-  if (!read_integers(args, given, 20, a)) return nullptr;
+  int64_t a[19];
+  if (!read_integers(args, given, 19, a)) return nullptr;
   LstmForward call;
   call.sequences = sequences(a);
   call.units = a[3], call.inputs = a[4];
@@ -141,10 +141,10 @@ PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
   call.weight_hh = {address<const float>(a[7]), a[8]};
   call.x = {address<const float>(a[9]), a[10]};
   call.bias = address<const float>(a[11]);
-  call.h0 = address<const float>(a[12]), call.c0 = address<const float>(a[13]);
-  call.gates = address<float>(a[14]), call.output = address<float>(a[15]), call.cells = address<float>(a[16]);
-  call.last_output = address<float>(a[17]), call.last_cells = address<float>(a[18]);
-  call.threads = thread_count(a[19]);
+  call.from_zeros = a[12] != 0;
+  call.h = address<float>(a[13]), call.c = address<float>(a[14]), call.gates = address<float>(a[15]);
+  call.last_h = address<float>(a[16]), call.last_c = address<float>(a[17]);
+  call.threads = thread_count(a[18]);
   Status status;
   Py_BEGIN_ALLOW_THREADS;
   status = lstm_forward(*active, call);
@@ -153,8 +153,8 @@ PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[28];
-  if (!read_integers(args, given, 28, a)) return nullptr;
+  int64_t a[26];
+  if (!read_integers(args, given, 26, a)) return nullptr;
   if (a[3] != kRowsScope && a[3] != kColumnsScope) {
     PyErr_SetString(PyExc_ValueError, "unknown scope code");
     return nullptr;
@@ -166,16 +166,15 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
   call.weight_ih = {address<const float>(a[7]), a[8]};
   call.weight_hh = {address<const float>(a[9]), a[10]};
   call.x = {address<const float>(a[11]), a[12]};
-  call.h0 = address<const float>(a[13]), call.c0 = address<const float>(a[14]);
-  call.gates = address<const float>(a[15]), call.output = address<const float>(a[16]);
-  call.cells = address<const float>(a[17]);
-  call.grad_output = address<const float>(a[18]);
-  call.grad_last_output = address<const float>(a[19]), call.grad_last_cells = address<const float>(a[20]);
-  call.grad_x = address<float>(a[21]);
-  call.grad_weight_ih = address<float>(a[22]), call.grad_weight_hh = address<float>(a[23]);
-  call.grad_bias = address<float>(a[24]);
-  call.grad_h0 = address<float>(a[25]), call.grad_c0 = address<float>(a[26]);
-  call.threads = thread_count(a[27]);
+  call.h = address<const float>(a[13]), call.c = address<const float>(a[14]);
+  call.gates = address<const float>(a[15]);
+  call.grad_output = address<const float>(a[16]);
+  call.grad_last_h = address<const float>(a[17]), call.grad_last_c = address<const float>(a[18]);
+  call.grad_x = address<float>(a[19]);
+  call.grad_weight_ih = address<float>(a[20]), call.grad_weight_hh = address<float>(a[21]);
+  call.grad_bias = address<float>(a[22]);
+  call.grad_h0 = address<float>(a[23]), call.grad_c0 = address<float>(a[24]);
+  call.threads = thread_count(a[25]);
   Status status;
   Py_BEGIN_ALLOW_THREADS;
   status = lstm_backward(*active, call);
@@ -226,11 +225,11 @@ PyMethodDef methods[] = {
      "x, x_ld, grad_input, grad_weight, grad_bias, select, weight_rows_only)"},
     {"lstm_forward", as_method(py_lstm_forward), METH_FASTCALL,
      "lstm_forward(steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
-     "h0, c0, gates, output, cells, last_output, last_cells, threads), all float32"},
+     "from_zeros, h, c, gates, last_h, last_c, threads), all float32"},
     {"lstm_backward", as_method(py_lstm_backward), METH_FASTCALL,
      "lstm_backward(steps, sizes, reverse, scope, units, inputs, k, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, "
-     "x_ld, h0, c0, gates, output, cells, grad_output, grad_last_output, grad_last_cells, grad_x, grad_weight_ih, "
-     "grad_weight_hh, grad_bias, grad_h0, grad_c0, threads), all float32"},
+     "x_ld, h, c, gates, grad_output, grad_last_h, grad_last_c, grad_x, grad_weight_ih, grad_weight_hh, grad_bias, "
+     "grad_h0, grad_c0, threads), all float32"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -21,7 +21,7 @@ constexpr int64_t kProductsPerThread = 1 << 16;
 // What scratch is for. Each use has a block of its own.
 enum Use { kCandidates, kMagnitudes, kScores, kValues, kIndices, kBias, kStarts, kPlaces, kSourceRows, kSourceValues, kPacked,
   // of an LSTM
-  kOffsets, kSums, kPrevious, kGateGradients, kGradOutput, kGradCells, kNarrow, kPackedInputs, kUses };
+  kOffsets, kSums, kEarlier, kGateGradients, kGradOutput, kGradCells, kNarrow, kPackedInputs, kUses };
 
 constexpr int64_t kLargestKept = 4 << 20;
 

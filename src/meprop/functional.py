@@ -159,23 +159,23 @@ class _Lstm(torch.autograd.Function):
         biases = [bias.to(dtype) for bias in (bias_ih, bias_hh) if bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None
         trace = ops.lstm_forward(x, weight_ih, weight_hh, bias, (h0, c0), batch_sizes, reverse)
-        output, cells, gates, h_n, c_n = trace
-        ctx.save_for_backward(x, weight_ih, weight_hh, h0, c0, batch_sizes, output, cells, gates)
+        h, c, gates, h_n, c_n = trace
+        ctx.save_for_backward(x, weight_ih, weight_hh, batch_sizes, h, c, gates)
+        output = h[int(batch_sizes[0]) :]
         return output.to(ctx.dtype), h_n.to(ctx.dtype), c_n.to(ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        x, weight_ih, weight_hh, h0, c0, batch_sizes, output, cells, gates = ctx.saved_tensors
+        x, weight_ih, weight_hh, batch_sizes, *trace = ctx.saved_tensors
         grad_output, grad_h, grad_c = (None if grad is None else grad.to(x.dtype) for grad in grads)
         needs_x, needs_h0, needs_c0, needs_ih, needs_hh, *needs_biases = ctx.needs_input_grad[:7]
         needs = (needs_x, needs_ih, needs_hh, any(needs_biases), needs_h0, needs_c0)
         results = ops.lstm_backward(
-            (output, cells, gates),
+            tuple(trace),
             x,
             weight_ih,
             weight_hh,
-            (h0, c0),
             batch_sizes,
             ctx.reverse,
             (grad_output, grad_h, grad_c),

@@ -134,7 +134,6 @@ def lstm_backward(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    initial: tuple[Tensor | None, Tensor | None],
     batch_sizes: Tensor,
     reverse: bool,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -143,7 +142,7 @@ def lstm_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """`reference.lstm_backward`; `topk` is k and scope, where `select` is nothing but top-k."""
-    arguments = (trace, x, weight_ih, weight_hh, initial, batch_sizes, reverse, gradients)
+    arguments = (trace, x, weight_ih, weight_hh, batch_sizes, reverse, gradients)
     if topk is not None and _native_lstm(x):
         return native.topk_lstm_backward(*arguments, topk, needs)
     return reference.lstm_backward(*arguments, select, needs)

@@ -163,10 +163,12 @@ def lstm_forward(
     assert _extension is not None
     units, batch = weight_hh.shape[1], int(batch_sizes[0])
     x, weight_ih, weight_hh = (_readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
-    bias, h0, c0 = _contiguous(bias), _contiguous(initial[0]), _contiguous(initial[1])
+    bias = _contiguous(bias)
+    h, c = x.new_empty(batch + len(x), units), x.new_empty(batch + len(x), units)
+    for states, first in zip((h, c), initial, strict=True):
+        states[:batch] = 0 if first is None else first
     gates = x.new_empty(len(x), 4 * units)
-    output, cells = x.new_empty(len(x), units), x.new_empty(len(x), units)
-    last_output, last_cells = x.new_empty(batch, units), x.new_empty(batch, units)
+    last_h, last_c = x.new_empty(batch, units), x.new_empty(batch, units)
     _extension.lstm_forward(
         len(batch_sizes),
         batch_sizes.data_ptr(),
@@ -179,10 +181,12 @@ def lstm_forward(
         weight_hh.stride(0),
         x.data_ptr(),
         x.stride(0),
-        *map(_address, (bias, h0, c0, gates, output, cells, last_output, last_cells)),
+        _address(bias),
+        initial[0] is None,
+        *map(_address, (h, c, gates, last_h, last_c)),
         torch.get_num_threads(),
     )
-    return output, cells, gates, last_output, last_cells
+    return h, c, gates, last_h, last_c
 
 
 def topk_lstm_backward(
@@ -190,7 +194,6 @@ def topk_lstm_backward(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    initial: tuple[Tensor | None, Tensor | None],
     batch_sizes: Tensor,
     reverse: bool,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -200,12 +203,9 @@ def topk_lstm_backward(
     """As `reference.lstm_backward`, float32 only, selecting by top-k of the given k and scope."""
     assert _extension is not None
     k, scope = topk
-    output, cells, gates = trace
-    inputs, units = x.shape[1], weight_hh.shape[1]
-    batch = int(batch_sizes[0])
+    inputs, units, batch = x.shape[1], weight_hh.shape[1], int(batch_sizes[0])
     x, weight_ih, weight_hh = (_readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
-    h0, c0 = (_contiguous(state) for state in initial)
-    grad_output, grad_h, grad_c = (_contiguous(gradient) for gradient in gradients)
+    gradients_ = [_contiguous(gradient) for gradient in gradients]
     shapes = [(len(x), inputs), (4 * units, inputs), (4 * units, units), (4 * units,), (batch, units), (batch, units)]
     results = [x.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=True)]
     _extension.lstm_backward(
@@ -222,8 +222,7 @@ def topk_lstm_backward(
         weight_hh.stride(0),
         x.data_ptr(),
         x.stride(0),
-        *map(_address, (h0, c0, gates, output, cells, grad_output, grad_h, grad_c)),
-        *map(_address, results),
+        *map(_address, (*trace, *gradients_, *results)),
         torch.get_num_threads(),
     )
     return tuple(results)

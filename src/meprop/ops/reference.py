@@ -88,17 +88,19 @@ def _with_new(state: Tensor, new: Tensor) -> Tensor:
     return torch.cat([new, state[len(new) :]])
 
 
-def _earlier(states: Tensor, initial: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
-    """For each row [N, H] the state before it: that of the sequence's step before, or the initial one."""
-    earlier, state = torch.empty_like(states), initial
+def _earlier(states: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
+    """For each row the state before it, [N, H] of [B + N, H]: its sequence's at the step before, or the initial one."""
+    batch = int(batch_sizes[0])
+    state, new = states[:batch], states[batch:]
+    earlier = torch.empty_like(new)
     for rows in _steps(batch_sizes, reverse):
         earlier[rows] = state[: rows.stop - rows.start]
-        state = _with_new(state, states[rows])
+        state = _with_new(state, new[rows])
     return earlier
 
 
-def _or_zeros(state: Tensor | None, like: Tensor, batch_sizes: Tensor) -> Tensor:
-    return like.new_zeros(int(batch_sizes[0]), like.shape[1]) if state is None else state
+def _or_zeros(state: Tensor | None, batch_sizes: Tensor, weight_hh: Tensor) -> Tensor:
+    return weight_hh.new_zeros(int(batch_sizes[0]), weight_hh.shape[1]) if state is None else state
 
 
 def lstm_forward(
@@ -122,13 +124,13 @@ def lstm_forward(
         reverse: Whether the walk begins with the last time step.
 
     Returns:
-        Output [N, H], cell states [N, H], the gates' activations [N, 4H], and of each sequence the last output and cell
-        state [B, H].
+        Outputs and cell states, each [B + N, H]: the initial ones, then those of all rows; the gates' activations
+        [N, 4H]; and of each sequence the last output and cell state [B, H].
     """
     projected = x @ weight_ih.t() if bias is None else x @ weight_ih.t() + bias
     output, cells = x.new_empty(len(x), weight_hh.shape[1]), x.new_empty(len(x), weight_hh.shape[1])
     gates = torch.empty_like(projected)
-    h, c = (_or_zeros(state, output, batch_sizes) for state in initial)
+    h0, c0 = h, c = [_or_zeros(state, batch_sizes, weight_hh) for state in initial]
     for rows in _steps(batch_sizes, reverse):
         size = rows.stop - rows.start
         i, f, g, o = (projected[rows] + h[:size] @ weight_hh.t()).chunk(4, dim=1)
@@ -137,7 +139,7 @@ def lstm_forward(
         output[rows] = o * cells[rows].tanh()
         gates[rows] = torch.cat([i, f, g, o], dim=1)
         h, c = _with_new(h, output[rows]), _with_new(c, cells[rows])
-    return output, cells, gates, h, c
+    return torch.cat([h0, output]), torch.cat([c0, cells]), gates, h, c
 
 
 def lstm_backward(
@@ -145,7 +147,6 @@ def lstm_backward(
     x: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    initial: tuple[Tensor | None, Tensor | None],
     batch_sizes: Tensor,
     reverse: bool,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -159,11 +160,10 @@ def lstm_backward(
     dW_hh = S^T (the earlier outputs). A bias's gradient is the sum of the whole gates' gradients.
 
     Args:
-        trace: Output, cell states and gates as `lstm_forward` gave them.
+        trace: Outputs, cell states and gates as `lstm_forward` gave them.
         x: Input [N, I].
         weight_ih: [4H, I].
         weight_hh: [4H, H].
-        initial: h0 and c0 [B, H].
         batch_sizes: [T].
         reverse: As in the forward pass.
         gradients: Of output [N, H], last output [B, H] and last cell state [B, H]; None for zeros.
@@ -173,12 +173,12 @@ def lstm_backward(
     Returns:
         The gradients of x, weight_ih, weight_hh, a bias [4H], h0 and c0; None where it is not wanted.
     """
-    output, cells, gates = trace
+    outputs, cells, gates = trace
     grad_output, grad_h, grad_c = gradients
-    h0, c0 = (_or_zeros(state, output, batch_sizes) for state in initial)
-    grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-    grad_h, grad_c = _or_zeros(grad_h, output, batch_sizes), _or_zeros(grad_c, output, batch_sizes)
-    earlier_cells = _earlier(cells, c0, batch_sizes, reverse)
+    batch = int(batch_sizes[0])
+    grad_output = torch.zeros_like(outputs[batch:]) if grad_output is None else grad_output
+    grad_h, grad_c = _or_zeros(grad_h, batch_sizes, weight_hh), _or_zeros(grad_c, batch_sizes, weight_hh)
+    earlier_cells, cells = _earlier(cells, batch_sizes, reverse), cells[batch:]
     whole, kept = torch.empty_like(gates), torch.empty_like(gates)
     for rows in _steps(batch_sizes, not reverse):
         size = rows.stop - rows.start
@@ -198,7 +198,7 @@ def lstm_backward(
     return (
         kept @ weight_ih if needs[0] else None,
         kept.t() @ x if needs[1] else None,
-        kept.t() @ _earlier(output, h0, batch_sizes, reverse) if needs[2] else None,
+        kept.t() @ _earlier(outputs, batch_sizes, reverse) if needs[2] else None,
         whole.sum(dim=0) if needs[3] else None,
         grad_h if needs[4] else None,
         grad_c if needs[5] else None,
