@@ -7,7 +7,7 @@ namespace {
 
 // Rows whose sums of one block of gates are formed at once: few enough that these stay in L1.
 constexpr int64_t kRowsAtOnce = 48;
-// A weight that at least so many rows a step are multiplied with is worth bringing into the products' order.
+// A weight that at least so many rows (a step, for the recurrent one) are multiplied with is worth copying in their order.
 constexpr int64_t kRowsWorthPacking = 4;
 // Sequences are shared out in blocks, at most so many, and the bias's gradient is summed in each block first.
 constexpr int64_t kSequenceBlocks = 64;
@@ -120,10 +120,10 @@ Status lstm_forward(const Kernels& kernels, LstmForward call) {
 
   const LstmKernels& lstm = kernels.lstm;
   const int64_t width = 4 * lstm.block, blocks_of_units = (units + lstm.block - 1) / lstm.block;
-  const bool packs = walk.rows() >= kRowsWorthPacking * walk.steps();
+  const bool packs = walk.rows() >= kRowsWorthPacking * walk.steps(), packs_inputs = walk.rows() >= kRowsWorthPacking;
   const int threads = team_size(call.threads, 0, work);
   const Scratch<float> packed(kPacked, packs ? blocks_of_units * units * width : 0);
-  const Scratch<float> packed_inputs(kPackedInputs, threads * call.inputs * width);
+  const Scratch<float> packed_inputs(kPackedInputs, packs_inputs ? threads * call.inputs * width : 0);
   const Scratch<float> all_sums(kSums, threads * kRowsAtOnce * width);
   if (!packed || !packed_inputs || !all_sums) return Status::kNoMemory;
 
@@ -138,7 +138,7 @@ Status lstm_forward(const Kernels& kernels, LstmForward call) {
       const int64_t unit = block * lstm.block, count = std::min<int64_t>(lstm.block, units - unit);
       recurrent(block).pack();
       const BlockProduct product(kernels, call.weight_ih, units, unit, call.inputs,
-                                 packed_inputs.get() + team.id * call.inputs * width);
+                                 packs_inputs ? packed_inputs.get() + team.id * call.inputs * width : nullptr);
       product.pack();
       for (int64_t row = 0; row < walk.rows(); row += kRowsAtOnce) {
         const int64_t rows = std::min(kRowsAtOnce, walk.rows() - row);

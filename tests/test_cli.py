@@ -78,7 +78,20 @@ def test_compare_writes_the_result_and_shows_it(data, capsys):
     shown = capsys.readouterr()
     for text in ("16 x 128", "test accuracy", "backward, s", "density", "3.9%", "±", "sparse is"):
         assert text in shown.out
-    assert "topk, seed 1: epoch 2/2" in shown.err  # no terminal: a line per epoch
+    assert "topk k=5, seed 1: epoch 2/2" in shown.err  # no terminal: a line per epoch
+
+
+def test_random_k_is_compared_and_trained_like_top_k(data, capsys):
+    assert compare(data, "--rule", "random", "--out", "pair") == 0
+    assert [run["rule"] for run in result("pair")["runs"]] == ["dense", "random"]
+    assert Path("pair/curves.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    for text in ("random", "3.9%", "the speed of dense"):
+        assert text in shown
+    assert train(data, "--rule", "random", "--out", "one") == 0
+    assert result("one")["config"]["rule"] == result("one")["runs"][0]["rule"] == "random"
+    assert train(data, "--rule", "topk", "--out", "one", "--resume") == 2
+    assert "rule was 'random', now 'topk'" in err(capsys)
 
 
 def test_nothing_is_replaced_unless_asked_for(data, capsys):

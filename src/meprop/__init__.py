@@ -6,7 +6,7 @@ from meprop import errors, functional, nn
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
-from meprop.rules import Rule, TopK
+from meprop.rules import RandomK, Rule, TopK
 from meprop.selection import ColumnSelection, RowSelection
 
 __version__ = _version("meprop")
@@ -18,6 +18,7 @@ __all__ = [
     "MepropError",
     "NoEffectWarning",
     "NotSupportedError",
+    "RandomK",
     "RowSelection",
     "Rule",
     "TopK",

@@ -1,4 +1,4 @@
-"""The command line: `meprop train`, `compare`, `data`, `bench` and `doctor`.
+"""The command line: `meprop train`, `compare`, `reproduce`, `data`, `bench` and `doctor`.
 
 Each command is a frozen dataclass: its fields are the options, their docstrings the help, its `run` what it does.
 """
@@ -6,11 +6,12 @@ Each command is a frozen dataclass: its fields are the options, their docstrings
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union
 
@@ -18,14 +19,17 @@ import torch
 
 import meprop
 from meprop import machine
-from meprop.errors import MepropError
+from meprop.errors import DataError, MepropError
 from meprop.training import checkpoint, tracking
-from meprop.training.loop import Run, Task, Trainer, TrainingConfig, fit
+from meprop.training.loop import RuleName, Run, Task, Trainer, TrainingConfig, fit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from meprop.experiments import Experiment, Records, Variant
 
 TaskConfig = TypeVar("TaskConfig")
+Names = TypeVar("Names", bound="tuple[str, ...]")
 
 _TURN = 100  # steps: short enough for a lively progress bar, long enough to cost nothing
 
@@ -46,11 +50,18 @@ class _TaskEntry(NamedTuple):
 
 def _tasks() -> dict[str, _TaskEntry]:
     """Return all tasks by name: a new task is one entry here."""
-    from meprop.tasks import mnist
+    from meprop.tasks import mnist, tagging
 
     return {
         "mnist": _TaskEntry(
             mnist.MnistConfig, mnist.MnistTask, mnist.locate, mnist.load, TrainingConfig(epochs=10, k=20)
+        ),
+        "tagging": _TaskEntry(
+            tagging.TaggingConfig,
+            tagging.TaggingTask,
+            tagging.locate,
+            tagging.load,
+            TrainingConfig(epochs=5, k=20, lr=2e-3),
         ),
     }
 
@@ -70,8 +81,8 @@ class Train(Generic[TaskConfig]):
     training: TrainingConfig
     out: Path
     """Folder for checkpoint.pt, result.json and curves.png."""
-    rule: Literal["topk", "dense"] = "topk"
-    """What to back-propagate: the k largest entries of each output gradient, or everything."""
+    rule: RuleName | Literal["dense"] = "topk"
+    """What to back-propagate: the k largest entries of each output gradient, k random ones, or everything."""
     resume: bool = False
     """Continue from the checkpoint in --out, bit for bit; without a checkpoint, start from the beginning."""
     checkpoint_every: int = 0
@@ -96,7 +107,7 @@ class Train(Generic[TaskConfig]):
         saved = checkpoint.load(path, settings) if resumed else None
 
         task = _entry(self.task).build(self.task)
-        rule = self.training.rule() if self.rule == "topk" else None
+        rule = None if self.rule == "dense" else self.training.rule(self.rule)
         trainer = Trainer(task, self.training, rule, self.training.seeds[0])
         if saved is not None:
             trainer.load_state_dict(saved)
@@ -108,7 +119,7 @@ class Train(Generic[TaskConfig]):
         if trainer.rule is not None:
             print(trainer.report)
 
-        saver = _CheckpointSaver(trainer, path, settings, self.checkpoint_every)
+        saver = _CheckpointSaver({trainer: (path, settings)}, self.checkpoint_every)
         turn = min(self.checkpoint_every or _TURN, _TURN)
         try:
             runs = _train([trainer], self.out, tensorboard=self.tensorboard, after_turn=saver.update, turn=turn)
@@ -129,6 +140,8 @@ class Compare(Generic[TaskConfig]):
     training: TrainingConfig
     out: Path
     """Folder for result.json and curves.png."""
+    rule: RuleName = "topk"
+    """What the sparse runs back-propagate: the k largest entries of each output gradient, or k random ones."""
     overwrite: bool = False
     """Replace an earlier experiment in --out."""
     tensorboard: bool = False
@@ -140,13 +153,121 @@ class Compare(Generic[TaskConfig]):
         tracking.claim_folder(self.out, overwrite=self.overwrite)
         runs: list[Run] = []
         for seed in self.training.seeds:
-            pair = [Trainer(task, self.training, rule, seed) for rule in (None, self.training.rule())]
+            pair = [Trainer(task, self.training, rule, seed) for rule in (None, self.training.rule(self.rule))]
             if not runs:
                 print(pair[1].report)
             runs += _train(pair, self.out, tensorboard=self.tensorboard)
             if self.training.when == "auto":
                 print(pair[1].report)  # now with what was decided
         _finish(self, task, self.out, runs)
+
+
+@dataclass(frozen=True)
+class Reproduce(Generic[Names]):
+    """Repeat experiments of the paper, and set the results beside its own; runs that are finished are not repeated."""
+
+    names: Names
+    """Experiments by name, or paths of .toml files of your own in the same form."""
+    list: bool = False
+    """Show the names of the paper's experiments, and how many of their runs are finished."""
+    out: Path = Path("benchmarks/results")
+    """Folder for results: a folder per experiment, with a file per finished run and a checkpoint per unfinished one."""
+    seeds: tuple[int, ...] = ()
+    """Run these seeds instead of the experiment's; the table shows all that are finished."""
+    data_dir: Path | None = None
+    """Folder of the task's data. Default: $MEPROP_DATA, then the cache, then a download."""
+    threads: int = 0
+    """Threads of dense and sparse alike; 0 for torch's own choice."""
+    page: Path | None = None
+    """Replace the sections of this Markdown file by the results in --out, and the figures beside it."""
+    overwrite: bool = False
+    """Repeat the runs that were made with other settings than the experiment has now."""
+
+    def run(self) -> None:
+        """Run what is not finished, and show the results."""
+        from meprop import experiments
+        from meprop.reporting import reproduce as report
+
+        if not (self.names or self.list or self.page):
+            raise ValueError(f"which experiment? There are {', '.join(experiments.built_in())}")
+        if self.seeds:
+            TrainingConfig(seeds=self.seeds)  # checks them
+        configs = {name: entry.config for name, entry in _tasks().items()}
+        chosen = [experiments.load(name, configs) for name in self.names]
+        on_page = report.experiments_of(self.page) if self.page else []
+        shown = [experiments.load(name, configs) for name in on_page]
+
+        if self.list:
+            for name in experiments.built_in():
+                print(self._line(experiments.load(name, configs)))
+        with _threads(self.threads):
+            for experiment in chosen:
+                self._reproduce(experiment)
+        if self.page:
+            report.write_page(self.page, [(experiment, self._records(experiment)) for experiment in shown])
+            print(f"written: {self.page}")
+
+    def _records(self, experiment: Experiment) -> Records:
+        from meprop.experiments import Records
+
+        return Records(self.out / experiment.name)
+
+    def _line(self, experiment: Experiment) -> str:
+        records, runs = self._records(experiment), len(experiment.variants) * len(experiment.seeds)
+        finished = sum(len(records.all(variant).keys() & experiment.seeds) for variant in experiment.variants)
+        return f"{experiment.name:24} {experiment.title} ({finished} of {runs} runs finished)"
+
+    def _reproduce(self, experiment: Experiment) -> None:
+        from meprop.reporting import reproduce as report
+
+        records, seeds = self._records(experiment), self.seeds or experiment.seeds
+        for variant in experiment.variants:
+            for seed in seeds:
+                changes = records.changes(variant, seed)
+                if changes and not self.overwrite:
+                    raise ValueError(
+                        f"{records.path(variant, seed)} was made with other settings ({changes}); give another --out, "
+                        "or --overwrite to repeat such runs"
+                    )
+
+        @functools.cache
+        def load(config: Any) -> Task:
+            return _entry(config).build(replace(config, data_dir=self.data_dir))
+
+        for seed in seeds:
+            for group in experiment.groups():
+                unfinished = [variant for variant in group if records.read(variant, seed) is None]
+                if unfinished:
+                    self._train(records, unfinished, load, seed)
+        print(f"\n{experiment.title}\n\n{report.table(experiment, records)}\n\n{report.LEGEND}")
+        drawn = report.draw_densities(experiment, records, records.folder / report.FIGURE)
+        print(f"written: {records.folder}" + (f", {records.folder / report.FIGURE}" if drawn else ""))
+
+    def _train(self, records: Records, variants: Sequence[Variant], load: Callable[[Any], Task], seed: int) -> None:
+        """Train variants in turns, from their checkpoints where there are any, and record them when all are done."""
+        files: dict[Trainer, tuple[Path, dict[str, Any]]] = {}
+        for variant in variants:
+            trainer = Trainer(load(variant.task), variant.training, variant.sparse_rule(), seed)
+            path, settings = records.checkpoint(variant, seed), {**variant.settings(), "seed": seed}
+            if path.exists():
+                try:
+                    trainer.load_state_dict(checkpoint.load(path, settings))
+                    _note(f"continuing {path} after {_position(trainer)}")
+                except (ValueError, DataError):
+                    if not self.overwrite:
+                        raise
+            files[trainer] = path, settings
+        records.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            runs = _train(list(files), records.folder, tensorboard=False, after_turn=_CheckpointSaver(files).update)
+        except KeyboardInterrupt:
+            _note("stopped; the same command continues each run after its last whole epoch")
+            raise
+        for variant, run in zip(variants, runs, strict=True):
+            task = load(variant.task)
+            records.write(variant, run, task.name, task.metric, [other.name for other in variants if other != variant])
+        for variant in variants:
+            records.checkpoint(variant, seed).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -201,35 +322,90 @@ class BenchLinear:
 
     def run(self) -> None:
         """Check and time the cases, and write and show the result."""
-        import torch
-
         from meprop.bench import linear
         from meprop.reporting import bench_linear as report
+        from meprop.reporting import pages
 
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"--seconds must be a positive number, got {self.seconds}")
-        if self.threads < 0:
-            raise ValueError(f"--threads must be 0 or more, got {self.threads}")
         cases = linear.choose_cases(self.cases)
         if self.page is not None:
-            report.check_page(self.page)
-        tracking.claim_folder(self.out, overwrite=self.overwrite)
+            pages.check_section(self.page, report.SECTION)
 
         def show(result: linear.CaseResult) -> None:
             ratio = "WRONG" if result.wrong is not None else f"{result.ratios['dense'].p20:.2f}x"
             _note(f"{result.name}: {ratio}")
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads or threads)
-        try:
+        with _threads(self.threads):
+            tracking.claim_folder(self.out, overwrite=self.overwrite)
             bench = linear.run(cases, self.seconds, tracking.plain(self), show)
-        finally:
-            torch.set_num_threads(threads)
         path = report.write(bench, self.out, self.page)
         print(report.table(bench.cases))
         print(f"\n{report.LEGEND}\nwritten: {path}")
         if bench.wrong:
             raise MepropError(f"differs from the oracle, and was not timed: {', '.join(bench.wrong)}")
+
+
+@dataclass(frozen=True)
+class BenchLayers(Generic[TaskConfig]):
+    """Time the hidden layers of a task, sparse against dense, on what they see in training; and the whole step."""
+
+    task: TaskConfig
+    out: Path
+    """Folder for result.json."""
+    k: int | float = 20
+    """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
+    scope: Literal["example", "batch"] = "example"
+    """Choose the k entries for each example, or once for the whole batch (simple unified top-k)."""
+    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    """Optimizer of the whole step; torch's fused implementation."""
+    steps: int = 200
+    """Of dense training before gradients are recorded; at most an epoch."""
+    batches: int = 4
+    """Batches to record; times are means over them."""
+    seconds: float = 5.0
+    """To spend on the timing of each layer; a slow one takes longer, for 9 rounds."""
+    threads: int = 0
+    """Threads of dense and sparse alike; 0 for torch's own choice."""
+    page: Path | None = None
+    """Replace the task's section of this Markdown file by the results."""
+    overwrite: bool = False
+    """Replace an earlier experiment in --out."""
+
+    def run(self) -> None:
+        """Train, check and time, and write and show the result."""
+        from meprop.bench import layers
+        from meprop.reporting import bench_layers as report
+        from meprop.reporting import pages
+
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds must be a positive number, got {self.seconds}")
+        if self.steps < 0:
+            raise ValueError(f"--steps must be 0 or more, got {self.steps}")
+        if self.batches < 1:
+            raise ValueError(f"--batches must be at least 1, got {self.batches}")
+        training = TrainingConfig(
+            epochs=1, k=self.k, scope=self.scope, optimizer=self.optimizer, schedule="constant", accelerator="cpu"
+        )
+        task = _entry(self.task).build(self.task)
+        section = report.section(task.name)
+        if self.page is not None:
+            pages.check_section(self.page, section)
+
+        def show(row: layers.Comparison) -> None:
+            _note(f"{row.name}: {'WRONG' if row.ratio is None else f'{row.ratio.p20:.2f}x'}")
+
+        with _threads(self.threads):
+            tracking.claim_folder(self.out, overwrite=self.overwrite)
+            bench = layers.run(task, training, self.steps, self.batches, self.seconds, tracking.plain(self), show)
+        path = self.out / tracking.RESULT
+        tracking.write_result(path, bench)
+        if self.page is not None:
+            pages.write_sections(self.page, {section: report.markdown(bench)})
+        print(report.table(bench.layers))
+        print(f"\n{report.LEGEND}\nwritten: {path}")
+        if bench.wrong:
+            raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
 
 
 # ---------------------------------------------------------------- what train and compare share
@@ -264,7 +440,8 @@ def _finish(command: Train[Any] | Compare[Any], task: Task, out: Path, runs: lis
     from meprop.reporting.terminal import run_table, verdict
 
     result = tracking.describe(task.name, tracking.plain(command), runs)
-    path = tracking.write_result(out, result)
+    path = out / tracking.RESULT
+    tracking.write_result(path, result)
     figure = out / tracking.FIGURE
     draw_runs(runs, task.metric, figure)
     Console().print(run_table(runs, task.metric))
@@ -274,17 +451,38 @@ def _finish(command: Train[Any] | Compare[Any], task: Task, out: Path, runs: lis
 
 
 class _CheckpointSaver:
-    """Saves a trainer at each epoch's end, and, if `every` is not 0, when that many steps have passed."""
+    """Saves trainers together, each with its settings in its file, so that they continue side by side.
 
-    def __init__(self, trainer: Trainer, path: Path, settings: dict[str, Any], every: int) -> None:
-        self._path, self._settings, self._every = path, settings, every
-        self._epoch, self._step = trainer.epoch, trainer.step
+    That is when the last of them ends an epoch, and, if `every` is not 0, when it has done that many steps.
+    """
 
-    def update(self, trainer: Trainer) -> None:
+    def __init__(self, files: Mapping[Trainer, tuple[Path, dict[str, Any]]], every: int = 0) -> None:
+        self._files, self._every = files, every
+        self._saved = self._slowest()
+
+    def update(self, _trainer: Trainer) -> None:
         """Save if it is time to."""
-        if trainer.epoch > self._epoch or (self._every and trainer.step - self._step >= self._every):
-            checkpoint.save(self._path, trainer.state_dict(), self._settings)
-            self._epoch, self._step = trainer.epoch, trainer.step
+        (epoch, step), (saved_epoch, saved_step) = self._slowest(), self._saved
+        if epoch > saved_epoch or (self._every and step - saved_step >= self._every):
+            for trainer, (path, settings) in self._files.items():
+                checkpoint.save(path, trainer.state_dict(), settings)
+            self._saved = epoch, step
+
+    def _slowest(self) -> tuple[int, int]:
+        return min((trainer.epoch, trainer.step) for trainer in self._files)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Generator[None]:
+    """Lets torch use so many threads for a while; 0 for as many as it does."""
+    if count < 0:
+        raise ValueError(f"--threads must be 0 or more, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _position(trainer: Trainer) -> str:
@@ -332,7 +530,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: list[str]) -> Train[Any] | Compare[Any] | Data[Any] | BenchLinear | Doctor:
+def _parse(argv: list[str]) -> Any:
     """Return the command that the arguments ask for.
 
     Raises:
@@ -342,14 +540,13 @@ def _parse(argv: list[str]) -> Train[Any] | Compare[Any] | Data[Any] | BenchLine
     import tyro
     from tyro.conf import subcommand
 
-    def with_tasks(command: Any, defaults: Callable[[str, _TaskEntry], Any]) -> Any:
+    def with_tasks(name: str, command: Any, defaults: Callable[[str, _TaskEntry], Any]) -> Any:
         of_task = [
-            Annotated[command[entry.config], subcommand(name, default=defaults(name, entry))]
-            for name, entry in _tasks().items()
+            Annotated[command[entry.config], subcommand(task, default=defaults(task, entry))]
+            for task, entry in _tasks().items()
         ]
         union: Any = Union[(*of_task, Annotated[None, tyro.conf.Suppress])]  # a union even while there is one task
-        name, described = command.__name__.lower(), command.__doc__
-        return Annotated[Any, subcommand(name, description=described, constructor_factory=lambda: union)]
+        return Annotated[Any, subcommand(name, description=command.__doc__, constructor_factory=lambda: union)]
 
     def train(name: str, entry: _TaskEntry) -> Any:
         return Train(entry.config(), entry.training, Path("runs") / f"train-{name}")
@@ -360,14 +557,20 @@ def _parse(argv: list[str]) -> Train[Any] | Compare[Any] | Data[Any] | BenchLine
     def data(name: str, entry: _TaskEntry) -> Any:
         return Data(entry.config())
 
-    # a union even while there is one benchmark
+    def layers(name: str, entry: _TaskEntry) -> Any:
+        training = entry.training
+        out = Path("runs") / f"bench-layers-{name}"
+        return BenchLayers(entry.config(), out, training.k, training.scope, training.optimizer)
+
     bench: Any = Union[  # noqa: UP007
-        Annotated[BenchLinear, subcommand("linear")], Annotated[None, tyro.conf.Suppress]
+        Annotated[BenchLinear, subcommand("linear")], with_tasks("layers", BenchLayers, layers)
     ]
+    names: Any = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")]
     commands: Any = Union[  # noqa: UP007 - `|` takes no Any
-        with_tasks(Train, train),
-        with_tasks(Compare, compare),
-        with_tasks(Data, data),
+        with_tasks("train", Train, train),
+        with_tasks("compare", Compare, compare),
+        Annotated[Reproduce[names], subcommand("reproduce")],
+        with_tasks("data", Data, data),
         Annotated[Any, subcommand("bench", description="Measure speed.", constructor_factory=lambda: bench)],
         Annotated[Doctor, subcommand("doctor")],
     ]

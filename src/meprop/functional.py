@@ -296,7 +296,5 @@ def check_rule(rule: Rule, sparse_grad: bool = False) -> None:
     """Raises the errors of `linear` that concern the rule."""
     if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers without a type checker)
         raise TypeError(f"rule={rule!r} is of type {type(rule).__name__}; it must be a rule such as meprop.TopK(0.05)")
-    if sparse_grad:
-        topk = rule.as_topk(1)
-        if topk is not None and topk[1] != "batch":
-            raise ValueError(f"sparse_grad=True with {rule}: rows are kept or left as a whole only by scope='batch'")
+    if sparse_grad and getattr(rule, "scope", "batch") != "batch":
+        raise ValueError(f"sparse_grad=True with {rule}: rows are kept or left as a whole only by scope='batch'")

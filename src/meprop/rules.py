@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.selection import Selection
+from meprop.selection import ColumnSelection, RowSelection, Selection
 
 Scope = Literal["example", "batch"]
 
@@ -34,28 +35,8 @@ class Rule(ABC):
 
 
 @dataclass(frozen=True)
-class TopK(Rule):
-    """Keeps the k entries of largest magnitude: meProp's rule (Sun et al., ICML 2017, section 3).
-
-    Exactly k entries are kept. Of equal magnitudes the lower index wins; NaN counts as the largest, so that it is never
-    hidden. With `k` at or above the number of output features the layer is the dense one, bit for bit.
-
-    Args:
-        k: An int is a count, at least 1. A float is a share of the output features n, above 0 and at most 1:
-            ``max(1, round(k * n))`` are kept.
-        scope: "example" chooses anew in every row of the gradient (the paper's top-k); "batch" chooses k features for
-            the whole batch, those with the largest sum of magnitudes (the paper's simple unified top-k).
-
-    Raises:
-        ValueError: k or scope out of range.
-        TypeError: k is not a number.
-
-    Example:
-        >>> import torch
-        >>> selection = TopK(2).select(torch.tensor([[0.1, -3.0, 0.0, 2.0]]))
-        >>> selection.indices.tolist(), selection.values.tolist()
-        ([[1, 3]], [[-3.0, 2.0]])
-    """
+class _KeepK(Rule):
+    """What the rules that keep k entries share: k, the scope, and the checks of both."""
 
     k: int | float
     scope: Scope = "example"
@@ -82,12 +63,8 @@ class TopK(Rule):
         k = self.k if isinstance(self.k, int) else max(1, round(self.k * features))
         return min(k, features)
 
-    def as_topk(self, features: int) -> tuple[int, Scope]:
-        """k for `features` output features, and the scope."""
-        return self.count(features), self.scope
-
     def select(self, grad_output_NO: Tensor) -> Selection:
-        """The k largest entries of each row, or the k largest columns.
+        """The kept entries of each row, or the kept columns.
 
         Args:
             grad_output_NO: Output gradient [N, O] of any floating dtype, O >= 1; N may be 0.
@@ -105,5 +82,76 @@ class TopK(Rule):
             )
         if not grad_output_NO.is_floating_point():
             raise TypeError(f"an output gradient is of a floating dtype, not {grad_output_NO.dtype}")
-        k, scope = self.as_topk(grad_output_NO.shape[1])
-        return ops.topk_rows(grad_output_NO, k) if scope == "example" else ops.topk_columns(grad_output_NO, k)
+        k = self.count(grad_output_NO.shape[1])
+        return self._rows(grad_output_NO, k) if self.scope == "example" else self._columns(grad_output_NO, k)
+
+    @abstractmethod
+    def _rows(self, grad_NO: Tensor, k: int) -> RowSelection: ...
+
+    @abstractmethod
+    def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection: ...
+
+
+class TopK(_KeepK):
+    """Keeps the k entries of largest magnitude: meProp's rule (Sun et al., ICML 2017, section 3).
+
+    Exactly k entries are kept. Of equal magnitudes the lower index wins; NaN counts as the largest, so that it is never
+    hidden. With `k` at or above the number of output features the layer is the dense one, bit for bit.
+
+    Args:
+        k: An int is a count, at least 1. A float is a share of the output features n, above 0 and at most 1:
+            ``max(1, round(k * n))`` are kept.
+        scope: "example" chooses anew in every row of the gradient (the paper's top-k); "batch" chooses k features for
+            the whole batch, those with the largest sum of magnitudes (the paper's simple unified top-k).
+
+    Raises:
+        ValueError: k or scope out of range.
+        TypeError: k is not a number.
+
+    Example:
+        >>> import torch
+        >>> selection = TopK(2).select(torch.tensor([[0.1, -3.0, 0.0, 2.0]]))
+        >>> selection.indices.tolist(), selection.values.tolist()
+        ([[1, 3]], [[-3.0, 2.0]])
+    """
+
+    def as_topk(self, features: int) -> tuple[int, Scope]:
+        """k for `features` output features, and the scope."""
+        return self.count(features), self.scope
+
+    def _rows(self, grad_NO: Tensor, k: int) -> RowSelection:
+        return ops.topk_rows(grad_NO, k)
+
+    def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
+        return ops.topk_columns(grad_NO, k)
+
+
+class RandomK(_KeepK):
+    """Keeps k entries drawn uniformly, as they are: the yardstick of the meProp paper's figure 4, not a way to train.
+
+    Every set of k entries is equally likely, whatever their values; nothing is scaled up for what is left out. The
+    numbers come from torch's global generator of the gradient's device: `torch.manual_seed` repeats them. With `k` at
+    or above the number of output features the layer is the dense one, bit for bit.
+
+    Args:
+        k: As of `TopK`.
+        scope: "example" draws anew for every row of the gradient; "batch" draws k features for the whole batch.
+
+    Raises:
+        ValueError: k or scope out of range.
+        TypeError: k is not a number.
+
+    Example:
+        >>> import torch
+        >>> RandomK(2).select(torch.tensor([[0.1, -3.0, 0.0, 2.0]])).indices.shape
+        torch.Size([1, 2])
+    """
+
+    def _rows(self, grad_NO: Tensor, k: int) -> RowSelection:
+        # The k largest of independent uniform numbers lie at k uniform places.
+        indices = ops.topk_rows(torch.rand(grad_NO.shape, device=grad_NO.device), k).indices
+        return RowSelection(grad_NO.gather(1, indices.long()), indices, grad_NO.shape[1])
+
+    def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
+        indices = ops.topk_columns(torch.rand(1, grad_NO.shape[1], device=grad_NO.device), k).indices
+        return ColumnSelection(grad_NO.index_select(1, indices), indices, grad_NO.shape[1])

@@ -13,15 +13,17 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 from meprop import cli, functional, ops
-from meprop.bench import linear, measure, roofline
+from meprop.bench import linear, measure, oracle, roofline
 from meprop.bench.linear import Case, CaseResult, LinearBench, Ratio, choose_cases, default_cases
 from meprop.bench.measure import Times
 from meprop.bench.roofline import Limits, Roofline, Work
 from meprop.reporting import bench_linear as report
+from meprop.reporting import pages
 from meprop.selection import RowSelection
 
 TINY = [f"{kind}-{dtype}-8x16x40-k{k}" for kind in ("example", "batch") for dtype in ("fp32", "bf16") for k in (2, 8)]
 TINY += ["topk-fp32-8x40-k3"]
+BEGIN, END = pages.markers(report.SECTION)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +177,7 @@ def off_by_a_little(position):
 def test_a_wrong_product_shows_no_ratio_and_fails(monkeypatch, capsys, kind, position, name):
     monkeypatch.setattr(ops, "topk_linear_backward", off_by_a_little(position))
     page = Path("page.md")
-    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    page.write_text(f"{BEGIN}\n{END}\n")
     assert bench("--page", "page.md", cases=[f"{kind}-fp32-8x16x40-k4", "topk-fp32-8x40-k3"]) == 1
     wrong, right = result()["cases"]
     assert f"the gradient of the {name} differs" in wrong["wrong"]
@@ -225,7 +227,7 @@ def test_a_pass_that_varies_is_wrong(monkeypatch):
 
 
 def test_a_nan_beside_the_checked_columns_is_found(monkeypatch):
-    monkeypatch.setattr(linear, "_CHECKED_COLUMNS", 0)
+    monkeypatch.setattr(oracle, "_CHECKED_COLUMNS", 0)
     real = functional._sparse_backward
 
     def with_nan(*args):
@@ -342,13 +344,13 @@ def test_curves_leave_out_what_is_wrong():
 
 def test_the_page_keeps_what_was_written_by_hand(tmp_path):
     page = tmp_path / "performance.md"
-    page.write_text(f"# Title\n\nBefore.\n\n{report.BEGIN}\nold\n{report.END}\n\nAfter.\n")
+    page.write_text(f"# Title\n\nBefore.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
     results = [found(f"example-fp32-8x16x100-k{k}", 4e-3, k * 1e-3) for k in (2, 8)]
     for _ in range(2):  # writing again changes nothing
         report.write_page(record(*results), page)
         text = page.read_text()
-        assert text.startswith(f"# Title\n\nBefore.\n\n{report.BEGIN}\n")
-        assert text.endswith(f"\n{report.END}\n\nAfter.\n")
+        assert text.startswith(f"# Title\n\nBefore.\n\n{BEGIN}\n")
+        assert text.endswith(f"\n{END}\n\nAfter.\n")
         assert "old" not in text
         assert text.count("| example-fp32-8x16x100-k2 | 2.0% |") == 1
     assert "break-even at 4%" in text
@@ -358,7 +360,7 @@ def test_the_page_keeps_what_was_written_by_hand(tmp_path):
 
 def test_a_page_without_the_section_is_left_alone(tmp_path):
     page = tmp_path / "performance.md"
-    page.write_text(f"{report.END}\n{report.BEGIN}\n")
+    page.write_text(f"{END}\n{BEGIN}\n")
     with pytest.raises(ValueError, match="bench linear: begin"):
         report.write_page(record(found("example-fp32-8x16x100-k4", 4e-3, 1e-3)), page)
-    assert page.read_text() == f"{report.END}\n{report.BEGIN}\n"
+    assert page.read_text() == f"{END}\n{BEGIN}\n"

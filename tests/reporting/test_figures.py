@@ -22,7 +22,9 @@ def run(rule: str, seed: int = 0, accuracy: float = 97.0, backward: float = 4.0,
     return Run(rule, seed, 2, metrics, metrics, seconds, None if dense else 20, 1.0 if dense else density, curve)
 
 
-@pytest.mark.parametrize("runs", [[run("topk")], [run("dense"), run("topk"), run("dense", 1), run("topk", 1)]])
+@pytest.mark.parametrize(
+    "runs", [[run("random")], [run("topk")], [run("dense"), run("topk"), run("dense", 1), run("topk", 1)]]
+)
 def test_the_figure_is_a_png(tmp_path, runs):
     path = tmp_path / "curves.png"
     draw_runs(runs, "accuracy", path)
@@ -54,6 +56,13 @@ def test_gaps_are_paired_by_seed():
     assert "more than chance" in verdict(runs, "accuracy")
     noisy = [run("dense", s, 90.0) for s in range(2)] + [run("topk", s, 89.0 + 2.1 * s) for s in range(2)]
     assert "within what chance" in verdict(noisy, "accuracy")
+
+
+def test_random_k_is_compared_as_top_k_is():
+    runs = [run("dense", backward=4.0), run("random", accuracy=95.0, backward=2.0)]
+    assert "Backward 2.00x" in verdict(runs, "accuracy")
+    assert "2.00 points lower" in verdict(runs, "accuracy")
+    assert run_table(runs, "accuracy").columns[-1].header == "ratio"
 
 
 def test_nothing_sparse_is_said_and_not_called_a_comparison():

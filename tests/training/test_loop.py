@@ -87,6 +87,15 @@ def test_result_holds_every_epoch_and_the_seconds_add_up(task):
     assert [layer["status"] for layer in run.layers] == ["sparse", "dense"]  # the output layer stays dense
 
 
+def test_random_k_is_a_rule_of_its_own_and_repeats_with_the_seed(task):
+    runs = [fit([trainer := Trainer(task, CONFIG, CONFIG.rule("random"), 7)], ignore)[0] for _ in range(2)]
+    assert (runs[0].rule, runs[0].k, runs[0].density) == ("random", 5, pytest.approx(5 / 128))
+    assert [record["loss"] for record in runs[0].curve] == [record["loss"] for record in runs[1].curve]
+    topk = Trainer(task, CONFIG, CONFIG.rule(), 7)
+    fit([topk], ignore)
+    assert not torch.equal(trainer.model[0].weight, topk.model[0].weight)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
 def test_each_optimizer_updates_the_weights(task, optimizer):
     trainer = Trainer(task, TrainingConfig(epochs=1, optimizer=optimizer, lr=0.1), None, 7)

@@ -19,7 +19,9 @@ def result(task):
 
 
 def test_result_json_has_the_published_keys(result, tmp_path):
-    content = json.loads(tracking.write_result(tmp_path, result).read_text())
+    path = tmp_path / "result.json"
+    tracking.write_result(path, result)
+    content = json.loads(path.read_text())
     assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
     assert [run["rule"] for run in content["runs"]] == ["dense", "topk"]
     for run in content["runs"]:
@@ -32,11 +34,12 @@ def test_result_json_has_the_published_keys(result, tmp_path):
 
 
 def test_a_failed_write_keeps_the_old_result(result, tmp_path, monkeypatch):
-    path = tracking.write_result(tmp_path, result)
+    path = tmp_path / "result.json"
+    tracking.write_result(path, result)
     before = path.read_bytes()
     monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        tracking.write_result(tmp_path, result)
+        tracking.write_result(path, result)
     assert path.read_bytes() == before
 
 

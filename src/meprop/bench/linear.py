@@ -23,11 +23,11 @@ from torch import Tensor
 
 import meprop
 from meprop import functional, machine
+from meprop.bench import oracle
 from meprop.bench.measure import Disturbance, DisturbanceMeter, Times, interleaved
 from meprop.bench.roofline import Limits, Roofline, Work, measure_limits, roofline
 from meprop.errors import NoEffectWarning
-from meprop.ops import reference
-from meprop.selection import ColumnSelection, RowSelection, Selection
+from meprop.selection import Selection
 from meprop.training import tracking
 
 Kind = Literal["example", "batch", "topk"]
@@ -36,8 +36,6 @@ Dtype = Literal["fp32", "bf16"]
 _DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
 _NAME = re.compile(r"(example|batch|topk)-(fp32|bf16)-(\d+)x(?:(\d+)x)?(\d+)-k(\d+)")
-_CHECKED_COLUMNS = 64  # of each product, all its rows: enough to meet every panel of it by chance, and quick
-_REPEATS = 4
 
 
 # ---------------------------------------------------------------- cases
@@ -264,7 +262,7 @@ def run_case(case: Case, seconds: float, limits: Limits) -> CaseResult:
 
 def _run_topk(case: Case, seconds: float, limits: Limits) -> CaseResult:
     grad = _normal(0, case.dtype, case.rows, case.outputs)
-    wrong = _selection_differs(case, grad, _oracle(case, grad))
+    wrong = oracle.selection_differs(case.rule, grad, oracle.select(case.rule, grad))
     if wrong is not None:
         return CaseResult(case.name, case, wrong)
     sides = {"torch": lambda: torch.topk(grad.abs(), case.k), "sparse": lambda: case.rule.select(grad)}
@@ -340,11 +338,10 @@ def _run_backward(case: Case, seconds: float, limits: Limits) -> CaseResult:
     sides = {"sparse": _sparse(own, case.rule, sparse_grad=case.kind == "batch")}
     if case.kind == "batch":
         sides["sparse_dense_form"] = _sparse(own, case.rule, sparse_grad=False)
-    oracle = _oracle(case, own.grad_output)
-    wrong = _selection_differs(case, own.grad_output, oracle)
+    selection = oracle.select(case.rule, own.grad_output)
+    wrong = oracle.selection_differs(case.rule, own.grad_output, selection)
     for name, side in sides.items():
-        gradients = side()
-        wrong = wrong or _gradients_differ(name, gradients, own, oracle.to_dense()) or _varies(name, side, gradients)
+        wrong = wrong or _differs(name, side, selection, own)
     if wrong is not None:
         return CaseResult(case.name, case, wrong)
 
@@ -360,9 +357,19 @@ def _run_backward(case: Case, seconds: float, limits: Limits) -> CaseResult:
     }
     if "sparse_dense_form" in times:
         ratios["dense_form"] = Ratio.of(dense, times["sparse_dense_form"])
-    bound = roofline(_backward_work(case, oracle), case.dtype, limits)
+    bound = roofline(_backward_work(case, selection), case.dtype, limits)
     share = bound.floor / times["sparse"].p20
     return CaseResult(case.name, case, None, times, ratios, bound, share, converted, meter.read())
+
+
+def _differs(name: str, side: Backward, selection: Selection, problem: _Problem) -> str | None:
+    def named() -> oracle.Gradients:
+        return dict(zip(("input", "weight", "bias"), side(), strict=True))
+
+    gradients = named()
+    found = oracle.gradients_differ(gradients, selection, problem.grad_output, problem.x, problem.weight)
+    found = found or oracle.varies(named, gradients)
+    return found and f"{name}: {found}"
 
 
 def _backward_work(case: Case, selection: Selection) -> Work:
@@ -376,62 +383,6 @@ def _backward_work(case: Case, selection: Selection) -> Work:
     # Each example gathers other rows, a line per vector of multiply-adds; a batch's panel is reused from registers.
     gathered = multiply_adds * size if case.kind == "example" else 0
     return Work(multiply_adds, gathered, entries * size)
-
-
-# ---------------------------------------------------------------- against the oracle
-
-
-def _oracle(case: Case, grad_NO: Tensor) -> Selection:
-    if case.kind == "batch":
-        return ColumnSelection(*reference.topk_columns(grad_NO, case.k), case.outputs)
-    return RowSelection(*reference.topk_rows(grad_NO, case.k), case.outputs)
-
-
-def _selection_differs(case: Case, grad_NO: Tensor, oracle: Selection) -> str | None:
-    selection = case.rule.select(grad_NO)
-    if not torch.equal(selection.indices, oracle.indices):
-        return "the selection's indices differ from the oracle's"
-    if not torch.equal(selection.values, oracle.values):
-        return "the selection's values differ from the oracle's"
-    return None
-
-
-def _gradients_differ(side: str, gradients: tuple[Tensor, ...], problem: _Problem, selected_NO: Tensor) -> str | None:
-    """Compares with the exact products of what the oracle selected, on columns that are drawn at random."""
-    x, weight = problem.x.detach(), problem.weight.detach()
-    columns = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:_CHECKED_COLUMNS]
-    ones = torch.ones(1, x.shape[0])
-    grad_x, grad_weight, grad_bias = gradients
-    comparisons = {
-        "input": (grad_x, selected_NO, weight[:, columns]),
-        "weight": (grad_weight.to_dense(), selected_NO.t(), x[:, columns]),
-    }
-    for name, (gradient, left, right) in comparisons.items():
-        if not gradient.isfinite().all() or not _within_bound(gradient[:, columns], left, right):
-            return f"{side}: the gradient of the {name} differs from the oracle's"
-    if not _within_bound(grad_bias[None], ones, problem.grad_output):
-        return f"{side}: the gradient of the bias differs from the oracle's"
-    return None
-
-
-def _varies(name: str, side: Backward, gradients: tuple[Tensor, ...]) -> str | None:
-    """The same inputs give the same bits: if not, threads are in each other's way, which a single check may miss."""
-    for _ in range(_REPEATS):
-        if not all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(gradients, side(), strict=True)):
-            return f"{name}: the same pass gave other gradients when repeated"
-    return None
-
-
-def _within_bound(result: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Whether result can be left @ right, summed in float32 in any order and rounded to its dtype.
-
-    A sum of m terms errs by at most m float32 roundings of the sum of their magnitudes; then comes one of the dtype.
-    """
-    left, right = left.double(), right.double()
-    exact = left @ right
-    terms = (left != 0).sum(dim=1, keepdim=True) + 1
-    bound = terms * torch.finfo(torch.float32).eps * (left.abs() @ right.abs())
-    return bool(((result.double() - exact).abs() <= bound + torch.finfo(result.dtype).eps * exact.abs()).all())
 
 
 def _normal(seed: int, dtype: Dtype, *size: int) -> Tensor:

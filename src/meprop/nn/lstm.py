@@ -50,7 +50,6 @@ class LSTM(torch.nn.LSTM):
             raise NotSupportedError(f"proj_size={self.proj_size}: meprop.nn.LSTM has no projections; use torch.nn.LSTM")
         vars(self).update(sparse_state(rule, False, "always"))
 
-    @torch.compiler.disable  # a compiled model calls it as it is, as it does torch's own
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's are overloads)
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from meprop.bench.layers import LayersBench
 from meprop.bench.linear import CaseResult, Dtype, Kind, LinearBench
 from meprop.bench.measure import Times
 from meprop.machine import write_atomically
+from meprop.reporting import pages
 from meprop.training import tracking
 
-BEGIN, END = "<!-- bench linear: begin -->", "<!-- bench linear: end -->"
+SECTION = "bench linear"
 
 _PASSES: dict[Kind, str] = {"example": "per example", "batch": "unified"}
 
@@ -46,7 +47,8 @@ def _ratio(name: str) -> Callable[[CaseResult], str]:
     return lambda result: f"{result.ratios[name].p20:.2f}x" if name in result.ratios else ""
 
 
-def _milliseconds(times: Times) -> str:
+def milliseconds(times: Times) -> str:
+    """Return the 20th percentile, the median and the 80th percentile."""
     return " / ".join(f"{1e3 * seconds:.3g}" for seconds in (times.p20, times.p50, times.p80))
 
 
@@ -63,8 +65,8 @@ def _converted(result: CaseResult) -> str:
 _COLUMNS: dict[str, Callable[[CaseResult], str]] = {
     "case": lambda result: result.name,
     "kept": lambda result: f"{result.case.density:.1%}",
-    "dense, ms": lambda result: _milliseconds(_baseline(result)),
-    "sparse, ms": lambda result: _milliseconds(result.times["sparse"]),
+    "dense, ms": lambda result: milliseconds(_baseline(result)),
+    "sparse, ms": lambda result: milliseconds(result.times["sparse"]),
     "ratio": lambda result: "WRONG" if result.wrong is not None else _ratio("dense")(result),
     "of medians": lambda result: f"{result.ratios['dense'].p50:.2f}x",
     "other dtype's dense": _ratio("other_dtype"),
@@ -92,10 +94,8 @@ def _cells(result: CaseResult) -> list[str]:
 
 def table(results: Sequence[CaseResult]) -> str:
     """Return a table of plain text, one line per case."""
-    rows = [list(_COLUMNS), *map(_cells, results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"WRONG: {result.name}: {result.wrong}" for result in results if result.wrong)])
+    lines = pages.text_table([list(_COLUMNS), *map(_cells, results)])
+    return "\n".join([lines, *(f"WRONG: {result.name}: {result.wrong}" for result in results if result.wrong)])
 
 
 # ---------------------------------------------------------------- ratio over density
@@ -223,18 +223,12 @@ def write(bench: LinearBench, out: Path, page: Path | None) -> Path:
         ValueError: The page has no such section.
     """
     path = out / tracking.RESULT
-    content = json.dumps(tracking.plain(bench), indent=2, allow_nan=False).encode() + b"\n"
-    write_atomically(path, lambda file: file.write(content))
+    tracking.write_result(path, bench)
     if found := curves(bench.cases):
         draw_ratios(found, out / tracking.FIGURE)
     if page is not None:
         write_page(bench, page)
     return path
-
-
-def check_page(path: Path) -> None:
-    """Raise ValueError unless the file is there and has the two lines between which the section goes."""
-    _around_section(path)
 
 
 def write_page(bench: LinearBench, path: Path) -> None:
@@ -243,22 +237,12 @@ def write_page(bench: LinearBench, path: Path) -> None:
     Raises:
         ValueError: The page has no such section.
     """
-    before, after = _around_section(path)
+    pages.check_section(path, SECTION)
     found = curves(bench.cases)
     figure = path.with_name(f"{path.stem}-linear.png") if found else None
     if figure is not None:
         draw_ratios(found, figure)
-    content = f"{before}{BEGIN}\n{section(bench, figure.name if figure else None)}\n{END}{after}"
-    write_atomically(path, lambda file: file.write(content.encode()))
-
-
-def _around_section(path: Path) -> tuple[str, str]:
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"--page {path}: there must be such a file, with the lines {BEGIN} and {END}")
-    return before, after
+    pages.write_sections(path, {SECTION: section(bench, figure.name if figure else None)})
 
 
 def section(bench: LinearBench, figure: str | None) -> str:
@@ -271,20 +255,26 @@ def section(bench: LinearBench, figure: str | None) -> str:
     found = curves(bench.cases)
     picture = [f"![Ratio over density]({figure})"] if figure else []
     verdicts = [f"- {curve.title}, {curve.shape}: {curve.verdict()}." for curve in found]
-    rule = ["---", *["---:"] * (len(_COLUMNS) - 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in (list(_COLUMNS), rule, *map(_cells, bench.cases))]
-    blocks = ["\n".join(block) for block in ([_conditions(bench)], picture, verdicts, lines, [LEGEND]) if block]
+    table = pages.markdown_table([list(_COLUMNS), *map(_cells, bench.cases)])
+    blocks = ["\n".join(block) for block in ([_conditions(bench)], picture, verdicts, [table], [LEGEND]) if block]
     return "\n\n".join(blocks)
 
 
 def _conditions(bench: LinearBench) -> str:
+    rates = ", ".join(f"{rate / 1e9:.0f} ({dtype})" for dtype, rate in bench.limits.multiply_adds.items())
+    return (
+        f"{circumstances(bench)} Limits reached: {rates} G multiply-adds/s, {bench.limits.cache_bytes / 1e9:.0f} GB/s "
+        "from L2 to L1."
+    )
+
+
+def circumstances(bench: LinearBench | LayersBench) -> str:
+    """Return in words where, by what and how undisturbed a benchmark was made."""
     cpu, threads = bench.machine["cpu"], bench.machine["threads"]
     seen = bench.disturbance
     taken = "unknown" if seen is None else f"{seen.stolen:.0%} by the host, {seen.others:.0%} by other processes"
-    rates = ", ".join(f"{rate / 1e9:.0f} ({dtype})" for dtype, rate in bench.limits.multiply_adds.items())
     return (
         f"{cpu}, {threads} threads, kernels: {bench.backends['isa'] or 'none'}; torch {bench.versions['torch']}, "
         f"meprop {bench.versions['meprop']}, commit {(bench.commit or 'unknown')[:12]}. Processor time taken "
-        f"meanwhile: {taken}. Limits reached: {rates} G multiply-adds/s, {bench.limits.cache_bytes / 1e9:.0f} GB/s "
-        "from L2 to L1."
+        f"meanwhile: {taken}."
     )

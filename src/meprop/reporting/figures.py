@@ -14,7 +14,7 @@ from meprop.machine import write_atomically
 from meprop.training.loop import Run
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-_RULE_COLORS = {"dense": "#0072B2", "topk": "#D55E00"}
+RULE_COLORS = {"dense": "#0072B2", "topk": "#D55E00", "random": "#009E73"}
 _PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#999999"}
 _SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
 
@@ -29,7 +29,7 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
         metric: The quality to show, in percent.
         path: The file; it is replaced if it exists.
     """
-    groups = {rule: [run for run in runs if run.rule == rule] for rule in _RULE_COLORS}
+    groups = {rule: [run for run in runs if run.rule == rule] for rule in RULE_COLORS}
     groups = {rule: group for rule, group in groups.items() if group}
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
@@ -57,7 +57,7 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
 
 
 def _draw_curves(axes: Axes, rule: str, group: Sequence[Run], metric: str, x: str) -> None:
-    color = _RULE_COLORS[rule]
+    color = RULE_COLORS[rule]
     xs = [[record[x] for record in run.curve] for run in group]
     ys = [[record["dev"][metric] for record in run.curve] for run in group]
     if len(group) > 1:

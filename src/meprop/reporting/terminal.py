@@ -86,7 +86,8 @@ class TrainingProgress:
 
 
 def _name(trainer: Trainer) -> str:
-    return f"{trainer.name}, seed {trainer.seed}"
+    kept = "" if trainer.rule is None else f" k={trainer.rule.k}"
+    return f"{trainer.name}{kept}, seed {trainer.seed}"
 
 
 def _dev(trainer: Trainer) -> str:
@@ -121,9 +122,10 @@ def run_table(runs: Sequence[Run], metric: str) -> Table:
         table.add_column("ratio", justify="right")
 
     def add_row(label: str, value: Callable[[Run], float], digits: int, *, ratio: bool = False) -> None:
-        cells = [_spread([value(run) for run in group], digits) for group in by_rule.values()]
+        cells = [spread([value(run) for run in group], digits) for group in by_rule.values()]
         if len(by_rule) == 2:
-            dense, sparse = by_rule["dense"], by_rule["topk"]
+            dense = by_rule["dense"]
+            (sparse,) = (group for rule, group in by_rule.items() if rule != "dense")
             cells.append(f"{_ratio(dense, sparse, value):.2f}x" if ratio else "")
         table.add_row(label, *cells)
 
@@ -142,7 +144,7 @@ def run_table(runs: Sequence[Run], metric: str) -> Table:
 def verdict(runs: Sequence[Run], metric: str) -> str:
     """Return in plain words whether sparse training was faster than dense, and whether it learned as well."""
     dense = sorted((run for run in runs if run.rule == "dense"), key=lambda run: run.seed)
-    sparse = sorted((run for run in runs if run.rule == "topk"), key=lambda run: run.seed)
+    sparse = sorted((run for run in runs if run.rule != "dense"), key=lambda run: run.seed)
     if all(run.density == 1 for run in sparse):
         return "No layer was sparse, so the two runs did the same work: see the reasons above."
 
@@ -172,6 +174,7 @@ def _ratio(dense: Iterable[Run], sparse: Iterable[Run], value: Callable[[Run], f
     return mean(map(value, dense)) / mean(map(value, sparse))
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    text = f"{mean(values):.{digits}f}"
+def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Return the mean, and of two values or more the standard deviation; `sign` as in a format, such as "+"."""
+    text = f"{mean(values):{sign}.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"

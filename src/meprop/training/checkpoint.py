@@ -48,6 +48,6 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if different:
         raise ValueError(
             f"{path} belongs to a run with other settings ({'; '.join(different)}); "
-            "give the same options, another --out, or --overwrite instead of --resume"
+            "give the same options or another --out, or start again with --overwrite"
         )
     return state

@@ -16,6 +16,10 @@ import meprop
 from meprop.errors import MepropError
 from meprop.speed import Decision
 
+RuleName = Literal["topk", "random"]
+SparseRule = meprop.TopK | meprop.RandomK
+_RULES: dict[RuleName, type[SparseRule]] = {"topk": meprop.TopK, "random": meprop.RandomK}
+
 
 class Task(Protocol):
     """What the loop needs to know of a task; `meprop.tasks` holds the tasks."""
@@ -90,9 +94,9 @@ class TrainingConfig:
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
         self.rule()
 
-    def rule(self) -> meprop.TopK:
-        """Return the rule of the sparse runs."""
-        return meprop.TopK(self.k, scope=self.scope)
+    def rule(self, name: RuleName = "topk") -> SparseRule:
+        """Return the rule of this name, with the k and scope of these settings."""
+        return _RULES[name](self.k, scope=self.scope)
 
 
 @dataclass
@@ -127,7 +131,7 @@ class Run:
     """The outcome of one run: an element of `runs` in result.json. Metrics are those after the last epoch."""
 
     rule: str
-    """`"dense"` or `"topk"`."""
+    """`"dense"`, `"topk"` or `"random"`."""
     seed: int
     epochs: int
     dev: dict[str, float]
@@ -142,11 +146,16 @@ class Run:
     layers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """The conversion report's records; empty if dense."""
 
+    def selected(self, metric: str) -> EpochRecord:
+        """Return the epoch with the best dev score, the first of equals: what the paper reports."""
+        return EpochRecord(**max(self.curve, key=lambda record: record["dev"][metric]))
+
 
 class Trainer:
     """One training run, which can be advanced in parts, saved and continued bit for bit.
 
-    Runs with the same seed start from the same weights and see the same batches and dropout, whatever the rule.
+    Runs with the same seed start from the same weights and see the same batches and dropout, whatever the rule; only
+    random-k draws from the numbers that dropout draws from.
 
     Args:
         task: What to train.
@@ -155,7 +164,7 @@ class Trainer:
         seed: Seed of the initial weights, the order of the data and dropout.
     """
 
-    def __init__(self, task: Task, config: TrainingConfig, rule: meprop.TopK | None, seed: int) -> None:
+    def __init__(self, task: Task, config: TrainingConfig, rule: SparseRule | None, seed: int) -> None:
         from lightning_fabric import Fabric  # imported here since it takes seconds, which `meprop --help` need not wait
 
         self.task, self.config, self.rule, self.seed = task, config, rule, seed
@@ -185,8 +194,8 @@ class Trainer:
 
     @property
     def name(self) -> str:
-        """`"dense"` or `"topk"`."""
-        return "dense" if self.rule is None else "topk"
+        """`"dense"`, `"topk"` or `"random"`."""
+        return "dense" if self.rule is None else next(name for name, rule in _RULES.items() if type(self.rule) is rule)
 
     @property
     def report(self) -> meprop.ConversionReport:
@@ -290,7 +299,7 @@ class Trainer:
             "decisions": {
                 name: asdict(layer.decision)
                 for name, layer in self.model.named_modules()
-                if isinstance(layer, meprop.nn.Linear) and layer.decision is not None
+                if isinstance(layer, meprop.nn.Linear | meprop.nn.LSTM) and layer.decision is not None
             },
             "optimizer": self.optimizer.state_dict(),
             "random": self._random,

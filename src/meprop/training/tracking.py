@@ -15,6 +15,7 @@ import torch
 
 import meprop
 from meprop import machine
+from meprop.errors import DataError
 from meprop.training.loop import Run, Trainer
 
 if TYPE_CHECKING:
@@ -90,12 +91,27 @@ def claim_folder(out: Path, *, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def write_result(out: Path, result: Result) -> Path:
-    """Write `out`/result.json and return its path."""
-    path = out / RESULT
-    content = json.dumps(asdict(result), indent=2, allow_nan=False).encode() + b"\n"
+def write_result(path: Path, result: Any) -> None:
+    """Write a `Result`, or the dataclass of a benchmark, as JSON."""
+    content = json.dumps(plain(result), indent=2, allow_nan=False).encode() + b"\n"
     machine.write_atomically(path, lambda file: file.write(content))
-    return path
+
+
+def read_result(path: Path) -> Result:
+    """Read what `write_result` wrote.
+
+    Raises:
+        DataError: The file is damaged or no result of meprop.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        content["runs"] = [Run(**run) for run in content["runs"]]
+        return Result(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} is damaged or not a result of meprop ({type(error).__name__}: {error}); restore it from a copy, "
+            "or delete it to have the run repeated"
+        ) from error
 
 
 class LiveCurves:

@@ -1,0 +1,292 @@
+"""The hidden layers of a task, sparse against dense, on what they see in training.
+
+A dense model is trained for some steps, then a few batches are run through it and each hidden layer's inputs and output
+gradients recorded. Timed is the backward pass of each layer alone on these, for the gradients that training needs, the
+selection and autograd's own cost included; graphs are made once, outside the timing, and kept. Linear layers are held
+against the oracle first, others are checked for what can be checked without one; a layer that is wrong is not timed.
+The whole step is timed as well: forward pass, backward pass and optimizer. All times are per batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import meprop
+from meprop import machine
+from meprop.bench import oracle
+from meprop.bench.linear import Ratio
+from meprop.bench.measure import Disturbance, DisturbanceMeter, Times, interleaved
+from meprop.convert import LayerReport
+from meprop.errors import MepropError
+from meprop.training import tracking
+from meprop.training.loop import Task, Trainer, TrainingConfig
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the table: the backward pass of a layer or of all, or the whole step.
+
+    Attributes:
+        name: The layer's, or what it is.
+        layer: What `meprop.convert` reports of the layer; None of several.
+        rows: N, the examples or words in a batch; their mean over the batches.
+        wrong: What is wrong with the layer's sparse backward pass; None if nothing is. A wrong one has no times.
+        times: Of "dense" and "sparse", per batch.
+        ratio: Dense / sparse; None if wrong.
+    """
+
+    name: str
+    layer: LayerReport | None = None
+    rows: float | None = None
+    wrong: str | None = None
+    times: dict[str, Times] = field(default_factory=dict[str, Times])
+    ratio: Ratio | None = None
+
+
+@dataclass(frozen=True)
+class LayersBench:
+    """The content of result.json."""
+
+    task: str
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    backends: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    disturbance: Disturbance | None
+    """By others, during the whole run; None if unknown."""
+    layers: list[Comparison]
+    """The hidden layers; then, if none is wrong, all of several together, and the whole step."""
+
+    @property
+    def wrong(self) -> list[str]:
+        """Return the names of the layers that are wrong."""
+        return [layer.name for layer in self.layers if layer.wrong is not None]
+
+
+def run(
+    task: Task,
+    training: TrainingConfig,
+    steps: int,
+    batches: int,
+    seconds: float,
+    config: dict[str, Any],
+    after: Callable[[Comparison], None] = lambda comparison: None,
+) -> LayersBench:
+    """Check and time the layers.
+
+    Args:
+        task: What to train.
+        training: How; on the CPU.
+        steps: Of dense training before anything is recorded; at most an epoch.
+        batches: To record.
+        seconds: To spend on the timing of each row; slow ones take longer, for 9 rounds.
+        config: Kept in the record.
+        after: Called with each row.
+
+    Raises:
+        MepropError: The model has no hidden layer, or none wide enough to be sparse.
+    """
+    meter = DisturbanceMeter()
+    dense = Trainer(task, training, None, SEED)
+    dense.advance(min(steps, task.steps_per_epoch))
+    sparse = Trainer(task, training, training.rule(), SEED)
+    sparse.load_state_dict(copy.deepcopy(dense.state_dict()))
+    recorded = list(islice(task.train_batches(torch.Generator().manual_seed(SEED)), batches))
+
+    layers = {layer.name: layer for layer in sparse.report.layers if layer.status == "sparse"}
+    if not layers:
+        raise MepropError(f"the model has no hidden layer to time:\n{sparse.report}")
+    modules = {name: (dense.model.get_submodule(name), sparse.model.get_submodule(name)) for name in layers}
+    calls = _record(task, dense.model, list(layers), recorded)
+    rows: list[Comparison] = []
+
+    def add(
+        name: str, sides: dict[str, Callable[[], object]], layer: LayerReport | None, examples: float | None
+    ) -> None:
+        times = {side: _per_batch(spent, len(recorded)) for side, spent in interleaved(sides, seconds).items()}
+        rows.append(Comparison(name, layer, examples, None, times, Ratio.of(times["dense"], times["sparse"])))
+        after(rows[-1])
+
+    together: dict[str, list[_Backward]] = {"dense": [], "sparse": []}
+    for name, layer in layers.items():
+        wrong = _wrong(*modules[name], calls[name], meprop.TopK(training.k, training.scope))
+        if wrong is not None:
+            rows.append(Comparison(name, layer, wrong=wrong))
+            after(rows[-1])
+            continue
+        passes = {side: _backward(module, calls[name]) for side, module in zip(together, modules[name], strict=True)}
+        for side, backward in passes.items():
+            together[side].append(backward)
+        add(name, dict(passes), layer, sum(call.rows for call in calls[name]) / len(recorded))
+    if not any(row.wrong for row in rows):
+        if len(layers) > 1:
+            add("hidden layers together", {side: _all(passes) for side, passes in together.items()}, None, None)
+        trainers = {"dense": dense, "sparse": sparse}
+        add("whole step", {side: _steps(task, trainer, recorded) for side, trainer in trainers.items()}, None, None)
+    return LayersBench(
+        f"bench-layers-{task.name}",
+        config,
+        machine.describe(),
+        meprop.backend_info(),
+        tracking.versions(),
+        tracking.commit(),
+        meter.read(),
+        rows,
+    )
+
+
+def _per_batch(times: Times, batches: int) -> Times:
+    best, p20, p50, p80 = (each / batches for each in (times.best, times.p20, times.p50, times.p80))
+    return Times(best, p20, p50, p80, times.calls)
+
+
+def _steps(task: Task, trainer: Trainer, batches: Sequence[Any]) -> Callable[[], None]:
+    """The whole step on each batch. A learning rate of 0 costs the same, and lets the gradients stay what they are."""
+    model, optimizer = trainer.model, trainer.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+
+    def run() -> None:
+        for batch in batches:
+            task.loss(model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+# ---------------------------------------------------------------- what a layer sees in training
+
+
+@dataclass
+class _Call:
+    """One call of a layer: its arguments, whose tensors are leaves of a graph, and its output's gradients."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grads: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """By place among the tensors of the output."""
+
+    def keep(self, place: int, grad: Tensor) -> None:
+        """Keep the gradient of a tensor of the output."""
+        self.grads[place] = grad.clone()
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return _tensors((self.args, self.kwargs))
+
+    @property
+    def rows(self) -> int:
+        return self.inputs[0].shape[:-1].numel()
+
+
+def _record(task: Task, model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> dict[str, list[_Call]]:
+    calls: dict[str, list[_Call]] = {name: [] for name in names}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = _Call(_leaves(args), _leaves(kwargs))
+            calls[name].append(call)
+            for place, tensor in enumerate(_tensors(output)):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(call.keep, place))
+
+        return record
+
+    hooks = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]
+    for batch in batches:
+        task.loss(model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
+    model.zero_grad()
+    for handle in hooks:
+        handle.remove()
+    return calls
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples (a PackedSequence is one) and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts: Any = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _leaves(value: Any) -> Any:
+    """The same with each tensor detached, that needs a gradient where it did."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {key: _leaves(part) for key, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, tuple):
+        parts = map(_leaves, cast("tuple[Any, ...]", value))
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+# ---------------------------------------------------------------- the backward pass of a layer
+
+_Gradients = dict[str, Tensor]
+_Backward = Callable[[], list[_Gradients]]
+
+
+def _backward(layer: nn.Module, calls: Sequence[_Call]) -> _Backward:
+    """The backward pass of graphs that are made now, one for each call: gradients of inputs and parameters by name."""
+    passes: list[tuple[list[Tensor], dict[str, Tensor], list[Tensor]]] = []
+    for call in calls:
+        outputs = _tensors(layer(*call.args, **call.kwargs))
+        inputs = [tensor for tensor in call.inputs if tensor.requires_grad]
+        leaves = {"input" if place == 0 else f"input {place}": tensor for place, tensor in enumerate(inputs)}
+        leaves |= {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
+        passes.append(([outputs[place] for place in call.grads], leaves, list(call.grads.values())))
+
+    def run() -> list[_Gradients]:
+        return [
+            dict(
+                zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True), strict=True)
+            )
+            for outputs, leaves, grads in passes
+        ]
+
+    return run
+
+
+def _all(passes: Sequence[_Backward]) -> Callable[[], object]:
+    return lambda: [backward() for backward in reversed(passes)]
+
+
+# ---------------------------------------------------------------- is it right?
+
+
+def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: meprop.TopK) -> str | None:
+    """What is wrong with a sparse layer; None if nothing is."""
+    for call in calls:
+        outputs = [_tensors(layer.eval()(*call.args, **call.kwargs)) for layer in (dense, sparse)]
+        for layer in (dense, sparse):
+            layer.train()
+        if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*outputs, strict=True)):
+            return "its output differs from the dense layer's"
+        backward = _backward(sparse, [call])
+        (gradients,) = backward()
+        if not all(gradient.isfinite().all() for gradient in gradients.values()):
+            return "a gradient is not finite"
+        found = oracle.varies(lambda backward=backward: backward()[0], gradients)
+        if found is None and isinstance(sparse, nn.Linear):
+            (grad,), (x,) = call.grads.values(), call.inputs
+            grad_NO, x_NI = grad.flatten(0, -2), x.flatten(0, -2)
+            selection = oracle.select(rule, grad_NO)
+            flat = {name: tensor.flatten(0, -2) if name == "input" else tensor for name, tensor in gradients.items()}
+            found = oracle.selection_differs(rule, grad_NO, selection)
+            found = found or oracle.gradients_differ(flat, selection, grad_NO, x_NI, sparse.weight)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,86 @@
+"""Holding a linear layer's backward pass against the oracle, before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+import meprop
+from meprop.ops import reference
+from meprop.selection import ColumnSelection, RowSelection, Selection
+
+Gradients = Mapping[str, Tensor]
+"""By name: "input", "weight", "bias"; what is not there needs none."""
+
+_CHECKED_COLUMNS = 64  # of each product, all its rows: enough to meet every panel of it by chance, and quick
+_REPEATS = 4
+
+
+def select(rule: meprop.TopK, grad_NO: Tensor) -> Selection:
+    """Return what the rule is to keep of an output gradient."""
+    k, width = rule.count(grad_NO.shape[1]), grad_NO.shape[1]
+    if rule.scope == "batch":
+        return ColumnSelection(*reference.topk_columns(grad_NO, k), width)
+    return RowSelection(*reference.topk_rows(grad_NO, k), width)
+
+
+def selection_differs(rule: meprop.TopK, grad_NO: Tensor, expected: Selection) -> str | None:
+    """Return in words how the rule's answer differs from the oracle's; None if it does not."""
+    selection = rule.select(grad_NO)
+    if not torch.equal(selection.indices, expected.indices):
+        return "the selection's indices differ from the oracle's"
+    if not torch.equal(selection.values, expected.values):
+        return "the selection's values differ from the oracle's"
+    return None
+
+
+def gradients_differ(
+    gradients: Gradients, expected: Selection, grad_NO: Tensor, x_NI: Tensor, weight: Tensor
+) -> str | None:
+    """Compare with the exact products of what the oracle selected, on columns that are drawn at random.
+
+    Args:
+        gradients: Of the layer.
+        expected: What the oracle selected.
+        grad_NO: The whole output gradient.
+        x_NI: The layer's input.
+        weight: Its weight [O, I].
+
+    Returns:
+        In words how they differ; None if they do not.
+    """
+    x, weight, selected_NO = x_NI.detach(), weight.detach(), expected.to_dense()
+    columns = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:_CHECKED_COLUMNS]
+    products = {"input": (selected_NO, weight[:, columns]), "weight": (selected_NO.t(), x[:, columns])}
+    for name, gradient in gradients.items():
+        dense = gradient.to_dense()
+        if name == "bias":
+            right = _within_bound(dense[None], torch.ones(1, len(grad_NO)), grad_NO)
+        else:
+            right = bool(dense.isfinite().all()) and _within_bound(dense[:, columns], *products[name])
+        if not right:
+            return f"the gradient of the {name} differs from the oracle's"
+    return None
+
+
+def varies(backward: Callable[[], Gradients], gradients: Gradients) -> str | None:
+    """The same inputs give the same bits: if not, threads are in each other's way, which a single check may miss."""
+    for _ in range(_REPEATS):
+        again = backward()
+        if not all(torch.equal(gradient.to_dense(), again[name].to_dense()) for name, gradient in gradients.items()):
+            return "the same pass gave other gradients when repeated"
+    return None
+
+
+def _within_bound(result: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Whether result can be left @ right, summed in float32 in any order and rounded to its dtype.
+
+    A sum of m terms errs by at most m float32 roundings of the sum of their magnitudes; then comes one of the dtype.
+    """
+    left, right = left.double(), right.double()
+    exact = left @ right
+    terms = (left != 0).sum(dim=1, keepdim=True) + 1
+    bound = terms * torch.finfo(torch.float32).eps * (left.abs() @ right.abs())
+    return bool(((result.double() - exact).abs() <= bound + torch.finfo(result.dtype).eps * exact.abs()).all())

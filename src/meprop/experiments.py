@@ -1,0 +1,323 @@
+"""Experiments as files: what `meprop reproduce` runs, written down in TOML, and the records of the runs that finished.
+
+An experiment compares variants of one training: each is run with each seed. Its file:
+
+    title = "Tables 1 to 3: MNIST, Adam"
+    seeds = [0, 1, 2]
+
+    [task]                  # the task's name, and its settings where they are not the default
+    name = "mnist"
+    dropout = 0.0
+
+    [training]              # settings that all tasks share: fields of TrainingConfig
+    epochs = 20
+
+    [variants.dense]        # what the variant's files and its row of the table are called
+    rule = "dense"
+    published = { test = 97.82 }
+
+    [variants.topk-20]      # compared with the dense variant above it, unless `against` names another
+    rule = "topk"
+    k = 20
+    task.hidden = [500, 500]            # settings of this variant alone
+    published = { test = 98.01, backprop = 21.4 }
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from typeguard import TypeCheckError, check_type
+
+from meprop.training import tracking
+from meprop.training.loop import RuleName, Run, SparseRule, TrainingConfig
+from meprop.training.tracking import Result
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "experiments"
+"""The experiments of the paper: in a source checkout only, a wheel has none."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper says of a variant; None where it says nothing."""
+
+    epochs: int | None = None
+    """The epoch with the best dev score."""
+    dev: float | None = None
+    """The best dev score, in percent."""
+    test: float | None = None
+    """The test score at that epoch, in percent."""
+    backprop: float | None = None
+    """Dense / sparse time of the hidden layers' back-propagation."""
+    overall: float | None = None
+    """Dense / sparse time of forward pass and back-propagation."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train, which each seed is a run of."""
+
+    name: str
+    rule: RuleName | Literal["dense"]
+    task: Any
+    """The task's config; its `data_dir` is not part of the experiment."""
+    training: TrainingConfig
+    """With the variant's k; `seeds` are the experiment's."""
+    against: str | None
+    """The variant that it is compared with, and trained in turns with."""
+    published: Published
+
+    def sparse_rule(self) -> SparseRule | None:
+        """Return the rule to train with, None if dense."""
+        return None if self.rule == "dense" else self.training.rule(self.rule)
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that the outcome depends on beside the seed, as plain data by option name."""
+        settings = {**tracking.plain(self.task), **tracking.plain(self.training), "rule": self.rule}
+        unused = ("data_dir", "seeds", *(("k", "scope") if self.rule == "dense" else ()))
+        return {name: value for name, value in settings.items() if name not in unused}
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the defaults of the settings."""
+        return {**tracking.plain(type(self.task)()), **tracking.plain(TrainingConfig())}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The content of an experiment's file."""
+
+    name: str
+    title: str
+    task: str
+    seeds: tuple[int, ...]
+    variants: tuple[Variant, ...]
+
+    def variant(self, name: str) -> Variant:
+        """Return the variant of this name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def groups(self) -> list[list[Variant]]:
+        """Return the variants in groups that are to be trained in turns: those that are compared with one another."""
+        groups: dict[str, list[Variant]] = {}
+        for variant in self.variants:
+            head = variant
+            while head.against is not None:
+                head = self.variant(head.against)
+            groups.setdefault(head.name, []).append(variant)
+        return list(groups.values())
+
+
+# ---------------------------------------------------------------- reading the file
+
+
+def built_in() -> list[str]:
+    """Return the names of the paper's experiments.
+
+    Raises:
+        ValueError: meprop is installed without them.
+    """
+    names = sorted(path.stem for path in FOLDER.glob("*.toml"))
+    if not names:
+        raise ValueError(
+            "this installation has none of the paper's experiments: they are in meprop's source checkout, in "
+            "benchmarks/experiments; give the path of such a .toml file"
+        )
+    return names
+
+
+def load(name: str, tasks: Mapping[str, type[Any]]) -> Experiment:
+    """Read and check an experiment.
+
+    Args:
+        name: That of one of the paper's, or the path of a .toml file.
+        tasks: The class of each task's config by the task's name.
+
+    Raises:
+        ValueError: There is no such experiment, or its file is wrong; the message names file and key.
+    """
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise ValueError(f"{path}: there is no such file")
+        raise ValueError(f"experiment {name!r}: there are {', '.join(built_in())}; or give the path of a .toml file")
+    try:
+        return _experiment(path.stem, tomllib.loads(path.read_text(encoding="utf-8")), tasks)
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError too
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _experiment(name: str, content: dict[str, Any], tasks: Mapping[str, type[Any]]) -> Experiment:
+    allowed: dict[str, Any] = {
+        "title": str,
+        "seeds": tuple[int, ...],
+        "task": dict[str, Any],
+        "training": dict[str, Any],
+        "variants": dict[str, dict[str, Any]],
+    }
+    found = _checked(content, allowed, "", required=("title", "seeds", "task", "variants"))
+    task_settings = dict(found["task"])
+    task = task_settings.pop("name", None)
+    if task not in tasks:
+        raise ValueError(f"[task] name is {task!r}; the tasks are {', '.join(tasks)}")
+    if not found["variants"]:
+        raise ValueError("[variants] is empty; give one or more")
+    task_settings = _checked(task_settings, _task_hints(tasks[task]), "[task] ")
+    training = _checked(found.get("training", {}), _hints(TrainingConfig, but=("seeds", "k")), "[training] ")
+    variants: dict[str, Variant] = {}
+    for key, table in found["variants"].items():
+        if not _NAME.fullmatch(key):
+            raise ValueError(f"[variants] {key!r}: a name has letters, digits, - and _ only, as files are called by it")
+        variants[key] = _variant(key, table, tasks[task], task_settings, training, list(variants.values()))
+    seeds = TrainingConfig(seeds=found["seeds"]).seeds
+    return Experiment(name, found["title"], task, seeds, tuple(variants.values()))
+
+
+def _variant(
+    name: str,
+    table: dict[str, Any],
+    config: type[Any],
+    task_settings: dict[str, Any],
+    training: dict[str, Any],
+    above: list[Variant],
+) -> Variant:
+    where = f"[variants.{name}] "
+    allowed: dict[str, Any] = {
+        "rule": RuleName | Literal["dense"],
+        "k": int | float,
+        "against": str,
+        "task": dict[str, Any],
+        "published": dict[str, Any],
+    }
+    found = _checked(table, allowed, where, required=("rule",))
+    dense = found["rule"] == "dense"
+    if ("k" in found) == dense:
+        raise ValueError(f"{where}rule is {found['rule']!r}; " + ("dense has no k" if dense else "give its k"))
+    against = found.get("against")
+    if against is None and not dense:
+        against = next((variant.name for variant in reversed(above) if variant.rule == "dense"), None)
+    if against is not None and against not in (variant.name for variant in above):
+        raise ValueError(f"{where}against is {against!r}; it must be a variant above this one")
+    settings = {**task_settings, **_checked(found.get("task", {}), _task_hints(config), f"{where}task ")}
+    published = _checked(found.get("published", {}), _hints(Published), f"{where}published ")
+    try:
+        k = {} if dense else {"k": found["k"]}
+        task, shared = config(**settings), TrainingConfig(**training, **k)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+    return Variant(name, found["rule"], task, shared, against, Published(**published))
+
+
+def _hints(config: type[Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The types of a dataclass's fields by name."""
+    hints = get_type_hints(config)
+    return {field.name: hints[field.name] for field in fields(config) if field.name not in but}
+
+
+def _task_hints(config: type[Any]) -> dict[str, Any]:
+    return _hints(config, but=("data_dir",))  # where the data lie is the reader's own affair
+
+
+def _checked(
+    table: Mapping[str, Any], allowed: Mapping[str, Any], where: str, required: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A table's values, lists as tuples, each of the type that is allowed under its key."""
+    found: dict[str, Any] = {}
+    for key, given in table.items():
+        if key not in allowed:
+            raise ValueError(f"{where}{key}: there is no such key; there are {', '.join(allowed)}")
+        value = tuple(given) if isinstance(given, list) else given
+        try:
+            check_type(value, allowed[key])
+        except TypeCheckError:
+            ok = False
+        else:  # to Python a bool is an int
+            parts = value if isinstance(value, tuple) else (value,)
+            ok = allowed[key] is bool or not any(isinstance(part, bool) for part in parts)
+        if not ok:
+            expected = inspect.formatannotation(allowed[key]).replace("typing.", "")
+            raise ValueError(f"{where}{key} is {given!r}; it must be {expected}")
+        found[key] = value
+    for key in required:
+        if key not in found:
+            raise ValueError(f"{where}{key} is missing")
+    return found
+
+
+# ---------------------------------------------------------------- the records of finished runs
+
+
+@dataclass(frozen=True)
+class Records:
+    """The finished runs of an experiment, a file each, in the format of result.json; a checkpoint of each unfinished.
+
+    Attributes:
+        folder: Where they lie; it need not exist yet.
+    """
+
+    folder: Path
+
+    def path(self, variant: Variant, seed: int) -> Path:
+        """Return the file of a finished run."""
+        return self.folder / f"{variant.name}-seed{seed}.json"
+
+    def checkpoint(self, variant: Variant, seed: int) -> Path:
+        """Return the file of an unfinished run."""
+        return self.path(variant, seed).with_suffix(".pt")
+
+    def write(self, variant: Variant, run: Run, task: str, metric: str, beside: list[str]) -> None:
+        """Write the record of a finished run, with this machine, the versions and the commit.
+
+        Args:
+            variant: Whose run it is.
+            run: Its outcome.
+            task: The task's name.
+            metric: The quality to compare by.
+            beside: The variants that were trained in turns with it: with those its seconds can be compared.
+        """
+        config = {"settings": variant.settings(), "metric": metric, "beside": beside}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tracking.write_result(self.path(variant, run.seed), tracking.describe(task, config, [run]))
+
+    def read(self, variant: Variant, seed: int) -> Result | None:
+        """Return a finished run; None if there is none with the variant's settings."""
+        path = self.path(variant, seed)
+        if not path.exists():
+            return None
+        result = tracking.read_result(path)
+        return None if _changes(result, variant) else result
+
+    def all(self, variant: Variant) -> dict[int, Result]:
+        """Return the finished runs of a variant by seed."""
+        prefix = f"{variant.name}-seed"
+        seeds = [path.stem.removeprefix(prefix) for path in self.folder.glob(f"{prefix}*.json")]
+        found = {seed: self.read(variant, seed) for seed in sorted(int(seed) for seed in seeds if seed.isdecimal())}
+        return {seed: result for seed, result in found.items() if result is not None}
+
+    def changes(self, variant: Variant, seed: int) -> str:
+        """Return in words how the settings differ from those of the finished run; empty if they do not."""
+        path = self.path(variant, seed)
+        return ", ".join(_changes(tracking.read_result(path), variant)) if path.exists() else ""
+
+
+def _changes(result: Result, variant: Variant) -> list[str]:
+    """How the settings differ, in words. An option that did not exist then had what is its default now."""
+    now, then = variant.settings(), result.config["settings"]
+    then = {**{name: value for name, value in variant.defaults().items() if name in now}, **then}
+    return [
+        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]

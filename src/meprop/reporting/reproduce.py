@@ -1,0 +1,273 @@
+"""What `meprop reproduce` shows: an experiment's table beside the paper's figures, a figure over density, the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from meprop.experiments import Experiment, Records, Variant
+from meprop.machine import write_atomically
+from meprop.reporting import pages
+from meprop.reporting.figures import RULE_COLORS
+from meprop.reporting.terminal import spread
+from meprop.training.tracking import Result
+
+FIGURE = "figure.png"
+SECTION = "reproduce "
+"""What the names of a page's sections begin with; the experiment's name follows."""
+
+LEGEND = (
+    "dev, test: percent, after the epoch with the best dev score, as in the paper; mean and standard deviation over "
+    "seeds. to dense: test minus that of the dense run with the same seed. Seconds are totals of training; in brackets "
+    "dense seconds / seconds, above 1 it is faster than dense, of runs that were trained in turns. Paper's back-prop: "
+    "the hidden layers' products alone; overall: forward and backward pass."
+)
+
+_MARKERS = {"topk": "o", "random": "s"}
+_TITLES = {"topk": "top-k", "random": "random-k"}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A variant and its finished runs by seed, and those of the variant that it is compared with."""
+
+    variant: Variant
+    results: Mapping[int, Result]
+    base: Variant | None
+    base_results: Mapping[int, Result]
+
+    @property
+    def paired(self) -> list[int]:
+        """The seeds that both have."""
+        return [seed for seed in self.results if seed in self.base_results]
+
+    @property
+    def timed_together(self) -> list[int]:
+        """The seeds whose two runs were trained in turns."""
+        name = None if self.base is None else self.base.name
+        return [seed for seed in self.paired if name in self.results[seed].config["beside"]]
+
+
+def _rows(experiment: Experiment, records: Records) -> list[_Row]:
+    found = {variant.name: records.all(variant) for variant in experiment.variants}
+    return [
+        _Row(variant, found[variant.name], None, {})
+        if variant.against is None
+        else _Row(variant, found[variant.name], experiment.variant(variant.against), found[variant.against])
+        for variant in experiment.variants
+    ]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _dev(result: Result) -> float:
+    metric = result.config["metric"]
+    return result.runs[0].selected(metric).dev[metric]
+
+
+def _test(result: Result) -> float:
+    metric = result.config["metric"]
+    return result.runs[0].selected(metric).test[metric]
+
+
+def _epoch(result: Result) -> float:
+    return result.runs[0].selected(result.config["metric"]).epoch
+
+
+def _last_test(result: Result) -> float:
+    return result.runs[0].test[result.config["metric"]]
+
+
+def _seconds(*phases: str) -> Callable[[_Row], str]:
+    def total(result: Result) -> float:
+        return sum(result.runs[0].seconds[phase] for phase in phases)
+
+    def cell(row: _Row) -> str:
+        seconds = f"{mean(map(total, row.results.values())):.1f}"
+        seeds = row.timed_together
+        if not seeds:
+            return seconds
+        ratio = mean(total(row.base_results[seed]) for seed in seeds) / mean(total(row.results[seed]) for seed in seeds)
+        return f"{seconds} ({ratio:.2f}x)"
+
+    return cell
+
+
+def _difference(row: _Row) -> str:
+    gaps = [_test(row.results[seed]) - _test(row.base_results[seed]) for seed in row.paired]
+    return spread(gaps, 2, "+") if gaps else ""
+
+
+def _spread(value: Callable[[Result], float], digits: int = 2) -> Callable[[_Row], str]:
+    return lambda row: spread([value(result) for result in row.results.values()], digits)
+
+
+def _published_difference(row: _Row) -> str:
+    ours, base = row.variant.published.test, None if row.base is None else row.base.published.test
+    return "" if ours is None or base is None else f"{ours - base:+.2f}"
+
+
+def _number(value: float | None, digits: int, unit: str = "") -> str:
+    return "" if value is None else f"{value:.{digits}f}{unit}"
+
+
+_OURS: dict[str, Callable[[_Row], str]] = {
+    "kept": lambda row: f"{mean(result.runs[0].density for result in row.results.values()):.1%}",
+    "seeds": lambda row: str(len(row.results)),
+    "epoch": lambda row: f"{mean(map(_epoch, row.results.values())):.1f}",
+    "dev": _spread(_dev),
+    "test": _spread(_test),
+    "to dense": _difference,
+    "test, last epoch": _spread(_last_test),
+    "backward, s": _seconds("backward"),
+    "forward + backward, s": _seconds("forward", "backward"),
+    "whole step, s": _seconds("step"),
+}
+_PAPERS: dict[str, Callable[[_Row], str]] = {
+    "epoch": lambda row: _number(row.variant.published.epochs, 0),
+    "dev": lambda row: _number(row.variant.published.dev, 2),
+    "test": lambda row: _number(row.variant.published.test, 2),
+    "to dense": _published_difference,
+    "back-prop": lambda row: _number(row.variant.published.backprop, 1, "x"),
+    "overall": lambda row: _number(row.variant.published.overall, 1, "x"),
+}
+
+
+def _cells(experiment: Experiment, records: Records) -> list[list[str]]:
+    """Rows of cells, the head first, without the columns that are empty."""
+    found = _rows(experiment, records)
+    columns = [["run", *(row.variant.name for row in found)]]
+    for name, cell in _OURS.items():
+        missing = "not run" if name == "test" else ""
+        columns.append([name, *(cell(row) if row.results else missing for row in found)])
+    columns += [[f"paper: {name}", *map(cell, found)] for name, cell in _PAPERS.items()]
+    return [list(row) for row in zip(*(column for column in columns if any(column[1:])), strict=True)]
+
+
+def table(experiment: Experiment, records: Records) -> str:
+    """Return a table of plain text, a line per variant, and the conditions."""
+    return f"{pages.text_table(_cells(experiment, records))}\n{_conditions(experiment, records)}"
+
+
+def _conditions(experiment: Experiment, records: Records) -> str:
+    """Where the runs were made, by what: one sentence if that is the same for all."""
+    found: dict[str, None] = {}
+    for row in _rows(experiment, records):
+        for result in row.results.values():
+            place, versions = result.machine, result.versions
+            found[
+                f"{place['gpu'] or place['cpu']}, threads: {place['threads']}; torch {versions['torch']}, meprop "
+                f"{versions['meprop']}, commit {(result.commit or 'unknown')[:12]}."
+            ] = None
+    return "\n".join(found) or f"Not run yet: meprop reproduce {experiment.name}"
+
+
+# ---------------------------------------------------------------- the page
+
+
+def experiments_of(page: Path) -> list[str]:
+    """Return the names of the experiments that a page has sections for.
+
+    Raises:
+        ValueError: The page has none, or one without an end, or there is no such page.
+    """
+    names = [section.removeprefix(SECTION) for section in pages.sections(page) if section.startswith(SECTION)]
+    if not names:
+        begin, end = pages.markers(f"{SECTION}NAME")
+        raise ValueError(f"--page {page}: there must be such a file, with the lines {begin} and {end}")
+    for name in names:
+        pages.check_section(page, f"{SECTION}{name}")
+    return names
+
+
+def write_page(page: Path, found: Sequence[tuple[Experiment, Records]]) -> None:
+    """Replace the sections of a page by what the records hold, and figures beside it; the text around them stays.
+
+    Raises:
+        ValueError: The page lacks the section of an experiment.
+    """
+    contents: dict[str, str] = {}
+    for experiment, records in found:
+        figure = page.with_name(f"{page.stem}-{experiment.name}.png")
+        picture = [f"![{experiment.title}]({figure.name})"] if draw_densities(experiment, records, figure) else []
+        blocks = [*picture, pages.markdown_table(_cells(experiment, records)), _conditions(experiment, records)]
+        contents[f"{SECTION}{experiment.name}"] = "\n\n".join(blocks)
+    pages.write_sections(page, contents)
+
+
+# ---------------------------------------------------------------- test score over density
+
+
+def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool:
+    """Draw the test score over density into a PNG, ours and the paper's, if some rule was run with two densities.
+
+    Args:
+        experiment: Variants without finished runs are left out.
+        records: Of its runs.
+        path: The file; it is replaced if it exists.
+
+    Returns:
+        Whether there was something to draw.
+    """
+    rows = [row for row in _rows(experiment, records) if row.results]
+    curves = {rule: sorted((row for row in rows if row.variant.rule == rule), key=_density) for rule in _TITLES}
+    if all(len({_density(row) for row in curve}) < 2 for curve in curves.values()):
+        return False
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        if row.variant.rule == "dense":
+            _draw_dense(axes, row)
+    for rule, curve in curves.items():
+        if curve:
+            _draw_rule(axes, rule, curve)
+    axes.errorbar([], [], marker="o", linestyle=":", color="#666666", markerfacecolor="none", label="the paper's")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(sorted({_density(row) for row in rows})))
+    axes.xaxis.set_major_formatter(lambda share, _position: f"{100 * share:.2g}%" if share < 1 else "100%")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("kept: k of n entries of each output gradient")
+    axes.set_ylabel(f"test {next(iter(rows[0].results.values())).config['metric']}, %  (axis does not start at 0)")
+    axes.set_title(experiment.title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best")
+    axes.spines[["top", "right"]].set_visible(False)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    return True
+
+
+def _density(row: _Row) -> float:
+    return mean(result.runs[0].density for result in row.results.values())
+
+
+def _scores(row: _Row) -> tuple[float, float]:
+    """Mean and standard deviation over seeds."""
+    scores = [_test(result) for result in row.results.values()]
+    return mean(scores), stdev(scores) if len(scores) > 1 else 0.0
+
+
+def _draw_dense(axes: Axes, row: _Row) -> None:
+    color, (score, deviation) = RULE_COLORS["dense"], _scores(row)
+    axes.axhline(score, color=color, linewidth=1)
+    axes.errorbar([1], [score], [deviation], color=color, marker="D", capsize=3, label="dense", linestyle="none")
+    if row.variant.published.test is not None:
+        axes.plot([1], [row.variant.published.test], color=color, marker="D", markerfacecolor="none")
+
+
+def _draw_rule(axes: Axes, rule: str, curve: Sequence[_Row]) -> None:
+    color, marker = RULE_COLORS[rule], _MARKERS[rule]
+    means, deviations = zip(*map(_scores, curve), strict=True)
+    xs = [_density(row) for row in curve]
+    axes.errorbar(xs, means, deviations, color=color, marker=marker, capsize=3, linewidth=2, label=_TITLES[rule])
+    published = [(_density(row), row.variant.published.test) for row in curve if row.variant.published.test is not None]
+    if published:
+        axes.plot(
+            *zip(*published, strict=True), color=color, marker=marker, markerfacecolor="none", linestyle=":", zorder=3
+        )

@@ -1,0 +1,364 @@
+"""Dependency parsing: which word each word of a sentence hangs on, and by what relation.
+
+A greedy transition-based parser after Chen and Manning (2014), as in the meProp paper
+(https://arxiv.org/abs/1706.06197, section 4): 48 features of the parser's configuration, embedded with 50 numbers each,
+two hidden layers of 500 with ReLU, batches of 10,000 transitions. The paper's Penn Treebank is licensed; this reads any
+treebank of Universal Dependencies, by default English EWT.
+
+Of a relation only the universal part counts, the one before a colon (`acl` of `acl:relcl`), in training as in scores:
+so it is in the CoNLL 2018 shared task's LAS. Part-of-speech tags are given, not predicted.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from meprop.errors import DataError
+from meprop.tasks import treebank
+from meprop.tasks.transitions import CHILDREN, LEFT, RIGHT, ROOT, SHIFT, Configurations, Integers, oracle
+from meprop.tasks.treebank import Sentence
+
+TagColumn = Literal["xpos", "upos"]
+
+locate = treebank.locate
+
+
+@dataclass(frozen=True)
+class ParsingConfig:
+    """What to train on, and the network.
+
+    Raises:
+        ValueError: a setting is out of range; the message says what was got and what is allowed.
+    """
+
+    data_dir: Path | None = None
+    """Folder of a treebank's CoNLL-U files. Default: English EWT in $MEPROP_DATA, then the cache, then a download."""
+    tags: TagColumn = "xpos"
+    """Which tags of the treebank the parser sees: the language's own (XPOS), or the universal ones (UPOS)."""
+    embedding: int = 50
+    """Numbers that stand for a word, a tag or a relation."""
+    hidden: tuple[int, ...] = (500, 500)
+    """Widths of the hidden layers."""
+    dropout: float = 0.5
+    """Probability of dropping a hidden unit, after each hidden layer; 0.5 is that of the paper's table 4."""
+    batch_size: int = 10_000
+    """Transitions per training step."""
+
+    def __post_init__(self) -> None:
+        if self.tags not in get_args(TagColumn):
+            raise ValueError(f"tags is {self.tags}: it must be {' or '.join(get_args(TagColumn))}")
+        if self.embedding < 1:
+            raise ValueError(f"embedding is {self.embedding}: it must be at least 1")
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden is {self.hidden}: each width must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
+
+
+# ---------------------------------------------------------------- data: a treebank in numbers
+
+
+class Symbols:
+    """Numbers for words, for tags or for relations; those of all three together index one table of embeddings.
+
+    Args:
+        first: the smallest number.
+        known: the symbols that get a number of their own.
+    """
+
+    def __init__(self, first: int, known: Iterable[str]) -> None:
+        self.nothing, self.root, self.unknown = range(first, first + 3)
+        self._numbers = {symbol: number for number, symbol in enumerate(sorted(set(known)), start=first + 3)}
+        self.end = first + 3 + len(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, symbol: str) -> int:
+        return self._numbers.get(symbol, self.unknown)
+
+
+class Vocabulary:
+    """What the numbers in the data stand for.
+
+    Words that occur only once in training have no number of their own: they teach the parser what to make of unknown
+    ones.
+
+    Args:
+        sentences: the training sentences.
+        tag_column: which tags to use.
+
+    Attributes:
+        kinds: what each transition does ``[T]``: shift, left, right or root.
+        given: the relation that each transition gives to a word ``[T]``.
+    """
+
+    def __init__(self, sentences: Sequence[Sentence], tag_column: TagColumn) -> None:
+        self.tag_column: TagColumn = tag_column
+        counts = Counter(form for sentence in sentences for form in sentence.forms)
+        self.words = Symbols(0, (form for form, count in counts.items() if count > 1))
+        self.tags = Symbols(self.words.end, (tag for sentence in sentences for tag in _tags(sentence, tag_column)))
+        arcs = {
+            (relation, head > 0)
+            for sentence in sentences
+            for relation, head in zip(_relations(sentence), sentence.heads, strict=True)
+        }
+        self.relations = Symbols(self.tags.end, (relation for relation, _ in arcs))
+        between_words = sorted(self.relations[relation] for relation, has_parent in arcs if has_parent)
+        from_root = sorted(self.relations[relation] for relation, has_parent in arcs if not has_parent)
+        transitions = [
+            (SHIFT, self.relations.nothing),
+            *((kind, relation) for kind in (LEFT, RIGHT) for relation in between_words),
+            *((ROOT, relation) for relation in from_root),
+        ]
+        self.kinds, self.given = np.array(transitions, np.int32).T
+
+
+class Sentences:
+    """Sentences as arrays ``[S, W]``: in column 0 the root, then the words, then nothing, in the last column always.
+
+    Attributes:
+        lengths: words in each sentence ``[S]``.
+        words, tags, relations: int32, by the vocabulary.
+        heads: int32; -1 where there is no word.
+        punctuation: where the universal tag is PUNCT.
+    """
+
+    def __init__(self, sentences: Sequence[Sentence], vocabulary: Vocabulary) -> None:
+        self.lengths = np.array([len(sentence.forms) for sentence in sentences], np.int32)
+        shape = (len(sentences), int(self.lengths.max()) + 2)
+        column = np.arange(shape[1])
+        is_word = (column > 0) & (column <= self.lengths[:, None])
+
+        def numbered(symbols: Symbols, of: Callable[[Sentence], Iterable[str]]) -> NDArray[np.int32]:
+            numbers = np.full(shape, symbols.nothing, np.int32)
+            numbers[:, 0] = symbols.root
+            numbers[is_word] = [symbols[symbol] for sentence in sentences for symbol in of(sentence)]
+            return numbers
+
+        self.words = numbered(vocabulary.words, lambda sentence: sentence.forms)
+        self.tags = numbered(vocabulary.tags, lambda sentence: _tags(sentence, vocabulary.tag_column))
+        self.relations = numbered(vocabulary.relations, _relations)
+        self.heads = np.full(shape, -1, np.int32)
+        self.heads[is_word] = [head for sentence in sentences for head in sentence.heads]
+        self.punctuation = np.zeros(shape, np.bool_)
+        self.punctuation[is_word] = [tag == "PUNCT" for sentence in sentences for tag in sentence.upos]
+
+    def features(
+        self, rows: Integers, configurations: Configurations, relations: NDArray[np.int32]
+    ) -> NDArray[np.int32]:
+        """Return what the parser sees ``[R, 48]``: 18 words, their tags, and the relations of the last 12.
+
+        Args:
+            rows: the numbers of the sentences ``[R]``.
+            configurations: those of all sentences.
+            relations: of all words ``[S, W]``; those of words without a head so far are not looked at.
+        """
+        row, positions = rows[:, None], configurations.positions(rows)
+        children = positions[:, -CHILDREN:]
+        return np.concatenate((self.words[row, positions], self.tags[row, positions], relations[row, children]), axis=1)
+
+
+def _tags(sentence: Sentence, column: TagColumn) -> tuple[str, ...]:
+    return sentence.xpos if column == "xpos" else sentence.upos
+
+
+def _relations(sentence: Sentence) -> list[str]:
+    return [deprel.partition(":")[0] for deprel in sentence.deprels]
+
+
+@dataclass(frozen=True)
+class ParsingData:
+    """The transitions to learn from, and the sentences to parse."""
+
+    features: Tensor
+    """What the parser sees before each transition ``[M, 48]``, int32."""
+    targets: Tensor
+    """The transition to do then ``[M]``, int64."""
+    dev: Sentences
+    test: Sentences
+    vocabulary: Vocabulary
+    trees: int
+    """Training trees."""
+    left_out: int
+    """Training trees that are left out, since no transitions build them."""
+
+    def __str__(self) -> str:
+        vocabulary = self.vocabulary
+        return (
+            f"{len(self.targets)} transitions from {self.trees} training sentences ({self.left_out} more are not "
+            f"projective and left out), {len(self.dev.lengths)} development, {len(self.test.lengths)} test sentences; "
+            f"{len(vocabulary.words)} words, {len(vocabulary.tags)} tags, {len(vocabulary.relations)} relations"
+        )
+
+
+def load(config: ParsingConfig) -> ParsingData:
+    """Find, or download, the treebank, and turn its training trees into transitions.
+
+    Raises:
+        DataError: see `treebank.load`; or the treebank lacks what is needed to learn from it.
+    """
+    bank = treebank.load(config.data_dir)
+    derived = [(sentence, steps) for sentence in bank.train if (steps := oracle(sentence.heads)) is not None]
+    train = [sentence for sentence, _ in derived]
+    if all(len(sentence.forms) == 1 for sentence in train):
+        raise DataError(
+            f"{locate(config.data_dir)}: none of the {len(bank.train)} training sentences has several words and a "
+            "projective tree, so there is nothing to learn from. Use a treebank that has some."
+        )
+    if all(tag == "_" for sentence in train for tag in _tags(sentence, config.tags)):
+        raise DataError(
+            f"{locate(config.data_dir)}: the training sentences have no {config.tags} tags. "
+            f"Use --tags {'upos' if config.tags == 'xpos' else 'xpos'}, or a treebank that has them."
+        )
+    vocabulary = Vocabulary(train, config.tags)
+    features, targets = _examples(Sentences(train, vocabulary), [steps for _, steps in derived], vocabulary)
+    return ParsingData(
+        features=features,
+        targets=targets,
+        dev=Sentences(bank.dev, vocabulary),
+        test=Sentences(bank.test, vocabulary),
+        vocabulary=vocabulary,
+        trees=len(train),
+        left_out=len(bank.train) - len(train),
+    )
+
+
+def _examples(
+    sentences: Sentences, derivations: Iterable[list[tuple[int, int]]], vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """Return the features before each transition of each sentence ``[M, 48]``, and the transitions ``[M]``."""
+    numbers = {pair: i for i, pair in enumerate(zip(vocabulary.kinds, vocabulary.given, strict=True))}
+    targets_SN = np.full((len(sentences.lengths), 2 * sentences.lengths.max()), -1)
+    for row, steps in enumerate(derivations):
+        targets_SN[row, : len(steps)] = [
+            numbers[kind, vocabulary.relations.nothing if kind == SHIFT else sentences.relations[row, word]]
+            for kind, word in steps
+        ]
+    configurations = Configurations(sentences.lengths)
+    features: list[NDArray[np.int32]] = []
+    targets: list[NDArray[np.int64]] = []
+    for targets_S in targets_SN.T:
+        rows = np.flatnonzero(targets_S >= 0)
+        features.append(sentences.features(rows, configurations, sentences.relations))
+        targets.append(targets_S[rows])
+        configurations.advance(rows, vocabulary.kinds[targets[-1]])
+    return torch.from_numpy(np.concatenate(features)), torch.from_numpy(np.concatenate(targets))
+
+
+# ---------------------------------------------------------------- model and metric
+
+
+class ParsingTask:
+    """Data, model and metric of parsing, for the training loop.
+
+    Args:
+        config: what to train on, and the network.
+
+    Raises:
+        DataError: see `load`.
+    """
+
+    name = "parsing"
+    metric = "uas"
+
+    def __init__(self, config: ParsingConfig) -> None:
+        self.config = config
+        self.data = load(config)
+
+    def build_model(self) -> nn.Sequential:
+        """Return a new network ``[N, 48] -> [N, T]`` of plain torch layers."""
+        embedding = nn.Embedding(self.data.vocabulary.relations.end, self.config.embedding)
+        layers: list[nn.Module] = [embedding, nn.Flatten()]
+        width = self.data.features.shape[1] * self.config.embedding
+        for hidden in self.config.hidden:
+            layers += [nn.Linear(width, hidden), nn.ReLU()]
+            if self.config.dropout > 0:
+                layers.append(nn.Dropout(self.config.dropout))
+            width = hidden
+        return nn.Sequential(*layers, nn.Linear(width, len(self.data.vocabulary.kinds)))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch, a smaller last one included."""
+        return math.ceil(len(self.data.targets) / self.config.batch_size)
+
+    def train_batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one epoch of batches, features ``[B, 48]`` and targets ``[B]``, in an order drawn from a generator.
+
+        Args:
+            generator: on the CPU.
+        """
+        order = torch.randperm(len(self.data.targets), generator=generator)
+        for start in range(0, len(order), self.config.batch_size):
+            index = order[start : start + self.config.batch_size]
+            yield self.data.features[index], self.data.targets[index]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the mean cross-entropy of a batch that is on the model's device."""
+        features, targets = batch
+        return F.cross_entropy(model(features), targets)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
+        """Parse a split greedily, in evaluation mode, and return the attachment scores: see `scores`."""
+        sentences = self.data.dev if split == "dev" else self.data.test
+        training = model.training
+        model.eval()
+        try:
+            heads, relations = parse(model, sentences, self.data.vocabulary)
+        finally:
+            model.train(training)
+        return scores(sentences, heads, relations)
+
+
+def parse(
+    model: nn.Module, sentences: Sentences, vocabulary: Vocabulary
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Do the transition that the model finds best among the allowed ones, in all sentences at once, to the end.
+
+    Returns:
+        Heads and relations ``[S, W]``: of every sentence a tree with one word under the root.
+    """
+    device = next(model.parameters()).device
+    configurations = Configurations(sentences.lengths)
+    relations = np.full_like(sentences.relations, vocabulary.relations.nothing)
+    for step in range(2 * int(sentences.lengths.max())):
+        rows = np.flatnonzero(step < 2 * sentences.lengths)
+        features = torch.from_numpy(sentences.features(rows, configurations, relations))
+        logits = model(features.to(device)).float().cpu().numpy()
+        allowed = configurations.allowed(rows)[:, vocabulary.kinds]
+        best = np.where(allowed, logits, -np.inf).argmax(axis=1)
+        words = configurations.advance(rows, vocabulary.kinds[best])
+        relations[rows, words] = vocabulary.given[best]
+    return configurations.heads, relations
+
+
+def scores(sentences: Sentences, heads: NDArray[np.int32], relations: NDArray[np.int32]) -> dict[str, float]:
+    """Return the attachment scores of trees, in percent.
+
+    ``uas`` is the share of words with the right head, ``las`` of those with the right head and relation: all words, as
+    in the CoNLL 2018 shared task. ``uas_nopunct`` and ``las_nopunct`` leave out punctuation, which is, as usual, what
+    has the tag of punctuation in the treebank (PUNCT of the universal ones), whatever its relation.
+    """
+    right_head = heads == sentences.heads
+    right_both = right_head & (relations == sentences.relations)
+    every = sentences.heads >= 0
+    other = every & ~sentences.punctuation
+    return {
+        "uas": 100 * float(right_head[every].mean()),
+        "las": 100 * float(right_both[every].mean()),
+        "uas_nopunct": 100 * float(right_head[other].mean()),
+        "las_nopunct": 100 * float(right_both[other].mean()),
+    }

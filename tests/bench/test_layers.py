@@ -1,0 +1,218 @@
+"""The hidden layers of a task: what is recorded, checked, timed and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+
+pytest.importorskip("tyro")
+pytest.importorskip("lightning_fabric")
+
+import meprop
+from meprop import cli, ops
+from meprop.bench import layers
+from meprop.bench.layers import LayersBench
+from meprop.reporting import pages
+from meprop.training.loop import TrainingConfig
+from tiny import TinyConfig, TinyTask
+
+TRAINING = TrainingConfig(epochs=1, k=5, schedule="constant", accelerator="cpu")
+
+
+class Sequences(TinyTask):
+    """Packed sequences of different lengths through an LSTM: its input and output are no plain tensors."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(6, 10)
+            self.lstm = nn.LSTM(10, 128)
+            self.head = nn.Linear(128, 2)
+
+        def forward(self, inputs_NI):
+            words = self.embed(inputs_NI)
+            output, _ = self.lstm(pack_sequence([words[:6], words[6:9], words[9:]]))
+            return self.head(pad_packed_sequence(output)[0].sum(0))
+
+    def build_model(self):
+        return self.Model()
+
+    def loss(self, model, batch):
+        inputs_NI, classes_N = batch
+        return nn.functional.cross_entropy(model(inputs_NI), classes_N[:3])
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch, tmp_path, threads):
+    torch.set_num_threads(1)  # so little work is slowed by a second thread that must wait for a busy core
+    entry = cli._TaskEntry(TinyConfig, TinyTask, lambda folder: None, str, TrainingConfig(k=5))
+    monkeypatch.setattr(cli, "_tasks", lambda: {"tiny": entry})
+    monkeypatch.chdir(tmp_path)
+
+
+def bench(*options):
+    return cli.main(["bench", "layers", "tiny", "--hidden", "128", "150", "--seconds", "0.001", *options])
+
+
+def result():
+    return json.loads(Path("runs/bench-layers-tiny/result.json").read_text())
+
+
+def run(task, training=TRAINING):
+    return layers.run(task, training, 5, 2, 0.001, {})
+
+
+def test_each_hidden_layer_all_together_and_the_step_are_timed(capsys):
+    assert bench() == 0
+    content = result()
+    assert set(content) == {field.name for field in dataclasses.fields(LayersBench)}
+    assert content["machine"]["threads"] == 1
+    assert (content["config"]["k"], content["config"]["task"]["hidden"]) == (5, [128, 150])
+    names = ["0", "3", "hidden layers together", "whole step"]  # the output layer is narrow and stays dense
+    assert [row["name"] for row in content["layers"]] == names
+    assert [row["rows"] for row in content["layers"]] == [10, 10, None, None]
+    for row in content["layers"]:
+        assert row["wrong"] is None
+        assert set(row["times"]) == {"dense", "sparse"}
+        for percentile in ("p20", "p50"):
+            dense, sparse = (row["times"][side][percentile] for side in ("dense", "sparse"))
+            assert row["ratio"][percentile] == pytest.approx(dense / sparse)
+    shown = capsys.readouterr().out
+    for text in ("10 x 6 x 128", "10 x 128 x 150", "3.9%", "3.3%", "hidden layers together", "whole step"):
+        assert text in shown
+
+
+def test_threads_are_those_that_were_asked_for(monkeypatch, capsys):
+    def run(*_):
+        raise meprop.MepropError(f"with {torch.get_num_threads()} threads")
+
+    monkeypatch.setattr(layers, "run", run)
+    assert bench("--threads", "2") == 1
+    assert "with 2 threads" in capsys.readouterr().err
+    assert torch.get_num_threads() == 1
+
+
+def test_times_are_per_batch(monkeypatch):
+    times = layers.Times(4.0, 8.0, 12.0, 16.0, 9)
+    monkeypatch.setattr(layers, "interleaved", lambda sides, seconds: dict.fromkeys(sides, times))
+    (row, *_) = layers.run(TinyTask(), TRAINING, 5, 4, 1.0, {}).layers
+    assert row.times["dense"] == layers.Times(1.0, 2.0, 3.0, 4.0, 9)
+
+
+def test_what_is_recorded_is_what_training_sees():
+    """The gradients of a replayed layer are those that the whole model's backward pass gives its parameters."""
+    task = TinyTask(TinyConfig(hidden=(128, 150), dropout=0.0))
+    model = task.build_model()
+    batches = [batch for batch, _ in zip(task.train_batches(torch.Generator().manual_seed(0)), range(3), strict=False)]
+    calls = layers._record(task, model, ["0", "3"], batches)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    for name in ("0", "3"):
+        layer = model.get_submodule(name)
+        backward = layers._backward(layer, calls[name])
+        for batch, gradients in zip(batches, backward(), strict=True):
+            expected = torch.autograd.grad(task.loss(model, batch), list(layer.parameters()))
+            for parameter, gradient in zip(("weight", "bias"), expected, strict=True):
+                torch.testing.assert_close(gradients[parameter], gradient)
+            # The first layer's input is data: training needs no gradient of it.
+            assert ("input" in gradients) == (name == "3")
+
+
+def test_packed_sequences_through_an_lstm():
+    rows = {row.name: row for row in run(Sequences()).layers}
+    assert list(rows) == ["lstm", "whole step"]
+    assert rows["lstm"].wrong is None
+    assert rows["lstm"].rows == 10
+    assert rows["lstm"].layer is not None
+    assert rows["lstm"].layer.kind == "LSTM"
+
+
+def test_unified_selection_is_timed_too():
+    found = run(TinyTask(), dataclasses.replace(TRAINING, scope="batch"))
+    assert found.wrong == []
+    assert found.layers[0].ratio is not None
+
+
+@pytest.mark.parametrize(("position", "name"), [(1, "weight"), (2, "bias")])
+def test_a_wrong_product_is_not_timed_and_fails(monkeypatch, capsys, position, name):
+    real = ops.topk_linear_backward
+
+    def off_by_a_little(*args, **options):
+        gradients = list(real(*args, **options))
+        gradients[position].view(-1)[-1] += 0.1
+        return tuple(gradients)
+
+    monkeypatch.setattr(ops, "topk_linear_backward", off_by_a_little)
+    Path("page.md").write_text("\n".join(pages.markers("bench layers tiny")))
+    assert bench("--page", "page.md") == 1
+    assert [row["name"] for row in result()["layers"]] == ["0", "3"]
+    assert all(f"the gradient of the {name} differs" in row["wrong"] and not row["times"] for row in result()["layers"])
+    shown = capsys.readouterr()
+    assert "wrong, and not timed: 0, 3" in shown.err
+    assert shown.out.count("WRONG") == 4  # in the table, and why
+    assert Path("page.md").read_text().count("WRONG") == 2
+
+
+def test_a_model_without_hidden_layers_is_refused():
+    with (
+        pytest.warns(meprop.NoEffectWarning),
+        pytest.raises(meprop.MepropError, match=r"(?s)no hidden layer to time:.*narrow: 2 output features"),
+    ):
+        run(TinyTask(TinyConfig(hidden=())))
+
+
+def test_a_wrong_output_is_found(monkeypatch):
+    real = meprop.nn.Linear.forward
+    monkeypatch.setattr(meprop.nn.Linear, "forward", lambda layer, x: real(layer, x) + 0.01)
+    assert run(TinyTask()).layers[0].wrong == "its output differs from the dense layer's"
+
+
+def test_the_weights_stay_what_they_are_while_the_step_is_timed():
+    task = TinyTask()
+    trainer = layers.Trainer(task, TRAINING, None, 0)
+    trainer.advance(3)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    layers._steps(task, trainer, list(task.train_batches(torch.Generator())))()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_page_gets_the_table(capsys):
+    begin, end = pages.markers("bench layers tiny")
+    Path("page.md").write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n")
+    assert bench("--page", "page.md") == 0
+    text = Path("page.md").read_text()
+    assert text.startswith(f"Before.\n{begin}\n")
+    assert text.endswith(f"{end}\nAfter.\n")
+    assert "| 3 | Linear | 10 x 128 x 150 | 3.3% |" in text
+    assert "hidden = [128, 150], dropout = 0.3, k = 5" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seconds", "0"], "--seconds must be"),
+        (["--steps", "-1"], "--steps must be"),
+        (["--batches", "0"], "--batches must be"),
+        (["--threads", "-1"], "--threads must be"),
+        (["--k", "0"], "k=0 keeps nothing"),
+        (["--page", "missing.md"], "missing.md"),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_is_written(capsys, options, message):
+    assert bench(*options) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_an_earlier_result_is_replaced_only_if_asked(capsys):
+    assert bench() == 0
+    assert bench() == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert bench("--overwrite") == 0

@@ -1,0 +1,162 @@
+"""What is shown of an experiment: its table from fixed runs, the figure, the page."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("typeguard")
+
+from meprop import experiments
+from meprop.experiments import Records
+from meprop.reporting import reproduce as report
+from meprop.training.loop import EpochRecord, Run, Seconds
+from tiny import TinyConfig
+
+TEXT = """
+title = "A table"
+seeds = [0, 1]
+[task]
+name = "tiny"
+[variants.dense]
+rule = "dense"
+published = { epochs = 17, dev = 98.32, test = 97.82 }
+[variants.topk-5]
+rule = "topk"
+k = 5
+published = { test = 98.01, backprop = 21.4 }
+[variants.topk-10]
+rule = "topk"
+k = 10
+published = { test = 98.1 }
+[variants.random-5]
+rule = "random"
+k = 5
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    (tmp_path / "table.toml").write_text(TEXT)
+    return experiments.load(str(tmp_path / "table.toml"), {"tiny": TinyConfig})
+
+
+@pytest.fixture
+def records(tmp_path):
+    return Records(tmp_path / "results" / "table")
+
+
+def run(seed, epochs, backward, density=1.0):
+    """A run whose epochs have these (dev, test) accuracies."""
+    curve = [
+        asdict(EpochRecord(number, 0.1, {"accuracy": dev}, {"accuracy": test}, 1.0))
+        for number, (dev, test) in enumerate(epochs, start=1)
+    ]
+    seconds = asdict(Seconds(forward=2.0, backward=backward, optimizer=1.0, step=3.0 + backward))
+    return Run("", seed, len(epochs), curve[-1]["dev"], curve[-1]["test"], seconds, None, density, curve)
+
+
+@pytest.fixture
+def filled(experiment, records):
+    """Both seeds of dense and topk-5, one of topk-10 that was run alone, none of random-5."""
+
+    def write(name, seed, epochs, backward, beside, density=1.0):
+        records.write(experiment.variant(name), run(seed, epochs, backward, density), "tiny", "accuracy", beside)
+
+    write("dense", 0, [(90, 80), (95, 91), (94, 99)], 8.0, ["topk-5"])
+    write("dense", 1, [(92, 93), (91, 70), (91, 71)], 8.0, ["topk-5"])
+    write("topk-5", 0, [(90, 80), (91, 81), (96, 92)], 2.0, ["dense"], 0.01)
+    write("topk-5", 1, [(90, 93.5), (89, 81), (90, 92)], 2.0, ["dense"], 0.01)
+    write("topk-10", 0, [(90, 90), (89, 81), (88, 82)], 4.0, [], 0.02)
+    return records
+
+
+def cells(experiment, records):
+    head, *rows = report._cells(experiment, records)
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_scores_are_those_of_the_epoch_that_dev_selects_beside_those_of_the_last(experiment, filled):
+    dense = cells(experiment, filled)["dense"]
+    assert dense["test"] == "92.00 ± 1.41"  # of 91 and 93
+    assert dense["dev"] == "93.50 ± 2.12"
+    assert dense["epoch"] == "1.5"
+    assert dense["test, last epoch"] == "85.00 ± 19.80"  # of 99 and 71
+
+
+def test_differences_are_paired_by_seed(experiment, filled):
+    shown = cells(experiment, filled)
+    assert shown["topk-5"]["to dense"] == "+0.75 ± 0.35"  # 92 - 91 and 93.5 - 93
+    assert shown["topk-10"]["to dense"] == "-1.00"  # 90 - 91: the seed that both have
+    assert shown["dense"]["to dense"] == ""
+
+
+def test_ratios_are_of_runs_that_were_trained_in_turns(experiment, filled):
+    shown = cells(experiment, filled)
+    assert shown["topk-5"]["backward, s"] == "2.0 (4.00x)"
+    assert shown["topk-5"]["forward + backward, s"] == "4.0 (2.50x)"
+    assert shown["topk-5"]["whole step, s"] == "5.0 (2.20x)"
+    assert shown["topk-10"]["backward, s"] == "4.0"
+    assert shown["dense"]["backward, s"] == "8.0"
+
+
+def test_what_was_not_run_is_said_and_the_paper_is_beside_it(experiment, filled):
+    shown = cells(experiment, filled)
+    assert shown["random-5"]["test"] == "not run"
+    assert (shown["dense"]["paper: epoch"], shown["dense"]["paper: dev"]) == ("17", "98.32")
+    assert (shown["topk-5"]["paper: test"], shown["topk-5"]["paper: to dense"]) == ("98.01", "+0.19")
+    assert shown["topk-5"]["paper: back-prop"] == "21.4x"
+    assert "paper: overall" not in shown["dense"]  # the paper says it of none
+
+
+def test_an_experiment_without_runs_shows_what_the_paper_has(experiment, records):
+    shown = report.table(experiment, records)
+    assert shown.count("not run") == 4
+    assert "98.01" in shown
+    assert "Not run yet: meprop reproduce table" in shown
+
+
+def test_runs_of_other_settings_are_not_shown(experiment, filled, tmp_path):
+    (tmp_path / "table.toml").write_text(TEXT.replace("k = 5", "k = 6", 1))
+    changed = experiments.load(str(tmp_path / "table.toml"), {"tiny": TinyConfig})
+    assert cells(changed, filled)["topk-5"]["test"] == "not run"
+
+
+def test_the_conditions_are_said_once_each(experiment, filled):
+    assert report.table(experiment, filled).count("torch ") == 1
+
+
+def test_the_figure_is_drawn_of_two_densities_or_more(experiment, filled, records, tmp_path):
+    path = tmp_path / "figure.png"
+    assert report.draw_densities(experiment, filled, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    for seed in (0, 1):
+        records.path(experiment.variant("topk-5"), seed).unlink()
+    path.unlink()
+    assert not report.draw_densities(experiment, filled, path)
+    assert not path.exists()
+
+
+def test_the_page_keeps_what_was_written_by_hand(experiment, filled, tmp_path):
+    page = tmp_path / "paper.md"
+    begin, end = "<!-- reproduce table: begin -->", "<!-- reproduce table: end -->"
+    page.write_text(f"# Paper\n\nBefore.\n\n{begin}\nold\n{end}\n\nAfter.\n")
+    assert report.experiments_of(page) == ["table"]
+    for _ in range(2):  # writing again changes nothing
+        report.write_page(page, [(experiment, filled)])
+        text = page.read_text()
+        assert text.startswith(f"# Paper\n\nBefore.\n\n{begin}\n")
+        assert text.endswith(f"\n{end}\n\nAfter.\n")
+        assert "old" not in text
+        assert text.count("| topk-5 | 1.0% | 2 |") == 1
+    assert "![A table](paper-table.png)" in text
+    assert (tmp_path / "paper-table.png").exists()
+
+
+@pytest.mark.parametrize("text", ["", "<!-- reproduce table: begin -->", "<!-- bench linear: begin -->"])
+def test_a_page_without_sections_is_refused(tmp_path, text):
+    (tmp_path / "paper.md").write_text(text)
+    with pytest.raises(ValueError, match=r"paper\.md: there must be such a file, with the lines <!-- reproduce "):
+        report.experiments_of(tmp_path / "paper.md")

@@ -1,0 +1,217 @@
+"""Experiments as files: what is refused, what the shipped ones say, and when a finished run counts."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+
+pytest.importorskip("typeguard")
+pytest.importorskip("lightning_fabric")
+
+from meprop import cli, experiments
+from meprop.errors import DataError
+from meprop.experiments import Published, Records
+from meprop.reporting import bench_layers, pages
+from meprop.reporting import reproduce as report
+from meprop.training.loop import EpochRecord, Run, Seconds
+from tiny import TinyConfig
+
+TASKS = {"tiny": TinyConfig}
+GOOD = """
+title = "A table"
+seeds = [0, 1]
+[task]
+name = "tiny"
+dropout = 0.1
+[training]
+epochs = 2
+[variants.dense]
+rule = "dense"
+published = { epochs = 3, test = 97.5 }
+[variants.topk-5]
+rule = "topk"
+k = 5
+task.hidden = [128, 128]
+[variants.small]
+rule = "dense"
+against = "dense"
+[variants.dense-2]
+rule = "dense"
+[variants.random]
+rule = "random"
+k = 0.1
+"""
+
+
+def write(folder, text=GOOD):
+    path = folder / "table.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return experiments.load(write(tmp_path), TASKS)
+
+
+def test_an_experiment_says_all_of_its_runs(experiment):
+    assert (experiment.name, experiment.title, experiment.seeds) == ("table", "A table", (0, 1))
+    dense, topk, small, _, random = experiment.variants
+    assert dense.task == TinyConfig(dropout=0.1)
+    assert dense.training.epochs == 2
+    assert dense.published == Published(epochs=3, test=97.5)
+    assert dense.sparse_rule() is None
+    assert topk.task == TinyConfig(dropout=0.1, hidden=(128, 128))
+    assert repr(topk.sparse_rule()) == "TopK(k=5, scope='example')"
+    assert repr(random.sparse_rule()) == "RandomK(k=0.1, scope='example')"
+    assert (topk.against, small.against, random.against) == ("dense", "dense", "dense-2")
+
+
+def test_what_is_compared_is_trained_in_turns(experiment):
+    groups = [[variant.name for variant in group] for group in experiment.groups()]
+    assert groups == [["dense", "topk-5", "small"], ["dense-2", "random"]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title =", "titel =", r"titel: there is no such key; there are title, seeds, task, training, variants"),
+        ('title = "A table"', "", r"title is missing"),
+        ("seeds = [0, 1]", "seeds = []", r"--seeds must be one or more"),
+        ("seeds = [0, 1]", 'seeds = ["0"]', r"seeds is \['0'\]; it must be tuple\[int, \.\.\.\]"),
+        ('name = "tiny"', 'name = "mnits"', r"\[task\] name is 'mnits'; the tasks are tiny"),
+        ("epochs = 2", "epoch = 2", r"\[training\] epoch: there is no such key; there are epochs, scope"),
+        ("epochs = 2", "seeds = [3]", r"\[training\] seeds: there is no such key"),
+        ("epochs = 2", "epochs = true", r"\[training\] epochs is True; it must be int"),
+        ("epochs = 2", "lr = '1e-3'", r"\[training\] lr is '1e-3'; it must be float"),
+        ("epochs = 2", "epochs = 0", r"\[variants\.dense\] --epochs must be at least 1, got 0"),
+        ("epochs = 2", "scope = 'row'", r"\[training\] scope is 'row'; it must be Literal\['example', 'batch'\]"),
+        ("dropout = 0.1", "drop = 0.1", r"\[task\] drop: there is no such key; there are hidden, dropout"),
+        ("dropout = 0.1", "dropout = 1.5", r"\[variants\.dense\] dropout is 1\.5"),
+        ("dropout = 0.1", "data_dir = '/x'", r"\[task\] data_dir: there is no such key"),
+        ("task.hidden = [128, 128]", "task.hidden = 128", r"\[variants\.topk-5\] task hidden is 128; it must be tuple"),
+        ("task.hidden = [128, 128]", "task.hidden = [1, true]", r"\[variants\.topk-5\] task hidden is \[1, True\]"),
+        ("k = 5", "", r"\[variants\.topk-5\] rule is 'topk'; give its k"),
+        ("k = 5", "k = 0", r"\[variants\.topk-5\] k=0 keeps nothing"),
+        ('against = "dense"', "k = 5", r"\[variants\.small\] rule is 'dense'; dense has no k"),
+        ('against = "dense"', 'against = "random"', r"against is 'random'; it must be a variant above"),
+        ('rule = "random"', 'rule = "rand"', r"\[variants\.random\] rule is 'rand'; it must be"),
+        ("[variants.small]", '[variants."a/b"]', r"'a/b': a name has letters"),
+        ("test = 97.5", "accuracy = 97.5", r"published accuracy: there is no such key; there are epochs, dev, test"),
+        ("[variants.dense-2]", "[variants.dense]", r"\(at line \d+"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_file_and_key(tmp_path, old, new, message):
+    assert old in GOOD
+    path = write(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(ValueError, match=rf"table\.toml: .*{message}"):
+        experiments.load(path, TASKS)
+
+
+def test_an_unknown_experiment_is_refused_with_those_that_are_there(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"'table-9': there are figure-4, table-1-mnist-adagrad, .*path of a \.toml"):
+        experiments.load("table-9", TASKS)
+    with pytest.raises(ValueError, match=r"nowhere\.toml: there is no such file"):
+        experiments.load("nowhere.toml", TASKS)
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path / "none")  # as in a wheel
+    for ask in (experiments.built_in, lambda: experiments.load("table-5", TASKS)):
+        with pytest.raises(ValueError, match=r"this installation has none.*benchmarks/experiments; give the path"):
+            ask()
+
+
+@pytest.mark.parametrize("name", experiments.built_in())
+def test_each_shipped_experiment_is_of_existing_settings_and_has_the_papers_figures(name):
+    experiment = experiments.load(name, {task: entry.config for task, entry in cli._tasks().items()})
+    assert len(experiment.seeds) == 3
+    for variant in experiment.variants:
+        assert variant.published.test is not None
+        assert variant.rule == "dense" or variant.against is not None
+
+
+def test_the_shipped_experiments_cover_the_paper():
+    names = set(experiments.built_in())
+    tasks = ("mnist", "tagging", "parsing")
+    assert {f"table-1-{task}-{optimizer}" for task in tasks for optimizer in ("adam", "adagrad")} < names
+    assert {*(f"table-4-{task}" for task in tasks), "table-5", "table-6", "figure-4"} < names
+
+
+def test_the_page_has_a_section_for_each_experiment_and_task():
+    page = experiments.FOLDER.parents[1] / "docs" / "paper.md"
+    assert sorted(report.experiments_of(page)) == experiments.built_in()
+    for task in cli._tasks():
+        pages.check_section(page, bench_layers.section(task))
+
+
+# ---------------------------------------------------------------- records
+
+
+def run(seed=0, rule="topk"):
+    metrics = {"accuracy": 90.0}
+    curve = [asdict(EpochRecord(epoch, 0.1, metrics, metrics, 1.0)) for epoch in (1, 2)]
+    return Run(rule, seed, 2, metrics, metrics, asdict(Seconds(1, 2, 3, 6)), 5, 0.04, curve)
+
+
+def test_a_record_is_read_back_as_long_as_the_settings_are_the_same(experiment, tmp_path):
+    records, topk = Records(tmp_path / "results"), experiment.variant("topk-5")
+    assert records.read(topk, 0) is None
+    assert records.all(topk) == {}
+    for seed in (10, 9):
+        records.write(topk, run(seed), "tiny", "accuracy", ["dense"])
+    assert list(records.all(topk)) == [9, 10]
+    assert records.all(topk)[9].runs == [run(9)]
+    content = json.loads(records.path(topk, 9).read_text())
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
+    assert content["config"]["settings"]["hidden"] == [128, 128]
+    assert content["config"]["settings"]["epochs"] == 2
+
+    moved = replace(topk, task=replace(topk.task, data_dir=tmp_path), published=Published())
+    assert records.read(moved, 9) is not None  # neither changes the outcome
+    changed = replace(topk, training=replace(topk.training, epochs=3, k=6))
+    assert records.read(changed, 9) is None
+    assert records.changes(changed, 9) == "epochs was 2, now 3, k was 5, now 6"
+
+
+def test_k_says_nothing_about_a_dense_run(experiment, tmp_path):
+    records, dense = Records(tmp_path), experiment.variant("dense")
+    records.write(dense, run(rule="dense"), "tiny", "accuracy", [])
+    assert records.read(replace(dense, training=replace(dense.training, k=7, scope="batch")), 0) is not None
+
+
+def test_an_option_that_came_later_had_its_default_then(experiment, tmp_path):
+    records, dense = Records(tmp_path), experiment.variant("dense")
+    records.write(dense, run(rule="dense"), "tiny", "accuracy", [])
+    path = records.path(dense, 0)
+    content = json.loads(path.read_text())
+    del content["config"]["settings"]["precision"]
+    path.write_text(json.dumps(content))
+    assert records.read(dense, 0) is not None
+    later = replace(dense, training=replace(dense.training, precision="bf16-mixed"))
+    assert records.changes(later, 0) == "precision was '32-true', now 'bf16-mixed'"
+
+
+def test_names_that_begin_alike_are_not_mixed_up(experiment, tmp_path):
+    records, dense, other = Records(tmp_path), experiment.variant("dense"), experiment.variant("dense-2")
+    records.write(other, run(rule="dense"), "tiny", "accuracy", [])
+    assert records.all(dense) == {}
+    nested = replace(dense, name="dense-seed1")
+    records.write(nested, run(rule="dense"), "tiny", "accuracy", [])
+    assert records.all(dense) == {}
+
+
+def test_a_damaged_record_is_named_with_a_remedy(experiment, tmp_path):
+    records, dense = Records(tmp_path), experiment.variant("dense")
+    for content in ("", "{}", '{"runs": [{"rule": 1}]}', "[1]"):
+        records.path(dense, 0).write_text(content)
+        with pytest.raises(DataError, match=re.escape(f"{records.path(dense, 0)} is damaged") + ".*delete it"):
+            records.read(dense, 0)
+
+
+def test_the_selected_epoch_is_the_first_of_the_best_on_dev_whatever_the_test():
+    def record(epoch, dev, test):
+        return asdict(EpochRecord(epoch, 0.1, {"accuracy": dev}, {"accuracy": test}, 1.0))
+
+    curve = [record(1, 90, 99), record(2, 95, 91), record(3, 95, 98), record(4, 94, 97)]
+    assert replace(run(), curve=curve).selected("accuracy").epoch == 2

@@ -1,0 +1,245 @@
+"""The command `meprop reproduce`: what is run, resumed, refused and shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tyro")
+pytest.importorskip("lightning_fabric")
+
+from meprop import cli, experiments
+from meprop.training import checkpoint
+from meprop.training.loop import TrainingConfig
+from tiny import TinyConfig, TinyTask
+
+TEXT = """
+title = "A small one"
+seeds = [0, 1]
+[task]
+name = "tiny"
+[training]
+epochs = 2
+accelerator = "cpu"
+[variants.dense]
+rule = "dense"
+published = { test = 97.82 }
+[variants.topk-5]
+rule = "topk"
+k = 5
+[variants.deep]
+rule = "dense"
+task.hidden = [128, 128]
+[variants.random-5]
+rule = "random"
+k = 5
+task.hidden = [128, 128]
+"""
+NAMES = [f"{name}-seed{seed}.json" for name in ("deep", "dense", "random-5", "topk-5") for seed in (0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch, tmp_path, threads):
+    """The configs that the task was built with, in a folder with the experiment."""
+    torch.set_num_threads(1)  # so little work is slowed by a second thread that must wait for a busy core
+    found: list[TinyConfig] = []
+
+    def build(config):
+        found.append(config)
+        return TinyTask(config)
+
+    entry = cli._TaskEntry(TinyConfig, build, lambda folder: None, str, TrainingConfig())
+    monkeypatch.setattr(cli, "_tasks", lambda: {"tiny": entry})
+    monkeypatch.chdir(tmp_path)
+    Path("small.toml").write_text(TEXT)
+    return found
+
+
+def reproduce(*options, out="results"):
+    return cli.main(["reproduce", "small.toml", "--out", out, *options])
+
+
+def files(out="results"):
+    return sorted(path.name for path in (Path(out) / "small").iterdir())
+
+
+def outcomes(out="results"):
+    """All but the seconds, by file."""
+    found = {}
+    for name in files(out):
+        (run,) = json.loads((Path(out) / "small" / name).read_text())["runs"]
+        found[name] = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in run["curve"]]
+    return found
+
+
+class Stop:
+    """Ctrl-C after so many saved checkpoints; each group of two saves two for each epoch."""
+
+    def __init__(self, monkeypatch, saves):
+        self._save, self._left = checkpoint.save, saves
+        monkeypatch.setattr(checkpoint, "save", self)
+
+    def __call__(self, *arguments):
+        self._save(*arguments)
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+
+
+def test_every_variant_is_run_with_every_seed_and_shown(built, capsys):
+    assert reproduce() == 0
+    assert files() == sorted(NAMES)
+    content = json.loads(Path("results/small/random-5-seed1.json").read_text())
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
+    assert content["config"]["settings"]["hidden"] == [128, 128]
+    assert content["config"]["beside"] == ["deep"]
+    assert [(run["rule"], run["seed"], run["k"]) for run in content["runs"]] == [("random", 1, 5)]
+    shown = capsys.readouterr().out
+    for text in ("A small one", "random-5", "97.82", "±", "percent, after the epoch with the best dev score"):
+        assert text in shown
+    assert built == [TinyConfig(), TinyConfig(hidden=(128, 128))]  # data are read once for each setting of the task
+
+
+def test_finished_runs_are_not_repeated(built, monkeypatch, capsys):
+    assert reproduce("--seeds", "1") == 0
+    before = {name: Path("results/small", name).stat().st_mtime_ns for name in files()}
+    assert len(before) == 4
+    built.clear()
+    assert reproduce("--seeds", "1") == 0
+    assert not built  # not even the data are read
+    assert "A small one" in capsys.readouterr().out
+    Path("results/small/topk-5-seed1.json").unlink()
+    assert reproduce("--seeds", "1") == 0
+    after = {name: Path("results/small", name).stat().st_mtime_ns for name in files()}
+    assert [name for name in after if after[name] != before[name]] == ["topk-5-seed1.json"]
+    alone = json.loads(Path("results/small/topk-5-seed1.json").read_text())
+    assert alone["config"]["beside"] == []  # so its seconds are compared with nothing
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3, 4, 5, 8])
+def test_an_interrupted_experiment_ends_as_an_uninterrupted_one(monkeypatch, capsys, saves):
+    assert reproduce(out="whole") == 0
+    with monkeypatch.context() as patch:
+        Stop(patch, saves)
+        assert reproduce() == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert any(name.endswith(".pt") for name in files())
+    assert reproduce() == 0
+    assert files() == sorted(NAMES)  # and no checkpoint is left
+    assert outcomes() == outcomes("whole")
+    assert json.loads(Path("results/small/topk-5-seed0.json").read_text())["config"]["beside"] == ["dense"]
+
+
+def test_a_group_is_saved_together_so_that_it_continues_side_by_side(monkeypatch):
+    with monkeypatch.context() as patch:
+        Stop(patch, 2)
+        assert reproduce() == 130
+    states = [torch.load(f"results/small/{name}-seed0.pt", weights_only=True)["state"] for name in ("dense", "topk-5")]
+    assert [(len(state["curve"]), state["step"]) for state in states] == [(1, 0), (1, 0)]
+
+
+def test_runs_of_other_settings_are_refused_and_replaced_on_request(capsys):
+    assert reproduce("--seeds", "0") == 0
+    before = outcomes()
+    Path("small.toml").write_text(TEXT.replace("k = 5\ntask", "k = 6\ntask"))
+    assert reproduce() == 2
+    shown = capsys.readouterr().err
+    assert "random-5-seed0.json was made with other settings (k was 5, now 6)" in shown
+    assert "--overwrite" in shown
+    assert outcomes() == before
+    assert reproduce("--seeds", "0", "--overwrite") == 0
+    after = outcomes()
+    assert [name for name in after if after[name] != before[name]] == ["random-5-seed0.json"]
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_replaced_on_request(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        Stop(patch, 2)
+        assert reproduce() == 130
+    Path("small.toml").write_text(TEXT.replace("epochs = 2", "epochs = 1"))
+    assert reproduce() == 2
+    assert "dense-seed0.pt belongs to a run with other settings (epochs was 2, now 1)" in capsys.readouterr().err
+    assert reproduce("--overwrite") == 0
+    assert files() == sorted(NAMES)
+
+
+def test_a_damaged_checkpoint_is_named_and_replaced_on_request(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        Stop(patch, 2)
+        assert reproduce() == 130
+    Path("results/small/topk-5-seed0.pt").write_bytes(b"half of it")
+    assert reproduce() == 1
+    assert "topk-5-seed0.pt is damaged" in capsys.readouterr().err
+    assert reproduce("--overwrite") == 0
+
+
+def test_seeds_and_threads_are_taken_from_the_command_line(capsys):
+    assert reproduce("--seeds", "7", "--threads", "2") == 0
+    assert torch.get_num_threads() == 1
+    assert files() == ["deep-seed7.json", "dense-seed7.json", "random-5-seed7.json", "topk-5-seed7.json"]
+    content = json.loads(Path("results/small/dense-seed7.json").read_text())
+    assert content["machine"]["threads"] == 2
+
+
+def test_the_data_folder_is_handed_on_and_not_part_of_the_settings(built):
+    assert reproduce("--seeds", "0", "--data-dir", "here") == 0
+    assert all(config.data_dir == Path("here") for config in built)
+    built.clear()
+    assert reproduce("--seeds", "0", "--data-dir", "there") == 0
+    assert not built
+
+
+def test_the_list_says_what_is_finished(monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "FOLDER", Path.cwd())
+    assert cli.main(["reproduce", "small", "--seeds", "0", "--out", "results"]) == 0
+    capsys.readouterr()
+    assert cli.main(["reproduce", "--list", "--out", "results"]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == "small A small one (4 of 8 runs finished)"
+
+
+def test_the_page_is_written_from_what_is_there(monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "FOLDER", Path.cwd())
+    Path("paper.md").write_text("Text.\n<!-- reproduce small: begin -->\n<!-- reproduce small: end -->\n")
+    assert cli.main(["reproduce", "--page", "paper.md", "--out", "results"]) == 0
+    assert Path("paper.md").read_text().count("not run") == 4
+    assert cli.main(["reproduce", "small", "--page", "paper.md", "--out", "results", "--seeds", "0"]) == 0
+    assert "not run" not in Path("paper.md").read_text()
+    assert "| topk-5 | 3.9% | 1 |" in Path("paper.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which experiment? There are figure-4, "),
+        (["nonsense"], "experiment 'nonsense': there are figure-4"),
+        (["missing.toml"], "missing.toml: there is no such file"),
+        (["small.toml", "--seeds", "1", "1"], "--seeds must be"),
+        (["small.toml", "--threads", "-1"], "--threads must be"),
+        (["small.toml", "--page", "missing.md"], "--page missing.md: there must be such a file"),
+    ],
+)
+def test_wrong_requests_end_in_one_line_before_anything_is_run(built, capsys, arguments, message):
+    assert cli.main(["reproduce", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("meprop: error: ")
+    assert shown.count("\n") == 1
+    assert not built
+    assert not Path("benchmarks").exists()
+
+
+def test_a_page_with_an_unknown_section_is_refused_before_anything_is_run(built, capsys):
+    Path("paper.md").write_text("<!-- reproduce table-99: begin -->\n<!-- reproduce table-99: end -->\n")
+    assert reproduce("--page", "paper.md") == 2
+    assert "experiment 'table-99'" in capsys.readouterr().err
+    assert not built
+
+
+def test_help_explains_every_option(capsys):
+    assert cli.main(["reproduce", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--list", "--out", "--seeds", "--data-dir", "--threads", "--page", "--overwrite", "[NAME ...]"):
+        assert option in shown
