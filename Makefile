@@ -21,9 +21,9 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	$(BIN)/pip install --quiet --disable-pip-version-check 'cmake>=3.26' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DMEPROP_SANITIZE=ON -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
-	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) \
+	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
-	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py tests/test_package.py::test_another_build_is_tested_where_one_is_asked_for
+	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py tests/nn/test_lstm.py tests/test_package.py::test_another_build_is_tested_where_one_is_asked_for
 
 lint: env  ## ruff and pyright (strict on src)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'pyright>=1.1.400'

@@ -62,6 +62,7 @@ Status linear_backward(const Kernels& kernels, LinearBackward<T> call);
 // then the sizes[1] <= sizes[0] rows of time step 1, and so on; row b of every time step belongs to sequence b. An LSTM
 // walks over the time steps from the first to the last, or, in `reverse`, from the last to the first.
 struct Sequences {
+  int64_t rows;  // the sum of sizes
   int64_t steps;
   const int64_t* sizes;
   bool reverse;

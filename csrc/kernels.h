@@ -96,7 +96,8 @@ struct LstmKernels {
 
   // The gradient of one step of one row's cells, all `units` (any number) of them: of the gates before their
   // activations, gate_gradients [4, units], and, in place, of the cell state: from that of this step's to that of the
-  // earlier one. grad_output (null: zeros) and grad_carried are summed to the output's gradient. The gates' gradients are also added to gate_sums [4, units], where that is not null.
+  // earlier one. grad_output (null: zeros) and grad_carried are summed to the output's gradient. The gates' gradients
+  // are also added to gate_sums [4, units], where that is not null.
   void (*step_gradient)(int64_t units, const float* gates, const float* cells, const float* earlier,
                         const float* grad_output, const float* grad_carried, float* grad_cells, float* gate_gradients,
                         float* gate_sums);

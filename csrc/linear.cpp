@@ -285,6 +285,7 @@ Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_
 
 template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
+  const TrimAtEnd trim;
   int64_t work = 0;
   if (!valid_selection(call.grad, call.rows, call.outputs, call.k, call.threads) ||
       !fits<T>(call.outputs, call.inputs, call.weight.ld) || !fits<T>(call.rows, call.inputs, call.x.ld) ||
@@ -305,10 +306,7 @@ Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
   if (call.grad_input != nullptr) prefer_large_pages(call.grad_input, static_cast<size_t>(call.rows) * row_bytes);
   if (call.grad_weight != nullptr) prefer_large_pages(call.grad_weight, static_cast<size_t>(weight_rows) * row_bytes);
   const int threads = team_size(call.threads, call.rows * call.outputs, work);
-  const Status status =
-      (call.scope == Scope::kRows ? rows_backward<T> : columns_backward<T>)(typed<T>(kernels), call, threads);
-  blocks.trim();
-  return status;
+  return (call.scope == Scope::kRows ? rows_backward<T> : columns_backward<T>)(typed<T>(kernels), call, threads);
 }
 
 #define MEPROP_INSTANTIATE(T)                                                                                       \

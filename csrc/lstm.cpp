@@ -51,7 +51,7 @@ bool valid(const Sequences& sequences, int64_t units, int threads) {
     rows += sequences.sizes[t];
     if (rows > INT32_MAX - sequences.sizes[0]) return false;
   }
-  return fits<float>(rows + sequences.sizes[0], 4 * units, 0);
+  return rows == sequences.rows && fits<float>(rows + sequences.sizes[0], 4 * units, 0);
 }
 
 void copy_or_clear(const float* from, int64_t count, float* to) {
@@ -106,6 +106,7 @@ class BlockProduct {
 }  // namespace
 
 Status lstm_forward(const Kernels& kernels, LstmForward call) {
+  const TrimAtEnd trim;
   const int64_t units = call.units;
   if (!valid(call.sequences, units, call.threads) || call.inputs < 0 ||
       !fits<float>(4 * units, units, call.weight_hh.ld) || !fits<float>(4 * units, call.inputs, call.weight_ih.ld))
@@ -176,7 +177,6 @@ Status lstm_forward(const Kernels& kernels, LstmForward call) {
       copy_or_clear(call.c + from, ending.size() * units, call.last_c + row * units);
     }
   });
-  blocks.trim();
   return Status::kOk;
 }
 
@@ -221,8 +221,9 @@ class WalkBack {
     if (!in_place_)
       kernels_.f32.pack(call_.weight_hh.data + gates.begin * call_.weight_hh.ld, call_.weight_hh.ld, nullptr,
                         gates.size(), units_, narrow_.get() + gates.begin * panel_, panel_);
-    copy_or_clear(at_row(call_.grad_last_h, own.begin, units_), own.size() * units_, grad_output(own.begin));
-    copy_or_clear(at_row(call_.grad_last_c, own.begin, units_), own.size() * units_, grad_cells(own.begin));
+    const int64_t count = own.size() * units_;
+    copy_or_clear(at_row(call_.grad_last_h, own.begin, units_), count, grad_output(own.begin));
+    copy_or_clear(at_row(call_.grad_last_c, own.begin, units_), count, grad_cells(own.begin));
     if (call_.grad_bias != nullptr)
       for (int64_t row = own.begin; row < own.end; row += block_) std::fill_n(block_sums(row), 4 * units_, 0.0f);
     team.wait();
@@ -237,8 +238,8 @@ class WalkBack {
       }
       carry(step, rows);
     }
-    if (call_.grad_h0 != nullptr) copy_or_clear(grad_output(own.begin), own.size() * units_, call_.grad_h0 + own.begin * units_);
-    if (call_.grad_c0 != nullptr) copy_or_clear(grad_cells(own.begin), own.size() * units_, call_.grad_c0 + own.begin * units_);
+    if (call_.grad_h0 != nullptr) copy_or_clear(grad_output(own.begin), count, call_.grad_h0 + own.begin * units_);
+    if (call_.grad_c0 != nullptr) copy_or_clear(grad_cells(own.begin), count, call_.grad_c0 + own.begin * units_);
   }
 
   // Every thread, when all have run.
@@ -335,6 +336,7 @@ class WalkBack {
 }  // namespace
 
 Status lstm_backward(const Kernels& kernels, LstmBackward call) {
+  const TrimAtEnd trim;
   const int64_t units = call.units;
   int64_t work = 0;
   if (!valid(call.sequences, units, call.threads) || call.k < 1 || call.k > units || call.inputs < 0)
@@ -360,10 +362,13 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
   if (!back) return Status::kNoMemory;
   const int64_t kept = back.kept(), outputs = 4 * units;
   const Scratch<int32_t> earlier(kEarlier, rows);
-  const Packing<float> weight(kernels.f32, {call.weight_ih, nullptr, outputs, call.inputs}, rows * kept >= kUsesWorthPacking * outputs);
-  const Packing<float> x(kernels.f32, {call.x, nullptr, rows, call.inputs}, kept >= kUsesWorthPacking);
+  const Packing<float> weight(kernels.f32, {call.weight_ih, nullptr, outputs, call.inputs},
+                              rows * kept >= kUsesWorthPacking * outputs);
+  const Packing<float> x(kernels.f32, {call.x, nullptr, rows, call.inputs}, true);
   const Packing<float> h(kernels.f32, {{call.h, units}, earlier.get(), rows, units}, true);
-  const int64_t packed_size = std::max({weight.size(), x.size(), h.size()});
+  const int64_t packed_size = std::max({call.grad_x != nullptr ? weight.size() : 0,
+                                        call.grad_weight_ih != nullptr ? x.size() : 0,
+                                        call.grad_weight_hh != nullptr ? h.size() : 0});
   const Scratch<float> packed(kPacked, threads * packed_size);
   Transposed<float> transposed(rows, outputs, needs_weight ? kept : 0, threads);
   if (!earlier || !packed || !transposed) return Status::kNoMemory;
@@ -398,7 +403,6 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
     if (call.grad_weight_hh != nullptr)
       h.multiply(team, own, outputs, step_width, call.grad_weight_hh, gather(by_output, units));
   });
-  blocks.trim();
   return Status::kOk;
 }
 

@@ -33,8 +33,7 @@ inline F32 exp_less_one(F32 x) {
   F32 series = broadcast(1.0f / 5040);
   for (const float coefficient : kTaylor) series = multiply_add(series, r, broadcast(coefficient));
   const F32 power = as_float(plus(up_23(as_bits(shifted)), as_bits(one)));  // n into the exponent of 1
-  const F32 result = multiply_add(power, multiply(series, r), subtract(power, one));
-  return as_float(where_nan(x, as_bits(x), as_bits(result)));
+  return multiply_add(power, multiply(series, r), subtract(power, one));  // r is NaN where x is
 }
 inline F32 sigmoid(F32 x) { return divide(broadcast(1), add(exp_less_one(subtract(zero(), x)), broadcast(2))); }
 inline F32 hyperbolic_tangent(F32 x) {
@@ -62,8 +61,10 @@ inline void pack_block(const float* weight, int64_t weight_ld, int64_t gate_stri
         for (; d + 4 <= end; d += 4) {  // four by four, transposed
           const auto load = [=](int64_t i) { return *reinterpret_cast<const Four*>(row + i * weight_ld + d); };
           const Four r0 = load(0), r1 = load(1), r2 = load(2), r3 = load(3);
-          const Four low01 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), low23 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5);
-          const Four high01 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7), high23 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+          const Four low01 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5);
+          const Four low23 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5);
+          const Four high01 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
+          const Four high23 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
           const auto store = [=](int64_t i, Four four) { *reinterpret_cast<Four*>(to + (d + i) * kColumns) = four; };
           store(0, __builtin_shufflevector(low01, low23, 0, 1, 4, 5));
           store(1, __builtin_shufflevector(low01, low23, 2, 3, 6, 7));
@@ -80,7 +81,6 @@ inline void pack_block(const float* weight, int64_t weight_ld, int64_t gate_stri
 
 inline void dot_block(const float* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, const float* x,
                       int64_t depth, float* sums) {
-  const int64_t whole = depth / kLanes * kLanes;
   for (int64_t unit = 0; unit < units; ++unit) {
     F32 totals[4] = {zero(), zero(), zero(), zero()};
     const float* row = weight + unit * weight_ld;
@@ -88,7 +88,7 @@ inline void dot_block(const float* weight, int64_t weight_ld, int64_t gate_strid
       const F32 factor = load_some(x + d, depth - d);
       for (int gate = 0; gate < 4; ++gate) {
         const float* from = row + gate * gate_stride * weight_ld + d;
-        totals[gate] = multiply_add(factor, d < whole ? as_float(load_words(from)) : load_some(from, depth - d), totals[gate]);
+        totals[gate] = multiply_add(factor, load_some(from, depth - d), totals[gate]);
       }
     }
     for (int gate = 0; gate < 4; ++gate) sums[gate * kBlock + unit] = sum_lanes(totals[gate]);
@@ -99,8 +99,10 @@ inline void spread_gates(const float* sums, const float* bias, int64_t rows, int
                          float* gates) {
   for (int gate = 0; gate < 4; ++gate) {
     const F32 added = load_or_zero(bias, gate * gate_stride, units);
-    for (int64_t row = 0; row < rows; ++row)
-      store_some(gates + (4 * row + gate) * gate_stride, add(as_float(load_words(sums + (4 * row + gate) * kBlock)), added), units);
+    for (int64_t row = 0; row < rows; ++row) {
+      const F32 sum = as_float(load_words(sums + (4 * row + gate) * kBlock));
+      store_some(gates + (4 * row + gate) * gate_stride, add(sum, added), units);
+    }
   }
 }
 

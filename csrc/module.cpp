@@ -129,22 +129,22 @@ PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given)
   return run(args, given, 18, backward<float>, backward<Bf16>);
 }
 
-Sequences sequences(const int64_t* a) { return {a[0], address<const int64_t>(a[1]), a[2] != 0}; }
+Sequences sequences(const int64_t* a) { return {a[0], a[1], address<const int64_t>(a[2]), a[3] != 0}; }
 
 PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[19];
-  if (!read_integers(args, given, 19, a)) return nullptr;
+  int64_t a[20];
+  if (!read_integers(args, given, 20, a)) return nullptr;
   LstmForward call;
   call.sequences = sequences(a);
-  call.units = a[3], call.inputs = a[4];
-  call.weight_ih = {address<const float>(a[5]), a[6]};
-  call.weight_hh = {address<const float>(a[7]), a[8]};
-  call.x = {address<const float>(a[9]), a[10]};
-  call.bias = address<const float>(a[11]);
-  call.from_zeros = a[12] != 0;
-  call.h = address<float>(a[13]), call.c = address<float>(a[14]), call.gates = address<float>(a[15]);
-  call.last_h = address<float>(a[16]), call.last_c = address<float>(a[17]);
-  call.threads = thread_count(a[18]);
+  call.units = a[4], call.inputs = a[5];
+  call.weight_ih = {address<const float>(a[6]), a[7]};
+  call.weight_hh = {address<const float>(a[8]), a[9]};
+  call.x = {address<const float>(a[10]), a[11]};
+  call.bias = address<const float>(a[12]);
+  call.from_zeros = a[13] != 0;
+  call.h = address<float>(a[14]), call.c = address<float>(a[15]), call.gates = address<float>(a[16]);
+  call.last_h = address<float>(a[17]), call.last_c = address<float>(a[18]);
+  call.threads = thread_count(a[19]);
   Status status;
   Py_BEGIN_ALLOW_THREADS;
   status = lstm_forward(*active, call);
@@ -153,28 +153,28 @@ PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[26];
-  if (!read_integers(args, given, 26, a)) return nullptr;
-  if (a[3] != kRowsScope && a[3] != kColumnsScope) {
+  int64_t a[27];
+  if (!read_integers(args, given, 27, a)) return nullptr;
+  if (a[4] != kRowsScope && a[4] != kColumnsScope) {
     PyErr_SetString(PyExc_ValueError, "unknown scope code");
     return nullptr;
   }
   LstmBackward call;
   call.sequences = sequences(a);
-  call.scope = a[3] == kRowsScope ? Scope::kRows : Scope::kColumns;
-  call.units = a[4], call.inputs = a[5], call.k = a[6];
-  call.weight_ih = {address<const float>(a[7]), a[8]};
-  call.weight_hh = {address<const float>(a[9]), a[10]};
-  call.x = {address<const float>(a[11]), a[12]};
-  call.h = address<const float>(a[13]), call.c = address<const float>(a[14]);
-  call.gates = address<const float>(a[15]);
-  call.grad_output = address<const float>(a[16]);
-  call.grad_last_h = address<const float>(a[17]), call.grad_last_c = address<const float>(a[18]);
-  call.grad_x = address<float>(a[19]);
-  call.grad_weight_ih = address<float>(a[20]), call.grad_weight_hh = address<float>(a[21]);
-  call.grad_bias = address<float>(a[22]);
-  call.grad_h0 = address<float>(a[23]), call.grad_c0 = address<float>(a[24]);
-  call.threads = thread_count(a[25]);
+  call.scope = a[4] == kRowsScope ? Scope::kRows : Scope::kColumns;
+  call.units = a[5], call.inputs = a[6], call.k = a[7];
+  call.weight_ih = {address<const float>(a[8]), a[9]};
+  call.weight_hh = {address<const float>(a[10]), a[11]};
+  call.x = {address<const float>(a[12]), a[13]};
+  call.h = address<const float>(a[14]), call.c = address<const float>(a[15]);
+  call.gates = address<const float>(a[16]);
+  call.grad_output = address<const float>(a[17]);
+  call.grad_last_h = address<const float>(a[18]), call.grad_last_c = address<const float>(a[19]);
+  call.grad_x = address<float>(a[20]);
+  call.grad_weight_ih = address<float>(a[21]), call.grad_weight_hh = address<float>(a[22]);
+  call.grad_bias = address<float>(a[23]);
+  call.grad_h0 = address<float>(a[24]), call.grad_c0 = address<float>(a[25]);
+  call.threads = thread_count(a[26]);
   Status status;
   Py_BEGIN_ALLOW_THREADS;
   status = lstm_backward(*active, call);
@@ -224,10 +224,10 @@ PyMethodDef methods[] = {
      "linear_backward(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads, inputs, weight, weight_ld, "
      "x, x_ld, grad_input, grad_weight, grad_bias, select, weight_rows_only)"},
     {"lstm_forward", as_method(py_lstm_forward), METH_FASTCALL,
-     "lstm_forward(steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
+     "lstm_forward(rows, steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
      "from_zeros, h, c, gates, last_h, last_c, threads), all float32"},
     {"lstm_backward", as_method(py_lstm_backward), METH_FASTCALL,
-     "lstm_backward(steps, sizes, reverse, scope, units, inputs, k, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, "
+     "lstm_backward(rows, steps, sizes, reverse, scope, units, inputs, k, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, "
      "x_ld, h, c, gates, grad_output, grad_last_h, grad_last_c, grad_x, grad_weight_ih, grad_weight_hh, grad_bias, "
      "grad_h0, grad_c0, threads), all float32"},
     {nullptr, nullptr, 0, nullptr},

@@ -19,9 +19,28 @@ constexpr int64_t kEntriesPerThread = 1 << 13;
 constexpr int64_t kProductsPerThread = 1 << 16;
 
 // What scratch is for. Each use has a block of its own.
-enum Use { kCandidates, kMagnitudes, kScores, kValues, kIndices, kBias, kStarts, kPlaces, kSourceRows, kSourceValues, kPacked,
-  // of an LSTM
-  kOffsets, kSums, kEarlier, kGateGradients, kGradOutput, kGradCells, kNarrow, kPackedInputs, kUses };
+enum Use {
+  kCandidates,
+  kMagnitudes,
+  kScores,
+  kValues,
+  kIndices,
+  kBias,
+  kStarts,
+  kPlaces,
+  kSourceRows,
+  kSourceValues,
+  kPacked,
+  kPackedInputs,
+  kNarrow,
+  kOffsets,
+  kSums,
+  kEarlier,
+  kGateGradients,
+  kGradOutput,
+  kGradCells,
+  kUses
+};
 
 constexpr int64_t kLargestKept = 4 << 20;
 
@@ -63,6 +82,11 @@ class Blocks {
 };
 
 inline thread_local Blocks blocks;
+
+// Trims at the end of an operation, however it ends.
+struct TrimAtEnd {
+  ~TrimAtEnd() { blocks.trim(); }
+};
 
 // `count` uninitialised elements for one use, until the same use is asked for again; null where there is no memory.
 template <class T>

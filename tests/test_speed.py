@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import meprop
 from meprop import speed
+from meprop.nn.lstm import LstmShape
 
 RULE = meprop.TopK(5)
 
@@ -284,13 +285,22 @@ def test_an_lstm_decides_at_its_first_forward_pass_with_gradients(measured, micr
         output, _ = net(x)
         (output.data if form == "packed" else output).sum().backward()
         assert bool((net.weight_ih_l0.grad == 0).all(dim=1).any()) == sparse
-    assert measured.shapes == [speed.LstmShape(6, 1 if form == "unbatched" else 4, 20, 200, torch.float32, "cpu")]
+    batch = 1 if form == "unbatched" else 4
+    assert measured.shapes == [LstmShape(6, batch, 20, 200, 1, 1, torch.float32, "cpu", False)]
     assert meprop.report(net).layers[0].status == ("sparse" if sparse else "dense")
+
+
+def test_an_lstm_under_autocast_is_measured_as_it_will_run(measured):
+    net = torch.nn.LSTM(20, 200, num_layers=2, bidirectional=True)
+    meprop.convert(net, RULE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(torch.randn(6, 4, 20, requires_grad=True))
+    assert measured.shapes == [LstmShape(6, 4, 20, 200, 2, 2, torch.bfloat16, "cpu", True)]
 
 
 def test_a_real_measurement_of_an_lstm_leaves_everything_as_it_was():
     state = torch.get_rng_state()
-    dense, sparse = speed.measure(meprop.TopK(5), speed.LstmShape(3, 4, 10, 150, torch.float32, "cpu"))
+    dense, sparse = speed.measure(meprop.TopK(5), LstmShape(3, 4, 10, 150, 2, 2, torch.float32, "cpu", True))
     assert 0 < dense < 1e6
     assert 0 < sparse < 1e6
     assert torch.equal(state, torch.get_rng_state())

@@ -46,6 +46,7 @@ def linear_backward(
     /,
 ) -> None: ...
 def lstm_forward(
+    rows: int,
     steps: int,
     sizes: int,
     reverse: int,
@@ -68,6 +69,7 @@ def lstm_forward(
     /,
 ) -> None: ...
 def lstm_backward(
+    rows: int,
     steps: int,
     sizes: int,
     reverse: int,

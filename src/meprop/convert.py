@@ -133,7 +133,7 @@ def convert(
         when: "auto": at its first backward pass (an LSTM: forward pass) each layer measures, for the number of rows it
             then gets, whether being sparse is faster than dense on this machine, and stays with the answer; it is
             remembered in the cache folder ($MEPROP_CACHE), so that later runs decide alike. Under torch.compile, where
-            nothing can be measured, a layer that has not decided yet is sparse. "always": sparse without asking.
+            nothing can be measured, a linear layer that has not decided yet is sparse. "always": sparse without asking.
 
     Returns:
         A report; `print` it.

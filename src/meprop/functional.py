@@ -55,7 +55,7 @@ def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise NotSupportedError(
             "create_graph=True: a sparse backward pass has no gradient of its own: what it left out has no graph. "
-            "For this pass call meprop.revert(model), or use a rule that keeps everything (k >= out_features)."
+            "For this pass call meprop.revert(model), or use torch's own function."
         )
 
 
@@ -211,7 +211,8 @@ def lstm(
     of each sequence, or, with scope "batch", for all sequences of the time step. With S the kept parts [n, 4H], the
     earlier output's gradient is S W_hh, dx = S W_ih, dW_ih = S^T x and dW_hh = S^T h (meProp, section 3; the choice per
     gate is ours, as the paper does not name the gates). The cells' own gradients are exact, a bias gets the sum of the
-    whole gates' gradients. Arithmetic is float32 (float64 for float64 tensors).
+    whole gates' gradients. Arithmetic is float32 (float64 for float64 tensors). With k at or above H the gradients are
+    the dense ones up to rounding. The output may not be changed in place, as the backward pass reads it.
 
     Args:
         x: Input [T, B, I], or, with `batch_sizes`, the packed rows [N, I] of sequences of different lengths, as in
@@ -231,9 +232,11 @@ def lstm(
     Raises:
         NotSupportedError: In the backward pass, with create_graph=True.
         TypeError: `rule` is not a Rule, or the weights are not of a floating dtype.
-        ValueError: A shape does not fit, or `batch_sizes` is not as said above.
+        ValueError: A shape, dtype or device does not fit, or `batch_sizes` is not as said above.
     """
     check_rule(rule)
+    if hx is not None and (not isinstance(hx, tuple) or len(hx) != 2):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError("hx is a tuple of two tensors [B, H], the initial output and cell state, or None")
     if x.dim() != (3 if batch_sizes is None else 2):
         raise ValueError(f"x is {list(x.shape)}; it is [T, B, I] without batch_sizes, and [N, I] with them")
     if batch_sizes is not None:
@@ -245,7 +248,7 @@ def lstm(
     expected += [
         (name, bias, (4 * units,)) for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)) if bias is not None
     ]
-    expected += [("hx", state, (batch, units)) for state in hx or ()]
+    expected += [("hx", state, (batch, units)) for state in (() if hx is None else hx)]
     for name, tensor, shape in expected:
         if tensor.shape != shape:
             raise ValueError(
@@ -265,12 +268,16 @@ def apply_lstm(
     """`lstm` with checked arguments."""
     if not weights[0].is_floating_point():
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
-    tensors = (x, *(hx or (None, None)), *weights)
+    tensors = (x, *((None, None) if hx is None else hx), *weights)
     if torch.is_autocast_enabled(x.device.type):
         tensors = tuple(None if tensor is None else _autocast(tensor) for tensor in tensors)
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"x, states, weights and biases must be of one dtype and on one device; they are {found}")
     rows, *others = tensors
-    sizes = torch.full((x.shape[0],), x.shape[1]) if batch_sizes is None else batch_sizes
     assert rows is not None
+    sizes = torch.full((x.shape[0],), x.shape[1], device="cpu") if batch_sizes is None else batch_sizes.contiguous()
     output, h_n, c_n = _Lstm.apply(_matrix(rows), *others, sizes, reverse, rule)  # pyright: ignore[reportGeneralTypeIssues]
     return output if batch_sizes is not None else output.view(*x.shape[:2], -1), (h_n, c_n)
 

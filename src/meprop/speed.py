@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,31 @@ _LEAST_GAIN = 1.05
 _LEAST_REPEATS, _MOST_REPEATS, _SECONDS = 5, 40, 0.1
 
 
-Passes = tuple[Callable[[], None], Callable[[], None]]
+Passes = tuple[Callable[[], object], Callable[[], object]]
 """A forward and backward pass on random data, dense and sparse."""
+
+
+class Shape(Protocol):
+    """What the speed of a layer depends on, beside the machine; str() is a short unique text for it."""
+
+    @property
+    def rows(self) -> int:
+        """N, of the pass that decides."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pass."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Its type, "cpu" or "cuda"."""
+        ...
+
+    def passes(self, rule: Rule) -> Passes:
+        """Such a layer's, to be timed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,58 +78,13 @@ class LayerShape:
 
     def passes(self, rule: Rule) -> Passes:
         """Of such a layer."""
-        x, weight, bias, grad_output = _random(
-            self, (self.rows, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.rows, self.outputs)
-        )
+        sizes = ((self.rows, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.rows, self.outputs))
+        x, weight, bias, grad_output = random_tensors(self, *sizes)
         wanted = [tensor.requires_grad_() for tensor, needs in zip((x, weight, bias), self.needs, strict=True) if needs]
         return (
-            lambda: _discard(torch.autograd.grad(F.linear(x, weight, bias), wanted, grad_output)),
-            lambda: _discard(torch.autograd.grad(functional.linear(x, weight, bias, rule=rule), wanted, grad_output)),
+            lambda: torch.autograd.grad(F.linear(x, weight, bias), wanted, grad_output),
+            lambda: torch.autograd.grad(functional.linear(x, weight, bias, rule=rule), wanted, grad_output),
         )
-
-
-@dataclass(frozen=True)
-class LstmShape:
-    """What the speed of a layer of an LSTM depends on, beside the machine.
-
-    Attributes:
-        steps: T.
-        batch: Sequences B; of different lengths, the mean over the time steps.
-        inputs: I.
-        units: H.
-        dtype: Of the input.
-        device: Its type, "cpu" or "cuda".
-    """
-
-    steps: int
-    batch: int
-    inputs: int
-    units: int
-    dtype: torch.dtype
-    device: str
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.steps * self.batch
-
-    def __str__(self) -> str:
-        return f"lstm {self.steps}x{self.batch}x{self.inputs}x{self.units}"
-
-    def passes(self, rule: Rule) -> Passes:
-        """Of such a layer."""
-        x, grad_output = _random(self, (self.steps, self.batch, self.inputs), (self.steps, self.batch, self.units))
-        layer = torch.nn.LSTM(self.inputs, self.units, device=self.device, dtype=self.dtype)
-        wanted = [x.requires_grad_(), *layer.parameters()]
-        return (
-            lambda: _discard(torch.autograd.grad(layer(x)[0], wanted, grad_output)),
-            lambda: _discard(
-                torch.autograd.grad(functional.lstm(x, None, *layer.parameters(), rule=rule)[0], wanted, grad_output)
-            ),
-        )
-
-
-Shape = LayerShape | LstmShape
 
 
 @dataclass(frozen=True)
@@ -149,22 +127,26 @@ def decide(rule: Rule, shape: Shape) -> Decision:
 
 def measure(rule: Rule, shape: Shape) -> tuple[float, float]:
     """Microseconds of a dense and a sparse forward and backward pass on random data: lower quartiles, interleaved."""
-    # Called within a forward or backward pass: its modes and its random numbers must not matter, nor be disturbed.
+    # Called within a forward or backward pass: its modes, hooks (of checkpointing) and random numbers must not matter,
+    # nor be disturbed.
     devices = [torch.cuda.current_device()] if shape.device == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(shape.device, enabled=False):
+    no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with (
+        torch.random.fork_rng(devices),
+        torch.enable_grad(),
+        torch.autocast(shape.device, enabled=False),
+        no_hooks,
+    ):
         return _interleaved(*shape.passes(rule), shape.device)
 
 
-def _random(shape: Shape, *sizes: tuple[int, ...]) -> list[torch.Tensor]:
+def random_tensors(shape: Shape, *sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Random normal tensors for `Shape.passes`."""
     generator = torch.Generator(shape.device).manual_seed(0)
     return [torch.randn(size, generator=generator, device=shape.device).to(shape.dtype) for size in sizes]
 
 
-def _discard(_: object) -> None:
-    pass
-
-
-def _interleaved(dense: Callable[[], None], sparse: Callable[[], None], device: str) -> tuple[float, float]:
+def _interleaved(dense: Callable[[], object], sparse: Callable[[], object], device: str) -> tuple[float, float]:
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + _SECONDS

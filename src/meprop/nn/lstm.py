@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,56 @@ from meprop.nn.linear import When, sparse_state
 from meprop.rules import Rule
 
 
+@dataclass(frozen=True)
+class LstmShape:
+    """What the speed of an LSTM depends on, beside the machine.
+
+    Attributes:
+        steps: T.
+        batch: Sequences B; of different lengths, the mean over the time steps.
+        inputs: I.
+        units: H.
+        layers: Their number.
+        directions: 1 or 2.
+        dtype: Of the pass.
+        device: Its type, "cpu" or "cuda".
+        needs_input: Whether the input's gradient is wanted.
+    """
+
+    steps: int
+    batch: int
+    inputs: int
+    units: int
+    layers: int
+    directions: int
+    dtype: torch.dtype
+    device: str
+    needs_input: bool
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.steps * self.batch
+
+    def __str__(self) -> str:
+        stack = f"{self.layers}x{self.directions}" + (" x" if self.needs_input else "")
+        return f"lstm {self.steps}x{self.batch}x{self.inputs}x{self.units} {stack}"
+
+    def passes(self, rule: Rule) -> speed.Passes:
+        """Of such an LSTM."""
+        bidirectional = self.directions == 2
+        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "bidirectional": bidirectional}
+        dense = torch.nn.LSTM(self.inputs, self.units, self.layers, **options)
+        sparse = LSTM(self.inputs, self.units, self.layers, rule=rule, **options)
+        sizes = ((self.steps, self.batch, self.inputs), (self.steps, self.batch, self.directions * self.units))
+        x, grad_output = speed.random_tensors(self, *sizes)
+        wanted = [x.requires_grad_()] if self.needs_input else []
+        return (
+            lambda: torch.autograd.grad(dense(x)[0], [*wanted, *dense.parameters()], grad_output),
+            lambda: torch.autograd.grad(sparse(x)[0], [*wanted, *sparse.parameters()], grad_output),
+        )
+
+
 class LSTM(torch.nn.LSTM):
     """`torch.nn.LSTM` that back-propagates only what `rule` keeps of each gate's gradient at each time step.
 
@@ -22,7 +73,8 @@ class LSTM(torch.nn.LSTM):
     unbatched sequences, `batch_first`, `num_layers`, `bidirectional`, `dropout`. What is computed forwards is torch's
     up to rounding; without gradients, or with k >= hidden_size, it is torch's own LSTM bit for bit. Backwards see
     `meprop.functional.lstm`. A layer made by hand is always sparse; one that `meprop.convert` made decides at its first
-    forward pass with gradients whether that is faster here, and stays with it.
+    forward pass with gradients whether that is faster here, and stays with it. The output may not be changed in place.
+    `torch.func` transforms are not supported.
 
     Args:
         *args: As `torch.nn.LSTM`: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional.
@@ -62,7 +114,11 @@ class LSTM(torch.nn.LSTM):
             self._check(rows, hx, batch_sizes)
             output, states = self._layers(rows, hx, batch_sizes)
             return PackedSequence(output, batch_sizes, order, restore), self.permute_hidden(states, restore)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         unbatched = input.dim() == 2
+        if hx is not None and {state.dim() for state in hx} != {input.dim()}:
+            raise RuntimeError(f"for {input.dim()}-D input, hx must be two {input.dim()}-D tensors")
         if unbatched:
             input, hx = input[:, None], None if hx is None else (hx[0][:, None], hx[1][:, None])
         elif self.batch_first:
@@ -74,7 +130,7 @@ class LSTM(torch.nn.LSTM):
         return output.transpose(0, 1) if self.batch_first else output, (h, c)
 
     def _check(self, time_major: Tensor, hx: tuple[Tensor, Tensor] | None, batch_sizes: Tensor | None) -> None:
-        """Raises torch's own errors."""
+        """Raises the errors of torch's LSTM."""
         self.check_input(time_major, batch_sizes)
         if hx is not None:
             batch = time_major.shape[1] if batch_sizes is None else int(batch_sizes[0])
@@ -110,12 +166,23 @@ class LSTM(torch.nn.LSTM):
         rows, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
         if rows.numel() == 0 or self.rule.count(self.hidden_size) >= self.hidden_size or not torch.is_grad_enabled():
             return False
-        if not any(tensor.requires_grad for tensor in (rows, *(hx or ()), *self.parameters())):
+        states = () if hx is None else hx
+        if not any(tensor.requires_grad for tensor in (rows, *states, *self.parameters())):
             return False
         if self.when == "auto" and self.decision is None:
             steps = len(batch_sizes) if batch_sizes is not None else rows.shape[self.batch_first and rows.dim() == 3]
-            batch = round(rows.shape[:-1].numel() / steps)
-            shape = speed.LstmShape(steps, batch, self.input_size, self.hidden_size, rows.dtype, rows.device.type)
+            device = rows.device.type
+            shape = LstmShape(
+                steps,
+                round(rows.shape[:-1].numel() / steps),
+                self.input_size,
+                self.hidden_size,
+                self.num_layers,
+                2 if self.bidirectional else 1,
+                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype,
+                device,
+                rows.requires_grad,
+            )
             self.decision = speed.decide(self.rule, shape)
         return self.decision is None or self.decision.sparse
 

@@ -149,7 +149,11 @@ def lstm_backward(
 
 
 def _native_lstm(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and tensor.dtype == torch.float32 and native.declines(tensor) is None
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype == torch.float32
+        and native.declines(tensor) is None
+    )
 
 
 def _row_sparse(indices: Tensor, rows: Tensor, width: int) -> Tensor:

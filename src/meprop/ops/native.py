@@ -170,6 +170,7 @@ def lstm_forward(
     gates = x.new_empty(len(x), 4 * units)
     last_h, last_c = x.new_empty(batch, units), x.new_empty(batch, units)
     _extension.lstm_forward(
+        len(x),
         len(batch_sizes),
         batch_sizes.data_ptr(),
         reverse,
@@ -209,6 +210,7 @@ def topk_lstm_backward(
     shapes = [(len(x), inputs), (4 * units, inputs), (4 * units, units), (4 * units,), (batch, units), (batch, units)]
     results = [x.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=True)]
     _extension.lstm_backward(
+        len(x),
         len(batch_sizes),
         batch_sizes.data_ptr(),
         reverse,

@@ -1,0 +1,73 @@
+"""bench lstm: what is timed is right, what is wrong is not timed, and the record says what was done."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from meprop import cli, functional
+from meprop.bench import lstm
+from meprop.reporting import bench_lstm as report
+
+SMALL = lstm.Case("example", 4, 3, 6, 40, 5)
+
+
+def test_names_are_read_back_and_choose():
+    for case in lstm.default_cases():
+        assert lstm.Case.parse(case.name) == case
+    assert lstm.choose_cases(["example-25x32x190x500-k20"]) == [lstm.Case("example", 25, 32, 190, 500, 20)]
+    assert {case.k for case in lstm.choose_cases(["*-k5"])} == {5}
+    assert lstm.choose_cases(["*", "*-k5"]) == lstm.default_cases()
+    for name in ("linear", "example-0x1x1x4-k2", "batch-1x1x1x4-k5"):
+        with pytest.raises(ValueError, match="case"):
+            lstm.choose_cases([name])
+
+
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_a_case_is_timed_and_its_ratios_are_those_of_its_times(scope):
+    result = lstm.run_case(lstm.Case(scope, 4, 3, 6, 40, 5), seconds=0.01)
+    assert result.wrong is None
+    assert set(result.times) == {f"{name} {side}" for name in ("forward", "backward") for side in ("dense", "sparse")}
+    assert result.backward.p20 == result.times["backward dense"].p20 / result.times["backward sparse"].p20
+    assert result.forward.p50 == result.times["forward dense"].p50 / result.times["forward sparse"].p50
+
+
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_a_wrong_case_is_not_timed(monkeypatch, what):
+    right = functional.lstm
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output * (1.1 if what == "output" else 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.1 * grad
+
+    def wrong(*args, **options):
+        output, states = right(*args, **options)
+        return Wrong.apply(output), states
+
+    monkeypatch.setattr(functional, "lstm", wrong)
+    result = lstm.run_case(SMALL, seconds=0.01)
+    assert what in result.wrong
+    assert not result.times
+    assert "WRONG" in report.table([result])
+
+
+def test_the_command_writes_its_record_and_its_section_of_a_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n<!-- {report.SECTION}: begin -->\n<!-- {report.SECTION}: end -->\nafter\n")
+    options = ["--cases", SMALL.name, "--seconds", "0.01", "--out", str(tmp_path / "out"), "--page", str(page)]
+    assert cli.main(["bench", "lstm", *options]) == 0
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["task"] == "bench-lstm"
+    assert record["cases"][0]["case"] == asdict(SMALL)
+    assert record["config"]["seconds"] == 0.01
+    assert "4 x 3 x 6 x 40" in page.read_text()
+    assert page.read_text().endswith("end -->\nafter\n")
+    assert "4 x 3 x 6 x 40" in capsys.readouterr().out
+    assert cli.main(["bench", "lstm", *options]) == 2  # the folder is taken
+    assert cli.main(["bench", "lstm", "--seconds", "-1"]) == 2
