@@ -23,7 +23,11 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
-	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py tests/nn/test_lstm.py tests/test_package.py::test_another_build_is_tested_where_one_is_asked_for
+	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py \
+	  tests/nn/test_lstm.py::test_sparse_gradients_are_those_of_a_literal_lstm \
+	  tests/nn/test_lstm.py::test_the_number_of_threads_changes_no_bit \
+	  tests/nn/test_lstm.py::test_batch_sizes_of_any_memory_layout \
+	  tests/test_package.py::test_another_build_is_tested_where_one_is_asked_for
 
 lint: env  ## ruff and pyright (strict on src)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'pyright>=1.1.400'

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ pytest.importorskip("lightning_fabric")
 
 from meprop import cli
 from meprop.tasks.mnist import MnistConfig
-from meprop.training import checkpoint
+from meprop.training import checkpoint, tracking
 from meprop.training.loop import TrainingConfig
 
 SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
@@ -149,6 +150,27 @@ def test_resuming_with_other_options_or_from_a_damaged_file_is_refused(data, cap
     assert re.search(r"checkpoint\.pt is damaged .*--overwrite", err(capsys))
 
 
+def test_resuming_on_other_data_is_refused(data, tmp_path, capsys):
+    assert train(data, "--out", "x") == 0
+    shutil.copytree(data, "moved")
+    assert train("moved", "--out", "x", "--resume") == 0  # where they lie does not matter
+    (images,) = Path("moved").glob("t10k-images*")
+    pixels = bytearray(gzip.decompress(images.read_bytes()))
+    pixels[-1] ^= 1
+    images.write_bytes(gzip.compress(bytes(pixels)))
+    assert train("moved", "--out", "x", "--resume") == 2
+    assert re.search(r"checkpoint\.pt belongs to a run with other settings \(data was '\w+', now '\w+'\)", err(capsys))
+
+
+@pytest.mark.parametrize("command", [train, compare])
+def test_the_commit_is_read_before_anything_else(monkeypatch, command):
+    def commit():
+        raise ValueError("read")
+
+    monkeypatch.setattr(tracking, "commit", commit)
+    assert command("missing") == 2  # and not the 1 of missing data
+
+
 def test_resuming_without_a_checkpoint_says_that_it_starts_anew(data, capsys):
     assert train(data, "--out", "x", "--resume", "--rule", "dense") == 0
     assert "checkpoint.pt does not exist: starting from the beginning" in err(capsys)
@@ -162,6 +184,7 @@ def test_resuming_without_a_checkpoint_says_that_it_starts_anew(data, capsys):
         (["--seeds", "1", "1"], 2, "--seeds must be one or more different"),
         (["--k", "0"], 2, "k=0 keeps nothing"),
         (["--k", "1.5"], 2, "k=1.5 is out of range"),
+        (["--seeds", str(2**64)], 2, "--seeds must be one or more different integers from 0 to 2**64 - 1"),
         (["--lr", "-1"], 2, "--lr must be a positive number"),
         (["--data-dir", "nowhere"], 1, "nowhere"),
         (["--checkpoint-every", "-1"], 2, "--checkpoint-every must be 0 or more"),

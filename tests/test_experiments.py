@@ -17,7 +17,7 @@ from meprop.experiments import Published, Records
 from meprop.reporting import bench_layers, pages
 from meprop.reporting import reproduce as report
 from meprop.training.loop import EpochRecord, Run, Seconds
-from tiny import TinyConfig
+from tiny import TinyConfig, TinyTask
 
 TASKS = {"tiny": TinyConfig}
 GOOD = """
@@ -93,6 +93,12 @@ def test_what_is_compared_is_trained_in_turns(experiment):
         ("dropout = 0.1", "dropout = 1.5", r"\[variants\.dense\] dropout is 1\.5"),
         ("dropout = 0.1", "data_dir = '/x'", r"\[task\] data_dir: there is no such key"),
         ("task.hidden = [128, 128]", "task.hidden = 128", r"\[variants\.topk-5\] task hidden is 128; it must be tuple"),
+        ("seeds = [0, 1]", 'seeds = [0, "1"]', r"seeds is \[0, '1'\]; it must be tuple"),
+        ("seeds = [0, 1]", "seeds = [0, 18446744073709551616]", r"seeds is beyond 64 bits"),
+        ('name = "tiny"', 'name = ["tiny"]', r"\[task\] name is \['tiny'\]; the tasks are tiny"),
+        ("k = 5", f"k = 1{400 * '0'}", r"\[variants\.topk-5\] k is beyond 64 bits"),
+        ("task.hidden = [128, 128]", "task.hidden = [128, 1.5]", r"task hidden is \[128, 1\.5\]; it must be tuple"),
+        ('[variants.random]\nrule = "random"\nk = 0.1', "[variants]\nrandom = 3", r"variants is .*; it must be dict"),
         ("task.hidden = [128, 128]", "task.hidden = [1, true]", r"\[variants\.topk-5\] task hidden is \[1, True\]"),
         ("k = 5", "", r"\[variants\.topk-5\] rule is 'topk'; give its k"),
         ("k = 5", "k = 0", r"\[variants\.topk-5\] k=0 keeps nothing"),
@@ -112,7 +118,7 @@ def test_a_wrong_file_is_refused_with_file_and_key(tmp_path, old, new, message):
 
 
 def test_an_unknown_experiment_is_refused_with_those_that_are_there(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"'table-9': there are figure-4, table-1-mnist-adagrad, .*path of a \.toml"):
+    with pytest.raises(ValueError, match=r"'table-9': there are figure-4, .*table-1-mnist-adagrad, .*path of a \.toml"):
         experiments.load("table-9", TASKS)
     with pytest.raises(ValueError, match=r"nowhere\.toml: there is no such file"):
         experiments.load("nowhere.toml", TASKS)
@@ -127,7 +133,7 @@ def test_each_shipped_experiment_is_of_existing_settings_and_has_the_papers_figu
     experiment = experiments.load(name, {task: entry.config for task, entry in cli._tasks().items()})
     assert len(experiment.seeds) == 3
     for variant in experiment.variants:
-        assert variant.published.test is not None
+        assert (variant.published == Published()) if name.startswith("ours-") else variant.published.test is not None
         assert variant.rule == "dense" or variant.against is not None
 
 
@@ -136,6 +142,7 @@ def test_the_shipped_experiments_cover_the_paper():
     tasks = ("mnist", "tagging", "parsing")
     assert {f"table-1-{task}-{optimizer}" for task in tasks for optimizer in ("adam", "adagrad")} < names
     assert {*(f"table-4-{task}" for task in tasks), "table-5", "table-6", "figure-4"} < names
+    assert {f"ours-{task}" for task in tasks} < names
 
 
 def test_the_page_has_a_section_for_each_experiment_and_task():
@@ -159,7 +166,7 @@ def test_a_record_is_read_back_as_long_as_the_settings_are_the_same(experiment, 
     assert records.read(topk, 0) is None
     assert records.all(topk) == {}
     for seed in (10, 9):
-        records.write(topk, run(seed), "tiny", "accuracy", ["dense"])
+        records.write(topk, run(seed), TinyTask(), ["dense"])
     assert list(records.all(topk)) == [9, 10]
     assert records.all(topk)[9].runs == [run(9)]
     content = json.loads(records.path(topk, 9).read_text())
@@ -171,33 +178,48 @@ def test_a_record_is_read_back_as_long_as_the_settings_are_the_same(experiment, 
     assert records.read(moved, 9) is not None  # neither changes the outcome
     changed = replace(topk, training=replace(topk.training, epochs=3, k=6))
     assert records.read(changed, 9) is None
-    assert records.changes(changed, 9) == "epochs was 2, now 3, k was 5, now 6"
+    with pytest.raises(
+        ValueError, match=r"topk-5-seed9\.json was made with .* \(epochs was 2, now 3, k was 5, now 6\)"
+    ):
+        records.check(replace(experiment, variants=(changed,)))
+
+
+def test_a_run_on_other_data_does_not_count_once_the_data_are_known(experiment, tmp_path):
+    records, dense = Records(tmp_path), experiment.variant("dense")
+    records.write(dense, run(rule="dense"), TinyTask(), [])
+    records.check(experiment)
+    assert replace(records, data={"dense": TinyTask.fingerprint}).read(dense, 0) is not None
+    other = replace(records, data={"dense": "another"})
+    assert other.read(dense, 0) is None
+    with pytest.raises(ValueError, match=r"dense-seed0\.json was made with .*data was '1a2b3c', now 'another'"):
+        other.check(experiment)
 
 
 def test_k_says_nothing_about_a_dense_run(experiment, tmp_path):
     records, dense = Records(tmp_path), experiment.variant("dense")
-    records.write(dense, run(rule="dense"), "tiny", "accuracy", [])
+    records.write(dense, run(rule="dense"), TinyTask(), [])
     assert records.read(replace(dense, training=replace(dense.training, k=7, scope="batch")), 0) is not None
 
 
 def test_an_option_that_came_later_had_its_default_then(experiment, tmp_path):
     records, dense = Records(tmp_path), experiment.variant("dense")
-    records.write(dense, run(rule="dense"), "tiny", "accuracy", [])
+    records.write(dense, run(rule="dense"), TinyTask(), [])
     path = records.path(dense, 0)
     content = json.loads(path.read_text())
     del content["config"]["settings"]["precision"]
     path.write_text(json.dumps(content))
     assert records.read(dense, 0) is not None
     later = replace(dense, training=replace(dense.training, precision="bf16-mixed"))
-    assert records.changes(later, 0) == "precision was '32-true', now 'bf16-mixed'"
+    with pytest.raises(ValueError, match="precision was '32-true', now 'bf16-mixed'"):
+        records.check(replace(experiment, variants=(later,)))
 
 
 def test_names_that_begin_alike_are_not_mixed_up(experiment, tmp_path):
     records, dense, other = Records(tmp_path), experiment.variant("dense"), experiment.variant("dense-2")
-    records.write(other, run(rule="dense"), "tiny", "accuracy", [])
+    records.write(other, run(rule="dense"), TinyTask(), [])
     assert records.all(dense) == {}
     nested = replace(dense, name="dense-seed1")
-    records.write(nested, run(rule="dense"), "tiny", "accuracy", [])
+    records.write(nested, run(rule="dense"), TinyTask(), [])
     assert records.all(dense) == {}
 
 
@@ -207,6 +229,31 @@ def test_a_damaged_record_is_named_with_a_remedy(experiment, tmp_path):
         records.path(dense, 0).write_text(content)
         with pytest.raises(DataError, match=re.escape(f"{records.path(dense, 0)} is damaged") + ".*delete it"):
             records.read(dense, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("runs", []),
+        ("runs", [asdict(run()), asdict(run())]),
+        ("runs", [asdict(replace(run(), curve=[]))]),
+        ("config", {}),
+        ("config", {"settings": {}, "metric": "accuracy"}),
+        ("config", {"settings": {}, "metric": "uas", "beside": []}),
+        ("config", {"settings": 3, "metric": "accuracy", "beside": []}),
+        ("config", {"settings": {}, "metric": "accuracy", "beside": ["dense", 1]}),
+        ("machine", {}),
+        ("versions", None),
+    ],
+)
+def test_a_record_that_lacks_a_part_is_damaged_too(experiment, tmp_path, part, value):
+    records, dense = Records(tmp_path), experiment.variant("dense")
+    records.write(dense, run(rule="dense"), TinyTask(), [])
+    path = records.path(dense, 0)
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: value}))
+    for ask in (lambda: records.read(dense, 0), lambda: records.check(experiment)):
+        with pytest.raises(DataError, match=r"dense-seed0\.json is damaged"):
+            ask()
 
 
 def test_the_selected_epoch_is_the_first_of_the_best_on_dev_whatever_the_test():

@@ -25,6 +25,7 @@ class TinyTask:
     name = "tiny"
     metric = "accuracy"
     steps_per_epoch = 8
+    fingerprint = "1a2b3c"
 
     def __init__(self, config: TinyConfig = TinyConfig()):
         self.config = config

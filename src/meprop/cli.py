@@ -21,16 +21,17 @@ import meprop
 from meprop import machine
 from meprop.errors import DataError, MepropError
 from meprop.training import checkpoint, tracking
-from meprop.training.loop import RuleName, Run, Task, Trainer, TrainingConfig, fit
+from meprop.training.loop import DivergedError, RuleName, Run, Task, Trainer, TrainingConfig, fit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from meprop.experiments import Experiment, Records, Variant
 
 TaskConfig = TypeVar("TaskConfig")
 Names = TypeVar("Names", bound="tuple[str, ...]")
 
+_MOST_THREADS = 1024  # far above what helps, and below what the system refuses to start
 _TURN = 100  # steps: short enough for a lively progress bar, long enough to cost nothing
 
 
@@ -50,7 +51,7 @@ class _TaskEntry(NamedTuple):
 
 def _tasks() -> dict[str, _TaskEntry]:
     """Return all tasks by name: a new task is one entry here."""
-    from meprop.tasks import mnist, tagging
+    from meprop.tasks import mnist, parsing, tagging
 
     return {
         "mnist": _TaskEntry(
@@ -61,7 +62,14 @@ def _tasks() -> dict[str, _TaskEntry]:
             tagging.TaggingTask,
             tagging.locate,
             tagging.load,
-            TrainingConfig(epochs=5, k=20, lr=2e-3),
+            TrainingConfig(epochs=15, k=20, lr=2e-3),
+        ),
+        "parsing": _TaskEntry(
+            parsing.ParsingConfig,
+            parsing.ParsingTask,
+            parsing.locate,
+            parsing.load,
+            TrainingConfig(epochs=10, k=20, lr=1e-2),
         ),
     }
 
@@ -100,17 +108,15 @@ class Train(Generic[TaskConfig]):
             raise ValueError(f"--checkpoint-every must be 0 or more, got {self.checkpoint_every}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues an experiment and --overwrite replaces it: give one of them")
-        path = self.out / tracking.CHECKPOINT
-        resumed = self.resume and path.exists()
-        settings = {**tracking.plain(self.task), **tracking.plain(self.training), "rule": self.rule}
-        settings.pop("data_dir", None)  # data may be moved
-        saved = checkpoint.load(path, settings) if resumed else None
-
+        tracking.commit()
+        path, seed = self.out / tracking.CHECKPOINT, self.training.seeds[0]
         task = _entry(self.task).build(self.task)
         rule = None if self.rule == "dense" else self.training.rule(self.rule)
-        trainer = Trainer(task, self.training, rule, self.training.seeds[0])
-        if saved is not None:
-            trainer.load_state_dict(saved)
+        trainer = Trainer(task, self.training, rule, seed)
+        settings = tracking.settings(self.task, self.training, self.rule)
+        settings |= {"seed": seed, "data": task.fingerprint}
+        if self.resume and path.exists():
+            checkpoint.resume(path, trainer, settings, type(self.task))
             _note(f"continuing {path} after {_position(trainer)}")
         else:
             tracking.claim_folder(self.out, overwrite=self.overwrite)
@@ -119,7 +125,7 @@ class Train(Generic[TaskConfig]):
         if trainer.rule is not None:
             print(trainer.report)
 
-        saver = _CheckpointSaver({trainer: (path, settings)}, self.checkpoint_every)
+        saver = _CheckpointSaver([_Saved(trainer, path, settings, beside=[])], self.checkpoint_every)
         turn = min(self.checkpoint_every or _TURN, _TURN)
         try:
             runs = _train([trainer], self.out, tensorboard=self.tensorboard, after_turn=saver.update, turn=turn)
@@ -149,6 +155,7 @@ class Compare(Generic[TaskConfig]):
 
     def run(self) -> None:
         """Train both, and write and show the result."""
+        tracking.commit()
         task = _entry(self.task).build(self.task)
         tracking.claim_folder(self.out, overwrite=self.overwrite)
         runs: list[Run] = []
@@ -169,11 +176,11 @@ class Reproduce(Generic[Names]):
     names: Names
     """Experiments by name, or paths of .toml files of your own in the same form."""
     list: bool = False
-    """Show the names of the paper's experiments, and how many of their runs are finished."""
+    """Show the names of the shipped experiments, and how many of their runs are finished."""
     out: Path = Path("benchmarks/results")
     """Folder for results: a folder per experiment, with a file per finished run and a checkpoint per unfinished one."""
     seeds: tuple[int, ...] = ()
-    """Run these seeds instead of the experiment's; the table shows all that are finished."""
+    """Run, or with --list count, these seeds instead of the experiment's; the table shows all that are finished."""
     data_dir: Path | None = None
     """Folder of the task's data. Default: $MEPROP_DATA, then the cache, then a download."""
     threads: int = 0
@@ -181,31 +188,38 @@ class Reproduce(Generic[Names]):
     page: Path | None = None
     """Replace the sections of this Markdown file by the results in --out, and the figures beside it."""
     overwrite: bool = False
-    """Repeat the runs that were made with other settings than the experiment has now."""
+    """Repeat the runs that were made with other settings than the experiment has now, or on other data."""
 
     def run(self) -> None:
         """Run what is not finished, and show the results."""
         from meprop import experiments
+        from meprop.reporting import pages
         from meprop.reporting import reproduce as report
 
+        tracking.commit()
         if not (self.names or self.list or self.page):
             raise ValueError(f"which experiment? There are {', '.join(experiments.built_in())}")
         if self.seeds:
             TrainingConfig(seeds=self.seeds)  # checks them
         configs = {name: entry.config for name, entry in _tasks().items()}
         chosen = [experiments.load(name, configs) for name in self.names]
-        on_page = report.experiments_of(self.page) if self.page else []
-        shown = [experiments.load(name, configs) for name in on_page]
+        shown: list[Experiment] = []
+        if self.page:
+            on_page, ours = report.experiments_of(self.page), {experiment.name: experiment for experiment in chosen}
+            for name in ours.keys() - on_page:
+                pages.check_section(self.page, f"{report.SECTION}{name}")
+            shown = [ours.get(name) or experiments.load(name, configs) for name in on_page]
 
         if self.list:
             for name in experiments.built_in():
                 print(self._line(experiments.load(name, configs)))
         with _threads(self.threads):
-            for experiment in chosen:
-                self._reproduce(experiment)
+            diverged = [failure for experiment in chosen for failure in self._reproduce(experiment)]
         if self.page:
             report.write_page(self.page, [(experiment, self._records(experiment)) for experiment in shown])
             print(f"written: {self.page}")
+        if diverged:
+            raise MepropError(f"not finished: {'; '.join(diverged)}")
 
     def _records(self, experiment: Experiment) -> Records:
         from meprop.experiments import Records
@@ -213,61 +227,99 @@ class Reproduce(Generic[Names]):
         return Records(self.out / experiment.name)
 
     def _line(self, experiment: Experiment) -> str:
-        records, runs = self._records(experiment), len(experiment.variants) * len(experiment.seeds)
-        finished = sum(len(records.all(variant).keys() & experiment.seeds) for variant in experiment.variants)
+        records, seeds = self._records(experiment), self.seeds or experiment.seeds
+        finished = sum(len(records.all(variant).keys() & set(seeds)) for variant in experiment.variants)
+        runs = len(experiment.variants) * len(seeds)
         return f"{experiment.name:24} {experiment.title} ({finished} of {runs} runs finished)"
 
-    def _reproduce(self, experiment: Experiment) -> None:
+    def _reproduce(self, experiment: Experiment) -> list[str]:
+        """Run what is not finished of an experiment, show its results, and return what diverged."""
+        from filelock import FileLock, Timeout
+
         from meprop.reporting import reproduce as report
 
-        records, seeds = self._records(experiment), self.seeds or experiment.seeds
-        for variant in experiment.variants:
-            for seed in seeds:
-                changes = records.changes(variant, seed)
-                if changes and not self.overwrite:
-                    raise ValueError(
-                        f"{records.path(variant, seed)} was made with other settings ({changes}); give another --out, "
-                        "or --overwrite to repeat such runs"
-                    )
+        records = self._records(experiment)
+        records.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(records.folder / ".lock", timeout=0):
+                records, diverged = self._run_missing(experiment, records)
+        except Timeout as error:
+            raise MepropError(
+                f"{records.folder}: another meprop reproduce is at work there; wait for it, or give another --out"
+            ) from error
+        print(f"\n{experiment.title}\n\n{report.table(experiment, records)}\n\n{report.LEGEND}")
+        drawn = report.draw_densities(experiment, records, records.folder / report.FIGURE)
+        print(f"written: {records.folder}" + (f", {records.folder / report.FIGURE}" if drawn else ""))
+        return diverged
+
+    def _run_missing(self, experiment: Experiment, records: Records) -> tuple[Records, list[str]]:
+        """Run what is not finished; return the records, with the data if they were read, and what diverged."""
 
         @functools.cache
         def load(config: Any) -> Task:
             return _entry(config).build(replace(config, data_dir=self.data_dir))
 
+        def missing(group: Sequence[Variant], seed: int) -> list[Variant]:
+            return [variant for variant in group if records.read(variant, seed) is None]
+
+        def check() -> None:
+            if not self.overwrite:
+                records.check(experiment)
+
+        check()
+        seeds = self.seeds or experiment.seeds
+        if any(missing(experiment.variants, seed) for seed in seeds):  # the data are read for that alone
+            data = {variant.name: load(variant.task).fingerprint for variant in experiment.variants}
+            records = replace(records, data=data)
+            check()
+        diverged: list[str] = []
         for seed in seeds:
             for group in experiment.groups():
-                unfinished = [variant for variant in group if records.read(variant, seed) is None]
-                if unfinished:
-                    self._train(records, unfinished, load, seed)
-        print(f"\n{experiment.title}\n\n{report.table(experiment, records)}\n\n{report.LEGEND}")
-        drawn = report.draw_densities(experiment, records, records.folder / report.FIGURE)
-        print(f"written: {records.folder}" + (f", {records.folder / report.FIGURE}" if drawn else ""))
+                unfinished = missing(group, seed)
+                for variant in group:
+                    if variant not in unfinished:  # killed between its record and this
+                        records.checkpoint(variant, seed).unlink(missing_ok=True)
+                diverged += self._train(records, unfinished, load, seed)
+        return records, diverged
 
-    def _train(self, records: Records, variants: Sequence[Variant], load: Callable[[Any], Task], seed: int) -> None:
-        """Train variants in turns, from their checkpoints where there are any, and record them when all are done."""
-        files: dict[Trainer, tuple[Path, dict[str, Any]]] = {}
+    def _train(
+        self, records: Records, variants: Sequence[Variant], load: Callable[[Any], Task], seed: int
+    ) -> list[str]:
+        """Train variants in turns, from checkpoints where there are any, record them, and return what diverged."""
+        if not variants:
+            return []
+        saved: list[_Saved] = []
         for variant in variants:
-            trainer = Trainer(load(variant.task), variant.training, variant.sparse_rule(), seed)
-            path, settings = records.checkpoint(variant, seed), {**variant.settings(), "seed": seed}
+            path, task = records.checkpoint(variant, seed), load(variant.task)
+            settings = {**variant.settings(), "seed": seed, "data": records.data[variant.name]}
+            beside = [other.name for other in variants if other is not variant]
+            trainer = Trainer(task, variant.training, variant.sparse_rule(), seed)
             if path.exists():
                 try:
-                    trainer.load_state_dict(checkpoint.load(path, settings))
+                    earlier = checkpoint.resume(path, trainer, settings, type(variant.task))["beside"]
+                    beside = earlier if trainer.finished else [name for name in beside if name in earlier]
                     _note(f"continuing {path} after {_position(trainer)}")
                 except (ValueError, DataError):
                     if not self.overwrite:
                         raise
-            files[trainer] = path, settings
-        records.folder.mkdir(parents=True, exist_ok=True)
+                    trainer = Trainer(task, variant.training, variant.sparse_rule(), seed)  # the other may be half read
+            saved.append(_Saved(trainer, path, settings, beside))
+        trainers = [each.trainer for each in saved]
         try:
-            runs = _train(list(files), records.folder, tensorboard=False, after_turn=_CheckpointSaver(files).update)
+            runs = _train(trainers, records.folder, tensorboard=False, after_turn=_CheckpointSaver(saved).update)
         except KeyboardInterrupt:
             _note("stopped; the same command continues each run after its last whole epoch")
             raise
-        for variant, run in zip(variants, runs, strict=True):
-            task = load(variant.task)
-            records.write(variant, run, task.name, task.metric, [other.name for other in variants if other != variant])
-        for variant in variants:
-            records.checkpoint(variant, seed).unlink(missing_ok=True)
+        except DivergedError as error:
+            failed = variants[trainers.index(error.trainer)]
+            message = f"{failed.name} of {records.folder.name}: {error}"
+            _note(f"{message}; going on without it")
+            others = [variant for variant in variants if variant is not failed]
+            return [message, *self._train(records, others, load, seed)]
+        for variant, run, each in zip(variants, runs, saved, strict=True):
+            records.write(variant, run, each.trainer.task, each.beside)
+            each.path.unlink(missing_ok=True)
+        return []
 
 
 @dataclass(frozen=True)
@@ -326,8 +378,7 @@ class BenchLinear:
         from meprop.reporting import bench_linear as report
         from meprop.reporting import pages
 
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds must be a positive number, got {self.seconds}")
+        _check_seconds(self.seconds)
         cases = linear.choose_cases(self.cases)
         if self.page is not None:
             pages.check_section(self.page, report.SECTION)
@@ -347,17 +398,61 @@ class BenchLinear:
 
 
 @dataclass(frozen=True)
+class BenchLstm:
+    """Time a layer of an LSTM, sparse against torch's own: forward pass and backward pass, over sizes and k."""
+
+    out: Path = Path("runs/bench-lstm")
+    """Folder for result.json."""
+    cases: tuple[str, ...] = ("*",)
+    """Patterns of the default cases, such as '*-k5', or names of others, such as example-25x32x190x500-k20."""
+    seconds: float = 3.0
+    """To spend on the timing of each pass of a case; a slow one takes longer, for 9 rounds."""
+    threads: int = 0
+    """Threads of dense and sparse alike; 0 for torch's own choice."""
+    page: Path | None = None
+    """Replace the section of this Markdown file by the results."""
+    overwrite: bool = False
+    """Replace an earlier experiment in --out."""
+
+    def run(self) -> None:
+        """Check and time the cases, and write and show the result."""
+        from meprop.bench import lstm
+        from meprop.reporting import bench_lstm as report
+        from meprop.reporting import pages
+
+        _check_seconds(self.seconds)
+        cases = lstm.choose_cases(self.cases)
+        if self.page is not None:
+            pages.check_section(self.page, report.SECTION)
+
+        def show(result: lstm.CaseResult) -> None:
+            _note(f"{result.name}: {'WRONG' if result.backward is None else f'{result.backward.p20:.2f}x'}")
+
+        with _threads(self.threads):
+            tracking.claim_folder(self.out, overwrite=self.overwrite)
+            bench = lstm.run(cases, self.seconds, tracking.plain(self), show)
+        path = self.out / tracking.RESULT
+        tracking.write_result(path, bench)
+        if self.page is not None:
+            pages.write_sections(self.page, {report.SECTION: report.markdown(bench)})
+        print(report.table(bench.cases))
+        print(f"\n{report.LEGEND}\nwritten: {path}")
+        if bench.wrong:
+            raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
+
+
+@dataclass(frozen=True)
 class BenchLayers(Generic[TaskConfig]):
     """Time the hidden layers of a task, sparse against dense, on what they see in training; and the whole step."""
 
     task: TaskConfig
     out: Path
     """Folder for result.json."""
-    k: int | float = 20
+    k: int | float
     """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
-    scope: Literal["example", "batch"] = "example"
+    scope: Literal["example", "batch"]
     """Choose the k entries for each example, or once for the whole batch (simple unified top-k)."""
-    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    optimizer: Literal["adam", "adagrad", "sgd"]
     """Optimizer of the whole step; torch's fused implementation."""
     steps: int = 200
     """Of dense training before gradients are recorded; at most an epoch."""
@@ -378,16 +473,15 @@ class BenchLayers(Generic[TaskConfig]):
         from meprop.reporting import bench_layers as report
         from meprop.reporting import pages
 
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds must be a positive number, got {self.seconds}")
+        _check_seconds(self.seconds)
         if self.steps < 0:
             raise ValueError(f"--steps must be 0 or more, got {self.steps}")
         if self.batches < 1:
             raise ValueError(f"--batches must be at least 1, got {self.batches}")
-        training = TrainingConfig(
-            epochs=1, k=self.k, scope=self.scope, optimizer=self.optimizer, schedule="constant", accelerator="cpu"
-        )
-        task = _entry(self.task).build(self.task)
+        entry = _entry(self.task)
+        choices = {"k": self.k, "scope": self.scope, "optimizer": self.optimizer}
+        training = replace(entry.training, epochs=1, schedule="constant", accelerator="cpu", **choices)
+        task = entry.build(self.task)
         section = report.section(task.name)
         if self.page is not None:
             pages.check_section(self.page, section)
@@ -406,6 +500,11 @@ class BenchLayers(Generic[TaskConfig]):
         print(f"\n{report.LEGEND}\nwritten: {path}")
         if bench.wrong:
             raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
+
+
+def _check_seconds(seconds: float) -> None:
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"--seconds must be a positive number, got {seconds}")
 
 
 # ---------------------------------------------------------------- what train and compare share
@@ -450,33 +549,45 @@ def _finish(command: Train[Any] | Compare[Any], task: Task, out: Path, runs: lis
     print(f"written: {path}, {figure}")
 
 
+class _Saved(NamedTuple):
+    """A run that is saved while it is not finished."""
+
+    trainer: Trainer
+    path: Path
+    """Of its checkpoint."""
+    settings: dict[str, Any]
+    """Its own, its seed and its data."""
+    beside: list[str]
+    """What has been trained in turns with it from its beginning, by name."""
+
+
 class _CheckpointSaver:
-    """Saves trainers together, each with its settings in its file, so that they continue side by side.
+    """Saves runs together, so that they continue side by side.
 
     That is when the last of them ends an epoch, and, if `every` is not 0, when it has done that many steps.
     """
 
-    def __init__(self, files: Mapping[Trainer, tuple[Path, dict[str, Any]]], every: int = 0) -> None:
-        self._files, self._every = files, every
+    def __init__(self, runs: Sequence[_Saved], every: int = 0) -> None:
+        self._runs, self._every = runs, every
         self._saved = self._slowest()
 
     def update(self, _trainer: Trainer) -> None:
         """Save if it is time to."""
         (epoch, step), (saved_epoch, saved_step) = self._slowest(), self._saved
         if epoch > saved_epoch or (self._every and step - saved_step >= self._every):
-            for trainer, (path, settings) in self._files.items():
-                checkpoint.save(path, trainer.state_dict(), settings)
+            for run in self._runs:
+                checkpoint.save(run.path, {**run.trainer.state_dict(), "beside": run.beside}, run.settings)
             self._saved = epoch, step
 
     def _slowest(self) -> tuple[int, int]:
-        return min((trainer.epoch, trainer.step) for trainer in self._files)
+        return min((run.trainer.epoch, run.trainer.step) for run in self._runs)
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Generator[None]:
     """Lets torch use so many threads for a while; 0 for as many as it does."""
-    if count < 0:
-        raise ValueError(f"--threads must be 0 or more, got {count}")
+    if not 0 <= count <= _MOST_THREADS:
+        raise ValueError(f"--threads must be from 0 to {_MOST_THREADS}, got {count}")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -563,7 +674,9 @@ def _parse(argv: list[str]) -> Any:
         return BenchLayers(entry.config(), out, training.k, training.scope, training.optimizer)
 
     bench: Any = Union[  # noqa: UP007
-        Annotated[BenchLinear, subcommand("linear")], with_tasks("layers", BenchLayers, layers)
+        Annotated[BenchLinear, subcommand("linear")],
+        Annotated[BenchLstm, subcommand("lstm")],
+        with_tasks("layers", BenchLayers, layers),
     ]
     names: Any = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")]
     commands: Any = Union[  # noqa: UP007 - `|` takes no Any

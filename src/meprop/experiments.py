@@ -26,17 +26,19 @@ An experiment compares variants of one training: each is run with each seed. Its
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypedDict, get_type_hints
 
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
+from meprop.errors import DataError
 from meprop.training import tracking
-from meprop.training.loop import RuleName, Run, SparseRule, TrainingConfig
+from meprop.training.loop import RuleName, Run, SparseRule, Task, TrainingConfig
 from meprop.training.tracking import Result
 
 if sys.version_info >= (3, 11):
@@ -45,7 +47,7 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "experiments"
-"""The experiments of the paper: in a source checkout only, a wheel has none."""
+"""The experiments of the paper, and ours: in a source checkout only, a wheel has none."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -85,14 +87,8 @@ class Variant:
         return None if self.rule == "dense" else self.training.rule(self.rule)
 
     def settings(self) -> dict[str, Any]:
-        """Return all that the outcome depends on beside the seed, as plain data by option name."""
-        settings = {**tracking.plain(self.task), **tracking.plain(self.training), "rule": self.rule}
-        unused = ("data_dir", "seeds", *(("k", "scope") if self.rule == "dense" else ()))
-        return {name: value for name, value in settings.items() if name not in unused}
-
-    def defaults(self) -> dict[str, Any]:
-        """Return the defaults of the settings."""
-        return {**tracking.plain(type(self.task)()), **tracking.plain(TrainingConfig())}
+        """Return all that the outcome depends on beside seed and data, as plain data by option name."""
+        return tracking.settings(self.task, self.training, self.rule)
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ class Experiment:
 
 
 def built_in() -> list[str]:
-    """Return the names of the paper's experiments.
+    """Return the names of the shipped experiments.
 
     Raises:
         ValueError: meprop is installed without them.
@@ -142,7 +138,7 @@ def load(name: str, tasks: Mapping[str, type[Any]]) -> Experiment:
     """Read and check an experiment.
 
     Args:
-        name: That of one of the paper's, or the path of a .toml file.
+        name: That of a shipped one, or the path of a .toml file.
         tasks: The class of each task's config by the task's name.
 
     Raises:
@@ -170,7 +166,7 @@ def _experiment(name: str, content: dict[str, Any], tasks: Mapping[str, type[Any
     found = _checked(content, allowed, "", required=("title", "seeds", "task", "variants"))
     task_settings = dict(found["task"])
     task = task_settings.pop("name", None)
-    if task not in tasks:
+    if not isinstance(task, str) or task not in tasks:
         raise ValueError(f"[task] name is {task!r}; the tasks are {', '.join(tasks)}")
     if not found["variants"]:
         raise ValueError("[variants] is empty; give one or more")
@@ -239,13 +235,14 @@ def _checked(
         if key not in allowed:
             raise ValueError(f"{where}{key}: there is no such key; there are {', '.join(allowed)}")
         value = tuple(given) if isinstance(given, list) else given
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(part, int) and abs(part) >= 2**63 for part in parts):
+            raise ValueError(f"{where}{key} is beyond 64 bits; TOML has no such integers")
+        ok = allowed[key] is bool or not any(isinstance(part, bool) for part in parts)  # to Python a bool is an int
         try:
-            check_type(value, allowed[key])
+            check_type(value, allowed[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
             ok = False
-        else:  # to Python a bool is an int
-            parts = value if isinstance(value, tuple) else (value,)
-            ok = allowed[key] is bool or not any(isinstance(part, bool) for part in parts)
         if not ok:
             expected = inspect.formatannotation(allowed[key]).replace("typing.", "")
             raise ValueError(f"{where}{key} is {given!r}; it must be {expected}")
@@ -259,15 +256,28 @@ def _checked(
 # ---------------------------------------------------------------- the records of finished runs
 
 
+class RecordConfig(TypedDict):
+    """`config` of a run's record."""
+
+    settings: dict[str, Any]
+    """The variant's, and the digest of the data."""
+    metric: str
+    """The quality to compare by."""
+    beside: list[str]
+    """The variants that were trained in turns with it, to the end: with those its seconds can be compared."""
+
+
 @dataclass(frozen=True)
 class Records:
     """The finished runs of an experiment, a file each, in the format of result.json; a checkpoint of each unfinished.
 
     Attributes:
         folder: Where they lie; it need not exist yet.
+        data: The digest of each variant's data by its name, where they have been read: runs on others do not count.
     """
 
     folder: Path
+    data: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def path(self, variant: Variant, seed: int) -> Path:
         """Return the file of a finished run."""
@@ -277,47 +287,79 @@ class Records:
         """Return the file of an unfinished run."""
         return self.path(variant, seed).with_suffix(".pt")
 
-    def write(self, variant: Variant, run: Run, task: str, metric: str, beside: list[str]) -> None:
+    def write(self, variant: Variant, run: Run, task: Task, beside: list[str]) -> None:
         """Write the record of a finished run, with this machine, the versions and the commit.
 
         Args:
             variant: Whose run it is.
             run: Its outcome.
-            task: The task's name.
-            metric: The quality to compare by.
-            beside: The variants that were trained in turns with it: with those its seconds can be compared.
+            task: What it was trained on.
+            beside: The variants that were trained in turns with it, from beginning to end.
         """
-        config = {"settings": variant.settings(), "metric": metric, "beside": beside}
+        settings = {**variant.settings(), "data": task.fingerprint}
+        config = RecordConfig(settings=settings, metric=task.metric, beside=beside)
         self.folder.mkdir(parents=True, exist_ok=True)
-        tracking.write_result(self.path(variant, run.seed), tracking.describe(task, config, [run]))
+        tracking.write_result(self.path(variant, run.seed), tracking.describe(task.name, {**config}, [run]))
 
     def read(self, variant: Variant, seed: int) -> Result | None:
-        """Return a finished run; None if there is none with the variant's settings."""
+        """Return a finished run; None if there is none with the variant's settings and data.
+
+        Raises:
+            DataError: Its file is damaged.
+        """
         path = self.path(variant, seed)
         if not path.exists():
             return None
-        result = tracking.read_result(path)
-        return None if _changes(result, variant) else result
+        result = _read(path)
+        return None if self._changes(result, variant) else result
+
+    def seeds(self, variant: Variant) -> list[int]:
+        """Return the seeds of a variant's finished runs, whatever their settings."""
+        prefix = f"{variant.name}-seed"
+        seeds = (path.stem.removeprefix(prefix) for path in self.folder.glob(f"{prefix}*.json"))
+        return sorted(int(seed) for seed in seeds if seed.isdecimal())
 
     def all(self, variant: Variant) -> dict[int, Result]:
         """Return the finished runs of a variant by seed."""
-        prefix = f"{variant.name}-seed"
-        seeds = [path.stem.removeprefix(prefix) for path in self.folder.glob(f"{prefix}*.json")]
-        found = {seed: self.read(variant, seed) for seed in sorted(int(seed) for seed in seeds if seed.isdecimal())}
+        found = {seed: self.read(variant, seed) for seed in self.seeds(variant)}
         return {seed: result for seed, result in found.items() if result is not None}
 
-    def changes(self, variant: Variant, seed: int) -> str:
-        """Return in words how the settings differ from those of the finished run; empty if they do not."""
-        path = self.path(variant, seed)
-        return ", ".join(_changes(tracking.read_result(path), variant)) if path.exists() else ""
+    def check(self, experiment: Experiment) -> None:
+        """Refuse finished runs with other settings or on other data than the experiment's.
+
+        Raises:
+            ValueError: There is such a run; the message says what differs.
+        """
+        for variant in experiment.variants:
+            for seed in self.seeds(variant):
+                path = self.path(variant, seed)
+                if changes := self._changes(_read(path), variant):
+                    raise ValueError(
+                        f"{path} was made with other settings ({changes}); give another --out, or --overwrite to "
+                        "repeat such runs"
+                    )
+
+    def _changes(self, result: Result, variant: Variant) -> str:
+        then = result.config["settings"]
+        data = self.data.get(variant.name, then.get("data"))
+        return tracking.changes(then, {**variant.settings(), "data": data}, type(variant.task))
 
 
-def _changes(result: Result, variant: Variant) -> list[str]:
-    """How the settings differ, in words. An option that did not exist then had what is its default now."""
-    now, then = variant.settings(), result.config["settings"]
-    then = {**{name: value for name, value in variant.defaults().items() if name in now}, **then}
-    return [
-        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
+def _read(path: Path) -> Result:
+    """Read the record of a run."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        (run,) = content["runs"]
+        content["runs"] = [Run(**run)]
+        result = Result(**content)
+        check_type(result.config, RecordConfig, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        for known, needed in ((result.machine, ("cpu", "gpu", "threads")), (result.versions, ("torch", "meprop"))):
+            if lacking := [name for name in needed if name not in known]:
+                raise KeyError(lacking)
+        _ = result.runs[0].selected(result.config["metric"]).test[result.config["metric"]]
+    except (ValueError, TypeError, KeyError, TypeCheckError) as error:
+        raise DataError(
+            f"{path} is damaged or not a result of meprop ({type(error).__name__}: {error}); restore it from a copy, "
+            "or delete it to have the run repeated"
+        ) from error
+    return result

@@ -216,3 +216,14 @@ def test_an_earlier_result_is_replaced_only_if_asked(capsys):
     assert bench() == 2
     assert "--overwrite" in capsys.readouterr().err
     assert bench("--overwrite") == 0
+
+
+def test_training_before_the_recording_is_with_the_tasks_own_learning_rate(monkeypatch):
+    entry = cli._tasks()["tiny"]._replace(training=TrainingConfig(k=7, lr=0.02, scope="batch", optimizer="sgd"))
+    monkeypatch.setattr(cli, "_tasks", lambda: {"tiny": entry})
+    found = []
+    monkeypatch.setattr(layers, "run", lambda task, training, *others: found.append(training) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench()
+    chosen = TrainingConfig(1, k=7, lr=0.02, scope="batch", optimizer="sgd", schedule="constant", accelerator="cpu")
+    assert found == [chosen]

@@ -6,6 +6,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure
+
+from meprop.reporting import figures
 from meprop.reporting.figures import _value_limits, draw_runs
 from meprop.reporting.terminal import run_table, verdict
 from meprop.training.loop import EpochRecord, Run, Seconds
@@ -30,6 +33,16 @@ def test_the_figure_is_a_png(tmp_path, runs):
     draw_runs(runs, "accuracy", path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_the_figure_shows_the_dev_scores_over_epochs_and_over_time_and_the_seconds(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(figures, "Figure", lambda **options: made.append(Figure(**options)) or made[0])
+    draw_runs([run("topk", accuracy=96.0, backward=3.0), run("dense")], "accuracy", tmp_path / "curves.png")
+    by_epoch, by_time, bars = made[0].axes
+    assert [line.get_xydata().tolist() for line in by_epoch.lines] == [[[1, 96], [2, 96.5]], [[1, 95], [2, 95.5]]]
+    assert [line.get_xydata().tolist() for line in by_time.lines] == [[[7, 96], [14, 96.5]], [[7, 95], [14, 95.5]]]
+    assert [bar.get_height() for bar in bars.patches] == [2, 2, 4, 3, 4, 4]  # each phase of dense, then of top-k
 
 
 def test_a_small_difference_is_not_blown_up():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -11,9 +12,10 @@ pytest.importorskip("typeguard")
 
 from meprop import experiments
 from meprop.experiments import Records
+from meprop.reporting import pages
 from meprop.reporting import reproduce as report
 from meprop.training.loop import EpochRecord, Run, Seconds
-from tiny import TinyConfig
+from tiny import TinyConfig, TinyTask
 
 TEXT = """
 title = "A table"
@@ -63,7 +65,7 @@ def filled(experiment, records):
     """Both seeds of dense and topk-5, one of topk-10 that was run alone, none of random-5."""
 
     def write(name, seed, epochs, backward, beside, density=1.0):
-        records.write(experiment.variant(name), run(seed, epochs, backward, density), "tiny", "accuracy", beside)
+        records.write(experiment.variant(name), run(seed, epochs, backward, density), TinyTask(), beside)
 
     write("dense", 0, [(90, 80), (95, 91), (94, 99)], 8.0, ["topk-5"])
     write("dense", 1, [(92, 93), (91, 70), (91, 71)], 8.0, ["topk-5"])
@@ -74,7 +76,7 @@ def filled(experiment, records):
 
 
 def cells(experiment, records):
-    head, *rows = report._cells(experiment, records)
+    head, *rows = report._cells(report._rows(experiment, records))
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
@@ -102,6 +104,23 @@ def test_ratios_are_of_runs_that_were_trained_in_turns(experiment, filled):
     assert shown["dense"]["backward, s"] == "8.0"
 
 
+def test_a_run_that_was_repeated_alone_is_compared_in_seconds_with_none(experiment, filled):
+    for seed in (0, 1):
+        filled.write(experiment.variant("dense"), run(seed, [(90, 80)], 8.0), TinyTask(), [])
+    shown = cells(experiment, filled)["topk-5"]
+    assert shown["backward, s"] == "2.0"
+    assert shown["to dense"] != ""
+
+
+def test_a_difference_is_named_after_the_run_that_it_is_to(experiment, filled, tmp_path):
+    text = TEXT.replace("k = 10", 'k = 10\nagainst = "topk-5"')
+    (tmp_path / "table.toml").write_text(text)
+    shown = cells(experiments.load(str(tmp_path / "table.toml"), {"tiny": TinyConfig}), filled)
+    assert (shown["topk-5"]["to dense"], shown["topk-5"]["to topk-5"]) == ("+0.75 ± 0.35", "")
+    assert (shown["topk-10"]["to dense"], shown["topk-10"]["to topk-5"]) == ("", "-2.00")
+    assert shown["topk-10"]["paper: to topk-5"] == "+0.09"
+
+
 def test_what_was_not_run_is_said_and_the_paper_is_beside_it(experiment, filled):
     shown = cells(experiment, filled)
     assert shown["random-5"]["test"] == "not run"
@@ -124,8 +143,43 @@ def test_runs_of_other_settings_are_not_shown(experiment, filled, tmp_path):
     assert cells(changed, filled)["topk-5"]["test"] == "not run"
 
 
-def test_the_conditions_are_said_once_each(experiment, filled):
-    assert report.table(experiment, filled).count("torch ") == 1
+def change(path, **parts):
+    content = json.loads(path.read_text())
+    for name, value in parts.items():
+        content[name] = {**content[name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(content))
+
+
+def test_the_conditions_are_a_line_for_each_place_and_commit_and_data(experiment, filled):
+    *_, line = report.table(experiment, filled).splitlines()
+    assert line.startswith("- ")
+    place = {"cpu": "A CPU", "gpu": "A GPU", "threads": 2}
+    paths = sorted(filled.folder.glob("*.json"))
+    for path in paths:
+        change(path, machine=place, versions={"torch": "2", "meprop": "1"}, commit="0123456789abcdef-dirty")
+    about = "threads: 2; torch 2, meprop 1, commit 0123456789ab-dirty; data 1a2b3c."
+    assert report.table(experiment, filled).endswith(f"\n\n- A GPU, {about}")
+    change(paths[0], machine={"threads": 1})
+    assert report.table(experiment, filled).endswith(f"\n\n- A GPU, {about.replace('2;', '1;')}\n- A GPU, {about}")
+
+
+def test_no_gpu_is_named_of_a_run_on_the_cpu(experiment, filled):
+    cpu = replace(
+        experiment,
+        variants=tuple(replace(v, training=replace(v.training, accelerator="cpu")) for v in experiment.variants),
+    )
+    filled.write(cpu.variant("dense"), run(0, [(90, 80)], 8.0), TinyTask(), [])
+    change(filled.path(cpu.variant("dense"), 0), machine={"cpu": "A CPU", "gpu": "A GPU"})
+    assert "A CPU, threads" in report.table(cpu, filled)
+    assert "A GPU" not in report.table(cpu, filled)
+
+
+@pytest.mark.parametrize(
+    ("commit", "shown"),
+    [(None, "unknown"), ("0123456789abcdef", "0123456789ab"), ("0123456789abcdef-dirty", "0123456789ab-dirty")],
+)
+def test_of_a_commit_the_hash_alone_is_shortened(commit, shown):
+    assert pages.short_commit(commit) == f"commit {shown}"
 
 
 def test_the_figure_is_drawn_of_two_densities_or_more(experiment, filled, records, tmp_path):
@@ -137,6 +191,25 @@ def test_the_figure_is_drawn_of_two_densities_or_more(experiment, filled, record
     path.unlink()
     assert not report.draw_densities(experiment, filled, path)
     assert not path.exists()
+
+
+def test_the_figures_points_are_the_scores_over_density_ours_and_the_papers(experiment, filled, tmp_path, monkeypatch):
+    figures, make = [], report._densities
+    monkeypatch.setattr(report, "_densities", lambda *parts: figures.append(make(*parts)) or figures[0])
+    assert report.draw_densities(experiment, filled, tmp_path / "figure.png")
+    (axes,) = figures[0].axes
+    found = {tuple(zip(line.get_xdata(), map(float, line.get_ydata()), strict=True)) for line in axes.lines}
+    assert ((0.01, 92.75), (0.02, 90.0)) in found  # top-k, ours: mean over seeds
+    assert ((0.01, 98.01), (0.02, 98.1)) in found  # and the paper's
+    assert ((1, 92.0),) in found
+    assert ((1, 97.82),) in found  # dense
+
+
+def test_no_figure_over_density_if_the_models_differ_too(experiment, filled, tmp_path):
+    *others, last = experiment.variants
+    wider = replace(last, task=replace(last.task, hidden=(130,)))
+    mixed = replace(experiment, variants=(*others, wider))
+    assert not report.draw_densities(mixed, filled, tmp_path / "figure.png")
 
 
 def test_the_page_keeps_what_was_written_by_hand(experiment, filled, tmp_path):

@@ -106,7 +106,7 @@ def outcomes(length):
 LENGTHS = range(1, 6)
 
 
-@pytest.mark.parametrize(("length", "count"), zip(LENGTHS, (1, 2, 9, 64, 625), strict=True))
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (2, 2), (3, 9), (4, 64), (5, 625)])
 def test_the_enumeration_is_complete(length, count):
     assert len(trees(length)) == count  # Cayley: n^(n-1)
 

@@ -63,6 +63,29 @@ def test_a_sentence_is_its_syntactic_words(tmp_path):
     )
 
 
+def test_a_sentence_knows_its_file_and_lines_but_is_equal_wherever_it_stands(tmp_path):
+    path = write(tmp_path / "a.conllu", *TREE, "", "# text", line("0.1"), line("1-2"), *TREE[:2], line("2.1"), TREE[2])
+    first, second = read(path)
+    assert first.path == second.path == path
+    assert (first.lines, second.lines) == ((1, 2, 3), (9, 10, 12))
+    assert (first, hash(first), repr(first)) == (second, hash(second), repr(second))
+    assert first == Sentence(first.forms, first.upos, first.xpos, first.heads, first.deprels)
+
+
+def test_ranges_may_follow_each_other_hold_one_word_and_hold_empty_nodes(tmp_path):
+    ranges = (
+        line("0.1"),
+        line("1-2"),
+        line(1),
+        line("1.1"),
+        line(2, head=1),
+        line("2.1"),
+        line("3-3"),
+        line(3, head=1),
+    )
+    assert read(write(tmp_path / "a.conllu", *ranges))[0].heads == (0, 1, 1)
+
+
 def test_an_empty_node_may_precede_the_first_word(tmp_path):
     path = write(tmp_path / "a.conllu", "0.1\tpro\t_\t_\t_\t_\t_\t_\t_\t_", line(1))
     assert [len(sentence.forms) for sentence in read(path)] == [1]
@@ -102,11 +125,34 @@ MALFORMED = {
     "id left out": ([line(1), line(3, head=1)], 2, "has the id '3', but the next word is 2"),
     "id twice": ([line(1), line(1, head=1)], 2, "has the id '1', but the next word is 2"),
     "lost blank line": ([line(1), line(1)], 2, "has the id '1', but the next word is 2"),
-    "misplaced range": ([line("2-3"), line(1)], 1, "has the id '2-3'"),
+    "range before its place": ([line("2-3"), line(1)], 1, "has the id '2-3'.* a range must be 1-1 or longer"),
+    "range after its first word": ([line(1), line("1-2"), line(2, head=1)], 2, "has the id '1-2'"),
+    "range not directly before its first word": ([line("1-2"), line("0.1"), line(1)], 2, r"has the id '0\.1'"),
     "range of no numbers": ([line("1-x"), line(1)], 1, "has the id '1-x'"),
+    "range with a zero before": ([line("1-02"), line(1), line(2, head=1)], 1, "has the id '1-02'"),
+    "range to its start": ([line(1), line("2-1"), line(2, head=1)], 2, "has the id '2-1'.*must be 2-2 or longer"),
+    "range to beyond the sentence": ([line("1-99"), line(1)], 1, "has a range to 99, but the last word is 1"),
+    "range to far beyond": ([line("1-" + "9" * 5000), line(1)], 1, "has the id"),
+    "range after the last word": ([line(1), line("2-3")], 2, "has a range to 3, but the last word is 1"),
+    "range twice": ([line("1-2"), line("1-2"), line(1), line(2, head=1)], 2, "has the id '1-2'"),
+    "ranges that overlap": (
+        [line("1-2"), line(1), line("2-3"), line(2, head=1), line(3, head=1)],
+        3,
+        r"has the id '2-3', but the next word is 2, the next empty node 1\.1\.",
+    ),
     "misplaced empty node": ([line("1.1"), line(1)], 1, r"has the id '1\.1'"),
+    "empty node twice": ([line(1), line("1.1"), line("1.1")], 3, r"has the id '1\.1'.* the next empty node 1\.2"),
+    "empty nodes out of order": ([line(1), line("1.2"), line("1.1")], 2, r"has the id '1\.2'"),
+    "comment between words": ([line(1), "# text", line(2, head=1)], 2, "is a comment within a sentence"),
+    "comment after the words": ([line(1), "# text", "", *TREE], 2, "is a comment within a sentence"),
+    "blank tag": ([line(1), line(2, head=1, upos=" ")], 2, "has the UPOS tag ' ', which must be without white space"),
+    "tag with a space": ([line(1), line(2, head=1, xpos="N N")], 2, "has the XPOS tag 'N N'"),
+    "tag with a no-break space": ([line(1, xpos="N\xa0")], 1, "has the XPOS tag"),
+    "relation with a space": ([line(1).replace("dep", "dep x")], 1, "has the relation 'dep x'"),
+    "NUL": ([line(1), line(2, head=1, form="a\0b")], 2, "has a NUL"),
     "head missing": ([line(1), line(2, head="_")], 2, "has the head '_', which must be a number from 0 to 2"),
     "head no integer": ([line(1, head="1.0")], 1, r"has the head '1\.0'"),
+    "head with a zero before": ([line(1), line(2, head="01")], 2, "has the head '01', which must be a number"),
     "head negative": ([line(1, head=-1)], 1, "has the head '-1'"),
     "head of other digits": ([line(1, head="\N{ARABIC-INDIC DIGIT ZERO}")], 1, "has the head"),
     "head out of range": ([line(1), line(2, head=3)], 2, "has the head '3', which must be a number from 0 to 2"),
@@ -129,8 +175,11 @@ MALFORMED = {
 @pytest.mark.parametrize("before", [0, 7])
 def test_what_is_malformed_is_named_with_its_line(tmp_path, lines, number, reason, before):
     path = write(tmp_path / "bad.conllu", *["# text", *TREE, "", ""][:before], *lines)
-    with pytest.raises(DataError, match=f"{re.escape(str(path))}: line {number + before} {reason}.*Correct it"):
+    with pytest.raises(
+        DataError, match=f"{re.escape(str(path))}: line {number + before} {reason}.*Correct it"
+    ) as caught:
         read(path)
+    assert all(len(quoted) <= 40 for quoted in re.findall("'[^']*'", str(caught.value).removeprefix(str(path))))
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -258,7 +307,7 @@ def test_a_file_in_the_cache_that_is_not_ewts_is_an_error(github, tmp_path):
         load(None)
 
 
-def test_real_ewt_comes_by_the_loaders_own_way():
+def test_real_ewt_comes_by_the_loaders_own_way(real_treebank):
     bank = load(None)
     assert str(bank) == "12544 training, 2001 development, 2077 test sentences of 204577, 25147, 25094 words"
     words = [word for sentence in bank.train for word in zip(sentence.upos, sentence.deprels, strict=True)]

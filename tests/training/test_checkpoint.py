@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from meprop import machine
 from meprop.errors import DataError
 from meprop.training import checkpoint
 from meprop.training.loop import Trainer, TrainingConfig, fit
+from tiny import TinyConfig, TinyTask
 
 SETTINGS = {"k": 5, "hidden": [500, 500]}
 
@@ -35,7 +37,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(task, tmp_path, s
     interrupted.advance(3)  # what the checkpoint holds is not what goes on living in memory
 
     resumed = Trainer(task, config, rule, 7)
-    resumed.load_state_dict(checkpoint.load(tmp_path / "c.pt", SETTINGS))
+    saved = checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
+    assert asdict(resumed.seconds) == saved["seconds"]
+    assert resumed.seconds.step > 0
     (actual,) = fit([resumed], ignore)
     assert (actual.dev, actual.test) == (expected.dev, expected.test)
     assert [r["loss"] for r in actual.curve] == [r["loss"] for r in expected.curve]
@@ -57,7 +61,7 @@ def test_a_crash_while_saving_keeps_the_checkpoint_that_was_there(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, {"step": 2}, SETTINGS)
     monkeypatch.undo()
-    assert checkpoint.load(path, SETTINGS) == {"step": 1}
+    assert checkpoint.load(path, SETTINGS, TinyConfig) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -68,9 +72,9 @@ def test_kill_9_leaves_the_checkpoint_that_was_there(tmp_path):
     if child == 0:  # dies in the middle of writing, without any clean-up
         machine.write_atomically(path, lambda file: (file.write(b"half of it"), file.flush(), os.kill(os.getpid(), 9)))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
-    assert checkpoint.load(path, SETTINGS) == {"step": 1}
+    assert checkpoint.load(path, SETTINGS, TinyConfig) == {"step": 1}
     checkpoint.save(path, {"step": 2}, SETTINGS)  # the remains are no obstacle
-    assert checkpoint.load(path, SETTINGS) == {"step": 2}
+    assert checkpoint.load(path, SETTINGS, TinyConfig) == {"step": 2}
 
 
 @pytest.mark.parametrize(
@@ -87,13 +91,13 @@ def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path, damage):
     checkpoint.save(path, {"weight": torch.zeros(1000)}, SETTINGS)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"c\.pt is damaged or not a checkpoint of meprop .*--overwrite"):
-        checkpoint.load(path, SETTINGS)
+        checkpoint.load(path, SETTINGS, TinyConfig)
 
 
 def test_a_file_of_another_kind_is_no_checkpoint(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "c.pt")
     with pytest.raises(DataError, match="not a checkpoint of meprop"):
-        checkpoint.load(tmp_path / "c.pt", SETTINGS)
+        checkpoint.load(tmp_path / "c.pt", SETTINGS, TinyConfig)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -101,13 +105,33 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    torch.save({"format": 1, "settings": SETTINGS, "state": Evil()}, tmp_path / "c.pt")
+    torch.save({"format": 2, "settings": SETTINGS, "state": Evil()}, tmp_path / "c.pt")
     with pytest.raises(DataError):
-        checkpoint.load(tmp_path / "c.pt", SETTINGS)
+        checkpoint.load(tmp_path / "c.pt", SETTINGS, TinyConfig)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_of_other_settings_is_refused_naming_them(tmp_path):
     checkpoint.save(tmp_path / "c.pt", {}, SETTINGS)
     with pytest.raises(ValueError, match=r"other settings \(k was 5, now 6\)"):
-        checkpoint.load(tmp_path / "c.pt", {**SETTINGS, "k": 6})
+        checkpoint.load(tmp_path / "c.pt", {**SETTINGS, "k": 6}, TinyConfig)
+
+
+def test_an_option_that_came_later_had_its_default_then(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", {}, SETTINGS)
+    assert checkpoint.load(tmp_path / "c.pt", {**SETTINGS, "dropout": 0.3, "precision": "32-true"}, TinyConfig) == {}
+    with pytest.raises(ValueError, match=r"dropout was 0\.3, now 0\.5"):
+        checkpoint.load(tmp_path / "c.pt", {**SETTINGS, "dropout": 0.5}, TinyConfig)
+
+
+@pytest.mark.parametrize("other", ["model", "state", "format"])
+def test_a_checkpoint_that_does_not_fit_is_named_with_a_remedy(task, tmp_path, monkeypatch, other):
+    config = TrainingConfig(k=5, accelerator="cpu")
+    state = Trainer(task, config, None, 7).state_dict()
+    if other == "format":
+        monkeypatch.setattr(checkpoint, "_FORMAT", 1)
+    checkpoint.save(tmp_path / "c.pt", {"model": state["model"]} if other == "state" else state, SETTINGS)
+    monkeypatch.undo()
+    wider = Trainer(TinyTask(TinyConfig(hidden=(130,))) if other == "model" else task, config, None, 7)
+    with pytest.raises(DataError, match=r"c\.pt (does not fit|is damaged or not a checkpoint).*--overwrite"):
+        checkpoint.resume(tmp_path / "c.pt", wider, SETTINGS, TinyConfig)

@@ -128,6 +128,7 @@ def test_epochs_are_checked(epochs):
         ({"seeds": ()}, "--seeds"),
         ({"seeds": (1, 2, 1)}, "--seeds"),
         ({"seeds": (-1,)}, "--seeds"),
+        ({"seeds": (0, 2**64)}, "--seeds"),
         ({"lr": 0.0}, "--lr"),
         ({"lr": float("nan")}, "--lr"),
         ({"k": 0}, "k=0"),
@@ -162,3 +163,34 @@ def test_a_metric_that_is_not_finite_stops_the_run_with_the_reason(task, monkeyp
     monkeypatch.setattr(type(task), "evaluate", lambda self, model, split: {"accuracy": 50.0, "loss": float("nan")})
     with pytest.raises(MepropError, match=r"dev loss became nan in epoch 1 \(dense, seed 7\): try a smaller --lr"):
         Trainer(task, TrainingConfig(epochs=1), None, 7).advance(100)
+
+
+def test_the_learning_rate_falls_along_half_a_cosine_to_zero(task):
+    trainer = Trainer(task, TrainingConfig(epochs=2, lr=0.4, accelerator="cpu"), None, 7)
+    (group,) = trainer.optimizer.param_groups
+    rates = []
+    while not trainer.finished:
+        trainer.advance(1)
+        rates.append(group["lr"])
+    rates = rates[:8] + rates[9:17]  # without the calls that end an epoch
+    assert rates[0] == 0.4
+    assert rates[8] == pytest.approx(0.2)  # half way
+    assert rates[4] - 0.2 == pytest.approx(0.2 / 2**0.5)
+    assert 0 < rates[-1] < 0.01
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_learning_rate_stays_where_it_is_to_be_constant(task):
+    trainer = Trainer(task, TrainingConfig(epochs=2, lr=0.4, schedule="constant", accelerator="cpu"), None, 7)
+    trainer.advance(5)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.4
+
+
+def test_a_gpu_that_is_not_there_is_named_with_the_option(task, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MepropError, match="--accelerator cuda: torch finds no GPU here; give cpu, or auto"):
+        Trainer(task, TrainingConfig(accelerator="cuda"), None, 7)
+
+
+def test_the_largest_seed_that_is_allowed_is_one_for_torch(task):
+    Trainer(task, TrainingConfig(seeds=(2**64 - 1,)), None, 2**64 - 1).advance(1)

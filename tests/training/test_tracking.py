@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -76,3 +77,20 @@ def test_no_curves_unless_asked_for(task, tmp_path):
     with tracking.LiveCurves(tmp_path, enabled=False) as curves:
         fit([Trainer(task, TrainingConfig(epochs=1), None, 4)], curves.update)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_commit_is_read_once_and_is_dirty_if_the_code_is(monkeypatch):
+    asked = []
+
+    def run(command, **options):
+        asked.append(command[3:])
+        return subprocess.CompletedProcess(command, 0, stdout="abc\n")
+
+    monkeypatch.setattr(tracking.subprocess, "run", run)
+    monkeypatch.setattr(tracking.Path, "exists", lambda path: True)
+    tracking.commit.cache_clear()
+    try:
+        assert [tracking.commit(), tracking.commit()] == ["abc-dirty", "abc-dirty"]
+    finally:
+        tracking.commit.cache_clear()
+    assert asked == [["rev-parse", "HEAD"], ["status", "--porcelain", "--", "src", "csrc"]]

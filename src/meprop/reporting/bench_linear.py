@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from meprop.bench.layers import LayersBench
 from meprop.bench.linear import CaseResult, Dtype, Kind, LinearBench
+from meprop.bench.lstm import LstmBench
 from meprop.bench.measure import Times
 from meprop.machine import write_atomically
 from meprop.reporting import pages
@@ -268,13 +269,13 @@ def _conditions(bench: LinearBench) -> str:
     )
 
 
-def circumstances(bench: LinearBench | LayersBench) -> str:
+def circumstances(bench: LinearBench | LayersBench | LstmBench) -> str:
     """Return in words where, by what and how undisturbed a benchmark was made."""
     cpu, threads = bench.machine["cpu"], bench.machine["threads"]
     seen = bench.disturbance
     taken = "unknown" if seen is None else f"{seen.stolen:.0%} by the host, {seen.others:.0%} by other processes"
     return (
         f"{cpu}, {threads} threads, kernels: {bench.backends['isa'] or 'none'}; torch {bench.versions['torch']}, "
-        f"meprop {bench.versions['meprop']}, commit {(bench.commit or 'unknown')[:12]}. Processor time taken "
+        f"meprop {bench.versions['meprop']}, {pages.short_commit(bench.commit)}. Processor time taken "
         f"meanwhile: {taken}."
     )

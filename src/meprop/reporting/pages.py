@@ -24,6 +24,12 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
 
 
+def short_commit(commit: str | None) -> str:
+    """Return what a page says of `tracking.commit()`."""
+    found, dash, dirty = (commit or "unknown").partition("-")
+    return f"commit {found[:12]}{dash}{dirty}"
+
+
 def markers(section: str) -> tuple[str, str]:
     """Return the lines between which a page has the section of this name."""
     return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"

@@ -24,9 +24,9 @@ SECTION = "reproduce "
 
 LEGEND = (
     "dev, test: percent, after the epoch with the best dev score, as in the paper; mean and standard deviation over "
-    "seeds. to dense: test minus that of the dense run with the same seed. Seconds are totals of training; in brackets "
-    "dense seconds / seconds, above 1 it is faster than dense, of runs that were trained in turns. Paper's back-prop: "
-    "the hidden layers' products alone; overall: forward and backward pass."
+    "seeds. to dense, or to another run: test minus that run's with the same seed. Seconds are totals of training; in "
+    "brackets that run's seconds / seconds, above 1 it is faster, of runs that were trained in turns. Paper's "
+    "back-prop: the hidden layers' products alone; overall: forward and backward pass."
 )
 
 _MARKERS = {"topk": "o", "random": "s"}
@@ -49,9 +49,25 @@ class _Row:
 
     @property
     def timed_together(self) -> list[int]:
-        """The seeds whose two runs were trained in turns."""
-        name = None if self.base is None else self.base.name
-        return [seed for seed in self.paired if name in self.results[seed].config["beside"]]
+        """The seeds whose two runs were trained in turns with one another."""
+
+        def beside(name: str, result: Result) -> bool:
+            return name in result.config["beside"]
+
+        return [
+            seed
+            for seed in self.paired
+            if self.base is not None
+            and beside(self.base.name, self.results[seed])
+            and beside(self.variant.name, self.base_results[seed])
+        ]
+
+    @property
+    def against(self) -> str:
+        """What the column of the differences is called; empty without any."""
+        if self.base is None:
+            return ""
+        return "to dense" if self.base.rule == "dense" else f"to {self.base.name}"
 
 
 def _rows(experiment: Experiment, records: Records) -> list[_Row]:
@@ -118,13 +134,14 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
     return "" if value is None else f"{value:.{digits}f}{unit}"
 
 
+_DIFFERENCE = "to dense"
 _OURS: dict[str, Callable[[_Row], str]] = {
     "kept": lambda row: f"{mean(result.runs[0].density for result in row.results.values()):.1%}",
     "seeds": lambda row: str(len(row.results)),
     "epoch": lambda row: f"{mean(map(_epoch, row.results.values())):.1f}",
     "dev": _spread(_dev),
     "test": _spread(_test),
-    "to dense": _difference,
+    _DIFFERENCE: _difference,
     "test, last epoch": _spread(_last_test),
     "backward, s": _seconds("backward"),
     "forward + backward, s": _seconds("forward", "backward"),
@@ -134,39 +151,50 @@ _PAPERS: dict[str, Callable[[_Row], str]] = {
     "epoch": lambda row: _number(row.variant.published.epochs, 0),
     "dev": lambda row: _number(row.variant.published.dev, 2),
     "test": lambda row: _number(row.variant.published.test, 2),
-    "to dense": _published_difference,
+    _DIFFERENCE: _published_difference,
     "back-prop": lambda row: _number(row.variant.published.backprop, 1, "x"),
     "overall": lambda row: _number(row.variant.published.overall, 1, "x"),
 }
 
 
-def _cells(experiment: Experiment, records: Records) -> list[list[str]]:
+def _cells(rows: Sequence[_Row]) -> list[list[str]]:
     """Rows of cells, the head first, without the columns that are empty."""
-    found = _rows(experiment, records)
-    columns = [["run", *(row.variant.name for row in found)]]
+    columns = [["run", *(row.variant.name for row in rows)]]
+
+    def add(prefix: str, name: str, cell: Callable[[_Row], str]) -> None:
+        if name != _DIFFERENCE:
+            columns.append([f"{prefix}{name}", *map(cell, rows)])
+            return
+        for against in dict.fromkeys(row.against for row in rows):  # a column for each that others are compared with
+            columns.append([f"{prefix}{against}", *(cell(row) if row.against == against else "" for row in rows)])
+
     for name, cell in _OURS.items():
         missing = "not run" if name == "test" else ""
-        columns.append([name, *(cell(row) if row.results else missing for row in found)])
-    columns += [[f"paper: {name}", *map(cell, found)] for name, cell in _PAPERS.items()]
+        add("", name, lambda row, cell=cell, missing=missing: cell(row) if row.results else missing)
+    for name, cell in _PAPERS.items():
+        add("paper: ", name, cell)
     return [list(row) for row in zip(*(column for column in columns if any(column[1:])), strict=True)]
 
 
 def table(experiment: Experiment, records: Records) -> str:
     """Return a table of plain text, a line per variant, and the conditions."""
-    return f"{pages.text_table(_cells(experiment, records))}\n{_conditions(experiment, records)}"
+    rows = _rows(experiment, records)
+    return f"{pages.text_table(_cells(rows))}\n\n{_conditions(experiment, rows)}"
 
 
-def _conditions(experiment: Experiment, records: Records) -> str:
-    """Where the runs were made, by what: one sentence if that is the same for all."""
-    found: dict[str, None] = {}
-    for row in _rows(experiment, records):
-        for result in row.results.values():
-            place, versions = result.machine, result.versions
-            found[
-                f"{place['gpu'] or place['cpu']}, threads: {place['threads']}; torch {versions['torch']}, meprop "
-                f"{versions['meprop']}, commit {(result.commit or 'unknown')[:12]}."
-            ] = None
+def _conditions(experiment: Experiment, rows: Sequence[_Row]) -> str:
+    """Where the runs were made, by what, on what data: a line if that is the same for all."""
+    found = dict.fromkeys(_condition(result) for row in rows for result in row.results.values())
     return "\n".join(found) or f"Not run yet: meprop reproduce {experiment.name}"
+
+
+def _condition(result: Result) -> str:
+    place, versions, settings = result.machine, result.versions, result.config["settings"]
+    gpu = None if settings.get("accelerator") == "cpu" else place["gpu"]
+    return (
+        f"- {gpu or place['cpu']}, threads: {place['threads']}; torch {versions['torch']}, "
+        f"meprop {versions['meprop']}, {pages.short_commit(result.commit)}; data {settings.get('data', 'unknown')}."
+    )
 
 
 # ---------------------------------------------------------------- the page
@@ -197,7 +225,8 @@ def write_page(page: Path, found: Sequence[tuple[Experiment, Records]]) -> None:
     for experiment, records in found:
         figure = page.with_name(f"{page.stem}-{experiment.name}.png")
         picture = [f"![{experiment.title}]({figure.name})"] if draw_densities(experiment, records, figure) else []
-        blocks = [*picture, pages.markdown_table(_cells(experiment, records)), _conditions(experiment, records)]
+        rows = _rows(experiment, records)
+        blocks = [*picture, pages.markdown_table(_cells(rows)), _conditions(experiment, rows)]
         contents[f"{SECTION}{experiment.name}"] = "\n\n".join(blocks)
     pages.write_sections(page, contents)
 
@@ -206,7 +235,9 @@ def write_page(page: Path, found: Sequence[tuple[Experiment, Records]]) -> None:
 
 
 def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool:
-    """Draw the test score over density into a PNG, ours and the paper's, if some rule was run with two densities.
+    """Draw the test score over density into a PNG, ours and the paper's, if density is what the variants differ in.
+
+    That is if the settings of the task are the same in all, and some rule was run with two densities.
 
     Args:
         experiment: Variants without finished runs are left out.
@@ -218,8 +249,16 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
     """
     rows = [row for row in _rows(experiment, records) if row.results]
     curves = {rule: sorted((row for row in rows if row.variant.rule == rule), key=_density) for rule in _TITLES}
+    if any(variant.task != experiment.variants[0].task for variant in experiment.variants):
+        return False
     if all(len({_density(row) for row in curve}) < 2 for curve in curves.values()):
         return False
+    figure = _densities(experiment.title, rows, curves)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    return True
+
+
+def _densities(title: str, rows: Sequence[_Row], curves: Mapping[str, Sequence[_Row]]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
@@ -235,12 +274,11 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("kept: k of n entries of each output gradient")
     axes.set_ylabel(f"test {next(iter(rows[0].results.values())).config['metric']}, %  (axis does not start at 0)")
-    axes.set_title(experiment.title, fontsize=11)
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
-    return True
+    return figure
 
 
 def _density(row: _Row) -> float:

@@ -270,6 +270,15 @@ class MnistTask:
         self.config = config
         self.data = load(config)
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the images and labels."""
+        digest = hashlib.blake2b(str(self.data).encode(), digest_size=6)
+        for part in vars(self.data).values():
+            if isinstance(part, Tensor):
+                digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()
+
     def build_model(self) -> nn.Sequential:
         """Return a new network ``[N, H * W] -> [N, num_classes]`` of plain torch layers, initialized by torch."""
         layers: list[nn.Module] = []

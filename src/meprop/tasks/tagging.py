@@ -5,6 +5,7 @@ features of 20 go into one LSTM layer of 500, whose outputs go into a linear lay
 name its features; these are ours. Its treebank cannot be downloaded: see `meprop.tasks.treebank`.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, chain, groupby
 from pathlib import Path
+from reprlib import repr as quote  # cuts what is long
 from typing import Literal
 
 import torch
@@ -206,8 +208,8 @@ class TaggingTask:
         self.config = config
         self.data = load(config)
         splits = {"train": self.data.train, "dev": self.data.dev, "test": self.data.test}
-        for split, sentences in splits.items():
-            self._check_tags(split, sentences)
+        for sentence in chain(*splits.values()):
+            self._check_tags(sentence)
         # Tags that only dev or test have are outputs too: nothing trains them, and their words count as wrong.
         self.tags = sorted(set(chain.from_iterable(map(self._tags, chain(*splits.values())))))
         self.vocabulary = _vocabulary(self.data.train)
@@ -218,20 +220,24 @@ class TaggingTask:
     def _tags(self, sentence: Sentence) -> tuple[str, ...]:
         return sentence.xpos if self.config.tag == "xpos" else sentence.upos
 
-    def _check_tags(self, split: str, sentences: Sequence[Sentence]) -> None:
-        for number, sentence in enumerate(sentences, start=1):
-            if "_" in (tags := self._tags(sentence)):
-                word = tags.index("_")
-                raise DataError(
-                    f"{locate(self.config.data_dir)}: word {word + 1} ({sentence.forms[word]!r}) of sentence "
-                    f"{number} in the {split} file has no {self.config.tag.upper()} tag, only '_'. "
-                    f"Use --tag {'upos' if self.config.tag == 'xpos' else 'xpos'}, or a treebank that has these tags."
-                )
+    def _check_tags(self, sentence: Sentence) -> None:
+        if "_" in (tags := self._tags(sentence)):
+            word = tags.index("_")
+            raise DataError(
+                f"{sentence.path}: line {sentence.lines[word]} has no {self.config.tag.upper()} tag, only '_', for "
+                f"the word {quote(sentence.forms[word])}. "
+                f"Use --tag {'upos' if self.config.tag == 'xpos' else 'xpos'}, or a treebank that has these tags."
+            )
 
     def _number(self, sentences: Sequence[Sentence]) -> Words:
         index = {tag: i for i, tag in enumerate(self.tags)}
         tags = torch.tensor([index[tag] for sentence in sentences for tag in self._tags(sentence)])
         return Words(_encode(sentences, self.vocabulary), tags, [len(sentence.forms) for sentence in sentences])
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the sentences."""
+        return hashlib.blake2b(repr(self.data).encode(), digest_size=6).hexdigest()
 
     def build_model(self) -> Tagger:
         """Return a new network of plain torch layers."""

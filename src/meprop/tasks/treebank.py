@@ -7,11 +7,12 @@ downloaded.
 import gzip
 import re
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import dropwhile, groupby
 from pathlib import Path
+from reprlib import repr as quote  # cuts what is long
 
 from meprop.errors import DataError
 from meprop.tasks import files
@@ -43,6 +44,10 @@ class Sentence:
     """The word that each word depends on, from 1; 0 for the root, of which there is one."""
     deprels: tuple[str, ...]
     """Each word's relation to its head."""
+    path: Path | None = field(default=None, compare=False, repr=False)
+    """The file that the sentence was read from, if any."""
+    lines: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    """Each word's line in that file, from 1."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def read(path: Path) -> tuple[Sentence, ...]:
     # ones, knows of no line numbers, and does not look at the tree.
     numbered = enumerate(_read_text(path).replace("\r\n", "\n").split("\n"), start=1)
     blocks = groupby(numbered, key=lambda line: line[1] != "")
-    sentences = tuple(_read_sentence(path, lines) for has_words, lines in blocks if has_words)
+    sentences = tuple(_read_sentence(path, list(lines)) for has_words, lines in blocks if has_words)
     if not sentences:
         raise DataError(f"{path}: holds no sentence. Use a file with some.")
     return sentences
@@ -138,44 +143,73 @@ def _read_text(path: Path) -> str:
     except (OSError, EOFError, zlib.error) as error:  # OSError: unreadable, and gzip's checksum
         raise DataError(f"{path}: cannot be read ({error}). {remedy}") from error
     try:
-        return contents.decode("utf-8-sig")
+        text = contents.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + error.object.count(b"\n", 0, error.start)
         raise _malformed(path, line, f"is not UTF-8 ({error.reason}); other encodings must be converted") from error
+    if (position := text.find("\0")) >= 0:
+        raise _malformed(path, 1 + text.count("\n", 0, position), "has a NUL, which no text has")
+    return text
 
 
-def _read_sentence(path: Path, lines: Iterable[tuple[int, str]]) -> Sentence:
+def _read_sentence(path: Path, lines: Sequence[tuple[int, str]]) -> Sentence:
+    numbers, words = _read_words(path, lines)
+    _, forms, _, upos, xpos, _, heads, deprels, _, _ = zip(*words, strict=True)
+    for kind, labels in (("UPOS tag", upos), ("XPOS tag", xpos), ("relation", deprels)):
+        for number, label in zip(numbers, labels, strict=True):
+            if label.split() != [label]:
+                raise _malformed(path, number, f"has the {kind} {quote(label)}, which must be without white space")
+    return Sentence(forms, upos, xpos, _read_heads(path, numbers, heads), deprels, path, numbers)
+
+
+def _read_words(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[tuple[int, ...], list[list[str]]]:
+    """Return the lines' numbers and the columns of a sentence's words; all ids are in order."""
+    numbers: list[int] = []
     words: list[list[str]] = []
-    numbers: list[int] = []  # of the words' lines
-    number = 0
-    for number, line in lines:
+    empty = 1  # of the next empty node; 0 after a range, which stands directly before its first word
+    range_end = range_number = 0  # the last range's last word, and its line
+    for number, line in dropwhile(lambda numbered: numbered[1].startswith("#"), lines):
         if line.startswith("#"):
-            continue
+            raise _malformed(path, number, "is a comment within a sentence; comments stand before it")
         columns = line.split("\t")
         if len(columns) != COLUMNS or "" in columns:
             found = f"{len(columns)} columns" if len(columns) != COLUMNS else "an empty column"
             raise _malformed(path, number, f"has {found}, but must have {COLUMNS}, separated by tabs and none empty")
-        expected = len(words) + 1
-        if columns[0] == str(expected):
-            words.append(columns)
+        identity, word = columns[0], len(words) + 1
+        if identity == str(word):
             numbers.append(number)
-        elif not re.fullmatch(rf"{expected}-[1-9][0-9]*|{expected - 1}\.[1-9][0-9]*", columns[0]):
-            raise _malformed(path, number, f"has the id {columns[0]!r}, but the next word is {expected}")
+            words.append(columns)
+            empty = 1
+        elif empty and identity == f"{word - 1}.{empty}":
+            empty += 1
+        elif (
+            range_end < word
+            and (span := re.fullmatch(rf"{word}-([1-9][0-9]{{0,8}})", identity))
+            and int(span[1]) >= word
+        ):
+            empty, range_end, range_number = 0, int(span[1]), number
+        else:
+            allowed = f"the next word is {word}"
+            allowed += f", the next empty node {word - 1}.{empty}" if empty else ""
+            allowed += f", and a range must be {word}-{word} or longer" if range_end < word else ""
+            raise _malformed(path, number, f"has the id {quote(identity)}, but {allowed}")
     if not words:
-        raise _malformed(path, number, "ends a sentence without words")
-    _, forms, _, upos, xpos, _, heads, deprels, _, _ = zip(*words, strict=True)
-    return Sentence(forms, upos, xpos, _read_heads(path, numbers, heads), deprels)
+        raise _malformed(path, lines[-1][0], "ends a sentence without words")
+    if range_end > len(words):
+        raise _malformed(path, range_number, f"has a range to {range_end}, but the last word is {len(words)}")
+    return tuple(numbers), words
 
 
 def _read_heads(path: Path, numbers: Sequence[int], texts: Sequence[str]) -> tuple[int, ...]:
     """Return the heads of a sentence, which make it a tree; ``numbers`` are the lines that they stand in."""
+    allowed = {str(head): head for head in range(len(texts) + 1)}
     heads: list[int] = []
     for word, (number, text) in enumerate(zip(numbers, texts, strict=True), start=1):
-        if not re.fullmatch("[0-9]{1,9}", text) or int(text) > len(texts):
-            raise _malformed(path, number, f"has the head {text!r}, which must be a number from 0 to {len(texts)}")
-        if int(text) == word:
+        if text not in allowed:
+            raise _malformed(path, number, f"has the head {quote(text)}, which must be a number from 0 to {len(texts)}")
+        if allowed[text] == word:
             raise _malformed(path, number, f"has the head {text!r}, which is the word itself")
-        heads.append(int(text))
+        heads.append(allowed[text])
     roots = [number for number, head in zip(numbers, heads, strict=True) if head == 0]
     if len(roots) > 1:  # no tree of Universal Dependencies, and the sign of a blank line lost between two sentences
         raise _malformed(path, roots[1], f"has the head 0, but so has line {roots[0]}: a sentence has one root")

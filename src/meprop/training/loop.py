@@ -21,6 +21,20 @@ SparseRule = meprop.TopK | meprop.RandomK
 _RULES: dict[RuleName, type[SparseRule]] = {"topk": meprop.TopK, "random": meprop.RandomK}
 
 
+class DivergedError(MepropError):
+    """The training of one run came to numbers that are not finite.
+
+    Args:
+        trainer: Of that run.
+        what: What became what, and where.
+    """
+
+    def __init__(self, trainer: Trainer, what: str) -> None:
+        run = f"{trainer.name}, seed {trainer.seed}"
+        super().__init__(f"{what} ({run}): try a smaller --lr, or a smaller [training] lr in an experiment's file")
+        self.trainer = trainer
+
+
 class Task(Protocol):
     """What the loop needs to know of a task; `meprop.tasks` holds the tasks."""
 
@@ -32,6 +46,11 @@ class Task(Protocol):
     @property
     def metric(self) -> str:
         """The quality to compare by: a key of what `evaluate` returns, in percent, the higher the better."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the data, wherever they lie: two runs with different ones are not to be compared."""
         ...
 
     @property
@@ -88,8 +107,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"--seeds must be one or more different non-negative integers, got {list(self.seeds)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**64 for s in self.seeds):
+            raise ValueError(f"--seeds must be one or more different integers from 0 to 2**64 - 1, got {[*self.seeds]}")
         if not (self.lr > 0 and isfinite(self.lr)):
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
         self.rule()
@@ -167,6 +186,8 @@ class Trainer:
     def __init__(self, task: Task, config: TrainingConfig, rule: SparseRule | None, seed: int) -> None:
         from lightning_fabric import Fabric  # imported here since it takes seconds, which `meprop --help` need not wait
 
+        if config.accelerator == "cuda" and not torch.cuda.is_available():
+            raise MepropError("--accelerator cuda: torch finds no GPU here; give cpu, or auto")
         self.task, self.config, self.rule, self.seed = task, config, rule, seed
         # Fabric chooses device and precision. Its module wrapper would add a tenth to such short steps, so the loop
         # uses the plain module under `autocast`, which is all that these two precisions ask for.
@@ -249,8 +270,7 @@ class Trainer:
         self.step += 1
         value = loss.item()
         if not isfinite(value):
-            where = f"epoch {self.epoch + 1}, step {self.step} ({self.name}, seed {self.seed})"
-            raise MepropError(f"the loss became {value} in {where}: try a smaller --lr")
+            raise DivergedError(self, f"the loss became {value} in epoch {self.epoch + 1}, step {self.step}")
         self.loss_sum += value
 
     def _set_lr(self) -> None:
@@ -273,8 +293,7 @@ class Trainer:
         for split, metrics in (("dev", dev), ("test", test)):
             for metric, value in metrics.items():
                 if not isfinite(value):
-                    where = f"epoch {self.epoch + 1} ({self.name}, seed {self.seed})"
-                    raise MepropError(f"{split} {metric} became {value} in {where}: try a smaller --lr")
+                    raise DivergedError(self, f"{split} {metric} became {value} in epoch {self.epoch + 1}")
         self.curve.append(EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step))
         self.step, self.loss_sum, self._batches = 0, 0.0, None
         self._epoch_order = self._order.get_state()

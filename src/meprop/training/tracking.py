@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,8 +17,7 @@ import torch
 
 import meprop
 from meprop import machine
-from meprop.errors import DataError
-from meprop.training.loop import Run, Trainer
+from meprop.training.loop import Run, Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -36,7 +37,7 @@ class Result:
     machine: dict[str, Any]
     versions: dict[str, str]
     commit: str | None
-    """Of meprop's source checkout, with `-dirty` if it had changes; None if it is not a checkout."""
+    """Of meprop's source checkout, with `-dirty` if its code had changes; None if it is not a checkout."""
     runs: list[Run]
 
 
@@ -56,8 +57,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
-    """Return the commit of meprop's source checkout, with `-dirty` if it has changes; None if it is not one."""
+    """Return the commit of meprop's source checkout, with `-dirty` if its code has changes; None if it is not one.
+
+    It is read once: long runs call this before anything else, so that it is that of the code that runs.
+    """
     checkout = Path(__file__).resolve().parents[3]
     if not (checkout / ".git").exists():
         return None
@@ -67,7 +72,7 @@ def commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "src", "csrc") else "")
     except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
         return None
 
@@ -75,6 +80,30 @@ def commit() -> str | None:
 def plain(settings: Any) -> dict[str, Any]:
     """Return a dataclass as nested JSON data: tuples as lists, paths as strings."""
     return json.loads(json.dumps(asdict(settings), default=str))
+
+
+def settings(task: Any, training: TrainingConfig, rule: str) -> dict[str, Any]:
+    """Return all that a run's outcome depends on beside its seed and data, as plain data by option name."""
+    found = {**plain(task), **plain(training), "rule": rule}
+    unused = ("data_dir", "seeds", *(("k", "scope") if rule == "dense" else ()))
+    return {name: value for name, value in found.items() if name not in unused}
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any], task: type[Any]) -> str:
+    """Return in words how settings differ; empty if they do not.
+
+    Args:
+        then: The settings of a run that was saved. An option that did not exist then had what is its default now.
+        now: The settings today.
+        task: The class of the task's config, which has the defaults.
+    """
+    defaults = {**plain(task()), **plain(TrainingConfig())}
+    then = {**{name: value for name, value in defaults.items() if name in now}, **then}
+    return ", ".join(
+        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    )
 
 
 def claim_folder(out: Path, *, overwrite: bool) -> None:
@@ -95,23 +124,6 @@ def write_result(path: Path, result: Any) -> None:
     """Write a `Result`, or the dataclass of a benchmark, as JSON."""
     content = json.dumps(plain(result), indent=2, allow_nan=False).encode() + b"\n"
     machine.write_atomically(path, lambda file: file.write(content))
-
-
-def read_result(path: Path) -> Result:
-    """Read what `write_result` wrote.
-
-    Raises:
-        DataError: The file is damaged or no result of meprop.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        content["runs"] = [Run(**run) for run in content["runs"]]
-        return Result(**content)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{path} is damaged or not a result of meprop ({type(error).__name__}: {error}); restore it from a copy, "
-            "or delete it to have the run repeated"
-        ) from error
 
 
 class LiveCurves:
