@@ -190,7 +190,7 @@ def test_mixed_encodings_are_named_with_their_line(tmp_path, mark):
         read(path)
 
 
-@pytest.mark.parametrize("contents", [b"", b"\n\n\n", gzip.compress(b"")])
+@pytest.mark.parametrize("contents", [b"", b"\n\n\n", gzip.compress(b"")], ids=["nothing", "empty lines", "empty gzip"])
 def test_a_file_without_sentences(tmp_path, contents):
     path = tmp_path / "empty.conllu"
     path.write_bytes(contents)
