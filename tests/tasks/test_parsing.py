@@ -124,6 +124,8 @@ def test_words_tags_and_relations_have_numbers_of_their_own():
     ):
         numbers += [symbols.nothing, symbols.root, symbols.unknown, *(symbols[symbol] for symbol in known)]
     assert sorted(numbers) == list(range(vocabulary.relations.end))
+    in_order = [vocabulary.words[form] for form in sorted([*SAW.forms, "yes"])]
+    assert in_order == sorted(in_order)  # in each process the same, unlike a set's order
 
 
 class LiteralFeatures(Literal):
@@ -222,6 +224,17 @@ def test_a_treebank_without_the_tags_is_refused(tmp_path, tags, other):
     load(config(folder, tags=other))
 
 
+@pytest.mark.parametrize("split", ["development", "test"])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("yes INTJ _ 0 root", "have no xpos tags.*--tags upos"), ("! PUNCT . 0 root", "nothing but punctuation.*Use a")],
+)
+def test_sentences_that_cannot_be_parsed_or_scored_are_refused(tmp_path, split, word, message):
+    dev, test = ([sentence(word)] if split == name else [SAW] for name in ("development", "test"))
+    with pytest.raises(DataError, match=rf"{tmp_path}: the {split} sentences .*{message}"):
+        load(config(write(tmp_path, [SAW], dev, test)))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -250,21 +263,24 @@ def test_real_ewt(real_treebank):
 
 
 class Chance(nn.Module):
-    """A model that likes transitions at random, also those that are not allowed."""
+    """A model that likes transitions at random, also those that are not allowed, or all of them the same."""
 
-    def __init__(self, transitions):
+    def __init__(self, transitions, constant):
         super().__init__()
         self.transitions = nn.Parameter(torch.zeros(transitions))
+        self.constant = constant
 
     def forward(self, features):
-        return torch.randn(len(features), len(self.transitions))
+        liking = self.transitions + torch.randn(len(features), len(self.transitions))
+        return liking if self.constant is None else torch.full_like(liking, self.constant)
 
 
-def test_every_outcome_is_a_tree_with_one_root(tmp_path):
+@pytest.mark.parametrize("constant", [None, -math.inf, math.inf, math.nan])
+def test_every_outcome_is_a_tree_with_one_root(tmp_path, constant):
     sentences = [*random_sentences(200, 30), YES, SAW, CROSSED]
     data = load(config(write(tmp_path, [SAW], sentences, [YES])))
     torch.manual_seed(0)
-    heads, relations = parse(Chance(len(data.vocabulary.kinds)), data.dev, data.vocabulary)
+    heads, relations = parse(Chance(len(data.vocabulary.kinds), constant), data.dev, data.vocabulary)
     for row, parsed in enumerate(sentences):
         length = len(parsed.forms)
         tree = heads[row, 1 : length + 1].tolist()
@@ -331,6 +347,38 @@ def test_the_model_is_plain_torch_of_the_configured_shape(tmp_path):
     assert widths == [(48 * 7, 16), (16, 12), (12, 1 + 2 * 4 + 1)]
 
 
+def test_a_model_without_dropout_has_no_layers_for_it(tmp_path):
+    model = ParsingTask(config(write(tmp_path, [SAW], [SAW], [SAW]), hidden=(16,), dropout=0.0)).build_model()
+    assert [type(layer) for layer in model] == [nn.Embedding, nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_embeddings_start_small_and_hidden_layers_by_he(task):
+    torch.manual_seed(0)
+    embedding, _, hidden, *_ = task.build_model()
+    assert embedding.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    assert hidden.weight.std().item() == pytest.approx(math.sqrt(2 / hidden.in_features), rel=0.1)
+    assert not hidden.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "test"),
+    [
+        ("UH root", "UH root", "UH dep"),
+        ("UH root", "XX root", "UH root"),
+        ("XX root", "UH root", "UH root"),  # other features
+        ("UH dep", "UH root", "UH root"),  # other targets
+    ],
+    ids=["test", "dev", "features", "targets"],
+)
+def test_the_fingerprint_changes_with_the_data(tmp_path, train, dev, test):
+    def fingerprint(folder, *kinds):
+        splits = [[sentence(f"yes INTJ {tag} 0 {relation}")] for tag, relation in map(str.split, kinds)]
+        splits[0] += [SAW, sentence("no INTJ UH 0 dep"), sentence("no INTJ XX 0 root")]  # symbols stay the same
+        return ParsingTask(config(write(tmp_path / folder, *splits))).fingerprint
+
+    assert fingerprint("a", train, dev, test) != fingerprint("b", "UH root", "UH root", "UH root")
+
+
 def test_an_epoch_shows_each_transition_once_in_the_generators_order(task):
     def epoch(seed):
         return list(task.train_batches(torch.Generator().manual_seed(seed)))
@@ -356,8 +404,7 @@ def test_evaluate_is_without_dropout_and_leaves_mode_and_random_state_alone(task
     for split, sentences in (("dev", task.data.dev), ("test", task.data.test)):
         result = task.evaluate(model, split)
         assert all(layer.training == training for layer in model)
-        with torch.no_grad():
-            expected = scores(sentences, *parse(model.eval(), sentences, task.data.vocabulary))
+        expected = scores(sentences, *parse(model.eval(), sentences, task.data.vocabulary))
         model.train(training)
         assert result == expected
     assert torch.equal(torch.get_rng_state(), state)

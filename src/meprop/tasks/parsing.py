@@ -209,21 +209,28 @@ def load(config: ParsingConfig) -> ParsingData:
     """Find, or download, the treebank, and turn its training trees into transitions.
 
     Raises:
-        DataError: see `treebank.load`; or the treebank lacks what is needed to learn from it.
+        DataError: see `treebank.load`; or the treebank lacks what is needed to learn from it, or to score.
     """
     bank = treebank.load(config.data_dir)
     derived = [(sentence, steps) for sentence in bank.train if (steps := oracle(sentence.heads)) is not None]
     train = [sentence for sentence, _ in derived]
+    folder = locate(config.data_dir)
     if all(len(sentence.forms) == 1 for sentence in train):
         raise DataError(
-            f"{locate(config.data_dir)}: none of the {len(bank.train)} training sentences has several words and a "
+            f"{folder}: none of the {len(bank.train)} training sentences has several words and a "
             "projective tree, so there is nothing to learn from. Use a treebank that has some."
         )
-    if all(tag == "_" for sentence in train for tag in _tags(sentence, config.tags)):
-        raise DataError(
-            f"{locate(config.data_dir)}: the training sentences have no {config.tags} tags. "
-            f"Use --tags {'upos' if config.tags == 'xpos' else 'xpos'}, or a treebank that has them."
-        )
+    for split, sentences in (("training", train), ("development", bank.dev), ("test", bank.test)):
+        if all(tag == "_" for sentence in sentences for tag in _tags(sentence, config.tags)):
+            raise DataError(
+                f"{folder}: the {split} sentences have no {config.tags} tags. "
+                f"Use --tags {'upos' if config.tags == 'xpos' else 'xpos'}, or a treebank that has them."
+            )
+        if all(tag == "PUNCT" for sentence in sentences for tag in sentence.upos):
+            raise DataError(
+                f"{folder}: the {split} sentences are nothing but punctuation (the universal tag PUNCT). "
+                "Use a treebank that has other words."
+            )
     vocabulary = Vocabulary(train, config.tags)
     features, targets = _examples(Sentences(train, vocabulary), [steps for _, steps in derived], vocabulary)
     return ParsingData(
@@ -329,7 +336,6 @@ class ParsingTask:
         features, targets = batch
         return F.cross_entropy(model(features), targets)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
         """Parse a split greedily, in evaluation mode, and return the attachment scores: see `scores`."""
         sentences = self.data.dev if split == "dev" else self.data.test
@@ -342,6 +348,7 @@ class ParsingTask:
         return scores(sentences, heads, relations)
 
 
+@torch.no_grad()
 def parse(
     model: nn.Module, sentences: Sentences, vocabulary: Vocabulary
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -358,7 +365,7 @@ def parse(
         features = torch.from_numpy(sentences.features(rows, configurations, relations))
         logits = model(features.to(device)).float().cpu().numpy()
         allowed = configurations.allowed(rows)[:, vocabulary.kinds]
-        best = np.where(allowed, logits, -np.inf).argmax(axis=1)
+        best = np.where(allowed, np.nan_to_num(logits), -np.inf).argmax(axis=1)  # an allowed one, even of all -inf
         words = configurations.advance(rows, vocabulary.kinds[best])
         relations[rows, words] = vocabulary.given[best]
     return configurations.heads, relations
@@ -369,7 +376,8 @@ def scores(sentences: Sentences, heads: NDArray[np.int32], relations: NDArray[np
 
     ``uas`` is the share of words with the right head, ``las`` of those with the right head and relation: all words, as
     in the CoNLL 2018 shared task. ``uas_nopunct`` and ``las_nopunct`` leave out punctuation, which is, as usual, what
-    has the tag of punctuation in the treebank (PUNCT of the universal ones), whatever its relation.
+    has the tag of punctuation in the treebank (PUNCT of the universal ones), whatever its relation. A treebank without
+    universal tags has no such words.
     """
     right_head = heads == sentences.heads
     right_both = right_head & (relations == sentences.relations)
