@@ -117,4 +117,38 @@ struct LstmBackward {
 
 Status lstm_backward(const Kernels& kernels, LstmBackward call);
 
+// One step of an optimizer on a parameter [rows, width] whose gradient has `count` rows that are not zero, the others
+// being asleep. All float32 and contiguous.
+struct SparseRows {
+  int64_t rows, width, count;
+  const int64_t* indices;  // [count], ascending
+  const float* grad;       // [count, width]
+  float* weight;
+  Bf16* narrow;     // [rows, width], or null: gets what becomes of the weights, as bfloat16
+  bool every_row;   // whether sleeping rows move too, with a gradient of zeros
+  float* row_step;  // [rows], or null: the step until which a row's state is up to date; what it missed is made up first
+  double step;      // the number of this step, from 1
+  int threads;
+};
+
+struct Sgd {
+  float* buffer;  // or null, without momentum
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov;
+};
+struct Adam {
+  float* first;
+  float* second;
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled;  // weight decay as AdamW's
+};
+struct Adagrad {
+  float* sum;
+  double lr, eps, weight_decay;
+};
+
+Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& options);
+Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& options);
+Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options);
+
 }  // namespace meprop

@@ -103,11 +103,37 @@ struct LstmKernels {
                         float* gate_sums);
 };
 
+// What an optimizer does to one row of a parameter, whose gradient is g (zeros, where the gradient is null): first
+// g += l2 * w. Where `narrow` is not null, it gets the new weights rounded to bfloat16.
+struct SgdStep {
+  float l2, lr, momentum;
+  float keep, add;  // buffer = keep * buffer + add * g
+  bool nesterov;    // w -= lr * (g + momentum * buffer), instead of lr * buffer
+};
+struct AdamStep {
+  float l2;
+  float shrink;             // w *= shrink
+  float keep_first, first;  // exp_avg = keep_first * exp_avg + first * g
+  float keep_second, second;
+  float step_size, root_scale, eps;  // w -= step_size * exp_avg / (root_scale * sqrt(exp_avg_sq) + eps)
+};
+struct AdagradStep {
+  float l2, lr, eps;  // sum += g * g; w -= lr * g / (sqrt(sum) + eps)
+};
+
+struct OptimizerKernels {
+  void (*sgd)(const SgdStep& step, int64_t width, const float* grad, float* weight, float* buffer, Bf16* narrow);
+  void (*adam)(const AdamStep& step, int64_t width, const float* grad, float* weight, float* first, float* second,
+               Bf16* narrow);
+  void (*adagrad)(const AdagradStep& step, int64_t width, const float* grad, float* weight, float* sum, Bf16* narrow);
+};
+
 struct Kernels {
   const char* level;
   TypedKernels<float> f32;
   TypedKernels<Bf16> bf16;
   LstmKernels lstm;
+  OptimizerKernels optimizer;
 };
 
 extern const Kernels kScalar;

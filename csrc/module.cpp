@@ -182,6 +182,68 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return finish(status);
 }
 
+// The arguments of an optimizer's step: those of all, `integers` of them, then `count` floats; the first is the step.
+constexpr Py_ssize_t kRowsIntegers = 10;
+bool read_step(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_ssize_t count, int64_t* a, double* f,
+               SparseRows* call) {
+  if (given != integers + count) {
+    PyErr_Format(PyExc_TypeError, "expected %zd integers and %zd floats, got %zd arguments", integers, count, given);
+    return false;
+  }
+  if (!read_integers(args, integers, integers, a)) return false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    f[i] = PyFloat_AsDouble(args[integers + i]);
+    if (f[i] == -1 && PyErr_Occurred() != nullptr) return false;
+  }
+  *call = {a[0],
+           a[1],
+           a[2],
+           address<const int64_t>(a[3]),
+           address<const float>(a[4]),
+           address<float>(a[5]),
+           address<Bf16>(a[6]),
+           a[7] != 0,
+           address<float>(a[8]),
+           f[0],
+           thread_count(a[9])};
+  return true;
+}
+
+template <class Options>
+PyObject* run_step(Status (*update)(const Kernels&, const SparseRows&, const Options&), const SparseRows& call,
+                   const Options& options) {
+  Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = update(*active, call, options);
+  Py_END_ALLOW_THREADS;
+  return finish(status);
+}
+
+PyObject* py_sgd_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[kRowsIntegers + 2];
+  double f[5];
+  SparseRows call;
+  if (!read_step(args, given, kRowsIntegers + 2, 5, a, f, &call)) return nullptr;
+  return run_step<Sgd>(sgd_rows, call, {address<float>(a[10]), f[1], f[2], f[3], f[4], a[11] != 0});
+}
+
+PyObject* py_adam_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[kRowsIntegers + 3];
+  double f[6];
+  SparseRows call;
+  if (!read_step(args, given, kRowsIntegers + 3, 6, a, f, &call)) return nullptr;
+  return run_step<Adam>(adam_rows, call,
+                        {address<float>(a[10]), address<float>(a[11]), f[1], f[2], f[3], f[4], f[5], a[12] != 0});
+}
+
+PyObject* py_adagrad_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[kRowsIntegers + 1];
+  double f[4];
+  SparseRows call;
+  if (!read_step(args, given, kRowsIntegers + 1, 4, a, f, &call)) return nullptr;
+  return run_step<Adagrad>(adagrad_rows, call, {address<float>(a[10]), f[1], f[2], f[3]});
+}
+
 PyObject* py_levels(PyObject*, PyObject*) {
   int count;
   const Level* all = levels(&count);
@@ -230,6 +292,14 @@ PyMethodDef methods[] = {
      "lstm_backward(rows, steps, sizes, reverse, scope, units, inputs, k, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, "
      "x_ld, h, c, gates, grad_output, grad_last_h, grad_last_c, grad_x, grad_weight_ih, grad_weight_hh, grad_bias, "
      "grad_h0, grad_c0, threads), all float32"},
+    {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
+     "sgd_rows(rows, width, count, indices, grad, weight, narrow, every_row, row_step, threads, buffer, nesterov, step, lr, "
+     "momentum, dampening, weight_decay)"},
+    {"adam_rows", as_method(py_adam_rows), METH_FASTCALL,
+     "adam_rows(rows, width, count, indices, grad, weight, narrow, every_row, row_step, threads, exp_avg, exp_avg_sq, "
+     "decoupled, step, lr, beta1, beta2, eps, weight_decay)"},
+    {"adagrad_rows", as_method(py_adagrad_rows), METH_FASTCALL,
+     "adagrad_rows(rows, width, count, indices, grad, weight, narrow, every_row, row_step, threads, sum, step, lr, eps, weight_decay)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

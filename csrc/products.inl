@@ -7,6 +7,13 @@
 // first (pack). Sums run in the order of the terms, in
 // float32, whoever computes them: the result does not depend on the number of threads.
 
+// To the nearest bfloat16, ties to even, in the upper half of each word. A NaN stays one.
+inline U32 rounded_to_bf16(F32 a) {
+  const U32 bits = as_bits(a);
+  const U32 half = plus(splat(0x7fffu), both(down_16(bits), splat(1)));
+  return where_nan(a, splat(0x7fc00000u), plus(bits, half));
+}
+
 // A line of T: one vector of words. Lines of bfloat16 hold two entries a word, summed apart as floats.
 template <class T>
 struct Line;
@@ -43,15 +50,7 @@ struct Line<Bf16> {
     odd = multiply_add(coefficient, from.odd, odd);
   }
   void store(Bf16* to) const {
-    store_words(to, either(down_16(rounded(even)), both(rounded(odd), splat(0xffff0000u))));
-  }
-
- private:
-  // To the nearest bfloat16, ties to even, in the upper half of each word. A NaN stays one.
-  static U32 rounded(F32 a) {
-    const U32 bits = as_bits(a);
-    const U32 half = plus(splat(0x7fffu), both(down_16(bits), splat(1)));
-    return where_nan(a, splat(0x7fc00000u), plus(bits, half));
+    store_words(to, either(down_16(rounded_to_bf16(even)), both(rounded_to_bf16(odd), splat(0xffff0000u))));
   }
 };
 

@@ -41,6 +41,7 @@ inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 inline F32 subtract(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 inline F32 multiply(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 inline F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+inline F32 square_root(F32 a) { return _mm256_sqrt_ps(a); }
 // Within the bounds; NaN stays NaN: of two operands, minimum and maximum give the second where one is NaN.
 inline F32 clamp(F32 a, float low, float high) {
   return _mm256_min_ps(broadcast(high), _mm256_max_ps(broadcast(low), a));

@@ -34,6 +34,7 @@ inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 subtract(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 multiply(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 divide(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+inline F32 square_root(F32 a) { return _mm512_sqrt_ps(a); }
 // Within the bounds; NaN stays NaN: of two operands, minimum and maximum give the second where one is NaN.
 inline F32 clamp(F32 a, float low, float high) {
   return _mm512_min_ps(broadcast(high), _mm512_max_ps(broadcast(low), a));

@@ -44,6 +44,7 @@ inline F32 add(F32 a, F32 b) { return a + b; }
 inline F32 subtract(F32 a, F32 b) { return a - b; }
 inline F32 multiply(F32 a, F32 b) { return a * b; }
 inline F32 divide(F32 a, F32 b) { return a / b; }
+inline F32 square_root(F32 a) { return __builtin_sqrtf(a); }
 // Within the bounds; NaN stays NaN.
 inline F32 clamp(F32 a, float low, float high) { return a < low ? low : a > high ? high : a; }
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }

@@ -69,7 +69,7 @@ def _tasks() -> dict[str, _TaskEntry]:
             parsing.ParsingTask,
             parsing.locate,
             parsing.load,
-            TrainingConfig(epochs=10, k=20, lr=1e-2),
+            TrainingConfig(epochs=6, k=20, lr=2e-3),
         ),
     }
 
@@ -502,6 +502,59 @@ class BenchLayers(Generic[TaskConfig]):
             raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
 
 
+@dataclass(frozen=True)
+class BenchStep:
+    """Time whole training steps of multilayer perceptrons, dense and sparse: forward pass, backward pass, optimizer."""
+
+    out: Path = Path("runs/bench-step")
+    """Folder for result.json and the figure."""
+    models: tuple[str, ...] = ("841-2500-2000-1500-1000-500-10@100", "784-500-500-10@100", "784-500-500-10@10")
+    """Widths and batch of each."""
+    optimizers: tuple[Literal["sgd", "momentum", "adagrad", "adam", "adamw"], ...] = ("adam",)
+    """With each of which to time each model; sgd is without momentum."""
+    k: int | float = 0.04
+    """How many entries of each hidden layer's output gradient are kept: a count (20), or a share of the features."""
+    seconds: float = 3.0
+    """To spend on each way of doing the step; a slow one takes longer, for 9 rounds."""
+    threads: int = 0
+    """Threads of dense and sparse alike; 0 for torch's own choice."""
+    page: Path | None = None
+    """Replace the section of this Markdown file by the results, and draw the figure beside it."""
+    overwrite: bool = False
+    """Replace an earlier experiment in --out."""
+
+    def run(self) -> None:
+        """Check and time, and write and show the result."""
+        from meprop.bench import step
+        from meprop.reporting import bench_step as report
+        from meprop.reporting import pages
+
+        _check_seconds(self.seconds)
+        meprop.TopK(self.k)
+        models = [step.Model.parse(name) for name in self.models]
+        if not models or not self.optimizers:
+            raise ValueError("--models and --optimizers: there must be at least one of each")
+        if self.page is not None:
+            pages.check_section(self.page, report.SECTION)
+
+        def show(result: step.CaseResult) -> None:
+            _note(f"{result.name}: {'WRONG' if any(way.wrong for way in result.ways) else 'timed'}")
+
+        with _threads(self.threads):
+            tracking.claim_folder(self.out, overwrite=self.overwrite)
+            bench = step.run(models, self.optimizers, self.k, self.seconds, tracking.plain(self), show)
+        path = self.out / tracking.RESULT
+        tracking.write_result(path, bench)
+        report.draw(bench, self.out / report.FIGURE)
+        if self.page is not None:
+            report.draw(bench, self.page.parent / report.FIGURE)
+            pages.write_sections(self.page, {report.SECTION: report.markdown(bench)})
+        print(report.table(bench.cases))
+        print(f"\n{report.LEGEND}\nwritten: {path}, {self.out / report.FIGURE}")
+        if bench.wrong:
+            raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
+
+
 def _check_seconds(seconds: float) -> None:
     if not 0 < seconds < float("inf"):
         raise ValueError(f"--seconds must be a positive number, got {seconds}")
@@ -677,6 +730,7 @@ def _parse(argv: list[str]) -> Any:
         Annotated[BenchLinear, subcommand("linear")],
         Annotated[BenchLstm, subcommand("lstm")],
         with_tasks("layers", BenchLayers, layers),
+        Annotated[BenchStep, subcommand("step")],
     ]
     names: Any = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")]
     commands: Any = Union[  # noqa: UP007 - `|` takes no Any

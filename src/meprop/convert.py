@@ -110,6 +110,7 @@ def convert(
     filter: Filter | None = None,
     min_features: int = 128,
     sparse_grad: bool = False,
+    compute_dtype: torch.dtype | None = None,
     when: When = "auto",
 ) -> ConversionReport:
     """Lets the linear layers and LSTMs of a model back-propagate only what `rule` keeps. In place.
@@ -130,6 +131,9 @@ def convert(
         sparse_grad: Make each weight.grad a sparse tensor of the kept rows; for rules with scope "batch". Such layers
             are always sparse, as their optimizer counts on it. LSTMs stay dense then: they choose anew at each time
             step, so that most rows of their weights get a gradient.
+        compute_dtype: torch.bfloat16: linear layers form their products in bfloat16, from a copy of the weight that is
+            kept from step to step; weights, gradients and activations stay what they are. See
+            `meprop.functional.linear`. LSTMs take no part.
         when: "auto": at its first backward pass (an LSTM: forward pass) each layer measures, for the number of rows it
             then gets, whether being sparse is faster than dense on this machine, and stays with the answer; it is
             remembered in the cache folder ($MEPROP_CACHE), so that later runs decide alike. Under torch.compile, where
@@ -140,7 +144,8 @@ def convert(
 
     Raises:
         TypeError: `model` or `rule` is of the wrong type.
-        ValueError: `min_features` is below 1, `when` is unknown, or `sparse_grad` does not go with the rule.
+        ValueError: `min_features` is below 1, `when` or `compute_dtype` is unknown, or `sparse_grad` does not go with
+            the rule.
         NotSupportedError: the model, or a part of it, is wrapped in DistributedDataParallel, FSDP, DataParallel or
             torch.compile: convert before wrapping.
 
@@ -148,7 +153,7 @@ def convert(
         NoEffectWarning: no layer back-propagates sparsely.
     """
     _check_model(model)
-    check_rule(rule, sparse_grad)
+    check_rule(rule, sparse_grad, compute_dtype)
     if when not in get_args(When):
         raise ValueError(f"when={when!r}; it is 'auto' or 'always'")
     if min_features < 1:
@@ -164,7 +169,8 @@ def convert(
                 vars(layer)[_REASON] = reason
             continue
         vars(layer).pop(_REASON, None)
-        vars(layer).update(sparse_state(rule, sparse_grad, when))
+        layer_dtype = None if isinstance(layer, torch.nn.LSTM) else compute_dtype
+        vars(layer).update(sparse_state(rule, sparse_grad, layer_dtype, when))
         _become(layer, _SPARSE_CLASSES.get(type(layer), type(layer)))
 
     result = report(model)

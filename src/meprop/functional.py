@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meprop import ops
+from meprop import copies, ops
 from meprop.errors import NotSupportedError
 from meprop.rules import Rule
 
@@ -27,11 +27,13 @@ class _Linear(torch.autograd.Function):
         rule: Rule,
         sparse_grad: bool,
         decide: Decide | None,
+        copy: Tensor | None,
     ) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        ctx.rule, ctx.sparse_grad, ctx.decide = rule, sparse_grad, decide
-        return F.linear(x, weight, bias)
+        factor = weight if copy is None else copy
+        ctx.save_for_backward(x if needs_weight else None, factor if needs_x else None)
+        ctx.rule, ctx.sparse_grad, ctx.decide, ctx.weight_dtype = rule, sparse_grad, decide, weight.dtype
+        return F.linear(x, factor, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,7 +50,9 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = gradients
         if grad_x is not None and grad_output.dim() != 2:
             grad_x = grad_x.view(*grad_output.shape[:-1], inputs)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def _refuse_second_derivatives() -> None:
@@ -81,12 +85,22 @@ def _dense_backward(grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None,
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rule: Rule, sparse_grad: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rule: Rule,
+    sparse_grad: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
     """y = x W^T + b, exactly; backwards, only what `rule` keeps of the output gradient g is propagated.
 
     With S the kept part of g: dx = S W, dW = S^T x (meProp, section 3.1); db is the sum of the whole g. Sums are formed
     in float32 (float64 for float64 tensors), and gradients have the dtype of the tensors. Under autocast, x, weight and
-    bias are cast as torch does for its own linear.
+    bias are cast as torch does for its own linear, but of a float32 weight one bfloat16 copy is kept from call to call
+    and renewed when the weight has changed (`meprop.copies`); a step of `meprop.optim` on a row-sparse gradient renews
+    it by the way.
 
     Args:
         x: Input [*, I].
@@ -95,6 +109,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rule: Rule,
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         sparse_grad: Make weight.grad a sparse tensor of the kept rows, as `torch.nn.Embedding(sparse=True)` does. For
             rules that keep the same columns for the whole batch (scope "batch").
+        compute_dtype: torch.bfloat16: form the products, forwards and backwards, in bfloat16 as under autocast, but
+            give the output in the dtype of x. Under autocast it has no say. None: in the dtype of the tensors.
 
     Returns:
         Output [*, O], bit for bit `torch.nn.functional.linear`'s.
@@ -102,31 +118,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rule: Rule,
     Raises:
         NotSupportedError: In the backward pass, with create_graph=True; under torch.compile, with sparse_grad.
         TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
-        ValueError: sparse_grad with a rule whose rows keep entries of their own.
+        ValueError: sparse_grad with a rule whose rows keep entries of their own; another compute_dtype.
     """
-    check_rule(rule, sparse_grad)
-    return apply_linear(x, weight, bias, rule, sparse_grad, None)
+    check_rule(rule, sparse_grad, compute_dtype)
+    return apply_linear(x, weight, bias, rule, sparse_grad, None, compute_dtype)
 
 
 def apply_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, sparse_grad: bool, decide: Decide | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: Rule,
+    sparse_grad: bool,
+    decide: Decide | None,
+    compute_dtype: torch.dtype | None,
 ) -> Tensor:
     """`linear` with checked arguments; `decide`, where given, is asked in the backward pass whether to be sparse."""
     if not weight.is_floating_point():
         raise TypeError(
             f"weight is of dtype {weight.dtype}; sparse back-propagation is for floating dtypes, not complex"
         )
-    needs_rule = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not needs_rule or rule.count(weight.shape[0]) >= weight.shape[0]:
+    if compute_dtype is not None and not torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, compute_dtype):
+            return apply_linear(x, weight, bias, rule, sparse_grad, decide, None).to(x.dtype)
+    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if needs_gradients and rule.count(weight.shape[0]) >= weight.shape[0]:
         return F.linear(x, weight, bias)
     if sparse_grad and torch.compiler.is_compiling():
         raise NotSupportedError(
             "sparse_grad=True: torch.compile has no sparse gradients; use sparse_grad=False with it"
         )
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
-    return _Linear.apply(x, weight, bias, rule, sparse_grad, decide)  # pyright: ignore[reportReturnType]  (apply is untyped)
+    copy = None
+    if torch.is_autocast_enabled(x.device.type):
+        x, bias = _autocast(x), None if bias is None else _autocast(bias)
+        if not torch.compiler.is_compiling() and copies.serves(weight, x.dtype):
+            copy = copies.of(weight)
+        else:
+            weight = _autocast(weight)
+    if not needs_gradients:
+        return F.linear(x, weight if copy is None else copy, bias)
+    return _Linear.apply(x, weight, bias, rule, sparse_grad, decide, copy)  # pyright: ignore[reportReturnType]  (apply is untyped)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -299,8 +330,10 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
         )
 
 
-def check_rule(rule: Rule, sparse_grad: bool = False) -> None:
-    """Raises the errors of `linear` that concern the rule."""
+def check_rule(rule: Rule, sparse_grad: bool = False, compute_dtype: torch.dtype | None = None) -> None:
+    """Raises the errors of `linear` that concern the rule and what goes with it."""
+    if compute_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"compute_dtype={compute_dtype!r}; it is torch.bfloat16 or None")
     if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers without a type checker)
         raise TypeError(f"rule={rule!r} is of type {type(rule).__name__}; it must be a rule such as meprop.TopK(0.05)")
     if sparse_grad and getattr(rule, "scope", "batch") != "batch":

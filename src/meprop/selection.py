@@ -79,3 +79,20 @@ def _check(values: Tensor, indices: Tensor, shape: torch.Size, form: str) -> Non
             f"a selection is values [N, k] with int32 indices {form}, not values {list(values.shape)} with "
             f"{indices.dtype} indices {list(indices.shape)}"
         )
+
+
+@dataclass(frozen=True)
+class AwakeRows:
+    """The rows of a parameter [O, *] that an optimizer's step has a gradient for; the others are asleep.
+
+    Attributes:
+        indices: Which they are [k], int64, ascending.
+        values: Their gradients [k, *].
+        every_row: Whether sleeping rows move as well, with a gradient of zeros.
+        row_step: The step until which each row's state is up to date [O], float32, and then made so; None: all are.
+    """
+
+    indices: Tensor
+    values: Tensor
+    every_row: bool = False
+    row_step: Tensor | None = None

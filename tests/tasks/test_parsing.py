@@ -241,6 +241,7 @@ def test_sentences_that_cannot_be_parsed_or_scored_are_refused(tmp_path, split, 
         ("tags", "pos"),
         ("embedding", 0),
         ("hidden", (500, 0)),
+        ("activation", "cube"),
         ("dropout", 1.0),
         ("dropout", -0.1),
         ("dropout", float("nan")),
@@ -350,6 +351,11 @@ def test_the_model_is_plain_torch_of_the_configured_shape(tmp_path):
 def test_a_model_without_dropout_has_no_layers_for_it(tmp_path):
     model = ParsingTask(config(write(tmp_path, [SAW], [SAW], [SAW]), hidden=(16,), dropout=0.0)).build_model()
     assert [type(layer) for layer in model] == [nn.Embedding, nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_the_activation_is_the_configured_one(tmp_path):
+    model = ParsingTask(config(write(tmp_path, [SAW], [SAW], [SAW]), activation="tanh")).build_model()
+    assert [type(layer) for layer in model if isinstance(layer, nn.ReLU | nn.Tanh)] == [nn.Tanh, nn.Tanh]
 
 
 def test_embeddings_start_small_and_hidden_layers_by_he(task):

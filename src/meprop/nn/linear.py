@@ -28,6 +28,7 @@ class Linear(torch.nn.Linear):
         dtype: Of the parameters.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         sparse_grad: Make weight.grad a sparse tensor of the kept rows; see `meprop.functional.linear`.
+        compute_dtype: torch.bfloat16: form the products in bfloat16; see there.
 
     Attributes:
         when: "always" sparse, or "auto": only if measured to be faster.
@@ -35,11 +36,12 @@ class Linear(torch.nn.Linear):
 
     Raises:
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` with a rule whose rows keep entries of their own.
+        ValueError: `sparse_grad` with a rule whose rows keep entries of their own; another compute_dtype.
     """
 
     rule: Rule
     sparse_grad: bool
+    compute_dtype: torch.dtype | None
     when: When
     decision: speed.Decision | None
 
@@ -53,20 +55,23 @@ class Linear(torch.nn.Linear):
         *,
         rule: Rule,
         sparse_grad: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
-        functional.check_rule(rule, sparse_grad)
+        functional.check_rule(rule, sparse_grad, compute_dtype)
         super().__init__(in_features, out_features, bias, device, dtype)
-        vars(self).update(sparse_state(rule, sparse_grad, "always"))
+        vars(self).update(sparse_state(rule, sparse_grad, compute_dtype, "always"))
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
         compiling = torch.compiler.is_compiling()
         dense = self.decision is not None and not self.decision.sparse
-        if dense and (compiling or not _saved_tensors_are_hooked()):
+        if dense and self.compute_dtype is None and (compiling or not _saved_tensors_are_hooked()):
             return F.linear(input, self.weight, self.bias)
         asks = self.when == "auto" and not compiling and (dense or self.decision is None)
         decide = self._decide if asks else None
-        return functional.apply_linear(input, self.weight, self.bias, self.rule, self.sparse_grad, decide)
+        return functional.apply_linear(
+            input, self.weight, self.bias, self.rule, self.sparse_grad, decide, self.compute_dtype
+        )
 
     def _decide(self, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]) -> bool:
         rows, outputs = grad_NO.shape
@@ -80,16 +85,18 @@ class Linear(torch.nn.Linear):
     def extra_repr(self) -> str:
         """As torch's, and the rule."""
         sparse_grad = ", sparse_grad=True" if self.sparse_grad else ""
-        return f"{super().extra_repr()}, rule={self.rule}{sparse_grad}"
+        compute_dtype = f", compute_dtype={self.compute_dtype}" if self.compute_dtype is not None else ""
+        return f"{super().extra_repr()}, rule={self.rule}{sparse_grad}{compute_dtype}"
 
 
-SPARSE_STATE = ("rule", "sparse_grad", "when", "decision")
+SPARSE_STATE = ("rule", "sparse_grad", "compute_dtype", "when", "decision")
 
 
-def sparse_state(rule: Rule, sparse_grad: bool, when: When) -> dict[str, Any]:
+def sparse_state(rule: Rule, sparse_grad: bool, compute_dtype: torch.dtype | None, when: When) -> dict[str, Any]:
     """What a layer has beside a plain one: the attributes that `meprop.convert` gives it, and revert takes."""
     # The optimizer of row-sparse gradients counts on their layout, so there is nothing to decide.
-    return dict(zip(SPARSE_STATE, (rule, sparse_grad, "always" if sparse_grad else when, None), strict=True))
+    when = "always" if sparse_grad else when
+    return dict(zip(SPARSE_STATE, (rule, sparse_grad, compute_dtype, when, None), strict=True))
 
 
 def _saved_tensors_are_hooked() -> bool:

@@ -92,6 +92,7 @@ class LSTM(torch.nn.LSTM):
 
     rule: Rule
     sparse_grad: bool
+    compute_dtype: torch.dtype | None
     when: When
     decision: speed.Decision | None
 
@@ -100,7 +101,7 @@ class LSTM(torch.nn.LSTM):
         super().__init__(*args, **kwargs)
         if self.proj_size > 0:
             raise NotSupportedError(f"proj_size={self.proj_size}: meprop.nn.LSTM has no projections; use torch.nn.LSTM")
-        vars(self).update(sparse_state(rule, False, "always"))
+        vars(self).update(sparse_state(rule, False, None, "always"))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's are overloads)
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None

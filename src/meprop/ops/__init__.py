@@ -3,12 +3,15 @@
 from meprop.ops import library as _library  # noqa: F401  # pyright: ignore[reportUnusedImport]  (defines the operators)
 from meprop.ops.dispatch import (
     Gradients,
+    adagrad_rows,
+    adam_rows,
     backend_info,
     grad_input,
     grad_weight,
     linear_backward,
     lstm_backward,
     lstm_forward,
+    sgd_rows,
     topk_columns,
     topk_linear_backward,
     topk_rows,
@@ -16,12 +19,15 @@ from meprop.ops.dispatch import (
 
 __all__ = [
     "Gradients",
+    "adagrad_rows",
+    "adam_rows",
     "backend_info",
     "grad_input",
     "grad_weight",
     "linear_backward",
     "lstm_backward",
     "lstm_forward",
+    "sgd_rows",
     "topk_columns",
     "topk_linear_backward",
     "topk_rows",

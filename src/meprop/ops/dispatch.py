@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from meprop.ops import native, reference
-from meprop.selection import ColumnSelection, RowSelection, Selection
+from meprop.selection import AwakeRows, ColumnSelection, RowSelection, Selection
 
 _BACKENDS = (native, reference)
 
@@ -154,6 +154,39 @@ def _native_lstm(tensor: Tensor) -> bool:
         and tensor.dtype == torch.float32
         and native.declines(tensor) is None
     )
+
+
+def sgd_rows(weight: Tensor, buffer: Tensor | None, rows: AwakeRows, step: float, **options: Any) -> None:
+    """`reference.sgd_rows`."""
+    backend = _rows_backend(weight, buffer, rows)
+    backend.sgd_rows(weight, buffer, rows, step, **options)
+
+
+def adam_rows(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    rows: AwakeRows,
+    step: float,
+    **options: Any,
+) -> None:
+    """`reference.adam_rows`."""
+    if max_exp_avg_sq is None and _rows_backend(weight, exp_avg, rows, exp_avg_sq) is native:
+        native.adam_rows(weight, exp_avg, exp_avg_sq, rows, step, **options)
+    else:
+        reference.adam_rows(weight, exp_avg, exp_avg_sq, max_exp_avg_sq, rows, step, **options)
+
+
+def adagrad_rows(weight: Tensor, sum_: Tensor, rows: AwakeRows, step: float, **options: Any) -> None:
+    """`reference.adagrad_rows`."""
+    _rows_backend(weight, sum_, rows).adagrad_rows(weight, sum_, rows, step, **options)
+
+
+def _rows_backend(weight: Tensor, state: Tensor | None, rows: AwakeRows, *more: Tensor) -> Any:
+    tensors = (weight, rows.values, *more, *(tensor for tensor in (state, rows.row_step) if tensor is not None))
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return native if plain and native.declines_rows(*tensors) is None else reference
 
 
 def _row_sparse(indices: Tensor, rows: Tensor, width: int) -> Tensor:

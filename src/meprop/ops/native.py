@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from meprop.selection import ColumnSelection, RowSelection
+from meprop import copies
+from meprop.selection import AwakeRows, ColumnSelection, RowSelection
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _ROWS, _COLUMNS = 0, 1
@@ -228,6 +229,89 @@ def topk_lstm_backward(
         torch.get_num_threads(),
     )
     return tuple(results)
+
+
+def declines_rows(*tensors: Tensor) -> str | None:
+    """Why this backend cannot serve an optimizer's step on such tensors (parameter, state, gradient), or None."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.is_neg():
+            return f"native optimizers take contiguous float32 tensors, not {tensor.dtype} {list(tensor.stride())}"
+        if (reason := declines(tensor)) is not None:
+            return reason
+    return None
+
+
+def sgd_rows(
+    weight: Tensor,
+    buffer: Tensor | None,
+    rows: AwakeRows,
+    step: float,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """As `reference.sgd_rows`."""
+    assert _extension is not None
+    common = _rows(weight, rows)
+    _extension.sgd_rows(*common, _address(buffer), nesterov, step, lr, momentum, dampening, weight_decay)
+    _written(weight, buffer)
+
+
+def adam_rows(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: AwakeRows,
+    step: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """As `reference.adam_rows`, without AMSGrad."""
+    assert _extension is not None
+    state = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
+    _extension.adam_rows(*_rows(weight, rows), *state, decoupled, step, lr, *betas, eps, weight_decay)
+    _written(weight, exp_avg, exp_avg_sq)
+
+
+def adagrad_rows(
+    weight: Tensor, sum_: Tensor, rows: AwakeRows, step: float, *, lr: float, eps: float, weight_decay: float
+) -> None:
+    """As `reference.adagrad_rows`."""
+    assert _extension is not None
+    _extension.adagrad_rows(*_rows(weight, rows), sum_.data_ptr(), step, lr, eps, weight_decay)
+    _written(weight, sum_)
+
+
+def _rows(weight: Tensor, rows: AwakeRows) -> tuple[int, ...]:
+    """The arguments that all optimizers have in common."""
+    width = weight[0].numel() if len(weight) else 0
+    return (
+        len(weight),
+        width,
+        len(rows.indices),
+        rows.indices.data_ptr(),
+        rows.values.data_ptr(),
+        weight.data_ptr(),
+        _address(copies.current(weight)),
+        rows.every_row,
+        _address(rows.row_step),
+        torch.get_num_threads(),
+    )
+
+
+def _written(weight: Tensor, *state: Tensor | None) -> None:
+    """Tells autograd that native code has changed these tensors, and the weight's bfloat16 copy, if it had one."""
+    copy = copies.current(weight)
+    torch.autograd.graph.increment_version([t for t in (weight, copy, *state) if t is not None])
+    if copy is not None:
+        copies.rewritten(weight)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -8,11 +8,12 @@ inputs in float64. The paper is meProp (Sun et al., ICML 2017).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import sqrt
 
 import torch
 from torch import Tensor
 
-from meprop.selection import Selection
+from meprop.selection import AwakeRows, Selection
 
 
 def declines(_: Tensor) -> str | None:
@@ -203,3 +204,80 @@ def lstm_backward(
         grad_h if needs[4] else None,
         grad_c if needs[5] else None,
     )
+
+
+def sgd_rows(
+    weight: Tensor,
+    buffer: Tensor | None,
+    rows: AwakeRows,
+    step: float,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """`torch.optim.SGD` on the rows that move, in place; `buffer` is the momentum's, None without momentum."""
+    at, grad, slept = _moving(weight, rows, step)
+    w = weight[at]
+    grad = grad + weight_decay * w
+    if buffer is not None:
+        buffer[at] = buffer[at] * momentum ** (slept + 1) + (1 - dampening) * grad
+        grad = grad + momentum * buffer[at] if nesterov else buffer[at]
+    weight[at] = w - lr * grad
+
+
+def adam_rows(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    rows: AwakeRows,
+    step: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """`torch.optim.Adam` on the rows that move, in place, or AdamW, with decoupled weight decay.
+
+    With AMSGrad, `max_exp_avg_sq` is the largest second moment so far.
+    """
+    at, grad, slept = _moving(weight, rows, step)
+    w = weight[at]
+    if decoupled:
+        w = w * (1 - lr * weight_decay) ** (slept + 1)
+    else:
+        grad = grad + weight_decay * w
+    exp_avg[at] = exp_avg[at] * betas[0] ** (slept + 1) + (1 - betas[0]) * grad
+    exp_avg_sq[at] = exp_avg_sq[at] * betas[1] ** (slept + 1) + (1 - betas[1]) * grad * grad
+    second = exp_avg_sq[at]
+    if max_exp_avg_sq is not None:
+        max_exp_avg_sq[at] = second = torch.maximum(max_exp_avg_sq[at], second)
+    root = second.sqrt() / sqrt(1 - betas[1] ** step) + eps
+    weight[at] = w - lr / (1 - betas[0] ** step) * exp_avg[at] / root
+
+
+def adagrad_rows(
+    weight: Tensor, sum_: Tensor, rows: AwakeRows, step: float, *, lr: float, eps: float, weight_decay: float
+) -> None:
+    """`torch.optim.Adagrad` on the rows that move, in place; `lr` is that of this step."""
+    at, grad, _ = _moving(weight, rows, step)
+    grad = grad + weight_decay * weight[at]
+    sum_[at] = sum_[at] + grad * grad
+    weight[at] = weight[at] - lr * grad / (sum_[at].sqrt() + eps)
+
+
+def _moving(weight: Tensor, rows: AwakeRows, step: float) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Which rows move, their gradients, and how many steps each has slept: as a column, or 0 of all."""
+    at, grad = rows.indices, rows.values
+    if rows.every_row:
+        at, grad = torch.arange(len(weight), device=weight.device), torch.zeros_like(weight).index_copy_(0, at, grad)
+    if rows.row_step is None:
+        return at, grad, 0.0
+    slept = step - 1 - rows.row_step[at]
+    rows.row_step[at] = step
+    return at, grad, slept.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))

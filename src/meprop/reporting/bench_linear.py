@@ -17,6 +17,7 @@ from meprop.bench.layers import LayersBench
 from meprop.bench.linear import CaseResult, Dtype, Kind, LinearBench
 from meprop.bench.lstm import LstmBench
 from meprop.bench.measure import Times
+from meprop.bench.step import StepBench
 from meprop.machine import write_atomically
 from meprop.reporting import pages
 from meprop.training import tracking
@@ -269,7 +270,7 @@ def _conditions(bench: LinearBench) -> str:
     )
 
 
-def circumstances(bench: LinearBench | LayersBench | LstmBench) -> str:
+def circumstances(bench: LinearBench | LayersBench | LstmBench | StepBench) -> str:
     """Return in words where, by what and how undisturbed a benchmark was made."""
     cpu, threads = bench.machine["cpu"], bench.machine["threads"]
     seen = bench.disturbance

@@ -15,7 +15,7 @@ from meprop.training.loop import Run
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 RULE_COLORS = {"dense": "#0072B2", "topk": "#D55E00", "random": "#009E73"}
-_PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#999999"}
+PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#999999"}
 _SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
 
 
@@ -79,7 +79,7 @@ def _value_limits(runs: Sequence[Run], metric: str) -> tuple[float, float]:
 
 def _draw_seconds(axes: Axes, groups: dict[str, list[Run]]) -> None:
     bottom = [0.0] * len(groups)
-    for phase, color in _PHASE_COLORS.items():
+    for phase, color in PHASE_COLORS.items():
         heights = [mean(run.seconds[phase] for run in group) for group in groups.values()]
         axes.bar(list(groups), heights, bottom=bottom, color=color, width=0.55, label=phase)
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]

@@ -1,0 +1,103 @@
+#include <cmath>
+
+#include "drivers.h"
+#include "team.h"
+
+namespace meprop {
+namespace {
+
+bool valid(const SparseRows& call) {
+  if (call.threads < 1 || call.count < 0 || call.count > call.rows || !fits<float>(call.rows, call.width, 0)) return false;
+  return call.row_step == nullptr || call.step >= 1;
+}
+
+bool ascending(const int64_t* indices, int64_t count, int64_t rows) {
+  bool valid = count == 0 || (indices[0] >= 0 && indices[count - 1] < rows);
+  for (int64_t i = 1; i < count; ++i) valid &= indices[i - 1] < indices[i];
+  return valid;
+}
+
+// Calls update(row, grad, slept) for each row that moves: its gradient, null where it has none, and the steps that its
+// state has missed.
+template <class Update>
+Status for_rows(const SparseRows& call, Update update) {
+  if (!valid(call)) return Status::kBadSize;
+  if (!ascending(call.indices, call.count, call.rows)) return Status::kBadIndex;
+  const int64_t moving = call.every_row ? call.rows : call.count;
+  const auto visit = [&](int64_t row, const float* grad) {
+    double slept = 0;
+    if (call.row_step != nullptr) {
+      slept = call.step - 1 - static_cast<double>(call.row_step[row]);
+      call.row_step[row] = static_cast<float>(call.step);
+    }
+    update(row, grad, slept);
+  };
+  run_team(team_size(call.threads, moving * call.width, 0), [&](Team team) {
+    const Range part = team.part(moving);
+    if (!call.every_row) {
+      for (int64_t i = part.begin; i < part.end; ++i) visit(call.indices[i], call.grad + i * call.width);
+      return;
+    }
+    const int64_t* end = call.indices + call.count;
+    const int64_t* next = std::lower_bound(call.indices, end, part.begin);
+    for (int64_t row = part.begin; row < part.end; ++row) {
+      const bool awake = next != end && *next == row;
+      visit(row, awake ? call.grad + (next - call.indices) * call.width : nullptr);
+      next += awake;
+    }
+  });
+  return Status::kOk;
+}
+
+// What a row of [rows, width] begins with; null of null.
+template <class T>
+T* at(T* matrix, const SparseRows& call, int64_t row) {
+  return matrix != nullptr ? matrix + row * call.width : nullptr;
+}
+
+}  // namespace
+
+Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& options) {
+  SgdStep awake;
+  awake.l2 = static_cast<float>(options.weight_decay);
+  awake.lr = static_cast<float>(options.lr);
+  awake.momentum = static_cast<float>(options.momentum);
+  awake.add = static_cast<float>(1 - options.dampening);
+  awake.nesterov = options.nesterov;
+  return for_rows(call, [&](int64_t row, const float* grad, double slept) {
+    SgdStep step = awake;
+    step.keep = static_cast<float>(std::pow(options.momentum, slept + 1));
+    kernels.optimizer.sgd(step, call.width, grad, at(call.weight, call, row), at(options.buffer, call, row),
+                          at(call.narrow, call, row));
+  });
+}
+
+Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& options) {
+  AdamStep awake;
+  awake.l2 = options.decoupled ? 0.0f : static_cast<float>(options.weight_decay);
+  awake.first = static_cast<float>(1 - options.beta1);
+  awake.second = static_cast<float>(1 - options.beta2);
+  awake.step_size = static_cast<float>(options.lr / (1 - std::pow(options.beta1, call.step)));
+  awake.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(options.beta2, call.step)));
+  awake.eps = static_cast<float>(options.eps);
+  const double shrink = options.decoupled ? 1 - options.lr * options.weight_decay : 1;
+  return for_rows(call, [&](int64_t row, const float* grad, double slept) {
+    AdamStep step = awake;
+    step.keep_first = static_cast<float>(std::pow(options.beta1, slept + 1));
+    step.keep_second = static_cast<float>(std::pow(options.beta2, slept + 1));
+    step.shrink = static_cast<float>(std::pow(shrink, slept + 1));
+    kernels.optimizer.adam(step, call.width, grad, at(call.weight, call, row), at(options.first, call, row),
+                           at(options.second, call, row), at(call.narrow, call, row));
+  });
+}
+
+Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options) {
+  const AdagradStep step = {static_cast<float>(options.weight_decay), static_cast<float>(options.lr),
+                            static_cast<float>(options.eps)};
+  return for_rows(call, [&](int64_t row, const float* grad, double) {
+    kernels.optimizer.adagrad(step, call.width, grad, at(call.weight, call, row), at(options.sum, call, row),
+                              at(call.narrow, call, row));
+  });
+}
+
+}  // namespace meprop

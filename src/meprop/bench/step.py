@@ -1,0 +1,292 @@
+"""The whole training step of a multilayer perceptron: forward pass, backward pass and optimizer, dense and sparse.
+
+All ways of doing the step of one model with one optimizer are timed in one process, in turns; the two dense ones, fp32
+and bf16 autocast with torch's fused optimizer, are the baselines. Batches are random normal data in turns, and the
+learning rate is 0: that costs the same, and lets the gradients stay what they are. Before anything is timed, each way's
+output and the rows of its gradients are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from time import perf_counter
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import meprop
+from meprop import machine, optim
+from meprop.bench.linear import Ratio
+from meprop.bench.measure import Disturbance, DisturbanceMeter, Times, interleaved
+from meprop.training import tracking
+
+OptimizerName = Literal["sgd", "momentum", "adagrad", "adam", "adamw"]
+PHASES = ("forward", "backward", "optimizer")
+"""Of a step; what is left of it is Python's and the clock's."""
+BASELINES = ("dense fp32", "dense bf16")
+
+_BATCHES = 8
+_OPTIMIZERS: dict[OptimizerName, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {}),
+    "momentum": ("SGD", {"momentum": 0.9}),
+    "adagrad": ("Adagrad", {}),
+    "adam": ("Adam", {}),
+    "adamw": ("AdamW", {}),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A multilayer perceptron with ReLU, and the examples of a step.
+
+    Attributes:
+        widths: Of the input, the hidden layers and the output.
+        batch: N.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+
+    widths: tuple[int, ...]
+    batch: int
+
+    def __post_init__(self) -> None:
+        if len(self.widths) < 3 or min(*self.widths, self.batch) < 1:
+            raise ValueError(f"model {self.name}: three widths or more, and a batch, all at least 1")
+
+    @classmethod
+    def parse(cls, name: str) -> Model:
+        """Return the model of a name like 784-500-500-10@100.
+
+        Raises:
+            ValueError: The name is none.
+        """
+        widths, at, batch = name.partition("@")
+        sizes = [*widths.split("-"), batch]
+        if not at or not all(size.isdecimal() for size in sizes):
+            raise ValueError(f"--models {name}: a model is named like 784-500-500-10@100, widths and batch")
+        *widths_, batch_ = map(int, sizes)
+        return cls(tuple(widths_), batch_)
+
+    @property
+    def name(self) -> str:
+        """Widths and batch, as `parse` takes them."""
+        return f"{'-'.join(map(str, self.widths))}@{self.batch}"
+
+    def build(self) -> nn.Sequential:
+        """Return a new dense network."""
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(self.widths, self.widths[1:], strict=False):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of doing the step.
+
+    Attributes:
+        name: Of the row.
+        scope: What is selected; None: it is dense.
+        bf16: Whether products are formed in bfloat16: by autocast if dense, else by compute_dtype.
+        sparse_rows: Of `meprop.optim`, where gradients are row-sparse; None: they are dense.
+    """
+
+    name: str
+    scope: Literal["example", "batch"] | None = None
+    bf16: bool = False
+    sparse_rows: optim.SparseRows | None = None
+
+
+def ways() -> list[Way]:
+    """Return the baselines, then the sparse ways, each in fp32 and bf16."""
+    found = [Way(name, bf16=name.endswith("bf16")) for name in BASELINES]
+    for precision in ("fp32", "bf16"):
+        bf16 = precision == "bf16"
+        found.append(Way(f"per example {precision}", "example", bf16))
+        found += [Way(f"unified {precision} {mode}", "batch", bf16, mode) for mode in get_args(optim.SparseRows)]
+    return found
+
+
+@dataclass(frozen=True)
+class WayResult:
+    """What was found for one way.
+
+    Attributes:
+        way: It.
+        wrong: What is wrong with it; None if nothing is. A wrong one has no times.
+        step: Of the whole step.
+        phases: Of each phase.
+        ratios: Baseline / this way, by the baseline's name.
+    """
+
+    way: Way
+    wrong: str | None = None
+    step: Times | None = None
+    phases: dict[str, Times] = field(default_factory=dict[str, Times])
+    ratios: dict[str, Ratio] = field(default_factory=dict[str, Ratio])
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """All ways of doing the step of one model with one optimizer."""
+
+    model: Model
+    optimizer: OptimizerName
+    ways: list[WayResult]
+
+    @property
+    def name(self) -> str:
+        """The model's and the optimizer's."""
+        return f"{self.model.name}, {self.optimizer}"
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """The content of result.json."""
+
+    task: str
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    backends: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    disturbance: Disturbance | None
+    """By others, during the whole run; None if unknown."""
+    cases: list[CaseResult]
+
+    @property
+    def wrong(self) -> list[str]:
+        """Return the names of what is wrong."""
+        return [f"{case.name}: {result.way.name}" for case in self.cases for result in case.ways if result.wrong]
+
+
+def run(
+    models: Sequence[Model],
+    optimizers: Sequence[OptimizerName],
+    k: float,
+    seconds: float,
+    config: dict[str, Any],
+    after: Callable[[CaseResult], None] = lambda result: None,
+) -> StepBench:
+    """Check and time every model with every optimizer.
+
+    Args:
+        models: What to train.
+        optimizers: With what.
+        k: The count, or share, of each hidden layer's output gradient that is kept.
+        seconds: To spend on each way; slow ones take longer, for 9 rounds.
+        config: Kept in the record.
+        after: Called with each result.
+    """
+    meter = DisturbanceMeter()
+    cases: list[CaseResult] = []
+    for model in models:
+        for optimizer in optimizers:
+            cases.append(run_case(model, optimizer, k, seconds))
+            after(cases[-1])
+    return StepBench(
+        "bench-step",
+        config,
+        machine.describe(),
+        meprop.backend_info(),
+        tracking.versions(),
+        tracking.commit(),
+        meter.read(),
+        cases,
+    )
+
+
+def run_case(model: Model, optimizer: OptimizerName, k: float, seconds: float) -> CaseResult:
+    """Check and time all ways of one case."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = model.build()
+        batches = [
+            (torch.randn(model.batch, model.widths[0]), torch.randint(0, model.widths[-1], (model.batch,)))
+            for _ in range(_BATCHES)
+        ]
+    steps = {way.name: _Step(way, model, plain.state_dict(), optimizer, k, batches) for way in ways()}
+    wrong = {name: step.what_is_wrong(plain) for name, step in steps.items()}
+    right = {name: step for name, step in steps.items() if wrong[name] is None}
+    spent = interleaved({name: step.run for name, step in right.items()}, seconds * len(right))
+    results: list[WayResult] = []
+    for name, step in steps.items():
+        if name not in right:
+            results.append(WayResult(step.way, wrong[name]))
+            continue
+        phases = {
+            phase: Times.of(column[1:]) for phase, column in zip(PHASES, zip(*step.phases, strict=True), strict=True)
+        }
+        ratios = {base: Ratio.of(spent[base], spent[name]) for base in BASELINES if base in spent}
+        results.append(WayResult(step.way, None, spent[name], phases, ratios))
+    return CaseResult(model, optimizer, results)
+
+
+class _Step:
+    """One way of doing the step, again and again."""
+
+    def __init__(
+        self,
+        way: Way,
+        model: Model,
+        state: dict[str, Tensor],
+        optimizer: OptimizerName,
+        k: float,
+        batches: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        self.way = way
+        self.model = model.build()
+        self.model.load_state_dict(state)
+        self.phases: list[tuple[float, ...]] = []
+        self._batches = cycle(batches)
+        name, options = _OPTIMIZERS[optimizer]
+        if way.scope is None:
+            self._optimizer = getattr(torch.optim, name)(self.model.parameters(), lr=0.0, fused=True, **options)
+            return
+        meprop.convert(
+            self.model,
+            meprop.TopK(k, scope=way.scope),
+            sparse_grad=way.sparse_rows is not None,
+            compute_dtype=torch.bfloat16 if way.bf16 else None,
+            when="always",
+        )
+        sparse_rows = way.sparse_rows or "exact"
+        self._optimizer = getattr(optim, name)(self.model.parameters(), lr=0.0, sparse_rows=sparse_rows, **options)
+
+    def loss(self, x: Tensor, classes: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.way.bf16 and self.way.scope is None):
+            return F.cross_entropy(self.model(x), classes)
+
+    def run(self) -> None:
+        x, classes = next(self._batches)
+        start = perf_counter()
+        loss = self.loss(x, classes)
+        forward = perf_counter()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        backward = perf_counter()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.phases.append((forward - start, backward - forward, perf_counter() - backward))
+
+    def what_is_wrong(self, plain: nn.Module) -> str | None:
+        x, classes = next(self._batches)
+        loss = self.loss(x, classes)
+        if not torch.allclose(loss.float(), F.cross_entropy(plain(x), classes), rtol=0.02 if self.way.bf16 else 1e-5):
+            return "its loss differs from the dense model's"
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        for name, parameter in self.model.named_parameters():
+            grad = parameter.grad
+            if grad is None or not grad.to_dense().isfinite().all():
+                return f"the gradient of {name} is missing or not finite"
+            layer = self.model.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, meprop.nn.Linear) and self.way.scope == "batch" and grad.dim() == 2:
+                rows = int((grad.to_dense() != 0).any(dim=1).sum())
+                if rows > layer.rule.count(layer.out_features):
+                    return f"the gradient of {name} has {rows} rows"
+        self._optimizer.zero_grad()
+        return None

@@ -1,0 +1,83 @@
+"""bfloat16 copies of float32 weights, so that a step in bfloat16 need not cast the whole model.
+
+A copy is made when a product first asks for it, and made anew when its weight has changed since: by load_state_dict, by
+an edit in place or an optimizer, which raise the tensor's version, or by other memory under it. `meprop.optim` writes
+the copy along with the rows that it changes, which keeps it up to date. Modules that share a weight share its copy.
+
+An edit through ``weight.data`` or a NumPy view raises no version: it is seen only where it concerns one of some hundred
+entries that are looked at each time, as one of most of the weight does. Edit under `torch.no_grad` instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_SAMPLES = 128
+
+
+@dataclass
+class _Copy:
+    tensor: Tensor
+    version: int
+    address: int
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight has not changed since this was written, as far as its version tells."""
+        return (
+            self.version == weight._version
+            and self.address == weight.data_ptr()
+            and self.tensor.shape == weight.shape
+            and self.tensor.device == weight.device
+        )
+
+
+_copies = WeakTensorKeyDictionary()
+
+
+def serves(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a copy of this weight in this dtype can be kept: of plain float32 leaves, in bfloat16."""
+    return (
+        dtype == torch.bfloat16
+        and weight.dtype == torch.float32
+        and weight.is_leaf
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.is_contiguous()
+    )
+
+
+@torch.no_grad()
+def of(weight: Tensor) -> Tensor:
+    """The bfloat16 copy of a weight that `serves` says yes to, up to date. Not to be written."""
+    copy: _Copy | None = _copies.get(weight)  # pyright: ignore[reportUnknownMemberType]
+    if copy is None:
+        copy = _copies[weight] = _Copy(weight.detach().bfloat16(), 0, 0)
+    elif copy.is_of(weight) and _samples_agree(weight, copy.tensor):
+        return copy.tensor
+    elif copy.tensor.shape != weight.shape or copy.tensor.device != weight.device:
+        copy.tensor = weight.detach().bfloat16()
+    else:
+        copy.tensor.copy_(weight)
+    copy.version, copy.address = weight._version, weight.data_ptr()
+    return copy.tensor
+
+
+def current(weight: Tensor) -> Tensor | None:
+    """The copy, if one is up to date: whoever writes it along with the weight calls `rewritten` then."""
+    copy: _Copy | None = _copies.get(weight)  # pyright: ignore[reportUnknownMemberType]
+    return copy.tensor if copy is not None and copy.is_of(weight) else None
+
+
+def rewritten(weight: Tensor) -> None:
+    """Says that the `current` copy has been written along with its weight, whose version has been raised since."""
+    copy: _Copy = _copies[weight]
+    copy.version = weight._version
+
+
+def _samples_agree(weight: Tensor, copy: Tensor) -> bool:
+    flat, narrow = weight.detach().view(-1), copy.view(-1)
+    step = max(1, len(flat) // _SAMPLES) | 1  # odd, so that the samples lie in different columns
+    return torch.equal(flat[::step].bfloat16(), narrow[::step])

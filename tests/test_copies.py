@@ -1,0 +1,234 @@
+"""bfloat16 copies of weights: up to date whatever changes the weight, and kept where nothing does."""
+
+import copy
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+import meprop
+from meprop import copies, optim
+
+SPARSE = meprop.TopK(4, scope="batch")
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return meprop.nn.Linear(24, 40, rule=SPARSE, sparse_grad=True, compute_dtype=torch.bfloat16)
+
+
+def forward(layer, seed=0):
+    return layer(torch.randn(6, 24, generator=torch.Generator().manual_seed(seed)))
+
+
+def expected(layer, seed=0):
+    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()).float()
+
+
+def made_anew(layer):
+    """Whether the next product casts the whole weight."""
+    before = copies.of(layer.weight)._version
+    forward(layer)
+    return copies.of(layer.weight)._version != before
+
+
+def test_a_copy_is_made_once_and_kept(layer):
+    assert torch.equal(forward(layer), expected(layer))
+    first = copies.of(layer.weight)
+    forward(layer, 1).sum().backward()
+    assert copies.of(layer.weight) is first
+    assert not made_anew(layer)
+
+
+EDITS = {
+    "in place": lambda weight: weight.mul_(2),
+    "one entry": lambda weight: weight[3].fill_(7),
+    "copy": lambda weight: weight.copy_(torch.ones_like(weight)),
+    "other memory": lambda weight: setattr(weight, "data", torch.full_like(weight, 3.0)),
+    "data": lambda weight: weight.data.mul_(1.5),
+    "numpy": lambda weight: np.multiply(weight.detach().numpy(), 1.5, out=weight.detach().numpy()),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_weight_is_seen(layer, edit):
+    forward(layer)
+    with torch.no_grad():
+        edit(layer.weight)
+    assert torch.equal(forward(layer), expected(layer))
+
+
+def test_load_state_dict_is_seen(layer):
+    forward(layer)
+    layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
+    assert torch.equal(forward(layer), expected(layer))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_into_a_fresh_layer(layer, assign):
+    forward(layer)
+    other = meprop.nn.Linear(24, 40, rule=SPARSE, compute_dtype=torch.bfloat16)
+    forward(other)
+    other.load_state_dict(layer.state_dict(), assign=assign)
+    assert torch.equal(forward(other), expected(layer))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_torchs_optimizers_are_seen(layer, name):
+    optimizer = getattr(torch.optim, name)(layer.parameters(), lr=0.5)
+    for seed in range(3):
+        forward(layer, seed).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(forward(layer, seed), expected(layer, seed))
+
+
+@pytest.mark.skipif(not meprop.backend_info()["native"], reason="needs the compiled extension")
+@pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_our_optimizers_write_the_copy_along(layer, name, sparse_rows):
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(optim, name)(layer.parameters(), lr=0.1, sparse_rows=sparse_rows, **options)
+    for seed in range(5):
+        forward(layer, seed).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not made_anew(layer)
+        assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
+        assert torch.equal(forward(layer, seed), expected(layer, seed))
+
+
+def test_after_a_change_by_another_our_optimizers_leave_the_copy_to_be_made_anew(layer):
+    optimizer = optim.Adam(layer.parameters(), lr=0.1, sparse_rows="lazy")
+    forward(layer).pow(2).sum().backward()
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    optimizer.step()
+    assert torch.equal(forward(layer), expected(layer))
+
+
+def test_a_backward_pass_after_the_step_is_refused_as_by_torch(layer):
+    optimizer = optim.Adam(layer.parameters(), lr=0.1)
+    x = torch.randn(6, 24, requires_grad=True)
+    loss = layer(x).pow(2).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_layers_that_share_a_weight_share_its_copy(layer):
+    other = meprop.nn.Linear(24, 40, rule=SPARSE, compute_dtype=torch.bfloat16)
+    other.weight = layer.weight
+    forward(layer)
+    assert not made_anew(other)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.equal(forward(other), expected(other))
+
+
+def test_autocast_uses_the_copy_and_gives_what_torch_gives(layer):
+    x = torch.randn(6, 24)
+    for sparse_layer in (layer, meprop.nn.Linear(24, 40, rule=meprop.TopK(40))):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = sparse_layer(x)
+            wanted = torch.nn.functional.linear(x, sparse_layer.weight, sparse_layer.bias)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, wanted)
+    assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
+
+
+@pytest.mark.parametrize("scope", ["example", "batch"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_those_of_bfloat16_products_and_have_the_weights_dtype(scope, autocast):
+    torch.manual_seed(0)
+    rule = meprop.TopK(5, scope=scope)
+    x, weight, bias = torch.randn(6, 24), torch.randn(40, 24), torch.randn(40)
+    grad = torch.randn(6, 40)
+    found, wanted = ([t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = meprop.functional.linear(*found, rule=rule, compute_dtype=torch.bfloat16)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    y.backward(grad.to(y.dtype))
+    narrow = [t.bfloat16() for t in wanted]
+    meprop.functional.linear(*narrow, rule=rule).backward(grad.bfloat16())
+    for one, other in zip(found, wanted, strict=True):
+        assert one.grad.dtype == torch.float32
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_without_gradients_and_with_everything_kept(layer):
+    with torch.no_grad():
+        assert torch.equal(forward(layer), expected(layer))
+    dense = meprop.nn.Linear(24, 40, rule=meprop.TopK(40), compute_dtype=torch.bfloat16)
+    y = forward(dense)
+    assert torch.equal(y, expected(dense))
+    y.sum().backward()
+    assert dense.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_weights_are_cast_without_a_copy(dtype):
+    layer = meprop.nn.Linear(24, 40, rule=SPARSE, dtype=dtype, compute_dtype=torch.bfloat16)
+    assert not copies.serves(layer.weight, torch.bfloat16)
+    x = torch.randn(6, 24, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert layer.weight.grad.dtype == dtype
+
+
+def test_a_weight_that_is_computed_gets_no_copy():
+    weight = torch.randn(40, 24, requires_grad=True)
+    y = meprop.functional.linear(torch.randn(6, 24), weight * 2, rule=SPARSE, compute_dtype=torch.bfloat16)
+    y.sum().backward()
+    assert weight.grad is not None
+
+
+def test_copies_die_with_their_weights_and_are_neither_saved_nor_copied():
+    layer = meprop.nn.Linear(24, 40, rule=SPARSE, compute_dtype=torch.bfloat16)
+    forward(layer)
+    before = len(copies._copies)
+    twin = copy.deepcopy(layer)
+    assert len(copies._copies) == before
+    assert twin.compute_dtype == torch.bfloat16
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    del layer, twin
+    gc.collect()
+    assert len(copies._copies) < before
+
+
+def test_convert_gives_linear_layers_the_dtype_and_revert_takes_it():
+    model = torch.nn.Sequential(torch.nn.Linear(24, 200), torch.nn.LSTM(200, 200))
+    meprop.convert(model, meprop.TopK(5), compute_dtype=torch.bfloat16, when="always")
+    assert [layer.compute_dtype for layer in model] == [torch.bfloat16, None]
+    assert "compute_dtype=torch.bfloat16" in repr(model[0])
+    meprop.revert(model)
+    assert not hasattr(model[0], "compute_dtype")
+
+
+def test_a_layer_that_stays_dense_forms_its_products_in_the_dtype(monkeypatch):
+    monkeypatch.setattr("meprop.speed.measure", lambda *_: (1.0, 2.0))
+    layer = torch.nn.Linear(24, 200)
+    meprop.convert(layer, meprop.TopK(5), compute_dtype=torch.bfloat16)
+    for seed in range(2):
+        y = forward(layer, seed)
+        assert torch.equal(y, expected(layer, seed))
+        layer.weight.grad = None
+        y.sum().backward()
+        assert not layer.decision.sparse
+        assert (layer.weight.grad != 0).all(dim=1).sum() == 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, "bfloat16"])
+def test_another_compute_dtype_is_refused(dtype):
+    for make in (
+        lambda: meprop.nn.Linear(4, 4, rule=SPARSE, compute_dtype=dtype),
+        lambda: meprop.convert(torch.nn.Linear(4, 4), SPARSE, compute_dtype=dtype),
+        lambda: meprop.functional.linear(torch.ones(1, 4), torch.ones(4, 4), rule=SPARSE, compute_dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match=r"compute_dtype=.*; it is torch\.bfloat16 or None"):
+            make()
