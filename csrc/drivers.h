@@ -12,6 +12,13 @@
 
 namespace meprop {
 
+// To the nearest bfloat16, ties to even; NaN stays one. For the drivers: a level's unit has its own (kernels.h).
+inline Bf16 rounded_to_bf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return {static_cast<uint16_t>(value != value ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
 enum class Status { kOk, kBadSize, kBadIndex, kNoMemory };
 
 // A matrix that is only read.
@@ -150,5 +157,11 @@ struct Adagrad {
 Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& options);
 Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& options);
 Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options);
+
+// Whether indices ascend, within [0, rows).
+bool ascending(const int64_t* indices, int64_t count, int64_t rows);
+
+// Whether `narrow` has what becomes of `weight` as bfloat16, at about `samples` entries of all `size`, evenly spread.
+bool narrow_agrees(const float* weight, const Bf16* narrow, int64_t size, int64_t samples);
 
 }  // namespace meprop

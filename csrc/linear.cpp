@@ -36,12 +36,7 @@ void spread_rows(Team team, const int32_t* indices, int64_t k, int64_t outputs, 
 }
 
 float rounded(double value, float*) { return static_cast<float>(value); }
-Bf16 rounded(double value, Bf16*) {
-  const float narrow = static_cast<float>(value);
-  uint32_t bits;
-  std::memcpy(&bits, &narrow, sizeof bits);
-  return {static_cast<uint16_t>(narrow != narrow ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
+Bf16 rounded(double value, Bf16*) { return rounded_to_bf16(static_cast<float>(value)); }
 
 // One pass over the output gradient for exact top-k of its rows, and for the sums of its columns, the bias's gradient.
 template <class T>

@@ -244,6 +244,18 @@ PyObject* py_adagrad_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return run_step<Adagrad>(adagrad_rows, call, {address<float>(a[10]), f[1], f[2], f[3]});
 }
 
+PyObject* py_ascending(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[3];
+  if (!read_integers(args, given, 3, a)) return nullptr;
+  return PyBool_FromLong(ascending(address<const int64_t>(a[0]), a[1], a[2]));
+}
+
+PyObject* py_narrow_agrees(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[4];
+  if (!read_integers(args, given, 4, a)) return nullptr;
+  return PyBool_FromLong(narrow_agrees(address<const float>(a[0]), address<const Bf16>(a[1]), a[2], a[3]));
+}
+
 PyObject* py_levels(PyObject*, PyObject*) {
   int count;
   const Level* all = levels(&count);
@@ -300,6 +312,9 @@ PyMethodDef methods[] = {
      "decoupled, step, lr, beta1, beta2, eps, weight_decay)"},
     {"adagrad_rows", as_method(py_adagrad_rows), METH_FASTCALL,
      "adagrad_rows(rows, width, count, indices, grad, weight, narrow, every_row, row_step, threads, sum, step, lr, eps, weight_decay)"},
+    {"ascending", as_method(py_ascending), METH_FASTCALL, "ascending(indices, count, rows) -> whether they are, int64"},
+    {"narrow_agrees", as_method(py_narrow_agrees), METH_FASTCALL,
+     "narrow_agrees(weight, narrow, size, samples) -> whether some entries are the weight's as bfloat16"},
     {nullptr, nullptr, 0, nullptr},
 };
 

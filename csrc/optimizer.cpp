@@ -11,12 +11,6 @@ bool valid(const SparseRows& call) {
   return call.row_step == nullptr || call.step >= 1;
 }
 
-bool ascending(const int64_t* indices, int64_t count, int64_t rows) {
-  bool valid = count == 0 || (indices[0] >= 0 && indices[count - 1] < rows);
-  for (int64_t i = 1; i < count; ++i) valid &= indices[i - 1] < indices[i];
-  return valid;
-}
-
 // Calls update(row, grad, slept) for each row that moves: its gradient, null where it has none, and the steps that its
 // state has missed.
 template <class Update>
@@ -56,6 +50,19 @@ T* at(T* matrix, const SparseRows& call, int64_t row) {
 }
 
 }  // namespace
+
+bool ascending(const int64_t* indices, int64_t count, int64_t rows) {
+  bool valid = count == 0 || (indices[0] >= 0 && indices[count - 1] < rows);
+  for (int64_t i = 1; i < count; ++i) valid &= indices[i - 1] < indices[i];
+  return valid;
+}
+
+bool narrow_agrees(const float* weight, const Bf16* narrow, int64_t size, int64_t samples) {
+  const int64_t stride = std::max<int64_t>(1, size / samples) | 1;  // odd, so that the samples lie in different columns
+  for (int64_t i = 0; i < size; i += stride)
+    if (rounded_to_bf16(weight[i]).bits != narrow[i].bits) return false;
+  return true;
+}
 
 Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& options) {
   SgdStep awake;

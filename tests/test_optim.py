@@ -205,13 +205,16 @@ def test_native_updates_are_the_references_in_float64(op, shape, every_row, slep
         grad = torch.randn((count, shape[1]), generator=generator)
         tensors = [torch.randn(shape, generator=generator).abs() for _ in range(1 + states)]
         row_step = torch.randint(0, 9, (rows,), generator=generator).float() if slept else None
+        narrow = torch.zeros(shape, dtype=torch.bfloat16)
         wide = [tensor.double() for tensor in tensors]
         wide_step = None if row_step is None else row_step.clone()
         before = native.level()
         native.use_level(level)
         try:
             missing = [None] if name == "sgd_rows" and states == 0 else []
-            getattr(native, name)(*tensors, *missing, AwakeRows(awake, grad, every_row, row_step), 12.0, **options)
+            getattr(native, name)(
+                *tensors, *missing, AwakeRows(awake, grad, every_row, row_step, narrow), 12.0, **options
+            )
         finally:
             native.use_level(before)
         missing += [None] if name == "adam_rows" else []
@@ -221,6 +224,10 @@ def test_native_updates_are_the_references_in_float64(op, shape, every_row, slep
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
         if row_step is not None:
             assert torch.equal(row_step, wide_step)
+        moved = torch.ones(rows, dtype=torch.bool) if every_row else torch.zeros(rows, dtype=torch.bool)
+        moved[awake] = True
+        assert torch.equal(narrow[moved], tensors[0][moved].bfloat16())
+        assert not narrow[~moved].any()
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from meprop import ops
+
 _SAMPLES = 128
 
 
@@ -49,18 +51,16 @@ def serves(weight: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-@torch.no_grad()
 def of(weight: Tensor) -> Tensor:
     """The bfloat16 copy of a weight that `serves` says yes to, up to date. Not to be written."""
     copy: _Copy | None = _copies.get(weight)  # pyright: ignore[reportUnknownMemberType]
-    if copy is None:
-        copy = _copies[weight] = _Copy(weight.detach().bfloat16(), 0, 0)
-    elif copy.is_of(weight) and _samples_agree(weight, copy.tensor):
+    if copy is not None and copy.is_of(weight) and ops.narrow_agrees(weight, copy.tensor, _SAMPLES):
         return copy.tensor
-    elif copy.tensor.shape != weight.shape or copy.tensor.device != weight.device:
-        copy.tensor = weight.detach().bfloat16()
-    else:
-        copy.tensor.copy_(weight)
+    with torch.no_grad():
+        if copy is not None and (copy.tensor.shape, copy.tensor.device) == (weight.shape, weight.device):
+            copy.tensor.copy_(weight)
+        else:
+            copy = _copies[weight] = _Copy(weight.bfloat16(), 0, 0)
     copy.version, copy.address = weight._version, weight.data_ptr()
     return copy.tensor
 
@@ -75,9 +75,3 @@ def rewritten(weight: Tensor) -> None:
     """Says that the `current` copy has been written along with its weight, whose version has been raised since."""
     copy: _Copy = _copies[weight]
     copy.version = weight._version
-
-
-def _samples_agree(weight: Tensor, copy: Tensor) -> bool:
-    flat, narrow = weight.detach().view(-1), copy.view(-1)
-    step = max(1, len(flat) // _SAMPLES) | 1  # odd, so that the samples lie in different columns
-    return torch.equal(flat[::step].bfloat16(), narrow[::step])

@@ -28,18 +28,23 @@ class _Linear(torch.autograd.Function):
         sparse_grad: bool,
         decide: Decide | None,
         copy: Tensor | None,
+        output_dtype: torch.dtype | None,
     ) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        factor = weight if copy is None else copy
-        ctx.save_for_backward(x if needs_weight else None, factor if needs_x else None)
-        ctx.rule, ctx.sparse_grad, ctx.decide, ctx.weight_dtype = rule, sparse_grad, decide, weight.dtype
-        return F.linear(x, factor, bias)
+        ctx.rule, ctx.sparse_grad, ctx.decide = rule, sparse_grad, decide
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
+        if copy is not None:  # the products' dtype is the copy's
+            x, weight, bias = x.to(copy.dtype), copy, None if bias is None else bias.to(copy.dtype)
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.dtype = weight.dtype
+        output = F.linear(x, weight, bias)
+        return output if output_dtype is None else output.to(output_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
         x, weight = ctx.saved_tensors
-        (grad_output,) = grad_outputs
+        grad_output = grad_outputs[0].to(ctx.dtype)
         grad_NO, x_NI = _matrix(grad_output), None if x is None else _matrix(x)
         needs = ctx.needs_input_grad[:3]
         inputs = x_NI.shape[1] if x_NI is not None else weight.shape[1]
@@ -50,9 +55,11 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = gradients
         if grad_x is not None and grad_output.dim() != 2:
             grad_x = grad_x.view(*grad_output.shape[:-1], inputs)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.weight_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        grad_x, grad_weight, grad_bias = (
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip((grad_x, grad_weight, grad_bias), ctx.dtypes, strict=True)
+        )
+        return grad_x, grad_weight, grad_bias, *[None] * 5
 
 
 def _refuse_second_derivatives() -> None:
@@ -138,31 +145,31 @@ def apply_linear(
         raise TypeError(
             f"weight is of dtype {weight.dtype}; sparse back-propagation is for floating dtypes, not complex"
         )
-    if compute_dtype is not None and not torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, compute_dtype):
-            return apply_linear(x, weight, bias, rule, sparse_grad, decide, None).to(x.dtype)
     needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if needs_gradients and rule.count(weight.shape[0]) >= weight.shape[0]:
-        return F.linear(x, weight, bias)
-    if sparse_grad and torch.compiler.is_compiling():
+    is_sparse = needs_gradients and rule.count(weight.shape[0]) < weight.shape[0]
+    if is_sparse and sparse_grad and torch.compiler.is_compiling():
         raise NotSupportedError(
             "sparse_grad=True: torch.compile has no sparse gradients; use sparse_grad=False with it"
         )
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
+    output_dtype = None if autocast else x.dtype
     copy = None
-    if torch.is_autocast_enabled(x.device.type):
-        x, bias = _autocast(x), None if bias is None else _autocast(bias)
-        if not torch.compiler.is_compiling() and copies.serves(weight, x.dtype):
-            copy = copies.of(weight)
-        else:
-            weight = _autocast(weight)
-    if not needs_gradients:
-        return F.linear(x, weight if copy is None else copy, bias)
-    return _Linear.apply(x, weight, bias, rule, sparse_grad, decide, copy)  # pyright: ignore[reportReturnType]  (apply is untyped)
+    if (is_sparse or not needs_gradients) and dtype is not None:
+        copy = copies.of(weight) if not torch.compiler.is_compiling() and copies.serves(weight, dtype) else None
+    if copy is None:
+        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+    if is_sparse:
+        return _Linear.apply(x, weight, bias, rule, sparse_grad, decide, copy, output_dtype)  # pyright: ignore[reportReturnType]  (apply is untyped)
+    if copy is not None:
+        x, weight, bias = x.to(copy.dtype), copy, None if bias is None else bias.to(copy.dtype)
+    output = F.linear(x, weight, bias)
+    return output if output_dtype is None else output.to(output_dtype)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """As torch casts the operands of its own linear."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As torch casts the operands of its own linear under autocast."""
+    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 class _Lstm(torch.autograd.Function):
@@ -301,7 +308,8 @@ def apply_lstm(
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
     tensors = (x, *((None, None) if hx is None else hx), *weights)
     if torch.is_autocast_enabled(x.device.type):
-        tensors = tuple(None if tensor is None else _autocast(tensor) for tensor in tensors)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = tuple(None if tensor is None else _cast(tensor, dtype) for tensor in tensors)
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
     if len(kinds) > 1:
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from meprop import ops
+from meprop import copies, ops
 from meprop.errors import NotSupportedError
 from meprop.selection import AwakeRows
 
@@ -79,8 +79,11 @@ class _RowSparse(torch.optim.Optimizer):
             -values if group["maximize"] else values,
             every_row=self.sparse_rows == "exact" and self._moves_asleep(group),
             row_step=row_step,
+            narrow=copies.current(parameter),
         )
         self._update(parameter, rows, self._next_step(parameter), group)
+        if rows.narrow is not None:
+            copies.rewritten(parameter)
 
     def _next_step(self, parameter: Tensor) -> float:
         """Counts the step, where steps are counted."""
@@ -152,10 +155,11 @@ def _indices_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
             f"a gradient with {grad.sparse_dim()} sparse dimensions; meprop.optim takes those with one, the rows, as "
             "sparse_grad=True and torch.nn.Embedding(sparse=True) make them"
         )
-    # Autograd forgets whether a gradient is coalesced.
-    if not grad.is_coalesced() and bool((grad._indices()[0].diff() <= 0).any()):
+    indices = grad._indices()[0].contiguous()
+    if not grad.is_coalesced() and not ops.ascending(indices, len(grad)):  # autograd forgets whether it is coalesced
         grad = grad.coalesce()
-    return grad._indices()[0].contiguous(), grad._values().contiguous()
+        indices = grad._indices()[0]
+    return indices, grad._values().contiguous()
 
 
 def _fits_fused(group: dict[str, Any]) -> bool:

@@ -90,9 +90,11 @@ class AwakeRows:
         values: Their gradients [k, *].
         every_row: Whether sleeping rows move as well, with a gradient of zeros.
         row_step: The step until which each row's state is up to date [O], float32, and then made so; None: all are.
+        narrow: A bfloat16 copy of the parameter, that is to get what moves; None: there is none.
     """
 
     indices: Tensor
     values: Tensor
     every_row: bool = False
     row_step: Tensor | None = None
+    narrow: Tensor | None = None

@@ -183,6 +183,18 @@ def adagrad_rows(weight: Tensor, sum_: Tensor, rows: AwakeRows, step: float, **o
     _rows_backend(weight, sum_, rows).adagrad_rows(weight, sum_, rows, step, **options)
 
 
+def ascending(indices: Tensor, rows: int) -> bool:
+    """`reference.ascending`, of contiguous int64."""
+    backend = native if indices.is_cpu and native.reason_missing() is None else reference
+    return backend.ascending(indices, rows)
+
+
+def narrow_agrees(weight: Tensor, narrow: Tensor, samples: int) -> bool:
+    """`reference.narrow_agrees`, of contiguous float32 and bfloat16."""
+    backend = native if weight.is_cpu and native.reason_missing() is None else reference
+    return backend.narrow_agrees(weight, narrow, samples)
+
+
 def _rows_backend(weight: Tensor, state: Tensor | None, rows: AwakeRows, *more: Tensor) -> Any:
     tensors = (weight, rows.values, *more, *(tensor for tensor in (state, rows.row_step) if tensor is not None))
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)

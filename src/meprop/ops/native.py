@@ -9,7 +9,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from meprop import copies
 from meprop.selection import AwakeRows, ColumnSelection, RowSelection
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -231,6 +230,18 @@ def topk_lstm_backward(
     return tuple(results)
 
 
+def ascending(indices: Tensor, rows: int) -> bool:
+    """As `reference.ascending`."""
+    assert _extension is not None
+    return _extension.ascending(indices.data_ptr(), len(indices), rows)
+
+
+def narrow_agrees(weight: Tensor, narrow: Tensor, samples: int) -> bool:
+    """As `reference.narrow_agrees`."""
+    assert _extension is not None
+    return _extension.narrow_agrees(weight.data_ptr(), narrow.data_ptr(), weight.numel(), samples)
+
+
 def declines_rows(*tensors: Tensor) -> str | None:
     """Why this backend cannot serve an optimizer's step on such tensors (parameter, state, gradient), or None."""
     for tensor in tensors:
@@ -257,7 +268,7 @@ def sgd_rows(
     assert _extension is not None
     common = _rows(weight, rows)
     _extension.sgd_rows(*common, _address(buffer), nesterov, step, lr, momentum, dampening, weight_decay)
-    _written(weight, buffer)
+    _written(weight, rows.narrow, buffer)
 
 
 def adam_rows(
@@ -277,7 +288,7 @@ def adam_rows(
     assert _extension is not None
     state = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
     _extension.adam_rows(*_rows(weight, rows), *state, decoupled, step, lr, *betas, eps, weight_decay)
-    _written(weight, exp_avg, exp_avg_sq)
+    _written(weight, rows.narrow, exp_avg, exp_avg_sq)
 
 
 def adagrad_rows(
@@ -286,12 +297,12 @@ def adagrad_rows(
     """As `reference.adagrad_rows`."""
     assert _extension is not None
     _extension.adagrad_rows(*_rows(weight, rows), sum_.data_ptr(), step, lr, eps, weight_decay)
-    _written(weight, sum_)
+    _written(weight, rows.narrow, sum_)
 
 
 def _rows(weight: Tensor, rows: AwakeRows) -> tuple[int, ...]:
     """The arguments that all optimizers have in common."""
-    width = weight[0].numel() if len(weight) else 0
+    width = weight.numel() // max(1, len(weight))
     return (
         len(weight),
         width,
@@ -299,19 +310,16 @@ def _rows(weight: Tensor, rows: AwakeRows) -> tuple[int, ...]:
         rows.indices.data_ptr(),
         rows.values.data_ptr(),
         weight.data_ptr(),
-        _address(copies.current(weight)),
+        _address(rows.narrow),
         rows.every_row,
         _address(rows.row_step),
         torch.get_num_threads(),
     )
 
 
-def _written(weight: Tensor, *state: Tensor | None) -> None:
-    """Tells autograd that native code has changed these tensors, and the weight's bfloat16 copy, if it had one."""
-    copy = copies.current(weight)
-    torch.autograd.graph.increment_version([t for t in (weight, copy, *state) if t is not None])
-    if copy is not None:
-        copies.rewritten(weight)
+def _written(*tensors: Tensor | None) -> None:
+    """Tells autograd that native code has changed these tensors."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -226,6 +226,7 @@ def sgd_rows(
         buffer[at] = buffer[at] * momentum ** (slept + 1) + (1 - dampening) * grad
         grad = grad + momentum * buffer[at] if nesterov else buffer[at]
     weight[at] = w - lr * grad
+    _narrow(weight, at, rows)
 
 
 def adam_rows(
@@ -259,6 +260,7 @@ def adam_rows(
         max_exp_avg_sq[at] = second = torch.maximum(max_exp_avg_sq[at], second)
     root = second.sqrt() / sqrt(1 - betas[1] ** step) + eps
     weight[at] = w - lr / (1 - betas[0] ** step) * exp_avg[at] / root
+    _narrow(weight, at, rows)
 
 
 def adagrad_rows(
@@ -269,6 +271,24 @@ def adagrad_rows(
     grad = grad + weight_decay * weight[at]
     sum_[at] = sum_[at] + grad * grad
     weight[at] = weight[at] - lr * grad / (sum_[at].sqrt() + eps)
+    _narrow(weight, at, rows)
+
+
+def _narrow(weight: Tensor, at: Tensor, rows: AwakeRows) -> None:
+    if rows.narrow is not None:
+        rows.narrow[at] = weight[at].to(rows.narrow.dtype)
+
+
+def ascending(indices: Tensor, rows: int) -> bool:
+    """Whether indices ascend, within the rows."""
+    return len(indices) == 0 or bool((indices.diff() > 0).all() and indices[0] >= 0 and indices[-1] < rows)
+
+
+def narrow_agrees(weight: Tensor, narrow: Tensor, samples: int) -> bool:
+    """Whether `narrow` has what becomes of a contiguous weight in its dtype, at about so many entries evenly spread."""
+    flat = weight.detach().view(-1)
+    stride = max(1, len(flat) // samples) | 1  # odd, so that the samples lie in different columns
+    return torch.equal(flat[::stride].to(narrow.dtype), narrow.view(-1)[::stride])
 
 
 def _moving(weight: Tensor, rows: AwakeRows, step: float) -> tuple[Tensor, Tensor, Tensor | float]:
