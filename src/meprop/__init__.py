@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from meprop import errors, functional, nn
+from meprop import errors, functional, nn, optim
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
@@ -27,6 +27,7 @@ __all__ = [
     "errors",
     "functional",
     "nn",
+    "optim",
     "report",
     "revert",
 ]

@@ -19,7 +19,7 @@ An experiment compares variants of one training: each is run with each seed. Its
     [variants.topk-20]      # compared with the dense variant above it, unless `against` names another
     rule = "topk"
     k = 20
-    task.hidden = [500, 500]            # settings of this variant alone
+    task.hidden = [500, 500]            # settings of this variant alone, as are training.scope and the like
     published = { test = 98.01, backprop = 21.4 }
 """
 
@@ -171,7 +171,7 @@ def _experiment(name: str, content: dict[str, Any], tasks: Mapping[str, type[Any
     if not found["variants"]:
         raise ValueError("[variants] is empty; give one or more")
     task_settings = _checked(task_settings, _task_hints(tasks[task]), "[task] ")
-    training = _checked(found.get("training", {}), _hints(TrainingConfig, but=("seeds", "k")), "[training] ")
+    training = _checked(found.get("training", {}), _training_hints(), "[training] ")
     variants: dict[str, Variant] = {}
     for key, table in found["variants"].items():
         if not _NAME.fullmatch(key):
@@ -195,6 +195,7 @@ def _variant(
         "k": int | float,
         "against": str,
         "task": dict[str, Any],
+        "training": dict[str, Any],
         "published": dict[str, Any],
     }
     found = _checked(table, allowed, where, required=("rule",))
@@ -206,6 +207,7 @@ def _variant(
         against = next((variant.name for variant in reversed(above) if variant.rule == "dense"), None)
     if against is not None and against not in (variant.name for variant in above):
         raise ValueError(f"{where}against is {against!r}; it must be a variant above this one")
+    training = {**training, **_checked(found.get("training", {}), _training_hints(), f"{where}training ")}
     settings = {**task_settings, **_checked(found.get("task", {}), _task_hints(config), f"{where}task ")}
     published = _checked(found.get("published", {}), _hints(Published), f"{where}published ")
     try:
@@ -220,6 +222,10 @@ def _hints(config: type[Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
     """The types of a dataclass's fields by name."""
     hints = get_type_hints(config)
     return {field.name: hints[field.name] for field in fields(config) if field.name not in but}
+
+
+def _training_hints() -> dict[str, Any]:
+    return _hints(TrainingConfig, but=("seeds", "k"))  # which have keys of their own
 
 
 def _task_hints(config: type[Any]) -> dict[str, Any]:

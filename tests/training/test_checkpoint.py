@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("lightning_fabric")
 
+import meprop
 from meprop import machine
 from meprop.errors import DataError
 from meprop.training import checkpoint
@@ -19,6 +20,24 @@ SETTINGS = {"k": 5, "hidden": [500, 500]}
 
 def ignore(trainer):
     pass
+
+
+@pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+def test_a_resumed_run_with_row_sparse_gradients(task, tmp_path, optimizer, sparse_rows):
+    config = TrainingConfig(
+        epochs=3, k=5, accelerator="cpu", optimizer=optimizer, scope="batch", sparse_rows=sparse_rows
+    )
+    whole, interrupted, resumed = (Trainer(task, config, config.rule(), 7) for _ in range(3))
+    (expected,) = fit([whole], ignore)
+    interrupted.advance(5)
+    assert isinstance(interrupted.optimizer, meprop.optim.SGD | meprop.optim.Adam | meprop.optim.Adagrad)
+    checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
+    checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
+    (actual,) = fit([resumed], ignore)
+    assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])

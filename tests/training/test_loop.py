@@ -133,6 +133,7 @@ def test_epochs_are_checked(epochs):
         ({"lr": float("nan")}, "--lr"),
         ({"k": 0}, "k=0"),
         ({"k": 1.5}, "k=1.5"),
+        ({"sparse_rows": "lazy"}, "--sparse-rows lazy needs --scope batch"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import meprop
+from meprop import optim
 from meprop.errors import MepropError
 from meprop.speed import Decision
 
@@ -91,6 +92,10 @@ class TrainingConfig:
     """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
     scope: Literal["example", "batch"] = "example"
     """Choose the k entries for each example (as in the paper), or once for the whole batch (simple unified top-k)."""
+    sparse_rows: Literal["no", "exact", "decay", "lazy"] = "no"
+    """Make the gradients of sparse layers' weights row-sparse, with scope batch, and step with meprop.optim: as dense
+    (exact), or only the rows with a gradient, whose moments first decay for the steps they slept (decay) or do not
+    (lazy)."""
     optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
     """Optimizer, the same for dense and sparse; torch's fused implementation where there is one."""
     lr: float = 1e-3
@@ -111,6 +116,8 @@ class TrainingConfig:
             raise ValueError(f"--seeds must be one or more different integers from 0 to 2**64 - 1, got {[*self.seeds]}")
         if not (self.lr > 0 and isfinite(self.lr)):
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
+        if self.sparse_rows != "no" and self.scope != "batch":
+            raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
         self.rule()
 
     def rule(self, name: RuleName = "topk") -> SparseRule:
@@ -200,8 +207,8 @@ class Trainer:
             self.model = task.build_model().to(self.device)
             self._random = self._random_state()
             if rule is not None:
-                meprop.convert(self.model, rule, when=config.when)
-        self.optimizer = _build_optimizer(self.model, config, self.device)
+                meprop.convert(self.model, rule, sparse_grad=config.sparse_rows != "no", when=config.when)
+        self.optimizer = _build_optimizer(self.model, config, self.device, sparse=rule is not None)
 
         self._order = torch.Generator().manual_seed(seed)
         self._epoch_order = self._order.get_state()  # as it was when the current epoch began
@@ -380,8 +387,13 @@ def fit(trainers: Sequence[Trainer], after_turn: Callable[[Trainer], None], turn
     return [trainer.result() for trainer in trainers]
 
 
-def _build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+def _build_optimizer(
+    model: nn.Module, config: TrainingConfig, device: torch.device, *, sparse: bool
+) -> torch.optim.Optimizer:
     parameters = model.parameters()
+    if sparse and config.sparse_rows != "no":
+        ours = {"adam": optim.Adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
+        return ours(parameters, config.lr, sparse_rows=config.sparse_rows)
     match config.optimizer:
         case "adam":
             return torch.optim.Adam(parameters, config.lr, fused=True)

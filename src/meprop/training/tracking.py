@@ -85,7 +85,7 @@ def plain(settings: Any) -> dict[str, Any]:
 def settings(task: Any, training: TrainingConfig, rule: str) -> dict[str, Any]:
     """Return all that a run's outcome depends on beside its seed and data, as plain data by option name."""
     found = {**plain(task), **plain(training), "rule": rule}
-    unused = ("data_dir", "seeds", *(("k", "scope") if rule == "dense" else ()))
+    unused = ("data_dir", "seeds", *(("k", "scope", "sparse_rows") if rule == "dense" else ()))
     return {name: value for name, value in found.items() if name not in unused}
 
 
