@@ -14,7 +14,7 @@ from cases import ALL_DTYPES, GRADIENTS, SELECTIONS, gradient
 from meprop import rules
 from meprop.ops import reference
 
-RULES = pytest.mark.parametrize("rule", [meprop.TopK, meprop.RandomK])
+RULES = pytest.mark.parametrize("rule", [meprop.TopK, meprop.CompensatedTopK, meprop.RandomK])
 
 
 @RULES
@@ -155,3 +155,59 @@ def test_a_layer_propagates_what_random_k_keeps_and_nothing_else():
 def test_the_examples_in_the_docstrings_run():
     assert doctest.testmod(rules).failed == 0
     assert doctest.testmod(rules).attempted >= 5
+
+
+# ---------------------------------------------------------------- CompensatedTopK
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compensated_top_k_is_top_k_and_the_mean_of_what_it_leaves_out(dtype):
+    grad = torch.randn(30, 17, dtype=dtype)
+    top = meprop.TopK(4).select(grad)
+    selection = meprop.CompensatedTopK(4).select(grad)
+    assert torch.equal(selection.values, top.values)
+    assert torch.equal(selection.indices, top.indices)
+    dense = selection.to_dense()
+    torch.testing.assert_close(dense, top.to_dense() + (grad - top.to_dense()).mean(dim=0))
+    torch.testing.assert_close(dense.sum(dim=0), grad.sum(dim=0))  # what it is for
+
+
+def test_compensated_top_k_of_no_rows():
+    assert meprop.CompensatedTopK(2).select(torch.empty(0, 5)).to_dense().shape == (0, 5)
+
+
+def test_compensated_top_k_is_for_examples_only():
+    with pytest.raises(ValueError, match="scope='batch'; CompensatedTopK is for scope 'example' only"):
+        meprop.CompensatedTopK(2, scope="batch")
+    with pytest.raises(ValueError, match="sparse_grad=True"):
+        meprop.nn.Linear(5, 5, rule=meprop.CompensatedTopK(2), sparse_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 5)])
+def test_gradients_of_compensated_top_k_are_those_of_the_dense_form(batch, dtype):
+    x, weight = torch.randn(*batch, 9), torch.randn(20, 9)
+    bias, grad = torch.randn(20), torch.randn(*batch, 20)
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias)]
+    rule = meprop.CompensatedTopK(3)
+    meprop.functional.linear(*leaves, rule=rule).backward(grad.to(dtype))
+    whole = grad.to(dtype).reshape(-1, 20)
+    kept, rows = rule.select(whole).to_dense().double(), leaves[0].detach().reshape(-1, 9).double()
+    expected = [(kept @ leaves[1].detach().double()).view(x.shape), kept.t() @ rows, whole.double().sum(dim=0)]
+    tolerance = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for leaf, exact in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), exact, **tolerance)
+
+
+def test_compensated_top_k_in_an_lstm_and_under_compile():
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    layer = meprop.nn.LSTM(5, 6, rule=meprop.CompensatedTopK(2), dtype=torch.float64)
+    layer(x)[0].sum().backward()
+    assert (layer.weight_hh_l0.grad != 0).all()  # what is shared reaches every row
+
+    linear = meprop.nn.Linear(5, 6, rule=meprop.CompensatedTopK(2))
+    y = x[0].float()
+    linear(y).pow(2).sum().backward()
+    eager, linear.weight.grad = linear.weight.grad, None
+    torch.compile(linear, backend="aot_eager", fullgraph=True)(y).pow(2).sum().backward()
+    torch.testing.assert_close(linear.weight.grad, eager)

@@ -6,13 +6,14 @@ from meprop import errors, functional, nn, optim
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
-from meprop.rules import RandomK, Rule, TopK
+from meprop.rules import CompensatedTopK, RandomK, Rule, TopK
 from meprop.selection import ColumnSelection, RowSelection
 
 __version__ = _version("meprop")
 
 __all__ = [
     "ColumnSelection",
+    "CompensatedTopK",
     "ConversionReport",
     "DataError",
     "MepropError",

@@ -16,6 +16,7 @@ class RowSelection:
         values: The kept entries [N, k], in the gradient's dtype.
         indices: Their output features [N, k], int32, ascending in each row.
         width: O, the number of output features.
+        shared: What every row gets in addition [O], in the gradient's dtype; None: nothing.
 
     Raises:
         ValueError: The shapes do not fit, or the indices are not int32.
@@ -24,9 +25,12 @@ class RowSelection:
     values: Tensor
     indices: Tensor
     width: int
+    shared: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self.values, self.indices, self.values.shape, "[N, k]")
+        if self.shared is not None and self.shared.shape != (self.width,):
+            raise ValueError(f"shared is [O] = [{self.width}], not {list(self.shared.shape)}")
 
     @property
     def density(self) -> float:
@@ -34,9 +38,10 @@ class RowSelection:
         return self.indices.shape[-1] / self.width
 
     def to_dense(self) -> Tensor:
-        """The gradient with everything else zero: [N, O], in the dtype of `values`."""
+        """The gradient with everything else zero, but for what is shared: [N, O], in the dtype of `values`."""
         dense_NO = self.values.new_zeros(self.values.shape[0], self.width)
-        return dense_NO.scatter_(1, self.indices.long(), self.values)
+        dense_NO.scatter_(1, self.indices.long(), self.values)
+        return dense_NO if self.shared is None else dense_NO.add_(self.shared)
 
 
 @dataclass(frozen=True, eq=False)

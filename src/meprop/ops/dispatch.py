@@ -54,7 +54,9 @@ def topk_columns(grad: Tensor, k: int) -> ColumnSelection:
 
 def grad_input(selection: Selection, weight: Tensor) -> Tensor:
     """The selection [N, O] times weight [O, I]: the gradient of a linear map's input, [N, I]."""
-    return _call("grad_input", selection.values, selection.indices, weight)
+    result = _call("grad_input", selection.values, selection.indices, weight)
+    shared = _shared(selection)
+    return result if shared is None else result.add_(shared @ weight)
 
 
 def grad_weight(selection: Selection, x: Tensor, *, row_sparse: bool = False) -> Tensor:
@@ -68,9 +70,16 @@ def grad_weight(selection: Selection, x: Tensor, *, row_sparse: bool = False) ->
     if row_sparse and isinstance(selection, RowSelection):
         raise ValueError("a RowSelection keeps entries of any row of the weight: its gradient is not row-sparse")
     if not row_sparse:
-        return _call("grad_weight", selection.values, selection.indices, x, selection.width)
+        result = _call("grad_weight", selection.values, selection.indices, x, selection.width)
+        shared = _shared(selection)
+        return result if shared is None else result.addr_(shared, x.sum(dim=0))
     rows = _call("grad_weight_rows", selection.values, x)
     return _row_sparse(selection.indices, rows, selection.width)
+
+
+def _shared(selection: Selection) -> Tensor | None:
+    """What every row gets in addition: it adds a matrix of rank one to each product."""
+    return selection.shared if isinstance(selection, RowSelection) else None
 
 
 def topk_linear_backward(

@@ -29,8 +29,8 @@ LEGEND = (
     "back-prop: the hidden layers' products alone; overall: forward and backward pass."
 )
 
-_MARKERS = {"topk": "o", "random": "s"}
-_TITLES = {"topk": "top-k", "random": "random-k"}
+_MARKERS = {"topk": "o", "compensated": "D", "random": "s"}
+_TITLES = {"topk": "top-k", "compensated": "compensated top-k", "random": "random-k"}
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,13 @@ from meprop import optim
 from meprop.errors import MepropError
 from meprop.speed import Decision
 
-RuleName = Literal["topk", "random"]
-SparseRule = meprop.TopK | meprop.RandomK
-_RULES: dict[RuleName, type[SparseRule]] = {"topk": meprop.TopK, "random": meprop.RandomK}
+RuleName = Literal["topk", "compensated", "random"]
+SparseRule = meprop.TopK | meprop.CompensatedTopK | meprop.RandomK
+_RULES: dict[RuleName, type[SparseRule]] = {
+    "topk": meprop.TopK,
+    "compensated": meprop.CompensatedTopK,
+    "random": meprop.RandomK,
+}
 
 
 class DivergedError(MepropError):
@@ -157,7 +161,7 @@ class Run:
     """The outcome of one run: an element of `runs` in result.json. Metrics are those after the last epoch."""
 
     rule: str
-    """`"dense"`, `"topk"` or `"random"`."""
+    """`"dense"`, or the name of the rule."""
     seed: int
     epochs: int
     dev: dict[str, float]
@@ -222,7 +226,7 @@ class Trainer:
 
     @property
     def name(self) -> str:
-        """`"dense"`, `"topk"` or `"random"`."""
+        """`"dense"`, or the name of the rule."""
         return "dense" if self.rule is None else next(name for name, rule in _RULES.items() if type(self.rule) is rule)
 
     @property
