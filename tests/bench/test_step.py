@@ -1,0 +1,115 @@
+"""bench step: each way of the step is checked, parts and ratios are those of its times, the record says all."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("tyro")
+
+from meprop import cli, functional
+from meprop.bench import step
+from meprop.reporting import bench_step as report
+
+SMALL = step.Model((6, 140, 130, 3), 5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    torch.set_num_threads(1)  # so little work is slowed by a second thread that must wait for a busy core
+
+
+def test_models_are_named_by_widths_and_batch():
+    assert step.Model.parse("784-500-10@10") == step.Model((784, 500, 10), 10)
+    assert step.Model.parse(SMALL.name) == SMALL
+    for name in ("784-500-10", "784-x-10@5", "784-10@5", "784-0-10@5", "784-500-10@0", "@5"):
+        with pytest.raises(ValueError, match="model"):
+            step.Model.parse(name)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adagrad", "adam", "adamw"])
+def test_all_ways_are_timed_with_each_optimizer(optimizer):
+    result = step.run_case(SMALL, optimizer, 0.1, 0.001)
+    assert [one.way for one in result.ways] == step.ways()
+    baseline = {one.way.name: one for one in result.ways}["dense bf16"]
+    for one in result.ways:
+        assert one.wrong is None
+        assert sum(times.best for times in one.phases.values()) <= one.step.p80
+        assert one.ratios["dense bf16"].p20 == baseline.step.p20 / one.step.p20
+        assert all(times.calls == one.step.calls for times in one.phases.values())
+
+
+def test_the_ways_are_what_they_are_called():
+    ways = {way.name: way for way in step.ways()}
+    assert len(ways) == 10
+    batches = [(torch.randn(5, 6), torch.randint(0, 3, (5,)))]
+    for name, way in ways.items():
+        one = step._Step(way, SMALL, SMALL.build().state_dict(), "adam", 0.1, batches)
+        one.loss(*batches[0]).backward()
+        hidden = one.model[0]
+        assert (hidden.weight.grad.layout == torch.sparse_coo) == name.endswith(("exact", "decay", "lazy"))
+        assert getattr(one._optimizer, "sparse_rows", "exact") == (way.sparse_rows or "exact")
+        if way.scope is not None:
+            assert (hidden.compute_dtype is not None) == ("bf16" in name)
+            assert hidden.rule.scope == way.scope
+
+
+@pytest.mark.parametrize("what", ["output", "rows"])
+def test_what_is_wrong_is_not_timed(monkeypatch, what):
+    right = functional.apply_linear
+
+    def wrong(x, weight, bias, rule, sparse_grad, *rest):
+        if what == "output":
+            return right(x, weight, bias, rule, sparse_grad, *rest) * 2
+        return (
+            torch.nn.functional.linear(x, weight, bias)
+            if sparse_grad
+            else right(x, weight, bias, rule, sparse_grad, *rest)
+        )
+
+    monkeypatch.setattr(functional, "apply_linear", wrong)
+    result = step.run_case(SMALL, "adam", 0.1, 0.001)
+    found = {one.way.name: one for one in result.ways}
+    assert found["dense fp32"].wrong is None
+    expected = "loss differs" if what == "output" else "rows"
+    assert expected in found["unified fp32 lazy"].wrong
+    assert found["unified fp32 lazy"].step is None
+    assert (found["per example fp32"].wrong is not None) == (what == "output")
+    assert "WRONG: unified fp32 lazy" in report.table([result])
+
+
+def run(*options):
+    return cli.main(["bench", "step", "--models", SMALL.name, "--seconds", "0.001", *options])
+
+
+def test_the_command_writes_record_figure_and_section(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench step: begin -->\n<!-- bench step: end -->\nafter\n")
+    assert run("--optimizers", "adam", "sgd", "--page", "page.md") == 0
+    content = json.loads((tmp_path / "runs/bench-step/result.json").read_text())
+    assert [(case["model"]["batch"], case["optimizer"]) for case in content["cases"]] == [(5, "adam"), (5, "sgd")]
+    assert content["config"]["k"] == 0.04
+    for figure in (tmp_path / report.FIGURE, tmp_path / "runs/bench-step" / report.FIGURE):
+        assert figure.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert f"![Parts of the step]({report.FIGURE})" in text
+    assert text.count("| dense fp32 |") == 2
+    assert "against dense bf16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--models", "784"), "784: a model is named like"),
+        (("--k", "0"), "k=0"),
+        (("--seconds", "0"), "--seconds"),
+        (("--models",), "--models and --optimizers"),
+        (("--page", "nowhere.md"), "--page nowhere.md"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_any_work(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(*options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
