@@ -131,8 +131,8 @@ def convert(
         sparse_grad: Make each weight.grad a sparse tensor of the kept rows; for rules with scope "batch". Such layers
             are always sparse, as their optimizer counts on it. LSTMs stay dense then: they choose anew at each time
             step, so that most rows of their weights get a gradient.
-        compute_dtype: torch.bfloat16: linear layers form their products in bfloat16, from a copy of the weight that is
-            kept from step to step; weights, gradients and activations stay what they are. See
+        compute_dtype: torch.bfloat16: linear layers form their forward product in bfloat16, from a copy of the weight
+            that is kept from step to step; weights, gradients and activations stay what they are. See
             `meprop.functional.linear`. LSTMs take no part.
         when: "auto": at its first backward pass (an LSTM: forward pass) each layer measures, for the number of rows it
             then gets, whether being sparse is faster than dense on this machine, and stays with the answer; it is

@@ -28,17 +28,18 @@ class _Linear(torch.autograd.Function):
         sparse_grad: bool,
         decide: Decide | None,
         copy: Tensor | None,
-        output_dtype: torch.dtype | None,
+        autocast: bool,
     ) -> Tensor:
+        """A copy of the weight stands for it in the forward product; in the backward ones as well under autocast."""
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.rule, ctx.sparse_grad, ctx.decide = rule, sparse_grad, decide
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
-        if copy is not None:  # the products' dtype is the copy's
-            x, weight, bias = x.to(copy.dtype), copy, None if bias is None else bias.to(copy.dtype)
+        output = _product(x, weight, bias, copy, autocast)
+        if copy is not None and autocast:
+            x, weight = x.to(copy.dtype), copy
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.dtype = weight.dtype
-        output = F.linear(x, weight, bias)
-        return output if output_dtype is None else output.to(output_dtype)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,7 +49,9 @@ class _Linear(torch.autograd.Function):
         grad_NO, x_NI = _matrix(grad_output), None if x is None else _matrix(x)
         needs = ctx.needs_input_grad[:3]
         inputs = x_NI.shape[1] if x_NI is not None else weight.shape[1]
-        if ctx.decide is None or ctx.decide(grad_NO, inputs, needs):
+        if ctx.rule.count(grad_NO.shape[1]) < grad_NO.shape[1] and (
+            ctx.decide is None or ctx.decide(grad_NO, inputs, needs)
+        ):
             gradients = _sparse_backward(grad_NO, weight, x_NI, ctx.rule, needs[2], ctx.sparse_grad)
         else:
             gradients = _dense_backward(grad_NO, weight, x_NI, needs[2])
@@ -60,6 +63,14 @@ class _Linear(torch.autograd.Function):
             for grad, dtype in zip((grad_x, grad_weight, grad_bias), ctx.dtypes, strict=True)
         )
         return grad_x, grad_weight, grad_bias, *[None] * 5
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None, autocast: bool) -> Tensor:
+    """The forward product, with the copy of the weight if there is one; autocast leaves the output in its dtype."""
+    if copy is None:
+        return F.linear(x, weight, bias)
+    output = F.linear(x.to(copy.dtype), copy, None if bias is None else bias.to(copy.dtype))
+    return output if autocast else output.to(x.dtype)
 
 
 def _refuse_second_derivatives() -> None:
@@ -116,8 +127,9 @@ def linear(
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         sparse_grad: Make weight.grad a sparse tensor of the kept rows, as `torch.nn.Embedding(sparse=True)` does. For
             rules that keep the same columns for the whole batch (scope "batch").
-        compute_dtype: torch.bfloat16: form the products, forwards and backwards, in bfloat16 as under autocast, but
-            give the output in the dtype of x. Under autocast it has no say. None: in the dtype of the tensors.
+        compute_dtype: torch.bfloat16: form the forward product, the one that stays dense, in bfloat16, and give the
+            output in the dtype of x; the backward pass is in the dtype of the tensors, as there casting gradients
+            would cost more than it saves. Float64 stays float64; under autocast this has no say. None: no other dtype.
 
     Returns:
         Output [*, O], bit for bit `torch.nn.functional.linear`'s.
@@ -153,23 +165,21 @@ def apply_linear(
         )
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
-    output_dtype = None if autocast else x.dtype
     copy = None
-    if (is_sparse or not needs_gradients) and dtype is not None:
-        copy = copies.of(weight) if not torch.compiler.is_compiling() and copies.serves(weight, dtype) else None
-    if copy is None:
-        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
-    if is_sparse:
-        return _Linear.apply(x, weight, bias, rule, sparse_grad, decide, copy, output_dtype)  # pyright: ignore[reportReturnType]  (apply is untyped)
-    if copy is not None:
-        x, weight, bias = x.to(copy.dtype), copy, None if bias is None else bias.to(copy.dtype)
-    output = F.linear(x, weight, bias)
-    return output if output_dtype is None else output.to(output_dtype)
+    if dtype is not None and not torch.compiler.is_compiling() and copies.serves(weight, dtype):
+        copy = copies.of(weight)
+    elif dtype is not None and not autocast and weight.dtype != torch.float64:
+        copy = weight.detach().to(dtype)
+    if autocast and (copy is None or (needs_gradients and not is_sparse)):
+        copy, x, weight, bias = None, _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+    if is_sparse or (needs_gradients and copy is not None):
+        return _Linear.apply(x, weight, bias, rule, sparse_grad, decide, copy, autocast)  # pyright: ignore[reportReturnType]  (apply is untyped)
+    return _product(x, weight, bias, copy, autocast)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As torch casts the operands of its own linear under autocast."""
-    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+def _autocast(tensor: Tensor) -> Tensor:
+    """As torch casts the operands of its own linear."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 class _Lstm(torch.autograd.Function):
@@ -308,8 +318,7 @@ def apply_lstm(
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
     tensors = (x, *((None, None) if hx is None else hx), *weights)
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = tuple(None if tensor is None else _cast(tensor, dtype) for tensor in tensors)
+        tensors = tuple(None if tensor is None else _autocast(tensor) for tensor in tensors)
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
     if len(kinds) > 1:
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))

@@ -28,7 +28,7 @@ class Linear(torch.nn.Linear):
         dtype: Of the parameters.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         sparse_grad: Make weight.grad a sparse tensor of the kept rows; see `meprop.functional.linear`.
-        compute_dtype: torch.bfloat16: form the products in bfloat16; see there.
+        compute_dtype: torch.bfloat16: form the forward product in bfloat16; see there.
 
     Attributes:
         when: "always" sparse, or "auto": only if measured to be faster.
