@@ -9,6 +9,7 @@ import torch
 
 import meprop
 from meprop import copies, optim
+from meprop.ops import reference
 
 SPARSE = meprop.TopK(4, scope="batch")
 
@@ -232,3 +233,93 @@ def test_another_compute_dtype_is_refused(dtype):
     ):
         with pytest.raises(ValueError, match=r"compute_dtype=.*; it is torch\.bfloat16 or None"):
             make()
+
+
+# ---------------------------------------------------------------- faults of a cold review
+
+
+@pytest.mark.parametrize("module", [torch.optim, optim])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_fused_optimizers_are_seen_though_they_raise_no_version(layer, name, module):
+    options = {"weight_decay": 0.0} if name == "AdamW" else {}
+    optimizer = getattr(module, name)(layer.parameters(), lr=0.5, fused=True, **options)
+    forward(layer)
+    layer.weight.grad = torch.zeros(40, 24)
+    layer.weight.grad[0, 1] = 1.0  # no entry that is looked at each time
+    optimizer.step()
+    assert torch.equal(forward(layer), expected(layer))
+    assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
+
+
+def test_a_copy_that_inference_mode_made_can_be_written_and_trained_with(layer):
+    with torch.inference_mode():
+        assert torch.equal(forward(layer), expected(layer))
+    optimizer = optim.Adam(layer.parameters(), lr=0.1)
+    forward(layer).pow(2).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.equal(forward(layer), expected(layer))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with torch.inference_mode():
+        assert torch.equal(forward(layer), expected(layer))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_without_version_or_memory_are_cast(autocast):
+    dtype = None if autocast else torch.bfloat16
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer = meprop.nn.Linear(24, 40, rule=SPARSE, compute_dtype=dtype)
+        torch.testing.assert_close(forward(layer).float(), expected(layer).float())
+    layers = [meprop.nn.Linear(24, 40, rule=SPARSE, compute_dtype=dtype) for _ in range(2)]
+    x, (params, _) = torch.randn(6, 24), torch.func.stack_module_state(layers)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = torch.vmap(lambda params: torch.func.functional_call(layers[0], params, (x,)))(params)
+        for one, layer in zip(found, layers, strict=True):
+            torch.testing.assert_close(one, layer(x), rtol=0.02, atol=0.02)  # rounded alone or in a batch
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
+@pytest.mark.parametrize("grad", [False, True])
+def test_inputs_that_torch_does_not_cast_are_refused_as_by_torch(layer, dtype, grad):
+    x = torch.ones(2, 24, dtype=dtype)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
+    with (
+        torch.set_grad_enabled(grad),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match="dtype"),
+    ):
+        layer(x)
+
+
+@pytest.mark.parametrize("backend", ["dispatched", "reference"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, -1, -0x400000])
+def test_a_weight_of_nan_is_its_own_copy(layer, bits, backend, monkeypatch):
+    if backend == "reference":
+        monkeypatch.setattr("meprop.ops.narrow_agrees", reference.narrow_agrees)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(bits, dtype=torch.int32).view(torch.float32).expand(40, 24))
+    forward(layer)
+    assert not made_anew(layer)
+
+
+def test_compiled_layers_form_their_forward_product_in_the_dtype():
+    layer = meprop.nn.Linear(24, 40, rule=meprop.TopK(5), compute_dtype=torch.bfloat16)
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(torch.ones(6, 24))
+    assert torch.equal(y, layer(torch.ones(6, 24)))
+    y.sum().backward()
+    compiled, layer.weight.grad = layer.weight.grad, None
+    layer(torch.ones(6, 24)).sum().backward()
+    torch.testing.assert_close(compiled, layer.weight.grad)
+
+
+@pytest.mark.parametrize("kept", [4, 40])
+def test_inputs_in_half_precision_go_with_float32_weights(kept):
+    layer = meprop.nn.Linear(24, 40, rule=meprop.TopK(kept), compute_dtype=torch.bfloat16)
+    x = torch.randn(3, 2, 24, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    y.float().pow(2).sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import meprop
-from meprop import optim
+from meprop import ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native, reference
 from meprop.selection import AwakeRows
@@ -488,3 +488,117 @@ def test_clipping_by_norm_is_torchs(norm_type, max_norm):
     ours[1].grad[0] = math.nan
     with pytest.raises(RuntimeError, match="non-finite"):
         optim.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True)
+
+
+# ---------------------------------------------------------------- faults of a cold review
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam", "adagrad"])
+def test_dense_half_precision_is_not_given_to_fused_kernels(kind, dtype):
+    """torch 2.13's fused SGD leaves most entries of such parameters where they are (pytorch#191763)."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(64, dtype=dtype))] for _ in range(2))
+    optimizer, expected = make(kind, ours), make_torch(kind, theirs)
+    for _ in range(3):
+        ours[0].grad, theirs[0].grad = torch.ones_like(ours[0]), torch.ones_like(theirs[0])
+        optimizer.step()
+        expected.step()
+    torch.testing.assert_close(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("choice", [{"foreach": False}, {"foreach": True}, {"fused": False}])
+def test_a_chosen_implementation_stays(choice):
+    (name, value), *_ = choice.items()
+    group = optim.Adam(parameters(torch.float32), **choice).param_groups[0]
+    assert group[name] is value
+    assert not group["fused"]
+
+
+def test_the_rows_steps_are_loaded_as_they_are_into_half_precision():
+    parameter = torch.nn.Parameter(torch.ones(ROWS, WIDTH, dtype=torch.bfloat16))
+    optimizer = optim.SGD([parameter], 0.01, momentum=0.9, sparse_rows="decay")
+    for step in range(300):  # bfloat16 holds the integers up to 256
+        parameter.grad = sparse(torch.ones(1, WIDTH, dtype=torch.bfloat16), [step % ROWS])
+        optimizer.step()
+    before = optimizer.state[parameter]["row_step"].clone()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    after = optimizer.state[parameter]["row_step"]
+    assert after.dtype == torch.float32
+    assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("kind", "mode"), [("adam", "exact"), ("adam", "decay"), ("momentum", "decay")])
+def test_steps_are_counted_in_float32_whatever_the_default_dtype(kind, mode, default):
+    params = parameters(torch.float32)[:1]
+    torch.set_default_dtype(default)
+    try:
+        optimizer = make(kind, params, sparse_rows=mode)
+        for _ in range(258):
+            params[0].grad = sparse(torch.ones(1, WIDTH, dtype=torch.float32), [3])
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    state = optimizer.state[params[0]]
+    assert float(state["step"]) == 258
+    assert {state[name].dtype for name in ("step", "row_step") if name in state} == {torch.float32}
+
+
+def test_a_state_of_another_shape_is_refused():
+    small, large = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(40, 600))
+    optimizer, other = optim.Adam([small]), optim.Adam([large])
+    small.grad = sparse(torch.ones(1, 6), [2], 4)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"'exp_avg' is \[4, 6\], its parameter \[40, 600\]"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("what", ["gradient", "state", "row_step"])
+def test_rows_of_another_shape_are_refused_before_memory_is_touched(what):
+    weight, buffer, values, row_step = torch.ones(4, 6), torch.ones(4, 6), torch.ones(1, 6), torch.zeros(4)
+    if what == "gradient":
+        values = torch.ones(1, 5)
+    if what == "state":
+        buffer = torch.ones(3, 6)
+    if what == "row_step":
+        row_step = torch.zeros(3)
+    options = {"lr": 1.0, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+    with pytest.raises(ValueError, match=r"do not go with a parameter \[4, 6\]"):
+        ops.sgd_rows(weight, buffer, AwakeRows(torch.tensor([1]), values, row_step=row_step), 1.0, **options)
+    assert torch.equal(weight, torch.ones(4, 6))
+
+
+def test_adagrad_takes_groups_that_are_added_later():
+    ours, theirs = ([torch.nn.Parameter(torch.ones(ROWS, WIDTH)) for _ in range(2)] for _ in range(2))
+    for params, module in ((ours, optim), (theirs, torch.optim)):
+        optimizer = module.Adagrad(params[:1], 0.1, initial_accumulator_value=0.5)
+        optimizer.add_param_group({"params": params[1:]})
+        for _ in range(2):
+            params[1].grad = sparse(torch.ones(1, WIDTH), [3])
+            optimizer.step()
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+def test_a_mode_of_a_group_is_refused():
+    with pytest.raises(ValueError, match="sparse_rows='lazy' in a parameter group"):
+        optim.Adam([{"params": parameters(torch.float32), "sparse_rows": "lazy"}])
+
+
+def test_a_compiled_step_of_row_sparse_gradients_is_refused():
+    params = parameters(torch.float32)[:1]
+    before = params[0].detach().clone()
+    optimizer = optim.SGD(params, 1.0)
+    params[0].grad = sparse(torch.ones(1, WIDTH), [2])
+    with pytest.raises(RuntimeError, match=r"under torch\.compile; call it outside"):  # torch makes its own of ours
+        torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_clipping_takes_gradients_without_rows(norm_type):
+    params = parameters(torch.float32)[:2]
+    params[0].grad, params[1].grad = sparse(torch.empty(0, WIDTH), []), torch.full((ROWS,), 2.0)
+    expected = torch.linalg.vector_norm(params[1].grad, norm_type)
+    torch.testing.assert_close(optim.clip_grad_norm_(params, 1.0, norm_type), expected)
+    params[1].grad = None
+    assert optim.clip_grad_norm_(params, 1.0, norm_type) == 0

@@ -3,17 +3,21 @@
 A copy is made when a product first asks for it, and made anew when its weight has changed since: by load_state_dict, by
 an edit in place or an optimizer, which raise the tensor's version, or by other memory under it. `meprop.optim` writes
 the copy along with the rows that it changes, which keeps it up to date. Modules that share a weight share its copy.
+torch's fused optimizers raise no version: after a step of one, copies of its parameters are made anew.
 
 An edit through ``weight.data`` or a NumPy view raises no version: it is seen only where it concerns one of some hundred
 entries that are looked at each time, as one of most of the weight does. Edit under `torch.no_grad` instead.
+`torch.utils.swap_tensors` refuses a weight that has a copy, as it refuses all that are weakly referenced.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from meprop import ops
@@ -48,6 +52,8 @@ def serves(weight: Tensor, dtype: torch.dtype) -> bool:
         and weight.is_leaf
         and type(weight) in (Tensor, torch.nn.Parameter)
         and weight.is_contiguous()
+        and not weight.is_inference()  # it has no version
+        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)  # nor this one memory  # pyright: ignore
     )
 
 
@@ -56,13 +62,25 @@ def of(weight: Tensor) -> Tensor:
     copy: _Copy | None = _copies.get(weight)  # pyright: ignore[reportUnknownMemberType]
     if copy is not None and copy.is_of(weight) and ops.narrow_agrees(weight, copy.tensor, _SAMPLES):
         return copy.tensor
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
         if copy is not None and (copy.tensor.shape, copy.tensor.device) == (weight.shape, weight.device):
             copy.tensor.copy_(weight)
         else:
             copy = _copies[weight] = _Copy(weight.bfloat16(), 0, 0)
     copy.version, copy.address = weight._version, weight.data_ptr()
     return copy.tensor
+
+
+def _forget_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups if _copies else []:
+        for parameter in group["params"] if group.get("fused") else []:
+            copy: _Copy | None = _copies.get(parameter)  # pyright: ignore[reportUnknownMemberType]
+            row_sparse = parameter.grad is not None and parameter.grad.layout == torch.sparse_coo
+            if copy is not None and parameter.requires_grad and not row_sparse:
+                copy.version = -1
+
+
+register_optimizer_step_post_hook(_forget_fused)
 
 
 def current(weight: Tensor) -> Tensor | None:

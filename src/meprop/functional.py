@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
         output = _product(x, weight, bias, copy, autocast)
         if copy is not None and autocast:
-            x, weight = x.to(copy.dtype), copy
+            x, weight = _cast(x, copy.dtype), copy
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.dtype = weight.dtype
         return output
@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
         _refuse_second_derivatives()
         x, weight = ctx.saved_tensors
         grad_output = grad_outputs[0].to(ctx.dtype)
-        grad_NO, x_NI = _matrix(grad_output), None if x is None else _matrix(x)
+        grad_NO, x_NI = _matrix(grad_output), None if x is None else _matrix(x).to(ctx.dtype)
         needs = ctx.needs_input_grad[:3]
         inputs = x_NI.shape[1] if x_NI is not None else weight.shape[1]
         if ctx.rule.count(grad_NO.shape[1]) < grad_NO.shape[1] and (
@@ -69,7 +69,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None
     """The forward product, with the copy of the weight if there is one; autocast leaves the output in its dtype."""
     if copy is None:
         return F.linear(x, weight, bias)
-    output = F.linear(x.to(copy.dtype), copy, None if bias is None else bias.to(copy.dtype))
+    output = F.linear(_cast(x, copy.dtype), copy, None if bias is None else _cast(bias, copy.dtype))
     return output if autocast else output.to(x.dtype)
 
 
@@ -179,7 +179,12 @@ def apply_linear(
 
 def _autocast(tensor: Tensor) -> Tensor:
     """As torch casts the operands of its own linear."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return _cast(tensor, torch.get_autocast_dtype(tensor.device.type))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does not cast stays as it is, so that a product with it is refused."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 class _Lstm(torch.autograd.Function):

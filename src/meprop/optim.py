@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 from meprop import copies, ops
 from meprop.errors import NotSupportedError
@@ -59,6 +60,11 @@ class _RowSparse(torch.optim.Optimizer):
         return super()._init_group({**group, "params": dense}, *args, **kwargs)  # pyright: ignore  (torch's, not in its stubs)
 
     def _row_sparse_step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if TracingContext.try_get() is not None:  # as is_compiling does not say here
+            raise NotSupportedError(
+                f"{type(self).__name__}.step with row-sparse gradients under torch.compile; call it outside, or use "
+                "sparse_grad=False"
+            )
         if group["differentiable"] or group.get("capturable") or parameter.is_complex():
             raise NotSupportedError(
                 f"{type(self).__name__} with row-sparse gradients is neither differentiable nor capturable, nor for "
@@ -70,7 +76,9 @@ class _RowSparse(torch.optim.Optimizer):
         if self.sparse_rows == "decay" and self._ages(group):
             state = self.state[parameter]
             if "row_step" not in state:
-                state["row_step"] = torch.full((len(parameter),), float(state["step"]), device=parameter.device)
+                state["row_step"] = torch.full(
+                    (len(parameter),), float(state["step"]), dtype=torch.float32, device=parameter.device
+                )
             row_step = state["row_step"]
         else:
             self._wake(parameter, group)
@@ -101,10 +109,11 @@ class _RowSparse(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self._wake(parameter, group)
 
-    @torch.no_grad()
     def _wake(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state.get(parameter, {})
-        if "row_step" in state:
+        if "row_step" not in state:
+            return
+        with torch.no_grad():
             slept = state["step"].to(parameter.device) - state.pop("row_step")
             self._age(parameter, slept.to(parameter.dtype).view(-1, *[1] * (parameter.dim() - 1)), group)
 
@@ -131,7 +140,16 @@ class _RowSparse(torch.optim.Optimizer):
     # ---- what torch does not know of
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, and chooses its fused implementation where nothing else is chosen."""
+        """As torch's, and chooses its fused implementation where nothing else is chosen.
+
+        Raises:
+            ValueError: The group has a `sparse_rows` of its own, or what torch raises it for.
+        """
+        if "sparse_rows" in param_group:
+            raise ValueError(
+                f"sparse_rows={param_group['sparse_rows']!r} in a parameter group; it is that of the whole optimizer: "
+                "make one optimizer for each"
+            )
         super().add_param_group(param_group)
         self._choose_fused()
 
@@ -139,6 +157,28 @@ class _RowSparse(torch.optim.Optimizer):
         for group in self.param_groups:
             if _fits_fused(group):
                 group["fused"] = True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which does not look at shapes, and casts `row_step` to the parameter's dtype.
+
+        Raises:
+            ValueError: A state is not of its parameter's shape, or what torch raises it for.
+        """
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, parameters, strict=True):
+            state = self.state.get(parameter, {})
+            if "row_step" in state:
+                row_step = state_dict["state"][index]["row_step"]
+                state["row_step"] = row_step.to(dtype=torch.float32, device=parameter.device)
+            for name, value in state.items():
+                expected = parameter.shape[:1] if name == "row_step" else parameter.shape
+                if name != "step" and isinstance(value, Tensor) and value.shape != expected:
+                    raise ValueError(
+                        f"the state {name!r} is {list(value.shape)}, its parameter {list(parameter.shape)}: the "
+                        "state_dict is that of another model"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "sparse_rows": self.sparse_rows}
@@ -164,9 +204,17 @@ def _indices_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fits_fused(group: dict[str, Any]) -> bool:
     """Whether torch's fused implementation takes this group, which leaves the choice to us."""
-    if group["fused"] is not None or group["foreach"] or group["differentiable"] or isinstance(group["lr"], Tensor):
+    chosen = group["fused"] is not None or group["foreach"] is not None
+    if chosen or group["differentiable"] or isinstance(group["lr"], Tensor):
         return False
-    return all(parameter.is_floating_point() and parameter.is_cpu for parameter in group["params"])
+    # torch 2.13's fused SGD leaves most of a half-precision parameter where it is (pytorch issue 191763).
+    dtypes = (torch.float32, torch.float64)
+    return all(parameter.is_cpu and parameter.dtype in dtypes for parameter in group["params"])
+
+
+def _no_steps(parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """A count of steps, where torch's implementation for the group looks for it."""
+    return torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
 
 
 class SGD(_RowSparse, torch.optim.SGD):
@@ -223,7 +271,7 @@ class SGD(_RowSparse, torch.optim.SGD):
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
         if self.sparse_rows == "decay" and self._ages(group):  # torch counts no steps here
-            self.state[parameter].setdefault("step", torch.tensor(0.0))
+            self.state[parameter].setdefault("step", _no_steps(parameter, group))
 
     def _ages(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0
@@ -316,7 +364,7 @@ class Adam(_RowSparse, torch.optim.Adam):
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = _no_steps(parameter, group)
         for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
             if name not in state:
                 state[name] = torch.zeros_like(parameter)
@@ -442,6 +490,12 @@ class Adagrad(_RowSparse, torch.optim.Adagrad):
         )
         self._step_supports_amp_scaling = False
 
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:  # of a group that was added later
+            state["step"] = _no_steps(parameter, group)
+            state["sum"] = torch.full_like(parameter, self.defaults["initial_accumulator_value"])
+
     def _ages(self, group: dict[str, Any]) -> bool:
         return False
 
@@ -476,19 +530,14 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: `error_if_nonfinite`, and the norm is not finite.
     """
-    values: list[Tensor] = []
+    clipped: list[Tensor] = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if parameter.grad is None:
+        if parameter.grad is None or parameter.grad.layout != torch.sparse_coo:
+            clipped.append(parameter)
             continue
-        if parameter.grad.layout == torch.sparse_coo:
-            parameter.grad = parameter.grad.coalesce()
-            values.append(parameter.grad._values())
-        else:
-            values.append(parameter.grad)
-    norm = torch.nn.utils.get_total_norm(values, norm_type, error_if_nonfinite, foreach)
-    # What clips takes parameters with gradients: here, for each gradient, a stand-in that has its values as one.
-    stand_ins = [torch.empty_like(value).requires_grad_() for value in values]
-    for stand_in, value in zip(stand_ins, values, strict=True):
-        stand_in.grad = value
-    torch.nn.utils.clip_grads_with_norm_(stand_ins, max_norm, norm, foreach)
-    return norm
+        parameter.grad = parameter.grad.coalesce()
+        values = parameter.grad._values()
+        if values.numel() > 0:
+            clipped.append(torch.empty_like(values).requires_grad_())  # a stand-in, whose gradient they are
+            clipped[-1].grad = values
+    return torch.nn.utils.clip_grad_norm_(clipped, max_norm, norm_type, error_if_nonfinite, foreach)

@@ -206,6 +206,15 @@ def narrow_agrees(weight: Tensor, narrow: Tensor, samples: int) -> bool:
 
 def _rows_backend(weight: Tensor, state: Tensor | None, rows: AwakeRows, *more: Tensor) -> Any:
     tensors = (weight, rows.values, *more, *(tensor for tensor in (state, rows.row_step) if tensor is not None))
+    shape = weight.shape
+    shapes = [(len(rows.indices), *shape[1:]), *[shape] * len(more)]
+    shapes += [] if state is None else [shape]
+    shapes += [] if rows.row_step is None else [shape[:1]]
+    if any(tensor.shape != expected for tensor, expected in zip(tensors[1:], shapes, strict=True)):
+        found = [list(tensor.shape) for tensor in tensors[1:]]
+        raise ValueError(
+            f"gradient and state {found} do not go with a parameter {list(shape)}; give it a new optimizer"
+        )
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     return native if plain and native.declines_rows(*tensors) is None else reference
 

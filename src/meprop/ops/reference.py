@@ -288,7 +288,8 @@ def narrow_agrees(weight: Tensor, narrow: Tensor, samples: int) -> bool:
     """Whether `narrow` has what becomes of a contiguous weight in its dtype, at about so many entries evenly spread."""
     flat = weight.detach().view(-1)
     stride = max(1, len(flat) // samples) | 1  # odd, so that the samples lie in different columns
-    return torch.equal(flat[::stride].to(narrow.dtype), narrow.view(-1)[::stride])
+    found, expected = narrow.view(-1)[::stride], flat[::stride].to(narrow.dtype)
+    return torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _moving(weight: Tensor, rows: AwakeRows, step: float) -> tuple[Tensor, Tensor, Tensor | float]:

@@ -28,7 +28,8 @@ def _cells(result: WayResult) -> list[str]:
     if result.step is None:
         return [result.way.name, *[""] * len(PHASES), "WRONG", *[""] * len(BASELINES)]
     parts = [f"{1e3 * result.phases[phase].p20:.3g}" for phase in PHASES]
-    ratios = [f"{result.ratios[base].p20:.2f}x ({result.ratios[base].p50:.2f}x)" for base in BASELINES]
+    found = [result.ratios.get(base) for base in BASELINES]  # None: that baseline is wrong
+    ratios = ["" if ratio is None else f"{ratio.p20:.2f}x ({ratio.p50:.2f}x)" for ratio in found]
     return [result.way.name, *parts, milliseconds(result.step), *ratios]
 
 
@@ -74,10 +75,11 @@ def _draw_case(axes: Axes, case: CaseResult) -> None:
         axes.barh(names, widths, left=left, color=PHASE_COLORS[phase], label=phase, height=0.7)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for name, end, result in zip(names, left, results, strict=True):
-        ratio = result.ratios[BASELINES[0]].p20
-        axes.annotate(f"{ratio:.1f}x", (end, name), xytext=(4, 0), textcoords="offset points", va="center")
+        ratio = result.ratios.get(BASELINES[0])
+        text = "" if ratio is None else f"{ratio.p20:.1f}x"
+        axes.annotate(text, (end, name), xytext=(4, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(left))
+    axes.set_xlim(0, 1.12 * max(left, default=1.0))
     axes.set_xlabel("ms per step (ratios: dense fp32 / this row)")
     axes.set_title(case.name)
     axes.spines[["top", "right"]].set_visible(False)
