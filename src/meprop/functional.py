@@ -132,7 +132,7 @@ def linear(
             would cost more than it saves. Float64 stays float64; under autocast this has no say. None: no other dtype.
 
     Returns:
-        Output [*, O], bit for bit `torch.nn.functional.linear`'s.
+        Output [*, O], bit for bit `torch.nn.functional.linear`'s of the same dtypes.
 
     Raises:
         NotSupportedError: In the backward pass, with create_graph=True; under torch.compile, with sparse_grad.
