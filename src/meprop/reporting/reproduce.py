@@ -267,7 +267,8 @@ def _densities(title: str, rows: Sequence[_Row], curves: Mapping[str, Sequence[_
     for rule, curve in curves.items():
         if curve:
             _draw_rule(axes, rule, curve)
-    axes.errorbar([], [], marker="o", linestyle=":", color="#666666", markerfacecolor="none", label="the paper's")
+    if any(row.variant.published.test is not None for row in rows):
+        axes.errorbar([], [], marker="o", linestyle=":", color="#666666", markerfacecolor="none", label="the paper's")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted({_density(row) for row in rows})))
     axes.xaxis.set_major_formatter(lambda share, _position: f"{100 * share:.2g}%" if share < 1 else "100%")
