@@ -29,8 +29,16 @@ LEGEND = (
     "back-prop: the hidden layers' products alone; overall: forward and backward pass."
 )
 
-_MARKERS = {"topk": "o", "compensated": "D", "random": "s"}
 _TITLES = {"topk": "top-k", "compensated": "compensated top-k", "random": "random-k"}
+# Colour and marker of each curve: a rule, or, of row-sparse gradients, what becomes of the other rows.
+_STYLES = {
+    "topk": (RULE_COLORS["topk"], "o"),
+    "compensated": (RULE_COLORS["compensated"], "D"),
+    "random": (RULE_COLORS["random"], "s"),
+    "exact": ("#D55E00", "o"),
+    "decay": ("#009E73", "s"),
+    "lazy": ("#CC79A7", "^"),
+}
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,10 @@ def write_page(page: Path, found: Sequence[tuple[Experiment, Records]]) -> None:
 # ---------------------------------------------------------------- test score over density
 
 
+_Curve = tuple[str, str]
+"""Which curve a variant is a point of: its rule, and what becomes of rows without a gradient."""
+
+
 def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool:
     """Draw the test score over density into a PNG, ours and the paper's, if density is what the variants differ in.
 
@@ -248,7 +260,10 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
         Whether there was something to draw.
     """
     rows = [row for row in _rows(experiment, records) if row.results]
-    curves = {rule: sorted((row for row in rows if row.variant.rule == rule), key=_density) for rule in _TITLES}
+    curves: dict[_Curve, list[_Row]] = {}
+    for row in sorted(rows, key=_density):
+        if row.variant.rule != "dense":
+            curves.setdefault((row.variant.rule, row.variant.training.sparse_rows), []).append(row)
     if any(variant.task != experiment.variants[0].task for variant in experiment.variants):
         return False
     if all(len({_density(row) for row in curve}) < 2 for curve in curves.values()):
@@ -258,15 +273,14 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
     return True
 
 
-def _densities(title: str, rows: Sequence[_Row], curves: Mapping[str, Sequence[_Row]]) -> Figure:
+def _densities(title: str, rows: Sequence[_Row], curves: Mapping[_Curve, Sequence[_Row]]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
         if row.variant.rule == "dense":
             _draw_dense(axes, row)
-    for rule, curve in curves.items():
-        if curve:
-            _draw_rule(axes, rule, curve)
+    for which, curve in sorted(curves.items()):
+        _draw_curve(axes, which, curve)
     if any(row.variant.published.test is not None for row in rows):
         axes.errorbar([], [], marker="o", linestyle=":", color="#666666", markerfacecolor="none", label="the paper's")
     axes.set_xscale("log")
@@ -300,11 +314,13 @@ def _draw_dense(axes: Axes, row: _Row) -> None:
         axes.plot([1], [row.variant.published.test], color=color, marker="D", markerfacecolor="none")
 
 
-def _draw_rule(axes: Axes, rule: str, curve: Sequence[_Row]) -> None:
-    color, marker = RULE_COLORS[rule], _MARKERS[rule]
+def _draw_curve(axes: Axes, which: _Curve, curve: Sequence[_Row]) -> None:
+    rule, sparse_rows = which
+    color, marker = _STYLES[rule if sparse_rows == "no" else sparse_rows]
+    label = _TITLES[rule] if sparse_rows == "no" else f"{_TITLES[rule]}, {sparse_rows}"
     means, deviations = zip(*map(_scores, curve), strict=True)
     xs = [_density(row) for row in curve]
-    axes.errorbar(xs, means, deviations, color=color, marker=marker, capsize=3, linewidth=2, label=_TITLES[rule])
+    axes.errorbar(xs, means, deviations, color=color, marker=marker, capsize=3, linewidth=2, label=label)
     published = [(_density(row), row.variant.published.test) for row in curve if row.variant.published.test is not None]
     if published:
         axes.plot(
