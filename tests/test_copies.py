@@ -323,3 +323,28 @@ def test_inputs_in_half_precision_go_with_float32_weights(kept):
     y.float().pow(2).sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16
     assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(not meprop.backend_info()["native"], reason="needs the compiled extension")
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_our_optimizers_write_the_copy_along_with_dense_gradients_too(name):
+    layers = [meprop.nn.Linear(24, 40, rule=meprop.TopK(4), compute_dtype=torch.bfloat16) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    options = {"momentum": 0.9, "maximize": True} if name == "SGD" else {"maximize": True}
+    ours = getattr(optim, name)(layers[0].parameters(), lr=0.01, sparse_rows="decay", **options)
+    torchs = getattr(torch.optim, name)(layers[1].parameters(), lr=0.01, **options)
+    for seed in range(10):
+        for layer, optimizer in zip(layers, (ours, torchs), strict=True):
+            optimizer.zero_grad()
+            forward(layer, seed).pow(2).sum().backward()
+        layers[1].weight.grad = layers[0].weight.grad.clone()
+        for optimizer in (ours, torchs):
+            optimizer.step()
+        assert copies.current(layers[0].weight) is not None
+        assert torch.equal(copies.of(layers[0].weight), layers[0].weight.bfloat16())
+        torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=1e-4, atol=1e-6)
+    assert ours.state[layers[0].weight].keys() == torchs.state[layers[1].weight].keys()
+    torchs_fused = torch.optim.Adam(layers[0].parameters(), lr=0.01, fused=True)
+    forward(layers[0]).sum().backward()
+    torchs_fused.step()  # after ours: no trace of it is left
+    assert copies.current(layers[0].weight) is None

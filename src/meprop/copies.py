@@ -30,6 +30,8 @@ class _Copy:
     tensor: Tensor
     version: int
     address: int
+    written_along: bool = False
+    """By the step of an optimizer that is just going on."""
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether the weight has not changed since this was written, as far as its version tells."""
@@ -73,11 +75,13 @@ def of(weight: Tensor) -> Tensor:
 
 def _forget_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups if _copies else []:
-        for parameter in group["params"] if group.get("fused") else []:
+        for parameter in group["params"]:
             copy: _Copy | None = _copies.get(parameter)  # pyright: ignore[reportUnknownMemberType]
-            row_sparse = parameter.grad is not None and parameter.grad.layout == torch.sparse_coo
-            if copy is not None and parameter.requires_grad and not row_sparse:
+            if copy is None:
+                continue
+            if group.get("fused") and parameter.requires_grad and not copy.written_along:
                 copy.version = -1
+            copy.written_along = False
 
 
 register_optimizer_step_post_hook(_forget_fused)
@@ -92,4 +96,4 @@ def current(weight: Tensor) -> Tensor | None:
 def rewritten(weight: Tensor) -> None:
     """Says that the `current` copy has been written along with its weight, whose version has been raised since."""
     copy: _Copy = _copies[weight]
-    copy.version = weight._version
+    copy.version, copy.written_along = weight._version, True

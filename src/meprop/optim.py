@@ -13,14 +13,16 @@ SGD without momentum and Adagrad, without weight decay, are exact in all three, 
 sleeping rows: AdamW's is made up for by ``"decay"`` when a row wakes (at the learning rate of that step); else it acts
 on a row only while awake.
 
-Dense gradients go to torch's own implementation, `fused` unless told otherwise. State and state_dict are torch's, but
-that ``"decay"`` adds to the state `row_step` [O], the step until which each row's state is up to date (and, for SGD,
-`step`): `wake` makes all rows so.
+Dense gradients go to torch's own implementation, `fused` unless told otherwise, but for weights with a bfloat16 copy
+(`meprop.copies`), where the same is done here so that the copy is written in the same pass. State and state_dict are
+torch's, but that ``"decay"`` adds to the state `row_step` [O], the step until which each row's state is up to date, and,
+for SGD, `step`: `wake` makes all rows so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,15 +49,21 @@ class _RowSparse(torch.optim.Optimizer):
         self.sparse_rows = sparse_rows
 
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Called by torch's `step` for each group, to collect its gradients: the row-sparse ones are done with here."""
+        """Called by torch's `step` for each group, to collect its gradients: what is not for torch is done here.
+
+        That are the row-sparse ones, and dense ones of weights with a copy, which is written along.
+        """
         dense: list[Tensor] = []
         for parameter in group["params"]:
             grad = parameter.grad
             if grad is not None and grad.layout == torch.sparse_coo:
                 self._row_sparse_step(parameter, grad, group)
+                continue
+            if grad is not None:
+                self._wake(parameter, group)
+            if grad is not None and _takes_copy_along(parameter, grad, group):
+                self._own_step(parameter, AwakeRows(torch.arange(len(parameter)), grad.contiguous()), group)
             else:
-                if grad is not None:
-                    self._wake(parameter, group)
                 dense.append(parameter)
         return super()._init_group({**group, "params": dense}, *args, **kwargs)  # pyright: ignore  (torch's, not in its stubs)
 
@@ -71,10 +79,10 @@ class _RowSparse(torch.optim.Optimizer):
                 "complex parameters; use sparse_grad=False there"
             )
         indices, values = _indices_and_values(grad)
-        self._begin(parameter, group)
         row_step = None
         if self.sparse_rows == "decay" and self._ages(group):
             state = self.state[parameter]
+            state.setdefault("step", _no_steps(parameter, group))  # SGD counts none otherwise
             if "row_step" not in state:
                 state["row_step"] = torch.full(
                     (len(parameter),), float(state["step"]), dtype=torch.float32, device=parameter.device
@@ -82,15 +90,14 @@ class _RowSparse(torch.optim.Optimizer):
             row_step = state["row_step"]
         else:
             self._wake(parameter, group)
-        rows = AwakeRows(
-            indices,
-            -values if group["maximize"] else values,
-            every_row=self.sparse_rows == "exact" and self._moves_asleep(group),
-            row_step=row_step,
-            narrow=copies.current(parameter),
-        )
-        self._update(parameter, rows, self._next_step(parameter), group)
-        if rows.narrow is not None:
+        every_row = self.sparse_rows == "exact" and self._moves_asleep(group)
+        self._own_step(parameter, AwakeRows(indices, values, every_row, row_step), group)
+
+    def _own_step(self, parameter: Tensor, rows: AwakeRows, group: dict[str, Any]) -> None:
+        self._begin(parameter, group)
+        values, narrow = -rows.values if group["maximize"] else rows.values, copies.current(parameter)
+        self._update(parameter, replace(rows, values=values, narrow=narrow), self._next_step(parameter), group)
+        if narrow is not None:
             copies.rewritten(parameter)
 
     def _next_step(self, parameter: Tensor) -> float:
@@ -202,6 +209,13 @@ def _indices_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
     return indices, grad._values().contiguous()
 
 
+def _takes_copy_along(parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a dense step is better ours: native, with a copy of the weight to be kept up to date."""
+    if group["differentiable"] or group.get("capturable") or group.get("amsgrad") or grad.layout != torch.strided:
+        return False
+    return TracingContext.try_get() is None and parameter.is_cpu and copies.current(parameter) is not None
+
+
 def _fits_fused(group: dict[str, Any]) -> bool:
     """Whether torch's fused implementation takes this group, which leaves the choice to us."""
     chosen = group["fused"] is not None or group["foreach"] is not None
@@ -268,10 +282,6 @@ class SGD(_RowSparse, torch.optim.SGD):
             fused=fused,
         )
         self._step_supports_amp_scaling = False
-
-    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        if self.sparse_rows == "decay" and self._ages(group):  # torch counts no steps here
-            self.state[parameter].setdefault("step", _no_steps(parameter, group))
 
     def _ages(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0
