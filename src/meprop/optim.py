@@ -15,8 +15,8 @@ on a row only while awake.
 
 Dense gradients go to torch's own implementation, `fused` unless told otherwise, but for weights with a bfloat16 copy
 (`meprop.copies`), where the same is done here so that the copy is written in the same pass. State and state_dict are
-torch's, but that ``"decay"`` adds to the state `row_step` [O], the step until which each row's state is up to date, and,
-for SGD, `step`: `wake` makes all rows so.
+torch's, but that ``"decay"`` adds to the state `row_step` [O], the step until which each row's state is up to date
+(and, for SGD, `step`): `wake` makes all rows so.
 """
 
 from __future__ import annotations
