@@ -344,6 +344,12 @@ def test_our_optimizers_write_the_copy_along_with_dense_gradients_too(name):
         assert torch.equal(copies.of(layers[0].weight), layers[0].weight.bfloat16())
         torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=1e-4, atol=1e-6)
     assert ours.state[layers[0].weight].keys() == torchs.state[layers[1].weight].keys()
+    ours.param_groups[0]["fused"] = False  # who asks for another implementation gets it
+    before = layers[0].weight.detach().clone()
+    ours.step()
+    assert not torch.equal(layers[0].weight, before)
+    assert copies.current(layers[0].weight) is None
+    forward(layers[0])
     torchs_fused = torch.optim.Adam(layers[0].parameters(), lr=0.01, fused=True)
     forward(layers[0]).sum().backward()
     torchs_fused.step()  # after ours: no trace of it is left

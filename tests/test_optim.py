@@ -191,12 +191,11 @@ OPS = {
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
-@pytest.mark.parametrize("level", native.levels())
 @pytest.mark.parametrize("slept", [False, True])
 @pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (40, 16), (33, 100), (300, 257), (3, 0)])
 @pytest.mark.parametrize("op", OPS)
-def test_native_updates_are_the_references_in_float64(op, shape, every_row, slept, level, monkeypatch):
+def test_native_updates_are_the_references_in_float64(level, op, shape, every_row, slept):
     name, states, options = OPS[op]
     generator = torch.Generator().manual_seed(0)
     rows = shape[0]
@@ -208,15 +207,8 @@ def test_native_updates_are_the_references_in_float64(op, shape, every_row, slep
         narrow = torch.zeros(shape, dtype=torch.bfloat16)
         wide = [tensor.double() for tensor in tensors]
         wide_step = None if row_step is None else row_step.clone()
-        before = native.level()
-        native.use_level(level)
-        try:
-            missing = [None] if name == "sgd_rows" and states == 0 else []
-            getattr(native, name)(
-                *tensors, *missing, AwakeRows(awake, grad, every_row, row_step, narrow), 12.0, **options
-            )
-        finally:
-            native.use_level(before)
+        missing = [None] if name == "sgd_rows" and states == 0 else []
+        getattr(native, name)(*tensors, *missing, AwakeRows(awake, grad, every_row, row_step, narrow), 12.0, **options)
         missing += [None] if name == "adam_rows" else []
         oracle = AwakeRows(awake, grad.double(), every_row, wide_step)
         getattr(reference, name)(*wide, *missing, oracle, 12.0, **options)

@@ -26,6 +26,7 @@ from meprop.training.loop import DivergedError, RuleName, Run, Task, Trainer, Tr
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from meprop.bench.record import Record
     from meprop.experiments import Experiment, Records, Variant
 
 TaskConfig = TypeVar("TaskConfig")
@@ -390,11 +391,8 @@ class BenchLinear:
         with _threads(self.threads):
             tracking.claim_folder(self.out, overwrite=self.overwrite)
             bench = linear.run(cases, self.seconds, tracking.plain(self), show)
-        path = report.write(bench, self.out, self.page)
-        print(report.table(bench.cases))
-        print(f"\n{report.LEGEND}\nwritten: {path}")
-        if bench.wrong:
-            raise MepropError(f"differs from the oracle, and was not timed: {', '.join(bench.wrong)}")
+        report.write(bench, self.out, self.page)
+        _show_bench(bench, report.table(bench.cases), report.LEGEND, self.out)
 
 
 @dataclass(frozen=True)
@@ -431,14 +429,8 @@ class BenchLstm:
         with _threads(self.threads):
             tracking.claim_folder(self.out, overwrite=self.overwrite)
             bench = lstm.run(cases, self.seconds, tracking.plain(self), show)
-        path = self.out / tracking.RESULT
-        tracking.write_result(path, bench)
-        if self.page is not None:
-            pages.write_sections(self.page, {report.SECTION: report.markdown(bench)})
-        print(report.table(bench.cases))
-        print(f"\n{report.LEGEND}\nwritten: {path}")
-        if bench.wrong:
-            raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
+        _write_bench(bench, self.out, self.page, report.SECTION, report.markdown(bench))
+        _show_bench(bench, report.table(bench.cases), report.LEGEND, self.out)
 
 
 @dataclass(frozen=True)
@@ -492,14 +484,8 @@ class BenchLayers(Generic[TaskConfig]):
         with _threads(self.threads):
             tracking.claim_folder(self.out, overwrite=self.overwrite)
             bench = layers.run(task, training, self.steps, self.batches, self.seconds, tracking.plain(self), show)
-        path = self.out / tracking.RESULT
-        tracking.write_result(path, bench)
-        if self.page is not None:
-            pages.write_sections(self.page, {section: report.markdown(bench)})
-        print(report.table(bench.layers))
-        print(f"\n{report.LEGEND}\nwritten: {path}")
-        if bench.wrong:
-            raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
+        _write_bench(bench, self.out, self.page, section, report.markdown(bench))
+        _show_bench(bench, report.table(bench.layers), report.LEGEND, self.out)
 
 
 @dataclass(frozen=True)
@@ -543,16 +529,31 @@ class BenchStep:
         with _threads(self.threads):
             tracking.claim_folder(self.out, overwrite=self.overwrite)
             bench = step.run(models, self.optimizers, self.k, self.seconds, tracking.plain(self), show)
-        path = self.out / tracking.RESULT
-        tracking.write_result(path, bench)
         report.draw(bench, self.out / report.FIGURE)
         if self.page is not None:
             report.draw(bench, self.page.parent / report.FIGURE)
-            pages.write_sections(self.page, {report.SECTION: report.markdown(bench)})
-        print(report.table(bench.cases))
-        print(f"\n{report.LEGEND}\nwritten: {path}, {self.out / report.FIGURE}")
-        if bench.wrong:
-            raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
+        _write_bench(bench, self.out, self.page, report.SECTION, report.markdown(bench))
+        _show_bench(bench, report.table(bench.cases), report.LEGEND, self.out)
+
+
+def _write_bench(bench: Record, out: Path, page: Path | None, section: str, content: str) -> None:
+    """Write result.json, and the section of a page if one is given."""
+    from meprop.reporting import pages
+
+    tracking.write_result(out / tracking.RESULT, bench)
+    if page is not None:
+        pages.write_sections(page, {section: content})
+
+
+def _show_bench(bench: Record, table: str, legend: str, out: Path) -> None:
+    """Print what was measured.
+
+    Raises:
+        MepropError: Something was wrong.
+    """
+    print(f"{table}\n\n{legend}\nwritten: {out / tracking.RESULT}")
+    if bench.wrong:
+        raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
 
 
 def _check_seconds(seconds: float) -> None:

@@ -13,10 +13,10 @@ SGD without momentum and Adagrad, without weight decay, are exact in all three, 
 sleeping rows: AdamW's is made up for by ``"decay"`` when a row wakes (at the learning rate of that step); else it acts
 on a row only while awake.
 
-Dense gradients go to torch's own implementation, `fused` unless told otherwise, but for weights with a bfloat16 copy
-(`meprop.copies`), where the same is done here so that the copy is written in the same pass. State and state_dict are
-torch's, but that ``"decay"`` adds to the state `row_step` [O], the step until which each row's state is up to date
-(and, for SGD, `step`): `wake` makes all rows so.
+Dense gradients go to torch's own implementation, `fused` unless told otherwise. In place of a fused step on a weight
+with a bfloat16 copy (`meprop.copies`) the same is done here, so that the copy is written in the same pass. State and
+state_dict are torch's, but that ``"decay"`` adds to the state `row_step` [O], the step until which each row's state is
+up to date (and, for SGD, `step`): `wake` makes all rows so.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ class _RowSparse(torch.optim.Optimizer):
     """What meprop's optimizers add to torch's."""
 
     sparse_rows: SparseRows
-    _step_supports_amp_scaling: bool  # False: GradScaler is to unscale, as a fused step would do it for dense ones only
 
-    def _set_sparse_rows(self, sparse_rows: SparseRows) -> None:
+    def __init__(self, *args: Any, sparse_rows: SparseRows, **options: Any) -> None:
         if sparse_rows not in get_args(SparseRows):
             raise ValueError(f"sparse_rows={sparse_rows!r}; it is 'exact', 'decay' or 'lazy'")
         self.sparse_rows = sparse_rows
+        super().__init__(*args, **options)
+        # GradScaler is to unscale: a fused step would do it itself, but for dense gradients only.
+        self._step_supports_amp_scaling = False
 
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Called by torch's `step` for each group, to collect its gradients: what is not for torch is done here.
 
-        That are the row-sparse ones, and dense ones of weights with a copy, which is written along.
+        These are the row-sparse gradients, and dense ones of weights with a copy, which is written along.
         """
         dense: list[Tensor] = []
         for parameter in group["params"]:
@@ -82,7 +84,7 @@ class _RowSparse(torch.optim.Optimizer):
         row_step = None
         if self.sparse_rows == "decay" and self._ages(group):
             state = self.state[parameter]
-            state.setdefault("step", _no_steps(parameter, group))  # SGD counts none otherwise
+            state.setdefault("step", _no_steps(parameter, group))  # which SGD does not count otherwise
             if "row_step" not in state:
                 state["row_step"] = torch.full(
                     (len(parameter),), float(state["step"]), dtype=torch.float32, device=parameter.device
@@ -210,8 +212,8 @@ def _indices_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _takes_copy_along(parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a dense step is better ours: native, with a copy of the weight to be kept up to date."""
-    if group["differentiable"] or group.get("capturable") or group.get("amsgrad") or grad.layout != torch.strided:
+    """Whether a dense step is done here, in place of a fused one: with a copy of the weight to be written along."""
+    if not group["fused"] or group.get("capturable") or group.get("amsgrad") or grad.layout != torch.strided:
         return False
     return TracingContext.try_get() is None and parameter.is_cpu and copies.current(parameter) is not None
 
@@ -268,7 +270,6 @@ class SGD(_RowSparse, torch.optim.SGD):
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
     ) -> None:
-        self._set_sparse_rows(sparse_rows)
         super().__init__(
             params,
             lr,
@@ -280,8 +281,8 @@ class SGD(_RowSparse, torch.optim.SGD):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
+            sparse_rows=sparse_rows,
         )
-        self._step_supports_amp_scaling = False
 
     def _ages(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0
@@ -354,7 +355,6 @@ class Adam(_RowSparse, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         sparse_rows: SparseRows = "exact",
     ) -> None:
-        self._set_sparse_rows(sparse_rows)
         super().__init__(
             params,
             lr,
@@ -368,8 +368,8 @@ class Adam(_RowSparse, torch.optim.Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
+            sparse_rows=sparse_rows,
         )
-        self._step_supports_amp_scaling = False
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -429,8 +429,7 @@ class AdamW(Adam, torch.optim.AdamW):
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
     ) -> None:
-        self._set_sparse_rows(sparse_rows)
-        torch.optim.AdamW.__init__(
+        _RowSparse.__init__(  # torch's AdamW is next in line, which sets decoupled_weight_decay
             self,
             params,
             lr,
@@ -443,8 +442,8 @@ class AdamW(Adam, torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            sparse_rows=sparse_rows,
         )
-        self._step_supports_amp_scaling = False
 
 
 class Adagrad(_RowSparse, torch.optim.Adagrad):
@@ -485,7 +484,6 @@ class Adagrad(_RowSparse, torch.optim.Adagrad):
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
     ) -> None:
-        self._set_sparse_rows(sparse_rows)
         super().__init__(
             params,
             lr,
@@ -497,8 +495,8 @@ class Adagrad(_RowSparse, torch.optim.Adagrad):
             maximize=maximize,
             differentiable=differentiable,
             fused=fused,
+            sparse_rows=sparse_rows,
         )
-        self._step_supports_amp_scaling = False
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

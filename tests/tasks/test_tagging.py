@@ -333,8 +333,9 @@ def test_config_refuses(field, value):
 
 
 def test_the_extremes_are_allowed():
-    TaggingConfig(dropout=0.0, input_dropout=0.0, unknown=0.0, batch_size=1)
-    TaggingConfig(unknown=1.0)
+    lowest = TaggingConfig(dropout=0.0, input_dropout=0.0, unknown=0.0, batch_size=1)
+    assert (lowest.dropout, lowest.input_dropout, lowest.unknown, lowest.batch_size) == (0.0, 0.0, 0.0, 1)
+    assert TaggingConfig(unknown=1.0).unknown == 1.0
 
 
 def test_real_ewt(real_treebank):

@@ -194,4 +194,6 @@ def test_a_gpu_that_is_not_there_is_named_with_the_option(task, monkeypatch):
 
 
 def test_the_largest_seed_that_is_allowed_is_one_for_torch(task):
-    Trainer(task, TrainingConfig(seeds=(2**64 - 1,)), None, 2**64 - 1).advance(1)
+    trainer = Trainer(task, TrainingConfig(seeds=(2**64 - 1,)), None, 2**64 - 1)
+    trainer.advance(1)
+    assert trainer.step == 1

@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import meprop
-from meprop import machine
 from meprop.bench import oracle
-from meprop.bench.linear import Ratio
-from meprop.bench.measure import Disturbance, DisturbanceMeter, Times, interleaved
+from meprop.bench.measure import DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench.record import Record
 from meprop.convert import LayerReport
 from meprop.errors import MepropError
-from meprop.training import tracking
 from meprop.training.loop import Task, Trainer, TrainingConfig
 
 SEED = 0
@@ -54,17 +52,9 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class LayersBench:
+class LayersBench(Record):
     """The content of result.json."""
 
-    task: str
-    config: dict[str, Any]
-    machine: dict[str, Any]
-    backends: dict[str, Any]
-    versions: dict[str, str]
-    commit: str | None
-    disturbance: Disturbance | None
-    """By others, during the whole run; None if unknown."""
     layers: list[Comparison]
     """The hidden layers; then, if none is wrong, all of several together, and the whole step."""
 
@@ -134,16 +124,7 @@ def run(
             add("hidden layers together", {side: _all(passes) for side, passes in together.items()}, None, None)
         trainers = {"dense": dense, "sparse": sparse}
         add("whole step", {side: _steps(task, trainer, recorded) for side, trainer in trainers.items()}, None, None)
-    return LayersBench(
-        f"bench-layers-{task.name}",
-        config,
-        machine.describe(),
-        meprop.backend_info(),
-        tracking.versions(),
-        tracking.commit(),
-        meter.read(),
-        rows,
-    )
+    return LayersBench.of(f"bench-layers-{task.name}", config, meter, rows)
 
 
 def _per_batch(times: Times, batches: int) -> Times:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -22,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import meprop
-from meprop import functional, machine
-from meprop.bench import oracle
-from meprop.bench.measure import Disturbance, DisturbanceMeter, Times, interleaved
+from meprop import functional
+from meprop.bench import oracle, record
+from meprop.bench.measure import Disturbance, DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench.record import Record
 from meprop.bench.roofline import Limits, Roofline, Work, measure_limits, roofline
 from meprop.errors import NoEffectWarning
 from meprop.selection import Selection
-from meprop.training import tracking
 
 Kind = Literal["example", "batch", "topk"]
 Dtype = Literal["fp32", "bf16"]
@@ -118,38 +117,13 @@ def default_cases() -> list[Case]:
 
 
 def choose_cases(patterns: Sequence[str]) -> list[Case]:
-    """Return the cases of the grid whose names match a pattern (`*` and `?`), and those beyond it that are named.
-
-    Raises:
-        ValueError: A pattern matches nothing and names nothing.
-    """
-    grid, chosen = default_cases(), list[Case]()
-    for pattern in patterns:
-        case = Case.parse(pattern)
-        found = [case] if case else [case for case in grid if fnmatchcase(case.name, pattern)]
-        if not found:
-            raise ValueError(
-                f"--cases {pattern}: no such case; a case is named like {grid[0].name}, batch-bf16-64x512x512-k20 or "
-                "topk-fp32-64x500-k20, in any size"
-            )
-        chosen += found
-    return list(dict.fromkeys(chosen))
+    """Return the cases of the grid that match a pattern, and others that are named: see `record.choose`."""
+    grid = default_cases()
+    examples = f"{grid[0].name}, batch-bf16-64x512x512-k20 or topk-fp32-64x500-k20"
+    return record.choose(patterns, grid, Case.parse, examples)
 
 
 # ---------------------------------------------------------------- results
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Dense time / sparse time: above 1, sparse is faster. Of the 20th percentiles and of the medians."""
-
-    p20: float
-    p50: float
-
-    @classmethod
-    def of(cls, dense: Times, sparse: Times) -> Ratio:
-        """Return the ratio of two sides."""
-        return cls(dense.p20 / sparse.p20, dense.p50 / sparse.p50)
 
 
 @dataclass(frozen=True)
@@ -182,17 +156,9 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class LinearBench:
+class LinearBench(Record):
     """The content of result.json."""
 
-    task: str
-    config: dict[str, Any]
-    machine: dict[str, Any]
-    backends: dict[str, Any]
-    versions: dict[str, str]
-    commit: str | None
-    disturbance: Disturbance | None
-    """By others, during the whole run; None if unknown."""
     limits: Limits
     """What the machine reached in this run."""
     cases: list[CaseResult]
@@ -224,17 +190,7 @@ def run(
         for case in cases:
             results.append(run_case(case, seconds, limits))
             after_case(results[-1])
-    return LinearBench(
-        "bench-linear",
-        config,
-        machine.describe(),
-        meprop.backend_info(),
-        tracking.versions(),
-        tracking.commit(),
-        meter.read(),
-        limits,
-        results,
-    )
+    return LinearBench.of("bench-linear", config, meter, limits, results)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any
 
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import meprop
-from meprop import functional, machine
-from meprop.bench.linear import Ratio
-from meprop.bench.measure import Disturbance, DisturbanceMeter, Times, interleaved
+from meprop import functional
+from meprop.bench import record
+from meprop.bench.measure import DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench.record import Record
 from meprop.ops import reference
 from meprop.rules import Scope
-from meprop.training import tracking
 
 _NAME = re.compile(r"(example|batch)-(\d+)x(\d+)x(\d+)x(\d+)-k(\d+)")
 # Of a gradient's norm. What is next to the k-th largest may be chosen in float32 and not in float64, or the other way.
@@ -90,19 +89,9 @@ def default_cases() -> list[Case]:
 
 
 def choose_cases(patterns: Sequence[str]) -> list[Case]:
-    """Return the default cases whose names match a pattern (`*` and `?`), and those beyond them that are named.
-
-    Raises:
-        ValueError: A pattern matches nothing and names nothing.
-    """
-    grid, chosen = default_cases(), list[Case]()
-    for pattern in patterns:
-        case = Case.parse(pattern)
-        found = [case] if case else [case for case in grid if fnmatchcase(case.name, pattern)]
-        if not found:
-            raise ValueError(f"--cases {pattern}: no such case; a case is named like {grid[0].name}, in any size")
-        chosen += found
-    return list(dict.fromkeys(chosen))
+    """Return the default cases that match a pattern, and others that are named: see `record.choose`."""
+    grid = default_cases()
+    return record.choose(patterns, grid, Case.parse, grid[0].name)
 
 
 @dataclass(frozen=True)
@@ -127,17 +116,9 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class LstmBench:
+class LstmBench(Record):
     """The content of result.json."""
 
-    task: str
-    config: dict[str, Any]
-    machine: dict[str, Any]
-    backends: dict[str, Any]
-    versions: dict[str, str]
-    commit: str | None
-    disturbance: Disturbance | None
-    """By others, during the whole run; None if unknown."""
     cases: list[CaseResult]
 
     @property
@@ -165,16 +146,7 @@ def run(
     for case in cases:
         results.append(run_case(case, seconds))
         after(results[-1])
-    return LstmBench(
-        "bench-lstm",
-        config,
-        machine.describe(),
-        meprop.backend_info(),
-        tracking.versions(),
-        tracking.commit(),
-        meter.read(),
-        results,
-    )
+    return LstmBench.of("bench-lstm", config, meter, results)
 
 
 def run_case(case: Case, seconds: float) -> CaseResult:

@@ -30,6 +30,19 @@ class Times:
         return cls(min(seconds), tenths[1], tenths[4], tenths[7], len(seconds))
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """Dense time / sparse time: above 1, sparse is faster. Of the 20th percentiles and of the medians."""
+
+    p20: float
+    p50: float
+
+    @classmethod
+    def of(cls, dense: Times, sparse: Times) -> Ratio:
+        """Return the ratio of two sides."""
+        return cls(dense.p20 / sparse.p20, dense.p50 / sparse.p50)
+
+
 def interleaved(sides: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
     """Call the sides in turn, in a new order each round, until the time is spent, and at least 9 rounds.
 

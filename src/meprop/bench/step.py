@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import meprop
-from meprop import machine, optim
-from meprop.bench.linear import Ratio
-from meprop.bench.measure import Disturbance, DisturbanceMeter, Times, interleaved
-from meprop.training import tracking
+from meprop import optim
+from meprop.bench.measure import DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench.record import Record
 
 OptimizerName = Literal["sgd", "momentum", "adagrad", "adam", "adamw"]
 PHASES = ("forward", "backward", "optimizer")
@@ -92,7 +91,7 @@ class Way:
     Attributes:
         name: Of the row.
         scope: What is selected; None: it is dense.
-        bf16: Whether products are formed in bfloat16: by autocast if dense, else by compute_dtype.
+        bf16: Whether products are formed in bfloat16: all by autocast if dense, else the forward ones by compute_dtype.
         sparse_rows: Of `meprop.optim`, where gradients are row-sparse; None: they are dense.
     """
 
@@ -146,17 +145,9 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class StepBench:
+class StepBench(Record):
     """The content of result.json."""
 
-    task: str
-    config: dict[str, Any]
-    machine: dict[str, Any]
-    backends: dict[str, Any]
-    versions: dict[str, str]
-    commit: str | None
-    disturbance: Disturbance | None
-    """By others, during the whole run; None if unknown."""
     cases: list[CaseResult]
 
     @property
@@ -189,16 +180,7 @@ def run(
         for optimizer in optimizers:
             cases.append(run_case(model, optimizer, k, seconds))
             after(cases[-1])
-    return StepBench(
-        "bench-step",
-        config,
-        machine.describe(),
-        meprop.backend_info(),
-        tracking.versions(),
-        tracking.commit(),
-        meter.read(),
-        cases,
-    )
+    return StepBench.of("bench-step", config, meter, cases)
 
 
 def run_case(model: Model, optimizer: OptimizerName, k: float, seconds: float) -> CaseResult:

@@ -13,11 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from meprop.bench.layers import LayersBench
 from meprop.bench.linear import CaseResult, Dtype, Kind, LinearBench
-from meprop.bench.lstm import LstmBench
 from meprop.bench.measure import Times
-from meprop.bench.step import StepBench
+from meprop.bench.record import Record
 from meprop.machine import write_atomically
 from meprop.reporting import pages
 from meprop.training import tracking
@@ -270,7 +268,7 @@ def _conditions(bench: LinearBench) -> str:
     )
 
 
-def circumstances(bench: LinearBench | LayersBench | LstmBench | StepBench) -> str:
+def circumstances(bench: Record) -> str:
     """Return in words where, by what and how undisturbed a benchmark was made."""
     cpu, threads = bench.machine["cpu"], bench.machine["threads"]
     seen = bench.disturbance
