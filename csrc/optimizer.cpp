@@ -11,23 +11,25 @@ bool valid(const SparseRows& call) {
   return call.row_step == nullptr || call.step >= 1;
 }
 
-// Calls update(row, grad, slept) for each row that moves: its gradient, null where it has none, and the steps that its
-// state has missed.
-template <class Update>
-Status for_rows(const SparseRows& call, Update update) {
+// Calls apply(step, row, grad) for each row that moves: its gradient, null where it has none, and step_of(slept), where
+// `slept` counts the steps that its state has missed. Rows mostly have slept alike, and powers are dear.
+template <class StepOf, class Apply>
+Status for_rows(const SparseRows& call, StepOf step_of, Apply apply) {
   if (!valid(call)) return Status::kBadSize;
   if (!ascending(call.indices, call.count, call.rows)) return Status::kBadIndex;
   const int64_t moving = call.every_row ? call.rows : call.count;
-  const auto visit = [&](int64_t row, const float* grad) {
-    double slept = 0;
-    if (call.row_step != nullptr) {
-      slept = call.step - 1 - static_cast<double>(call.row_step[row]);
-      call.row_step[row] = static_cast<float>(call.step);
-    }
-    update(row, grad, slept);
-  };
   run_team(team_size(call.threads, moving * call.width, 0), [&](Team team) {
     const Range part = team.part(moving);
+    double known = 0;
+    auto step = step_of(known);
+    const auto visit = [&](int64_t row, const float* grad) {
+      if (call.row_step != nullptr) {
+        const double slept = call.step - 1 - static_cast<double>(call.row_step[row]);
+        if (slept != known) step = step_of(known = slept);
+        call.row_step[row] = static_cast<float>(call.step);
+      }
+      apply(step, row, grad);
+    };
     if (!call.every_row) {
       for (int64_t i = part.begin; i < part.end; ++i) visit(call.indices[i], call.grad + i * call.width);
       return;
@@ -73,9 +75,12 @@ Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& optio
   awake.momentum = static_cast<float>(options.momentum);
   awake.add = static_cast<float>(1 - options.dampening);
   awake.nesterov = options.nesterov;
-  return for_rows(call, [&](int64_t row, const float* grad, double slept) {
+  const auto step_of = [&](double slept) {
     SgdStep step = awake;
     step.keep = static_cast<float>(std::pow(options.momentum, slept + 1));
+    return step;
+  };
+  return for_rows(call, step_of, [&](const SgdStep& step, int64_t row, const float* grad) {
     kernels.optimizer.sgd(step, call.width, grad, at(call.weight, call, row), at(options.buffer, call, row),
                           at(call.narrow, call, row));
   });
@@ -90,20 +95,23 @@ Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& opt
   awake.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(options.beta2, call.step)));
   awake.eps = static_cast<float>(options.eps);
   const double shrink = options.decoupled ? 1 - options.lr * options.weight_decay : 1;
-  return for_rows(call, [&](int64_t row, const float* grad, double slept) {
+  const auto step_of = [&](double slept) {
     AdamStep step = awake;
     step.keep_first = static_cast<float>(std::pow(options.beta1, slept + 1));
     step.keep_second = static_cast<float>(std::pow(options.beta2, slept + 1));
     step.shrink = static_cast<float>(std::pow(shrink, slept + 1));
+    return step;
+  };
+  return for_rows(call, step_of, [&](const AdamStep& step, int64_t row, const float* grad) {
     kernels.optimizer.adam(step, call.width, grad, at(call.weight, call, row), at(options.first, call, row),
                            at(options.second, call, row), at(call.narrow, call, row));
   });
 }
 
 Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options) {
-  const AdagradStep step = {static_cast<float>(options.weight_decay), static_cast<float>(options.lr),
-                            static_cast<float>(options.eps)};
-  return for_rows(call, [&](int64_t row, const float* grad, double) {
+  const AdagradStep awake = {static_cast<float>(options.weight_decay), static_cast<float>(options.lr),
+                             static_cast<float>(options.eps)};
+  return for_rows(call, [&](double) { return awake; }, [&](const AdagradStep& step, int64_t row, const float* grad) {
     kernels.optimizer.adagrad(step, call.width, grad, at(call.weight, call, row), at(options.sum, call, row),
                               at(call.narrow, call, row));
   });

@@ -46,6 +46,10 @@ class _Copy:
 _copies = WeakTensorKeyDictionary()
 
 
+def _find(weight: Tensor) -> _Copy | None:
+    return _copies.get(weight) if _copies else None  # pyright: ignore[reportUnknownMemberType]
+
+
 def serves(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a copy of this weight in this dtype can be kept: of plain float32 leaves, in bfloat16."""
     return (
@@ -61,7 +65,7 @@ def serves(weight: Tensor, dtype: torch.dtype) -> bool:
 
 def of(weight: Tensor) -> Tensor:
     """The bfloat16 copy of a weight that `serves` says yes to, up to date. Not to be written."""
-    copy: _Copy | None = _copies.get(weight)  # pyright: ignore[reportUnknownMemberType]
+    copy = _find(weight)
     if copy is not None and copy.is_of(weight) and ops.narrow_agrees(weight, copy.tensor, _SAMPLES):
         return copy.tensor
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
@@ -76,7 +80,7 @@ def of(weight: Tensor) -> Tensor:
 def _forget_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups if _copies else []:
         for parameter in group["params"]:
-            copy: _Copy | None = _copies.get(parameter)  # pyright: ignore[reportUnknownMemberType]
+            copy = _find(parameter)
             if copy is None:
                 continue
             if group.get("fused") and parameter.requires_grad and not copy.written_along:
@@ -89,7 +93,7 @@ register_optimizer_step_post_hook(_forget_fused)
 
 def current(weight: Tensor) -> Tensor | None:
     """The copy, if one is up to date: whoever writes it along with the weight calls `rewritten` then."""
-    copy: _Copy | None = _copies.get(weight)  # pyright: ignore[reportUnknownMemberType]
+    copy = _find(weight)
     return copy.tensor if copy is not None and copy.is_of(weight) else None
 
 

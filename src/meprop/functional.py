@@ -58,11 +58,12 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = gradients
         if grad_x is not None and grad_output.dim() != 2:
             grad_x = grad_x.view(*grad_output.shape[:-1], inputs)
-        grad_x, grad_weight, grad_bias = (
-            None if grad is None else grad.to(dtype)
-            for grad, dtype in zip((grad_x, grad_weight, grad_bias), ctx.dtypes, strict=True)
-        )
-        return grad_x, grad_weight, grad_bias, *[None] * 5
+        gradients = (grad_x, grad_weight, grad_bias)
+        if any(dtype is not None and dtype != ctx.dtype for dtype in ctx.dtypes):
+            gradients = [
+                None if grad is None else grad.to(dtype) for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ]
+        return *gradients, *[None] * 5
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None, autocast: bool) -> Tensor:

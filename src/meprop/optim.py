@@ -22,7 +22,6 @@ up to date (and, for SGD, `step`): `wake` makes all rows so.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -64,7 +63,7 @@ class _RowSparse(torch.optim.Optimizer):
             if grad is not None:
                 self._wake(parameter, group)
             if grad is not None and _takes_copy_along(parameter, grad, group):
-                self._own_step(parameter, AwakeRows(torch.arange(len(parameter)), grad.contiguous()), group)
+                self._own_step(parameter, group, torch.arange(len(parameter)), grad.contiguous())
             else:
                 dense.append(parameter)
         return super()._init_group({**group, "params": dense}, *args, **kwargs)  # pyright: ignore  (torch's, not in its stubs)
@@ -93,21 +92,28 @@ class _RowSparse(torch.optim.Optimizer):
         else:
             self._wake(parameter, group)
         every_row = self.sparse_rows == "exact" and self._moves_asleep(group)
-        self._own_step(parameter, AwakeRows(indices, values, every_row, row_step), group)
+        self._own_step(parameter, group, indices, values, every_row, row_step)
 
-    def _own_step(self, parameter: Tensor, rows: AwakeRows, group: dict[str, Any]) -> None:
+    def _own_step(
+        self,
+        parameter: Tensor,
+        group: dict[str, Any],
+        indices: Tensor,
+        values: Tensor,
+        every_row: bool = False,
+        row_step: Tensor | None = None,
+    ) -> None:
         self._begin(parameter, group)
-        values, narrow = -rows.values if group["maximize"] else rows.values, copies.current(parameter)
-        self._update(parameter, replace(rows, values=values, narrow=narrow), self._next_step(parameter), group)
+        narrow = copies.current(parameter)
+        rows = AwakeRows(indices, -values if group["maximize"] else values, every_row, row_step, narrow)
+        self._update(parameter, rows, self._next_step(parameter), group)
         if narrow is not None:
             copies.rewritten(parameter)
 
     def _next_step(self, parameter: Tensor) -> float:
         """Counts the step, where steps are counted."""
-        if "step" not in self.state.get(parameter, {}):
-            return 1.0
-        self.state[parameter]["step"] += 1
-        return float(self.state[parameter]["step"])
+        step: Tensor | None = self.state.get(parameter, {}).get("step")
+        return 1.0 if step is None else float(step.add_(1))
 
     def wake(self) -> None:
         """Brings the state of all rows up to date: then it is what torch's own optimizer goes on from.

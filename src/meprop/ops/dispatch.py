@@ -167,7 +167,7 @@ def _native_lstm(tensor: Tensor) -> bool:
 
 def sgd_rows(weight: Tensor, buffer: Tensor | None, rows: AwakeRows, step: float, **options: Any) -> None:
     """`reference.sgd_rows`."""
-    backend = _rows_backend(weight, buffer, rows)
+    backend = _rows_backend(weight, rows) if buffer is None else _rows_backend(weight, rows, buffer)
     backend.sgd_rows(weight, buffer, rows, step, **options)
 
 
@@ -181,7 +181,7 @@ def adam_rows(
     **options: Any,
 ) -> None:
     """`reference.adam_rows`."""
-    if max_exp_avg_sq is None and _rows_backend(weight, exp_avg, rows, exp_avg_sq) is native:
+    if max_exp_avg_sq is None and _rows_backend(weight, rows, exp_avg, exp_avg_sq) is native:
         native.adam_rows(weight, exp_avg, exp_avg_sq, rows, step, **options)
     else:
         reference.adam_rows(weight, exp_avg, exp_avg_sq, max_exp_avg_sq, rows, step, **options)
@@ -189,7 +189,7 @@ def adam_rows(
 
 def adagrad_rows(weight: Tensor, sum_: Tensor, rows: AwakeRows, step: float, **options: Any) -> None:
     """`reference.adagrad_rows`."""
-    _rows_backend(weight, sum_, rows).adagrad_rows(weight, sum_, rows, step, **options)
+    _rows_backend(weight, rows, sum_).adagrad_rows(weight, sum_, rows, step, **options)
 
 
 def ascending(indices: Tensor, rows: int) -> bool:
@@ -204,17 +204,16 @@ def narrow_agrees(weight: Tensor, narrow: Tensor, samples: int) -> bool:
     return backend.narrow_agrees(weight, narrow, samples)
 
 
-def _rows_backend(weight: Tensor, state: Tensor | None, rows: AwakeRows, *more: Tensor) -> Any:
-    tensors = (weight, rows.values, *more, *(tensor for tensor in (state, rows.row_step) if tensor is not None))
-    shape = weight.shape
-    shapes = [(len(rows.indices), *shape[1:]), *[shape] * len(more)]
-    shapes += [] if state is None else [shape]
-    shapes += [] if rows.row_step is None else [shape[:1]]
-    if any(tensor.shape != expected for tensor, expected in zip(tensors[1:], shapes, strict=True)):
-        found = [list(tensor.shape) for tensor in tensors[1:]]
+def _rows_backend(weight: Tensor, rows: AwakeRows, *state: Tensor) -> Any:
+    """Who serves a step on a parameter and its state, all [O, *]."""
+    fits = rows.values.shape == (len(rows.indices), *weight.shape[1:])
+    fits = fits and (rows.row_step is None or rows.row_step.shape == weight.shape[:1])
+    if not fits or any(tensor.shape != weight.shape for tensor in state):
+        found = [list(tensor.shape) for tensor in (rows.values, *state, rows.row_step) if tensor is not None]
         raise ValueError(
-            f"gradient and state {found} do not go with a parameter {list(shape)}; give it a new optimizer"
+            f"gradient and state {found} do not go with a parameter {list(weight.shape)}; give it a new optimizer"
         )
+    tensors = [weight, rows.values, *state] if rows.row_step is None else [weight, rows.values, *state, rows.row_step]
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     return native if plain and native.declines_rows(*tensors) is None else reference
 
