@@ -207,8 +207,11 @@ def test_convert_gives_linear_layers_the_dtype_and_revert_takes_it():
     meprop.convert(model, meprop.TopK(5), compute_dtype=torch.bfloat16, when="always")
     assert [layer.compute_dtype for layer in model] == [torch.bfloat16, None]
     assert "compute_dtype=torch.bfloat16" in repr(model[0])
+    model[0](torch.randn(3, 24))
+    assert copies.current(model[0].weight) is not None
     meprop.revert(model)
     assert not hasattr(model[0], "compute_dtype")
+    assert copies.current(model[0].weight) is None
 
 
 def test_a_layer_that_stays_dense_forms_its_products_in_the_dtype(monkeypatch):

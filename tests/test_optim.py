@@ -462,6 +462,10 @@ def test_entries_instead_of_rows_are_refused():
 def test_an_unknown_mode_is_refused(name):
     with pytest.raises(ValueError, match="sparse_rows='dense'; it is 'exact', 'decay' or 'lazy'"):
         getattr(optim, name)(parameters(torch.float32), sparse_rows="dense")
+    optimizer = getattr(optim, name)(parameters(torch.float32), sparse_rows="lazy")
+    with pytest.raises(ValueError, match="sparse_rows='dense'"):
+        optimizer.sparse_rows = "dense"
+    assert optimizer.sparse_rows == "lazy"
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])

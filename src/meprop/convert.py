@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from meprop import nn
+from meprop import copies, nn
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.functional import check_rule
 from meprop.nn.linear import SPARSE_STATE, When, sparse_state
@@ -196,6 +196,8 @@ def revert(model: torch.nn.Module) -> None:
             for attribute in SPARSE_STATE:
                 vars(layer).pop(attribute)
             _become(layer, _PLAIN_CLASSES[type(layer)])
+            for parameter in layer.parameters(recurse=False):
+                copies.forget(parameter)
         elif isinstance(layer, nn.Linear | nn.LSTM):
             raise NotSupportedError(
                 f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "

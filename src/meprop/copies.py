@@ -101,3 +101,9 @@ def rewritten(weight: Tensor) -> None:
     """Says that the `current` copy has been written along with its weight, whose version has been raised since."""
     copy: _Copy = _copies[weight]
     copy.version, copy.written_along = weight._version, True
+
+
+def forget(weight: Tensor) -> None:
+    """Frees the copy, if there is one; whoever asks for it again gets a new one."""
+    if _find(weight) is not None:
+        del _copies[weight]

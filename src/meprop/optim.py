@@ -39,15 +39,22 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, T
 class _RowSparse(torch.optim.Optimizer):
     """What meprop's optimizers add to torch's."""
 
-    sparse_rows: SparseRows
-
     def __init__(self, *args: Any, sparse_rows: SparseRows, **options: Any) -> None:
-        if sparse_rows not in get_args(SparseRows):
-            raise ValueError(f"sparse_rows={sparse_rows!r}; it is 'exact', 'decay' or 'lazy'")
         self.sparse_rows = sparse_rows
         super().__init__(*args, **options)
         # GradScaler is to unscale: a fused step would do it itself, but for dense gradients only.
         self._step_supports_amp_scaling = False
+
+    @property
+    def sparse_rows(self) -> SparseRows:
+        """What becomes of the rows without a gradient. It may be changed between steps; ValueError if it is unknown."""
+        return self._sparse_rows
+
+    @sparse_rows.setter
+    def sparse_rows(self, mode: SparseRows) -> None:
+        if mode not in get_args(SparseRows):
+            raise ValueError(f"sparse_rows={mode!r}; it is 'exact', 'decay' or 'lazy'")
+        self._sparse_rows: SparseRows = mode
 
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Called by torch's `step` for each group, to collect its gradients: what is not for torch is done here.
@@ -196,7 +203,7 @@ class _RowSparse(torch.optim.Optimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "sparse_rows": self.sparse_rows}
+        return {**super().__getstate__(), "_sparse_rows": self.sparse_rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
