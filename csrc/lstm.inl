@@ -144,6 +144,10 @@ inline void step_cells_gradient(int64_t units, const float* gates, const float* 
                                 float* gate_gradients, float* gate_sums) {
   for (int64_t at = 0; at < units; at += kLanes) {
     const int64_t count = units - at;
+    // The next row's: it comes from far, and a row is too short for the processor to see that it will be read.
+    for (int i = 4; i < 8; ++i) __builtin_prefetch(gates + i * units + at);
+    __builtin_prefetch(cells + units + at);
+    if (grad_output != nullptr) __builtin_prefetch(grad_output + units + at);
     const F32 in = load_some(gates + at, count), forget = load_some(gates + units + at, count);
     const F32 candidate = load_some(gates + 2 * units + at, count), out = load_some(gates + 3 * units + at, count);
     const F32 tangent = hyperbolic_tangent(load_some(cells + at, count));

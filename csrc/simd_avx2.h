@@ -27,6 +27,22 @@ inline U32 load_bits(const Bf16* from) {
 
 inline U32 load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline void store_words(void* to, U32 a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
+// For each mask of lanes, the lanes whose bit is set, a byte each.
+struct ChosenLanes {
+  uint64_t of_mask[256] = {};
+  constexpr ChosenLanes() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int lane = 7; lane >= 0; --lane)
+        if ((mask >> lane & 1) != 0) of_mask[mask] = of_mask[mask] << 8 | static_cast<uint64_t>(lane);
+  }
+};
+constexpr ChosenLanes kChosenLanes;
+// Stores the lanes whose bit is set side by side, and anything in the rest of a whole vector.
+inline void store_chosen(void* to, U32 a, uint32_t mask) {
+  const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kChosenLanes.of_mask[mask]));
+  store_words(to, _mm256_permutevar8x32_epi32(a, _mm256_cvtepu8_epi32(lanes)));
+}
+inline U32 lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 inline U32 plus(U32 a, U32 b) { return _mm256_add_epi32(a, b); }
 inline U32 either(U32 a, U32 b) { return _mm256_or_si256(a, b); }
 inline U32 up_16(U32 a) { return _mm256_slli_epi32(a, 16); }

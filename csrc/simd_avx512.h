@@ -20,6 +20,11 @@ inline U32 load_bits(const Bf16* from) {
 
 inline U32 load_words(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_words(void* to, U32 a) { _mm512_storeu_si512(to, a); }
+// Stores the lanes whose bit is set side by side, and anything in the rest of a whole vector.
+inline void store_chosen(void* to, U32 a, uint32_t mask) {
+  store_words(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), a));
+}
+inline U32 lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 inline U32 plus(U32 a, U32 b) { return _mm512_add_epi32(a, b); }
 inline U32 either(U32 a, U32 b) { return _mm512_or_si512(a, b); }
 inline U32 up_16(U32 a) { return _mm512_slli_epi32(a, 16); }

@@ -26,6 +26,9 @@ inline U32 load_words(const void* from) {
   return words;
 }
 inline void store_words(void* to, U32 a) { __builtin_memcpy(to, &a, sizeof a); }
+// Stores the lanes whose bit is set side by side, and anything in the rest of a whole vector.
+inline void store_chosen(void* to, U32 a, uint32_t) { store_words(to, a); }
+inline U32 lane_numbers() { return 0; }
 inline U32 plus(U32 a, U32 b) { return a + b; }
 inline U32 either(U32 a, U32 b) { return a | b; }
 inline U32 up_16(U32 a) { return a << 16; }

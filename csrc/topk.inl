@@ -36,43 +36,35 @@ inline float mean_magnitude(const T* row, int64_t width) {
   return (sum_lanes(add(total[0], total[1])) + rest) / static_cast<float>(width);
 }
 
-// Of up to 64 entries, those whose key is above `key`, as bits.
-template <class T>
-inline uint64_t above(const T* entries, int64_t count, uint32_t key) {
-  const U32 keys = splat(key);
-  uint64_t mask = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    mask |= uint64_t{is_greater(magnitude_key(load_bits(entries + i)), keys)} << i;
-  for (; i < count; ++i) mask |= uint64_t{entry_key(entry_bits(entries + i)) > key} << i;
-  return mask;
-}
-
 struct Candidates {
   uint32_t* keys;
   uint32_t* indices;
   int64_t count;
 };
 
-// The entries whose key is `least` or more, by ascending index. Masks of 64 entries first, then their bits one by one:
-// the candidates are few, and a vector of them would mostly be empty.
+// The entries whose key is `least` or more, by ascending index. No branch depends on which they are: none could be
+// foreseen.
 template <class T>
 inline void collect(const T* row, int64_t width, uint32_t least, Candidates& found) {
   uint32_t* const keys = found.keys;
   uint32_t* const indices = found.indices;
-  int64_t count = 0;
-  for (int64_t first = 0; first < width; first += 64) {
-    const int64_t size = width - first < 64 ? width - first : 64;
-    uint64_t mask = ~uint64_t{0} >> (64 - size);
-    if (least > 0) mask = size == 64 ? above(row + first, 64, least - 1) : above(row + first, size, least - 1);
-    for (; mask != 0; mask &= mask - 1, ++count) {
-      const int64_t index = first + __builtin_ctzll(mask);
-      indices[count] = static_cast<uint32_t>(index);
-      keys[count] = entry_bits(row + index);
+  int64_t count = 0, i = 0;
+  if (least > 0) {
+    const U32 below = splat(least - 1), step = splat(kLanes);
+    U32 at = lane_numbers();
+    for (; i + kLanes <= width; i += kLanes, at = plus(at, step)) {
+      const uint32_t mask = is_greater(magnitude_key(load_bits(row + i)), below);
+      store_chosen(indices + count, at, mask);
+      count += __builtin_popcount(mask);
     }
   }
+  for (; i < width; ++i) {
+    indices[count] = static_cast<uint32_t>(i);
+    count += entry_key(entry_bits(row + i)) >= least;
+  }
+  for (i = 0; i < count; ++i) keys[i] = entry_bits(row + indices[i]);
   store_words(keys + count, splat(0));  // so that whole vectors of keys can be read
-  for (int64_t i = 0; i < count; i += kLanes) store_words(keys + i, magnitude_key(load_words(keys + i)));
+  for (i = 0; i < count; i += kLanes) store_words(keys + i, magnitude_key(load_words(keys + i)));
   found.count = count;
 }
 
@@ -111,6 +103,7 @@ inline Cut find_cut(const Candidates& from, int64_t k, uint32_t least) {
   return {low, k - above};
 }
 
+// The chosen candidates' indices take the place of the first k candidates', none before it has been read.
 inline void write_indices(const Candidates& from, Cut cut, int64_t k, int32_t* indices) {
   const U32 key = splat(cut.key);
   int64_t written = 0, ties = cut.ties;
@@ -118,9 +111,10 @@ inline void write_indices(const Candidates& from, Cut cut, int64_t k, int32_t* i
     const U32 keys = load_words(from.keys + i);
     uint32_t mask = is_greater(keys, key);
     for (uint32_t equal = is_equal(keys, key); equal != 0 && ties > 0; equal &= equal - 1, --ties) mask |= equal & -equal;
-    for (; mask != 0; mask &= mask - 1)
-      indices[written++] = static_cast<int32_t>(from.indices[i + __builtin_ctz(mask)]);
+    store_chosen(from.indices + written, load_words(from.indices + i), mask);
+    written += __builtin_popcount(mask);
   }
+  __builtin_memcpy(indices, from.indices, static_cast<size_t>(k) * sizeof(int32_t));
 }
 
 // The key to start from: `ratio` times the row's mean magnitude, or 0 where that says nothing (zeros, NaN, infinity).
