@@ -1,6 +1,7 @@
 """Simplifier: what it counts, whom it removes, and that what is left is the model whose removed units are masked."""
 
 import copy
+import doctest
 import pickle
 import re
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import meprop
+from meprop import simplify
 
 RULE = meprop.TopK(5)
 WIDTH = 24
@@ -595,7 +597,7 @@ def test_a_state_that_cannot_be_cut_is_refused_before_anything_changes():
     for _ in range(2):
         optimizer.step(lambda: (optimizer.zero_grad(), (loss := model(x).square().sum()).backward())[1] or loss)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(meprop.NotSupportedError, match="LBFGS has a state"):
+    with pytest.warns(UserWarning, match="min_units"), pytest.raises(meprop.NotSupportedError, match="LBFGS has a"):
         simplifier.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert simplifier.widths["0"] == WIDTH
@@ -710,6 +712,10 @@ def test_the_compact_model_is_exported_to_onnx(name, tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=0, atol=1e-5)
+
+
+def test_the_example_of_the_docstring_holds():
+    assert doctest.testmod(simplify) == (0, 7)
 
 
 def test_the_tagger_and_the_parsers_network_are_understood():

@@ -99,11 +99,10 @@ class Activity:
 
     def count(self, selection: Selection) -> None:
         """Adds a selection [N, O]; what it shares among all rows is not selected."""
-        hit = selection.values != 0
-        if isinstance(selection, RowSelection):
-            self.hits += selection.indices[hit].bincount(minlength=selection.width)
-        else:
-            self.hits.index_add_(0, selection.indices, hit.sum(dim=0))
+        hit = (selection.values != 0).long()
+        if isinstance(selection, ColumnSelection):
+            hit = hit.sum(dim=0)
+        self.hits.index_add_(0, selection.indices.flatten(), hit.flatten())
         self.examples += len(selection.values)
 
     def reset(self) -> None:

@@ -150,7 +150,7 @@ def draw_widths(runs: Sequence[Run], starts: Mapping[str, int], steps_per_epoch:
     axes.set_ylabel("units")
     axes.set_ylim(0, 1.05 * max(starts.values()))
     axes.grid(alpha=0.3)
-    axes.legend(title=None if len(runs) == 1 else f"mean of {len(runs)} seeds")
+    axes.legend(title="layer" if len(runs) == 1 else f"layer, mean of {len(runs)} seeds")
     axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
@@ -172,8 +172,7 @@ def draw_activity(activity: Mapping[str, Tensor], path: Path) -> None:
             ordered.where(ordered >= 0, torch.nan)[None].numpy(), aspect="auto", vmin=0, vmax=1, cmap=colors
         )
         removed = int(shares.isnan().sum())
-        axes.set_ylabel(label, rotation=0, ha="right", va="center")
-        axes.set_title(f"{len(shares) - removed} of {len(shares)} units", fontsize=9, loc="left")
+        axes.set_title(f"layer {label}: {len(shares) - removed} of {len(shares)} units", fontsize=9, loc="left")
         axes.set_yticks([])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if image is not None:

@@ -231,7 +231,7 @@ class Trainer:
         config: How; `config.seeds` and `config.k` are not looked at, the next two arguments say which run this is.
         rule: The sparse rule, or None for a dense run.
         seed: Seed of the initial weights, the order of the data and dropout.
-        simplify: How to simplify the model, for which a rule is needed; None: not.
+        simplify: How to simplify the model of a sparse run; None: not at all.
     """
 
     def __init__(
