@@ -728,3 +728,29 @@ def test_the_tagger_and_the_parsers_network_are_understood():
         meprop.convert(model, RULE, min_features=10, when="always")
         report = meprop.Simplifier(model).report()
         assert {layer.name for layer in report.layers if layer.reason is None} == prunable
+
+
+class Optional(nn.Module):
+    """Its LSTM takes what it is given, and is called with or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None, scale: float | None = None) -> Tensor:
+        output, _ = self.lstm(x, hx)
+        return self.head(output if scale is None else output.softmax(-1))
+
+
+def test_what_is_traced_is_a_call_with_the_arguments_of_the_example():
+    model = Optional()
+    meprop.convert(model, RULE, min_features=10, when="always")
+    x, hx = torch.randn(4, 2, 6), (torch.zeros(1, 2, WIDTH), torch.zeros(1, 2, WIDTH))
+    for example_inputs, reason in (
+        (None, None),
+        ((x,), None),
+        ((x, hx), "it gets initial states, which have its width"),
+        ((x, None, 2.0), "'.softmax()' reads it, which is not understood"),
+    ):
+        report = quietly(model, example_inputs=example_inputs).report()
+        assert report.layers[0].reason == reason

@@ -118,16 +118,17 @@ def find(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> Units:
     Args:
         model: Plain or converted. It is left as it is.
         example_inputs: Arguments to call it with once, for what depends on the rank of a tensor; None: that stays
-            unknown. What is traced is a call with as many arguments, or with those that have no default.
+            unknown. What is traced is a call with these, or with the arguments that have no default.
     """
     finder = _Finder(model, {} if example_inputs is None else _ranks(model, example_inputs))
-    try:
-        for training in (True, False):
+    for training in (True, False):
+        try:
             with _mode(model, training):
-                finder.walk(_trace(model, None if example_inputs is None else len(example_inputs)))
-    except Exception as error:  # tracing runs the model's own code, which may fail in any way
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Units((), {}, f"torch.fx cannot trace the model: {line}")
+                graph = _trace(model, example_inputs)
+        except Exception as error:  # tracing runs the model's own code, which may fail in any way
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return Units((), {}, f"torch.fx cannot trace the model: {line}")
+        finder.walk(graph)
     return finder.result()
 
 
@@ -169,13 +170,15 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(m, torch.nn.Linear | torch.nn.LSTM) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: torch.nn.Module, arguments: int | None) -> torch.fx.Graph:
-    parameters = inspect.signature(model.forward).parameters.values()
-    optional = {
-        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
-    }
-    given = [parameter.name for parameter in parameters][:arguments] if arguments is not None else []
-    return _Tracer().trace(model, {name: value for name, value in optional.items() if name not in given} or None)
+def _trace(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> torch.fx.Graph:
+    """Arguments that are no tensors are constants of the graph, and so are the defaults of those that are not given."""
+    parameters = inspect.signature(model.forward).parameters
+    constants = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    for name, value in zip(parameters, example_inputs or (), strict=False):
+        constants.pop(name, None)
+        if value is None or isinstance(value, bool | int | float | str):
+            constants[name] = value
+    return _Tracer().trace(model, constants or None)
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,7 @@ class _Walk(torch.fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem and isinstance(args[0], tuple):
             return args[0][args[1]]
-        if target is operator.getitem and args[0].states and isinstance(args[1], int):
+        if target is operator.getitem and args[0].states and isinstance(args[1], int):  # of one layer and direction
             return _Value((args[0].groups[args[1]],))
         if target is rnn.pad_packed_sequence:
             return self._apply("pad_packed_sequence", True, False, args, {}), _NOTHING
