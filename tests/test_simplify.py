@@ -437,6 +437,22 @@ def test_a_share_is_one_of_the_new_width():
     assert meprop.report(model).layers[0].out_features == width
 
 
+def test_a_compiled_model_is_counted_and_cut_as_it_is():
+    torch._dynamo.reset()
+    runs = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
+        model, x = make(CASES["stack"], torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        simplifier = meprop.Simplifier(model, 0.3, optimizer=optimizer, check_every=2)
+        called = wrap(model)
+        for _ in range(5):
+            train(called, optimizer, x)
+            simplifier.step()
+        runs.append((simplifier.history, model[0].activity.hits.tolist()))
+    assert runs[0] == runs[1]
+    assert runs[0][0][-1].widths["0"] < WIDTH
+
+
 # ---------------------------------------------------------------- what cannot be pruned
 
 
@@ -573,7 +589,7 @@ def test_wrong_arguments_are_refused(options, message):
 
 
 def test_wrapped_models_are_refused():
-    with pytest.raises(meprop.NotSupportedError, match="DataParallel"):
+    with pytest.raises(meprop.NotSupportedError, match="the model is a DataParallel; simplify the module inside"):
         meprop.Simplifier(nn.DataParallel(make(CASES["stack"])[0]))
     with pytest.raises(TypeError, match="function"):
         meprop.Simplifier(lambda x: x)

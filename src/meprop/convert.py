@@ -246,15 +246,16 @@ def _describe(name: str, layer: Layer) -> LayerReport:
     return LayerReport(name, kind, inputs, width, "sparse", k, k / width, rule, reason)
 
 
-def check_model(model: torch.nn.Module, call: str = "meprop.convert") -> None:
-    """Raises the errors of `convert` that concern the model; `call` is what was called."""
+def check_model(model: torch.nn.Module, remedy: str | None = None) -> None:
+    """Raises the errors of `convert` that concern the model; `remedy` is what to do with a wrapped one, if not that."""
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__module__.startswith("torch.") and cls.__name__ in _WRAPPERS:
                 place = f"its part {name!r}" if name else "the model"
-                raise NotSupportedError(f"{place} is a {cls.__name__}; call {call} {_WRAPPERS[cls.__name__]}")
+                remedy = remedy or f"call meprop.convert {_WRAPPERS[cls.__name__]}"
+                raise NotSupportedError(f"{place} is a {cls.__name__}; {remedy}")
 
 
 def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:

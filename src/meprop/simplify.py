@@ -153,7 +153,7 @@ class Simplifier:
         min_units: int = 1,
         example_inputs: Sequence[Any] | None = None,
     ) -> None:
-        check_model(model, "meprop.Simplifier")
+        check_model(model, "simplify the module inside, unwrapped")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}; it is a share of the examples, from 0 to 1")
         for name, value in {"check_every": check_every, "cycle": cycle, "min_units": min_units}.items():
@@ -276,10 +276,8 @@ class Simplifier:
         activities: dict[str, Activity] = {}
         for name, layer in named_layers(self.model):
             if isinstance(layer, nn.Linear | nn.LSTM):
-                own = {
-                    made.label: Activity.of_units(made.width, layer.get_parameter(_WEIGHT[type(layer)]).device)
-                    for made in units.producers(name, layer)
-                }
+                device = next(layer.parameters()).device
+                own = {made.label: Activity.of_units(made.width, device) for made in units.producers(name, layer)}
                 layer.when, layer.decision = "always", None
                 vars(layer)["activity"] = tuple(own.values()) if isinstance(layer, nn.LSTM) else own[name]
                 activities |= own
@@ -364,9 +362,6 @@ class Simplifier:
             for producer in self._units.groups[number].producers:
                 activity = self._activities[producer.label]
                 activity.hits = activity.hits[places.to(activity.hits.device)]
-
-
-_WEIGHT: dict[type[torch.nn.Module], str] = {nn.Linear: "weight", nn.LSTM: "weight_ih_l0"}
 
 
 def _check_state(tensor: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
