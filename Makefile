@@ -26,6 +26,7 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py \
 	  tests/nn/test_lstm.py::test_sparse_gradients_are_those_of_a_literal_lstm \
 	  tests/nn/test_lstm.py::test_the_number_of_threads_changes_no_bit \
+	  tests/nn/test_lstm.py::test_a_unit_is_hit_where_any_of_its_gates_is \
 	  tests/nn/test_lstm.py::test_batch_sizes_of_any_memory_layout \
 	  tests/test_optim.py::test_native_updates_are_the_references_in_float64 \
 	  tests/test_optim.py::test_native_code_refuses_rows_that_are_not_there \

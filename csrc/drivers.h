@@ -119,6 +119,8 @@ struct LstmBackward {
   float* grad_bias;       // [4H], from the whole gradients, not from the selections
   float* grad_h0;         // [B, H]
   float* grad_c0;         // [B, H]
+  // Null, or what is added: in how many rows a selection has an entry of the unit, in any gate, that is not zero.
+  int64_t* hits;  // [H]
   int threads;
 };
 

@@ -333,6 +333,43 @@ class WalkBack {
   Scratch<Scored> scores_;
 };
 
+// In how many rows each unit is selected, in any of its gates, with what is not zero. Each thread counts a part of the rows.
+class UnitHits {
+ public:
+  UnitHits(int64_t units, int64_t k, int threads)
+      : units_(units), k_(k), hits_(kHits, threads * units), last_rows_(kLastRows, threads * units) {}
+
+  explicit operator bool() const { return hits_ && last_rows_; }
+
+  // First: every thread, when its part of the rows is selected.
+  void count(Team team, int64_t rows, const float* values, const int32_t* indices) {
+    int32_t* hits = hits_.get() + team.id * units_;
+    int32_t* last_rows = last_rows_.get() + team.id * units_;
+    std::fill_n(hits, units_, 0);
+    std::fill_n(last_rows, units_, -1);
+    const Range own = team.row_part(rows);
+    for (int64_t row = own.begin; row < own.end; ++row)
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t i = (4 * row + gate) * k_; i < (4 * row + gate + 1) * k_; ++i) {
+          const int64_t unit = indices[i] - gate * units_;
+          if (values[i] == 0 || last_rows[unit] == row) continue;
+          last_rows[unit] = static_cast<int32_t>(row);
+          ++hits[unit];
+        }
+  }
+
+  // Second: every thread, when all have counted.
+  void add_to(Team team, int64_t* total) const {
+    const Range own = team.part(units_);
+    for (int64_t unit = own.begin; unit < own.end; ++unit)
+      for (int thread = 0; thread < team.size; ++thread) total[unit] += hits_.get()[thread * units_ + unit];
+  }
+
+ private:
+  int64_t units_, k_;
+  Scratch<int32_t> hits_, last_rows_;
+};
+
 }  // namespace
 
 Status lstm_backward(const Kernels& kernels, LstmBackward call) {
@@ -371,7 +408,8 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
                                         call.grad_weight_hh != nullptr ? h.size() : 0});
   const Scratch<float> packed(kPacked, threads * packed_size);
   Transposed<float> transposed(rows, outputs, needs_weight ? kept : 0, threads);
-  if (!earlier || !packed || !transposed) return Status::kNoMemory;
+  UnitHits hits(call.hits != nullptr ? units : 0, call.k, threads);
+  if (!earlier || !packed || !transposed || !hits) return Status::kNoMemory;
 
   const Terms<float> by_row = {nullptr, kept, back.indices(), back.values()}, by_output = transposed.terms();
   const auto gather = [&](const Terms<float>& from, int64_t out_ld) {
@@ -385,6 +423,11 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
     float* own = packed.get() + team.id * packed_size;
     back.run(team);
     team.wait();
+    if (call.hits != nullptr) {
+      hits.count(team, rows, back.values(), back.indices());
+      team.wait();
+      hits.add_to(team, call.hits);
+    }
     if (call.grad_bias != nullptr) back.write_bias(team);
     if (call.grad_x != nullptr) weight.multiply(team, own, rows, step_width, call.grad_x, gather(by_row, call.inputs));
     if (!needs_weight) return;

@@ -153,8 +153,8 @@ PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[27];
-  if (!read_integers(args, given, 27, a)) return nullptr;
+  int64_t a[28];
+  if (!read_integers(args, given, 28, a)) return nullptr;
   if (a[4] != kRowsScope && a[4] != kColumnsScope) {
     PyErr_SetString(PyExc_ValueError, "unknown scope code");
     return nullptr;
@@ -174,7 +174,8 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
   call.grad_weight_ih = address<float>(a[21]), call.grad_weight_hh = address<float>(a[22]);
   call.grad_bias = address<float>(a[23]);
   call.grad_h0 = address<float>(a[24]), call.grad_c0 = address<float>(a[25]);
-  call.threads = thread_count(a[26]);
+  call.hits = address<int64_t>(a[26]);
+  call.threads = thread_count(a[27]);
   Status status;
   Py_BEGIN_ALLOW_THREADS;
   status = lstm_backward(*active, call);
@@ -303,7 +304,7 @@ PyMethodDef methods[] = {
     {"lstm_backward", as_method(py_lstm_backward), METH_FASTCALL,
      "lstm_backward(rows, steps, sizes, reverse, scope, units, inputs, k, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, "
      "x_ld, h, c, gates, grad_output, grad_last_h, grad_last_c, grad_x, grad_weight_ih, grad_weight_hh, grad_bias, "
-     "grad_h0, grad_c0, threads), all float32"},
+     "grad_h0, grad_c0, hits, threads), all float32 but hits"},
     {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
      "sgd_rows(rows, width, count, indices, grad, weight, narrow, every_row, row_step, threads, buffer, nesterov, step, lr, "
      "momentum, dampening, weight_decay)"},

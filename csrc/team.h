@@ -39,6 +39,8 @@ enum Use {
   kGateGradients,
   kGradOutput,
   kGradCells,
+  kHits,
+  kLastRows,
   kUses
 };
 

@@ -82,6 +82,33 @@ def test_compare_writes_the_result_and_shows_it(data, capsys):
     assert "topk k=5, seed 1: epoch 2/2" in shown.err  # no terminal: a line per epoch
 
 
+def test_simplify_trains_three_ways_and_leaves_small_models(data, capsys):
+    options = ["--seeds", "0", "1", "--epochs", "3", "--cycle", "1", "--threshold", "0.2", "--seconds", "0.01"]
+    assert cli.main(["simplify", "mnist", "--data-dir", str(data), *SMALL, *options]) == 0
+    content = result("runs/simplify-mnist")
+    assert [(run["rule"], run["seed"]) for run in content["runs"]] == [
+        (rule, seed) for seed in (0, 1) for rule in ("dense", "topk", "simplified")
+    ]
+    assert content["config"]["simplify"] == {"threshold": 0.2, "checks": 8, "cycle": 1, "min_units": 1}
+    for run, model in zip(content["runs"], content["models"], strict=True):
+        assert (model["rule"], model["seed"]) == (run["rule"], run["seed"])
+        assert model["first_step"] > 0
+        assert model["inference"]["p20"] > 0
+        width = run["checks"][-1]["widths"]["0"] if run["rule"] == "simplified" else 128
+        assert model["width"] == width
+        assert model["parameters"] == width * (16 + 1) + 3 * (width + 1)
+        if run["rule"] == "simplified":
+            assert 0 < width < 128
+            compact = torch.load(f"runs/simplify-mnist/compact-seed{run['seed']}.pt", weights_only=False)
+            assert compact[0].out_features == width
+    for picture in ("curves.png", "widths.png", "activity.png"):
+        assert Path("runs/simplify-mnist", picture).stat().st_size > 1000
+    shown = capsys.readouterr()
+    for text in ("of 128", "is pruned", "the model's output", "parameters, thousands", "inference, ms"):
+        assert text in shown.out
+    assert "simplified k=5, seed 1: epoch 3/3" in shown.err
+
+
 def test_random_k_is_compared_and_trained_like_top_k(data, capsys):
     assert compare(data, "--rule", "random", "--out", "pair") == 0
     assert [run["rule"] for run in result("pair")["runs"]] == ["dense", "random"]
@@ -215,13 +242,13 @@ def test_k_is_a_count_or_a_share(text, k):
     assert type(command.training.k) is type(k)
 
 
-@pytest.mark.parametrize("command", [cli.Train, cli.Compare])
+@pytest.mark.parametrize("command", [cli.Train, cli.Compare, cli.Simplify])
 def test_help_explains_every_option_with_its_default(capsys, command):
     assert cli.main([command.__name__.lower(), "mnist", "--help"]) == 0
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     for fields in (command, MnistConfig, TrainingConfig):
         for field in dataclasses.fields(fields):
-            if field.name in ("task", "training"):
+            if field.name in ("task", "training", "simplify"):
                 continue
             option = f"--{field.name.replace('_', '-')} "
             explanation = shown.split(option, 1)[1].split(" --", 1)[0]

@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 import meprop
 from cases import LAYOUTS, bits
+from meprop import functional
 from meprop.ops import reference
+from meprop.selection import Activity
 
 SCOPES = ["example", "batch"]
 
@@ -304,3 +307,68 @@ def test_no_input_features(scope):
     meprop.functional.linear(x, weight, bias, rule=meprop.TopK(3, scope=scope)).backward(grad_output)
     assert x.grad.shape == x.shape
     torch.testing.assert_close(bias.grad, grad_output.sum((0, 1)))
+
+
+# ---------------------------------------------------------------- counting what is selected
+
+
+def hits_of(grad_NO: torch.Tensor, rule: meprop.Rule) -> torch.Tensor:
+    return (rule.select(grad_NO).to_dense() != 0).sum(dim=0)
+
+
+@pytest.mark.parametrize("k", [3, 40])
+@pytest.mark.parametrize(("scope", "sparse_grad"), [("example", False), ("batch", False), ("batch", True)])
+def test_the_backward_pass_counts_what_it_selects_and_is_the_same(scope, sparse_grad, k):
+    """Also with k above the width, where everything is selected."""
+    torch.manual_seed(0)
+    rule, activity = meprop.TopK(k, scope=scope), Activity.of_units(33)
+    x, weight, bias = torch.randn(2, 5, 7), torch.randn(33, 7), torch.randn(33)
+    grad = torch.randn(2, 5, 33).relu()
+    results = []
+    for counts in (None, activity):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        output = functional.apply_linear(*leaves, rule, sparse_grad, None, None, counts)
+        gradients = torch.autograd.grad(output, leaves, grad)
+        results.append([output, *(gradient.to_dense() for gradient in gradients)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(activity.hits, hits_of(grad.flatten(0, 1), rule))
+    assert activity.examples == 10
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_it_counts_once_a_backward_pass_and_adds_up(checkpointed):
+    """Under autocast, with gradient checkpointing, which runs the forward pass twice, and over several passes."""
+    torch.manual_seed(0)
+    rule, activity = meprop.TopK(3), Activity.of_units(33)
+    weight, x, grad = (
+        torch.randn(33, 7, requires_grad=True),
+        torch.randn(4, 7),
+        torch.randn(4, 33, dtype=torch.bfloat16),
+    )
+
+    def run(x):
+        return functional.apply_linear(x, weight, None, rule, False, None, torch.bfloat16, activity)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            output = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+            output.backward(grad)
+        with torch.no_grad():
+            run(x)
+    assert torch.equal(activity.hits, 2 * hits_of(grad, rule))
+    assert activity.examples == 8
+
+
+def test_compiled_code_counts_through_a_graph_break_or_not_at_all():
+    torch._dynamo.reset()
+    weight, x, activity = torch.randn(33, 7, requires_grad=True), torch.randn(4, 7), Activity.of_units(33)
+
+    def run(x):
+        return functional.apply_linear(2 * x, weight, None, meprop.TopK(3), False, None, None, activity) + 1
+
+    torch.compile(run, backend="aot_eager")(x).sum().backward()
+    assert (activity.hits.tolist(), activity.examples) == ([4] * 3 + [0] * 30, 4)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(x)

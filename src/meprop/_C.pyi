@@ -95,6 +95,7 @@ def lstm_backward(
     grad_bias: int,
     grad_h0: int,
     grad_c0: int,
+    hits: int,
     threads: int,
     /,
 ) -> None: ...

@@ -8,6 +8,7 @@ from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedE
 from meprop.ops import backend_info
 from meprop.rules import CompensatedTopK, RandomK, Rule, TopK
 from meprop.selection import ColumnSelection, RowSelection
+from meprop.simplify import Simplifier
 
 __version__ = _version("meprop")
 
@@ -22,6 +23,7 @@ __all__ = [
     "RandomK",
     "RowSelection",
     "Rule",
+    "Simplifier",
     "TopK",
     "backend_info",
     "convert",

@@ -1,4 +1,4 @@
-"""The command line: `meprop train`, `compare`, `reproduce`, `data`, `bench` and `doctor`.
+"""The command line: `meprop train`, `compare`, `simplify`, `reproduce`, `data`, `bench` and `doctor`.
 
 Each command is a frozen dataclass: its fields are the options, their docstrings the help, its `run` what it does.
 """
@@ -21,7 +21,7 @@ import meprop
 from meprop import machine
 from meprop.errors import DataError, MepropError
 from meprop.training import checkpoint, tracking
-from meprop.training.loop import DivergedError, RuleName, Run, Task, Trainer, TrainingConfig, fit
+from meprop.training.loop import DivergedError, RuleName, Run, SimplifyConfig, Task, Trainer, TrainingConfig, fit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,6 +168,63 @@ class Compare(Generic[TaskConfig]):
             if self.training.when == "auto":
                 print(pair[1].report)  # now with what was decided
         _finish(self, task, self.out, runs)
+
+
+@dataclass(frozen=True)
+class Simplify(Generic[TaskConfig]):
+    """Train dense, sparse (meProp), and sparse and simplified (meSimp), side by side; and time the models then."""
+
+    task: TaskConfig
+    training: TrainingConfig
+    simplify: SimplifyConfig
+    out: Path
+    """Folder for result.json, the pictures curves.png, widths.png and activity.png, and the simplified models, each as
+    a plain torch module (compact-seed0.pt)."""
+    rule: RuleName = "topk"
+    """What the sparse runs back-propagate: the k largest entries of each output gradient, or k random ones."""
+    seconds: float = 2.0
+    """To spend on timing inference, for each seed."""
+    overwrite: bool = False
+    """Replace an earlier experiment in --out."""
+    tensorboard: bool = False
+    """Write live curves to --out/tensorboard as well."""
+
+    def run(self) -> None:
+        """Train, measure, and write and show the result."""
+        from rich.console import Console
+
+        from meprop.reporting import figures, terminal
+        from meprop.reporting import simplify as report
+
+        _check_seconds(self.seconds)
+        tracking.commit()
+        task = _entry(self.task).build(self.task)
+        tracking.claim_folder(self.out, overwrite=self.overwrite)
+        rule = self.training.rule(self.rule)
+        runs: list[Run] = []
+        models: list[report.ModelRecord] = []
+        starts: dict[str, int] = {}
+        for seed in self.training.seeds:
+            trainers = [Trainer(task, self.training, each, seed) for each in (None, rule)]
+            simplified = Trainer(task, self.training, rule, seed, self.simplify)
+            assert simplified.simplifier is not None
+            starts = simplified.simplifier.widths
+            runs += _train([*trainers, simplified], self.out, tensorboard=self.tensorboard)
+            models += report.describe([*trainers, simplified], self.seconds)
+            print(simplified.simplifier.report())
+            compact = simplified.compact()
+            machine.write_atomically(self.out / f"compact-seed{seed}.pt", lambda file, m=compact: torch.save(m, file))
+            if seed == self.training.seeds[0]:
+                report.draw_activity(simplified.simplifier.activity, self.out / report.ACTIVITY)
+        record = tracking.describe(task.name, tracking.plain(self), runs)
+        tracking.write_result(self.out / tracking.RESULT, report.SimplifyResult(**vars(record), models=models))
+        figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE)
+        of_simplified = [run for run in runs if run.rule == "simplified"]
+        report.draw_widths(of_simplified, starts, task.steps_per_epoch, self.out / report.WIDTHS)
+        console = Console()
+        console.print(terminal.run_table(runs, task.metric))
+        console.print(report.model_table(models))
+        print(f"written: {self.out}")
 
 
 @dataclass(frozen=True)
@@ -719,6 +776,10 @@ def _parse(argv: list[str]) -> Any:
     def compare(name: str, entry: _TaskEntry) -> Any:
         return Compare(entry.config(), entry.training, Path("runs") / f"compare-{name}")
 
+    def simplify(name: str, entry: _TaskEntry) -> Any:
+        training = replace(entry.training, k=160)  # that of the paper's code
+        return Simplify(entry.config(), training, SimplifyConfig(), Path("runs") / f"simplify-{name}")
+
     def data(name: str, entry: _TaskEntry) -> Any:
         return Data(entry.config())
 
@@ -737,6 +798,7 @@ def _parse(argv: list[str]) -> Any:
     commands: Any = Union[  # noqa: UP007 - `|` takes no Any
         with_tasks("train", Train, train),
         with_tasks("compare", Compare, compare),
+        with_tasks("simplify", Simplify, simplify),
         Annotated[Reproduce[names], subcommand("reproduce")],
         with_tasks("data", Data, data),
         Annotated[Any, subcommand("bench", description="Measure speed.", constructor_factory=lambda: bench)],

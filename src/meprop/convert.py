@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -94,13 +94,15 @@ class ConversionReport:
             )
             for layer in self.layers
         ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (head, *rows)
-        ]
         sparse = sum(layer.status == "sparse" for layer in self.layers)
-        return "\n".join([*lines, f"{sparse} of {len(self.layers)} layers back-propagate sparsely"])
+        return f"{table([head, *rows])}\n{sparse} of {len(self.layers)} layers back-propagate sparsely"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def convert(
@@ -152,7 +154,7 @@ def convert(
     Warns:
         NoEffectWarning: no layer back-propagates sparsely.
     """
-    _check_model(model)
+    check_model(model)
     check_rule(rule, sparse_grad, compute_dtype)
     if when not in get_args(When):
         raise ValueError(f"when={when!r}; it is 'auto' or 'always'")
@@ -160,7 +162,7 @@ def convert(
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 
     foreign = _owners_of_other_kinds(model)
-    for name, layer in _layers(model):
+    for name, layer in named_layers(model):
         reason = _reason_to_skip(layer, foreign, min_features, sparse_grad)
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
@@ -189,8 +191,8 @@ def revert(model: torch.nn.Module) -> None:
         NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a subclass of
             meprop.nn.Linear or LSTM, as parametrizations make.
     """
-    _check_model(model)
-    for name, layer in _layers(model):
+    check_model(model)
+    for name, layer in named_layers(model):
         vars(layer).pop(_REASON, None)
         if type(layer) in _PLAIN_CLASSES:
             for attribute in SPARSE_STATE:
@@ -207,14 +209,15 @@ def revert(model: torch.nn.Module) -> None:
 
 def report(model: torch.nn.Module) -> ConversionReport:
     """The table of `convert`, as things are now."""
-    return ConversionReport(tuple(_describe(name, layer) for name, layer in _layers(model)))
+    return ConversionReport(tuple(_describe(name, layer) for name, layer in named_layers(model)))
 
 
 def _become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
     object.__setattr__(layer, "__class__", cls)
 
 
-def _layers(model: torch.nn.Module) -> list[tuple[str, Layer]]:
+def named_layers(model: torch.nn.Module) -> list[tuple[str, Layer]]:
+    """What could be converted, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
 
 
@@ -245,14 +248,16 @@ def _describe(name: str, layer: Layer) -> LayerReport:
     return LayerReport(name, kind, inputs, width, "sparse", k, k / width, rule, reason)
 
 
-def _check_model(model: torch.nn.Module) -> None:
+def check_model(model: torch.nn.Module, remedy: str | None = None) -> None:
+    """Raises the errors of `convert` that concern the model; `remedy` is what to do with a wrapped one, if not that."""
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__module__.startswith("torch.") and cls.__name__ in _WRAPPERS:
                 place = f"its part {name!r}" if name else "the model"
-                raise NotSupportedError(f"{place} is a {cls.__name__}; call meprop.convert {_WRAPPERS[cls.__name__]}")
+                remedy = remedy or f"call meprop.convert {_WRAPPERS[cls.__name__]}"
+                raise NotSupportedError(f"{place} is a {cls.__name__}; {remedy}")
 
 
 def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from meprop import copies, ops
 from meprop.errors import NotSupportedError
 from meprop.rules import Rule
+from meprop.selection import Activity, ColumnSelection
 
 Decide = Callable[[Tensor, int, tuple[bool, bool, bool]], bool]
 """From output gradient [N, O], I, and whether input, weight and bias need gradients: is this pass to be sparse?"""
@@ -29,10 +30,11 @@ class _Linear(torch.autograd.Function):
         decide: Decide | None,
         copy: Tensor | None,
         autocast: bool,
+        activity: Activity | None,
     ) -> Tensor:
         """A copy of the weight stands for it in the forward product; in the backward ones as well under autocast."""
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.rule, ctx.sparse_grad, ctx.decide = rule, sparse_grad, decide
+        ctx.rule, ctx.sparse_grad, ctx.decide, ctx.activity = rule, sparse_grad, decide, activity
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
         output = _product(x, weight, bias, copy, autocast)
         if copy is not None and autocast:
@@ -52,8 +54,10 @@ class _Linear(torch.autograd.Function):
         if ctx.rule.count(grad_NO.shape[1]) < grad_NO.shape[1] and (
             ctx.decide is None or ctx.decide(grad_NO, inputs, needs)
         ):
-            gradients = _sparse_backward(grad_NO, weight, x_NI, ctx.rule, needs[2], ctx.sparse_grad)
+            gradients = _sparse_backward(grad_NO, weight, x_NI, ctx.rule, needs[2], ctx.sparse_grad, ctx.activity)
         else:
+            if ctx.activity is not None:
+                ctx.activity.count(_everything(grad_NO))
             gradients = _dense_backward(grad_NO, weight, x_NI, needs[2])
         grad_x, grad_weight, grad_bias = gradients
         if grad_x is not None and grad_output.dim() != 2:
@@ -63,7 +67,7 @@ class _Linear(torch.autograd.Function):
             gradients = [
                 None if grad is None else grad.to(dtype) for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
             ]
-        return *gradients, *[None] * 5
+        return *gradients, *[None] * 6
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None, autocast: bool) -> Tensor:
@@ -87,13 +91,26 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _sparse_backward(
-    grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None, rule: Rule, needs_bias: bool, row_sparse: bool
+    grad_NO: Tensor,
+    weight: Tensor | None,
+    x_NI: Tensor | None,
+    rule: Rule,
+    needs_bias: bool,
+    row_sparse: bool,
+    activity: Activity | None,
 ) -> ops.Gradients:
-    topk = rule.as_topk(grad_NO.shape[1])
+    topk = rule.as_topk(grad_NO.shape[1]) if activity is None else None
     if topk is not None:
         return ops.topk_linear_backward(grad_NO, *topk, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse)
     selection = rule.select(grad_NO)
+    if activity is not None:
+        activity.count(selection)
     return ops.linear_backward(selection, grad_NO, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse)
+
+
+def _everything(grad_NO: Tensor) -> ColumnSelection:
+    outputs = grad_NO.shape[1]
+    return ColumnSelection(grad_NO, torch.arange(outputs, dtype=torch.int32, device=grad_NO.device), outputs)
 
 
 def _dense_backward(grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None, needs_bias: bool) -> ops.Gradients:
@@ -152,14 +169,21 @@ def apply_linear(
     sparse_grad: bool,
     decide: Decide | None,
     compute_dtype: torch.dtype | None,
+    activity: Activity | None = None,
 ) -> Tensor:
-    """`linear` with checked arguments; `decide`, where given, is asked in the backward pass whether to be sparse."""
+    """`linear` with checked arguments.
+
+    `decide`, where given, is asked in the backward pass whether to be sparse; `activity`, where given, counts what that
+    pass selects, also where it keeps everything.
+    """
     if not weight.is_floating_point():
         raise TypeError(
             f"weight is of dtype {weight.dtype}; sparse back-propagation is for floating dtypes, not complex"
         )
     needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    is_sparse = needs_gradients and rule.count(weight.shape[0]) < weight.shape[0]
+    is_sparse = needs_gradients and (activity is not None or rule.count(weight.shape[0]) < weight.shape[0])
+    if is_sparse:
+        _refuse_to_count_compiled(activity)
     if is_sparse and sparse_grad and torch.compiler.is_compiling():
         raise NotSupportedError(
             "sparse_grad=True: torch.compile has no sparse gradients; use sparse_grad=False with it"
@@ -174,8 +198,16 @@ def apply_linear(
     if autocast and (copy is None or (needs_gradients and not is_sparse)):
         copy, x, weight, bias = None, _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
     if is_sparse or (needs_gradients and copy is not None):
-        return _Linear.apply(x, weight, bias, rule, sparse_grad, decide, copy, autocast)  # pyright: ignore[reportReturnType]  (apply is untyped)
+        return _Linear.apply(x, weight, bias, rule, sparse_grad, decide, copy, autocast, activity)  # pyright: ignore[reportReturnType]  (apply is untyped)
     return _product(x, weight, bias, copy, autocast)
+
+
+def _refuse_to_count_compiled(activity: Activity | None) -> None:
+    if activity is not None and torch.compiler.is_compiling():
+        raise NotSupportedError(
+            "a layer that a meprop.Simplifier watches counts in its backward pass, which torch.compile cannot trace; "
+            "compile without fullgraph=True, or what Simplifier.compact() returns"
+        )
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -204,8 +236,9 @@ class _Lstm(torch.autograd.Function):
         batch_sizes: Tensor,
         reverse: bool,
         rule: Rule,
+        activity: Activity | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.rule, ctx.reverse, ctx.dtype = rule, reverse, x.dtype
+        ctx.rule, ctx.reverse, ctx.activity, ctx.dtype = rule, reverse, activity, x.dtype
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, weight_ih, weight_hh = x.to(dtype), weight_ih.to(dtype), weight_hh.to(dtype)
@@ -236,7 +269,10 @@ class _Lstm(torch.autograd.Function):
             ctx.rule.as_topk(weight_hh.shape[1]),
             ctx.rule.select,
             needs,
+            None if ctx.activity is None else ctx.activity.hits,
         )
+        if ctx.activity is not None:
+            ctx.activity.examples += len(x)
         grad_x, grad_ih, grad_hh, grad_bias, grad_h0, grad_c0 = (
             None if result is None else result.to(ctx.dtype) for result in results
         )
@@ -244,7 +280,7 @@ class _Lstm(torch.autograd.Function):
         grad_biases = [grad_bias if needed else None for needed in needs_biases]
         if all(needs_biases) and grad_bias is not None:
             grad_biases[1] = grad_bias.clone()
-        return grad_x, grad_h0, grad_c0, grad_ih, grad_hh, *grad_biases, None, None, None
+        return grad_x, grad_h0, grad_c0, grad_ih, grad_hh, *grad_biases, None, None, None, None
 
 
 def lstm(
@@ -318,8 +354,10 @@ def apply_lstm(
     batch_sizes: Tensor | None,
     reverse: bool,
     rule: Rule,
+    activity: Activity | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`lstm` with checked arguments."""
+    """`lstm` with checked arguments; `activity`, where given, counts what the backward pass selects."""
+    _refuse_to_count_compiled(activity)
     if not weights[0].is_floating_point():
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
     tensors = (x, *((None, None) if hx is None else hx), *weights)
@@ -332,7 +370,7 @@ def apply_lstm(
     rows, *others = tensors
     assert rows is not None
     sizes = torch.full((x.shape[0],), x.shape[1], device="cpu") if batch_sizes is None else batch_sizes.contiguous()
-    output, h_n, c_n = _Lstm.apply(_matrix(rows), *others, sizes, reverse, rule)  # pyright: ignore[reportGeneralTypeIssues]
+    output, h_n, c_n = _Lstm.apply(_matrix(rows), *others, sizes, reverse, rule, activity)  # pyright: ignore[reportGeneralTypeIssues]
     return output if batch_sizes is not None else output.view(*x.shape[:2], -1), (h_n, c_n)
 
 

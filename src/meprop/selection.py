@@ -78,6 +78,39 @@ class ColumnSelection:
 Selection = RowSelection | ColumnSelection
 
 
+@dataclass(eq=False)
+class Activity:
+    """How often each unit (output feature) of a layer is selected: the evidence of meSimp (Sun et al., TKDE 2018).
+
+    Attributes:
+        hits: Examples (rows of the output gradient) in which a unit has a selected entry that is not zero [O], int64. A
+            selected zero is no hit, NaN is one. Of an LSTM a unit [H] is hit where any of its four gates is, and a row
+            is one time step of one sequence.
+        examples: How many rows there were.
+    """
+
+    hits: Tensor
+    examples: int = 0
+
+    @classmethod
+    def of_units(cls, units: int, device: torch.device | str | None = None) -> Activity:
+        """Nothing so far, of so many units."""
+        return cls(torch.zeros(units, dtype=torch.int64, device=device))
+
+    def count(self, selection: Selection) -> None:
+        """Adds a selection [N, O]; what it shares among all rows is not selected."""
+        hit = (selection.values != 0).long()
+        if isinstance(selection, ColumnSelection):
+            hit = hit.sum(dim=0)
+        self.hits.index_add_(0, selection.indices.flatten(), hit.flatten())
+        self.examples += len(selection.values)
+
+    def reset(self) -> None:
+        """Begins again."""
+        self.hits.zero_()
+        self.examples = 0
+
+
 def _check(values: Tensor, indices: Tensor, shape: torch.Size, form: str) -> None:
     if values.dim() != 2 or indices.shape != shape or indices.dtype != torch.int32:
         raise ValueError(

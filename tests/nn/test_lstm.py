@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import meprop
 from meprop import functional, speed
 from meprop.rules import Rule
-from meprop.selection import ColumnSelection, RowSelection
+from meprop.selection import Activity, ColumnSelection, RowSelection
 
 INPUTS, UNITS = 6, 19
 LENGTHS = [5, 7, 1, 7, 3]  # not sorted, with equals
@@ -517,3 +517,50 @@ def test_column_rules_of_ones_own_are_asked_at_each_step():
     rows = layer.weight_ih_l0.grad.view(4, UNITS, INPUTS).abs().sum(dim=2) > 0
     assert rows[:, :2].all()
     assert not rows[:, 2:].any()
+
+
+# ---------------------------------------------------------------- counting what is selected
+
+
+def count_hits(
+    sizes: list[int], inputs: Tensor, units: int, reverse: bool, rule: Rule, grad: Tensor
+) -> tuple[Activity, Tensor]:
+    """What is counted, and the kept gates' gradients [4, H, N]: with one input for each row, that of its weight."""
+    torch.manual_seed(0)
+    activity = Activity.of_units(units)
+    weights = [(torch.randn(4 * units, n, dtype=inputs.dtype) / 4).requires_grad_() for n in (len(inputs), units)]
+    batch_sizes = torch.tensor(sizes)
+    output, _ = functional.apply_lstm(inputs, None, (*weights, None, None), batch_sizes, reverse, rule, activity)
+    kept, _ = torch.autograd.grad(output, weights, grad)
+    return activity, kept.view(4, units, -1)
+
+
+@pytest.mark.parametrize("rule", [*RULES, meprop.TopK(1.0)], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("units", [UNITS, 131])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_a_unit_is_hit_where_any_of_its_gates_is(level, threads, sizes, units, dtype, reverse, rule):
+    rows = sum(sizes)
+    grad = torch.randn(rows, units, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    grad[::3] = 0  # a last time step without a gradient selects zeros
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        activity, kept = count_hits(sizes, torch.eye(rows, dtype=dtype), units, reverse, rule, grad)
+        assert torch.equal(activity.hits, (kept != 0).any(dim=0).sum(dim=1))
+        assert activity.examples == rows
+
+
+@pytest.mark.parametrize("rule", [meprop.TopK(4), meprop.CompensatedTopK(4), meprop.TopK(40)], ids=str)
+def test_each_layer_and_direction_counts_and_computes_the_same(rule):
+    layer = make(torch.float32, rule, num_layers=2, bidirectional=True)
+    x = random_input("packed", False, torch.float32)
+    expected = run(layer, x, None)
+    layer.activity = tuple(Activity.of_units(UNITS) for _ in range(4))
+    for one, other in zip(run(layer, x, None), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    for activity in layer.activity:
+        assert activity.examples == sum(LENGTHS)
+        assert 0 < activity.hits.max() <= sum(LENGTHS)
+        if rule.k < UNITS:
+            assert activity.hits.sum() < sum(LENGTHS) * UNITS

@@ -12,7 +12,7 @@ import meprop
 from meprop import machine
 from meprop.errors import DataError
 from meprop.training import checkpoint
-from meprop.training.loop import Trainer, TrainingConfig, fit
+from meprop.training.loop import SimplifyConfig, Trainer, TrainingConfig, fit
 from tiny import TinyConfig, TinyTask
 
 SETTINGS = {"k": 5, "hidden": [500, 500]}
@@ -35,6 +35,25 @@ def test_a_resumed_run_with_row_sparse_gradients(task, tmp_path, optimizer, spar
     checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
     checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
     (actual,) = fit([resumed], ignore)
+    assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("sparse_rows", ["no", "decay"])
+@pytest.mark.parametrize("steps", [3, 8, 11])  # between checks, at the end of an epoch, in a cycle that only trains
+def test_a_resumed_run_that_is_simplified(task, tmp_path, steps, sparse_rows):
+    config = TrainingConfig(epochs=3, k=5, accelerator="cpu", scope="batch", sparse_rows=sparse_rows)
+    simplify = SimplifyConfig(checks=4, cycle=1)
+    whole, interrupted, resumed = (Trainer(task, config, config.rule(), 7, simplify) for _ in range(3))
+    (expected,) = fit([whole], ignore)
+    interrupted.advance(steps)
+    checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
+    interrupted.advance(3)
+    checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
+    (actual,) = fit([resumed], ignore)
+    assert actual.checks == expected.checks
+    assert expected.checks[-1]["widths"]["0"] < 128
     assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value)

@@ -12,7 +12,7 @@ pytest.importorskip("lightning_fabric")
 import meprop
 from meprop import speed
 from meprop.errors import MepropError
-from meprop.training.loop import Trainer, TrainingConfig, fit
+from meprop.training.loop import SimplifyConfig, Trainer, TrainingConfig, fit
 
 CONFIG = TrainingConfig(epochs=3, k=5, accelerator="cpu")
 
@@ -139,6 +139,36 @@ def test_epochs_are_checked(epochs):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": 1.1}, "--threshold must be from 0 to 1, got 1.1"),
+        ({"checks": 0}, "--checks must be at least 1"),
+        ({"cycle": 0}, "--cycle"),
+        ({"min_units": 0}, "--min-units must be at least 1, got 0"),
+    ],
+)
+def test_settings_of_simplifying_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SimplifyConfig(**settings)
+
+
+def test_a_simplified_run_shrinks_in_its_cycles_and_learns(task):
+    trainer = Trainer(task, CONFIG, CONFIG.rule(), 7, SimplifyConfig(checks=4, cycle=1))
+    (run,) = fit([trainer], ignore)
+    assert run.rule == trainer.name == "simplified"
+    assert [check["step"] for check in run.checks] == list(range(2, 26, 2))  # 8 steps in an epoch
+    assert [check["prunes"] for check in run.checks] == [True] * 4 + [False] * 4 + [True] * 4
+    widths = [check["widths"]["0"] for check in run.checks]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] < 128
+    assert run.layers[0]["out_features"] == widths[-1]
+    assert run.curve[-1]["loss"] < run.curve[0]["loss"]
+    compact = trainer.compact()
+    assert type(compact[0]) is torch.nn.Linear
+    assert compact[0].out_features == widths[-1]
 
 
 def test_a_resumed_run_keeps_what_its_layers_decided(task, monkeypatch, tmp_path):

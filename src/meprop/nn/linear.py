@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meprop import functional, speed
 from meprop.rules import Rule
+from meprop.selection import Activity
 
 When = Literal["auto", "always"]
 
@@ -33,6 +34,7 @@ class Linear(torch.nn.Linear):
     Attributes:
         when: "always" sparse, or "auto": only if measured to be faster.
         decision: With "auto", what was decided; None before the first backward pass.
+        activity: What a `meprop.Simplifier` counts; None without one.
 
     Raises:
         TypeError: `rule` is not a Rule.
@@ -44,6 +46,7 @@ class Linear(torch.nn.Linear):
     compute_dtype: torch.dtype | None
     when: When
     decision: speed.Decision | None
+    activity: Activity | None
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class Linear(torch.nn.Linear):
         asks = self.when == "auto" and not compiling and (dense or self.decision is None)
         decide = self._decide if asks else None
         return functional.apply_linear(
-            input, self.weight, self.bias, self.rule, self.sparse_grad, decide, self.compute_dtype
+            input, self.weight, self.bias, self.rule, self.sparse_grad, decide, self.compute_dtype, self.activity
         )
 
     def _decide(self, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]) -> bool:
@@ -89,14 +92,14 @@ class Linear(torch.nn.Linear):
         return f"{super().extra_repr()}, rule={self.rule}{sparse_grad}{compute_dtype}"
 
 
-SPARSE_STATE = ("rule", "sparse_grad", "compute_dtype", "when", "decision")
+SPARSE_STATE = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
 
 
 def sparse_state(rule: Rule, sparse_grad: bool, compute_dtype: torch.dtype | None, when: When) -> dict[str, Any]:
     """What a layer has beside a plain one: the attributes that `meprop.convert` gives it, and revert takes."""
     # The optimizer of row-sparse gradients counts on their layout, so there is nothing to decide.
     when = "always" if sparse_grad else when
-    return dict(zip(SPARSE_STATE, (rule, sparse_grad, compute_dtype, when, None), strict=True))
+    return dict(zip(SPARSE_STATE, (rule, sparse_grad, compute_dtype, when, None, None), strict=True))
 
 
 def _saved_tensors_are_hooked() -> bool:

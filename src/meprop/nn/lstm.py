@@ -14,6 +14,7 @@ from meprop import functional, speed
 from meprop.errors import NotSupportedError
 from meprop.nn.linear import When, sparse_state
 from meprop.rules import Rule
+from meprop.selection import Activity
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class LSTM(torch.nn.LSTM):
     Attributes:
         when: "always" sparse, or "auto": only if measured to be faster.
         decision: With "auto", what was decided; None before the first forward pass.
+        activity: What a `meprop.Simplifier` counts, of each layer and direction; None without one.
 
     Raises:
         TypeError: `rule` is not a Rule.
@@ -95,6 +97,7 @@ class LSTM(torch.nn.LSTM):
     compute_dtype: torch.dtype | None
     when: When
     decision: speed.Decision | None
+    activity: tuple[Activity, ...] | None
 
     def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
         functional.check_rule(rule)
@@ -150,7 +153,8 @@ class LSTM(torch.nn.LSTM):
             for reverse in (False, True) if self.bidirectional else (False,):
                 initial = None if hx is None else (hx[0][len(last)], hx[1][len(last)])
                 weights = self._weights(f"l{layer}{'_reverse' if reverse else ''}")
-                output, states = functional.apply_lstm(x, initial, weights, batch_sizes, reverse, self.rule)
+                activity = None if self.activity is None else self.activity[len(last)]
+                output, states = functional.apply_lstm(x, initial, weights, batch_sizes, reverse, self.rule, activity)
                 outputs.append(output)
                 last.append(states)
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
@@ -165,7 +169,9 @@ class LSTM(torch.nn.LSTM):
 
     def _is_sparse(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None) -> bool:
         rows, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
-        if rows.numel() == 0 or self.rule.count(self.hidden_size) >= self.hidden_size or not torch.is_grad_enabled():
+        if rows.numel() == 0 or not torch.is_grad_enabled():
+            return False
+        if self.activity is None and self.rule.count(self.hidden_size) >= self.hidden_size:
             return False
         states = () if hx is None else hx
         if not any(tensor.requires_grad for tensor in (rows, *states, *self.parameters())):

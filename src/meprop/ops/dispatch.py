@@ -149,12 +149,13 @@ def lstm_backward(
     topk: tuple[int, str] | None,
     select: Callable[[Tensor], Selection],
     needs: tuple[bool, ...],
+    hits: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """`reference.lstm_backward`; `topk` is k and scope, where `select` is nothing but top-k."""
     arguments = (trace, x, weight_ih, weight_hh, batch_sizes, reverse, gradients)
     if topk is not None and _native_lstm(x):
-        return native.topk_lstm_backward(*arguments, topk, needs)
-    return reference.lstm_backward(*arguments, select, needs)
+        return native.topk_lstm_backward(*arguments, topk, needs, hits)
+    return reference.lstm_backward(*arguments, select, needs, hits)
 
 
 def _native_lstm(tensor: Tensor) -> bool:

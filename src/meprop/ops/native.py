@@ -200,6 +200,7 @@ def topk_lstm_backward(
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     topk: tuple[int, str],
     needs: tuple[bool, ...],
+    hits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """As `reference.lstm_backward`, float32 only, selecting by top-k of the given k and scope."""
     assert _extension is not None
@@ -224,7 +225,7 @@ def topk_lstm_backward(
         weight_hh.stride(0),
         x.data_ptr(),
         x.stride(0),
-        *map(_address, (*trace, *gradients_, *results)),
+        *map(_address, (*trace, *gradients_, *results, hits)),
         torch.get_num_threads(),
     )
     return tuple(results)

@@ -7,7 +7,7 @@ inputs in float64. The paper is meProp (Sun et al., ICML 2017).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import sqrt
 
 import torch
@@ -63,6 +63,17 @@ def grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
     """The k rows of dW that a selection of columns makes: values.T @ x, [k, I]."""
     dtype = _accumulation_dtype(x)
     return (values.t().to(dtype) @ x.to(dtype)).to(x.dtype)
+
+
+def count_hits(selections: Sequence[Selection]) -> Tensor:
+    """In how many rows each of the units is selected, by any of the selections [N, O], with what is not zero: [O]."""
+    hit = torch.zeros(
+        len(selections[0].values), selections[0].width, dtype=torch.bool, device=selections[0].values.device
+    )
+    for selection in selections:
+        indices = selection.indices.long().expand(selection.values.shape)
+        hit |= torch.zeros_like(hit).scatter(1, indices, selection.values != 0)
+    return hit.sum(dim=0)
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -153,6 +164,7 @@ def lstm_backward(
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     select: Callable[[Tensor], Selection],
     needs: tuple[bool, ...],
+    hits: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagation through time, with a selection of each gate's gradient at each time step.
 
@@ -170,6 +182,7 @@ def lstm_backward(
         gradients: Of output [N, H], last output [B, H] and last cell state [B, H]; None for zeros.
         select: From a gate's gradient at a time step [n, H] to what is propagated of it.
         needs: Which of the six results are wanted.
+        hits: Gets added in how many rows each unit is selected [H], int64: see `count_hits`.
 
     Returns:
         The gradients of x, weight_ih, weight_hh, a bias [4H], h0 and c0; None where it is not wanted.
@@ -194,7 +207,10 @@ def lstm_backward(
             grad * tanh_c * o * (1 - o),
         ]
         whole[rows] = torch.cat(of_gates, dim=1)
-        kept[rows] = torch.cat([select(gate).to_dense() for gate in of_gates], dim=1)
+        selections = [select(gate) for gate in of_gates]
+        kept[rows] = torch.cat([selection.to_dense() for selection in selections], dim=1)
+        if hits is not None:
+            hits += count_hits(selections)
         grad_h, grad_c = _with_new(grad_h, kept[rows] @ weight_hh), _with_new(grad_c, grad_cell * f)
     return (
         kept @ weight_ih if needs[0] else None,

@@ -14,7 +14,13 @@ from meprop.machine import write_atomically
 from meprop.training.loop import Run
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-RULE_COLORS = {"dense": "#0072B2", "topk": "#D55E00", "compensated": "#CC79A7", "random": "#009E73"}
+RULE_COLORS = {
+    "dense": "#0072B2",
+    "topk": "#D55E00",
+    "compensated": "#CC79A7",
+    "random": "#009E73",
+    "simplified": "#000000",
+}
 PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#999999"}
 _SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from math import cos, isfinite, pi
 from time import perf_counter
@@ -129,6 +130,42 @@ class TrainingConfig:
         return _RULES[name](self.k, scope=self.scope)
 
 
+@dataclass(frozen=True)
+class SimplifyConfig:
+    """How runs are simplified (meSimp); the defaults are those of the paper's code.
+
+    Raises:
+        ValueError: If a setting is outside its range; the message names the option.
+    """
+
+    threshold: float = 0.1
+    """Remove the units that a smaller share of the examples selects."""
+    checks: int = 8
+    """How often an epoch to look for units to remove."""
+    cycle: int = 5
+    """Epochs in a cycle; one that removes units and one that only trains take turns."""
+    min_units: int = 1
+    """Keep at least so many units of each layer."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
+        for name in ("checks", "cycle", "min_units"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+    def simplifier(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> meprop.Simplifier:
+        """Return one with these settings."""
+        return meprop.Simplifier(
+            model,
+            self.threshold,
+            optimizer=optimizer,
+            check_every=max(1, steps_per_epoch // self.checks),
+            cycle=self.cycle * steps_per_epoch,
+            min_units=self.min_units,
+        )
+
+
 @dataclass
 class Seconds:
     """Seconds of training, summed over the steps; waiting for data and evaluation are in none of them."""
@@ -138,7 +175,7 @@ class Seconds:
     backward: float = 0.0
     """All gradients, the selection included."""
     optimizer: float = 0.0
-    """The update, and clearing the gradients."""
+    """The update, clearing the gradients, and simplifying."""
     step: float = 0.0
     """The whole step: the three together."""
 
@@ -161,7 +198,7 @@ class Run:
     """The outcome of one run: an element of `runs` in result.json. Metrics are those after the last epoch."""
 
     rule: str
-    """`"dense"`, or the name of the rule."""
+    """`"dense"`, the name of the rule, or `"simplified"`."""
     seed: int
     epochs: int
     dev: dict[str, float]
@@ -175,6 +212,8 @@ class Run:
     """`EpochRecord` of each epoch."""
     layers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """The conversion report's records; empty if dense."""
+    checks: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """`meprop.simplify.Check` of each check, with the widths; empty if not simplified."""
 
     def selected(self, metric: str) -> EpochRecord:
         """Return the epoch with the best dev score, the first of equals: what the paper reports."""
@@ -192,9 +231,17 @@ class Trainer:
         config: How; `config.seeds` and `config.k` are not looked at, the next two arguments say which run this is.
         rule: The sparse rule, or None for a dense run.
         seed: Seed of the initial weights, the order of the data and dropout.
+        simplify: How to simplify the model of a sparse run; None: not at all.
     """
 
-    def __init__(self, task: Task, config: TrainingConfig, rule: SparseRule | None, seed: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        config: TrainingConfig,
+        rule: SparseRule | None,
+        seed: int,
+        simplify: SimplifyConfig | None = None,
+    ) -> None:
         from lightning_fabric import Fabric  # imported here since it takes seconds, which `meprop --help` need not wait
 
         if config.accelerator == "cuda" and not torch.cuda.is_available():
@@ -213,6 +260,7 @@ class Trainer:
             if rule is not None:
                 meprop.convert(self.model, rule, sparse_grad=config.sparse_rows != "no", when=config.when)
         self.optimizer = _build_optimizer(self.model, config, self.device, sparse=rule is not None)
+        self.simplifier = simplify and simplify.simplifier(self.model, self.optimizer, task.steps_per_epoch)
 
         self._order = torch.Generator().manual_seed(seed)
         self._epoch_order = self._order.get_state()  # as it was when the current epoch began
@@ -226,7 +274,9 @@ class Trainer:
 
     @property
     def name(self) -> str:
-        """`"dense"`, or the name of the rule."""
+        """`"dense"`, the name of the rule, or `"simplified"`."""
+        if self.simplifier is not None:
+            return "simplified"
         return "dense" if self.rule is None else next(name for name, rule in _RULES.items() if type(self.rule) is rule)
 
     @property
@@ -272,6 +322,8 @@ class Trainer:
         self._set_lr()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.simplifier is not None:
+            self.simplifier.step()
         end = clock()
 
         seconds.forward += forward_end - start
@@ -322,6 +374,12 @@ class Trainer:
             yield
             self._random = self._random_state()
 
+    def compact(self) -> nn.Module:
+        """Return a copy of the model as it is now, of plain torch layers."""
+        model = deepcopy(self.model)
+        meprop.revert(model)
+        return model
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to continue bit for bit: tensors and plain data only."""
         return {
@@ -332,6 +390,7 @@ class Trainer:
                 if isinstance(layer, meprop.nn.Linear | meprop.nn.LSTM) and layer.decision is not None
             },
             "optimizer": self.optimizer.state_dict(),
+            "simplifier": self.simplifier and self.simplifier.state_dict(),
             "random": self._random,
             "epoch_order": self._epoch_order,
             "step": self.step,
@@ -342,6 +401,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, in a trainer built from the same task, config, rule and seed."""
+        if self.simplifier is not None:  # first, as it cuts model and optimizer to their size
+            self.simplifier.load_state_dict(state["simplifier"])
         self.model.load_state_dict(state["model"])
         for name, decision in state["decisions"].items():
             vars(self.model.get_submodule(name))["decision"] = Decision(**decision)
@@ -370,6 +431,7 @@ class Trainer:
             density=kept / width if sparse else 1.0,
             curve=[asdict(record) for record in self.curve],
             layers=layers,
+            checks=[] if self.simplifier is None else [asdict(check) for check in self.simplifier.history],
         )
 
 

@@ -1,0 +1,450 @@
+"""Which units of a model live and die together: found in its traced graph, with the reason where that cannot be told.
+
+A unit is an output feature of a linear layer, or a hidden unit of an LSTM. With it go the rows that make it, whatever
+holds one number for it on the way (batch normalisation), and the columns of all layers that read it. Units that are
+added or multiplied entry by entry go together, as one group.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import rnn
+
+from meprop import nn
+
+Layout = tuple[int, ...]
+"""The groups that a dimension of a tensor consists of, one after the other: of an LSTM's gates four times the same."""
+
+_LINEARS = (torch.nn.Linear, nn.Linear)
+_LSTMS = (torch.nn.LSTM, nn.LSTM)
+_ELEMENTWISE_MODULES = {
+    *(torch.nn.ReLU, torch.nn.ReLU6, torch.nn.LeakyReLU, torch.nn.RReLU, torch.nn.ELU, torch.nn.SELU, torch.nn.CELU),
+    *(torch.nn.GELU, torch.nn.SiLU, torch.nn.Mish, torch.nn.Softplus, torch.nn.Softsign, torch.nn.Threshold),
+    *(torch.nn.Tanh, torch.nn.Sigmoid, torch.nn.LogSigmoid, torch.nn.Hardtanh, torch.nn.Hardsigmoid),
+    *(torch.nn.Hardswish, torch.nn.Hardshrink, torch.nn.Softshrink, torch.nn.Tanhshrink),
+    *(torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.Identity),
+}
+_ELEMENTWISE_FUNCTIONS = {
+    *(torch.relu, torch.relu_, torch.tanh, torch.sigmoid, torch.abs, torch.neg, torch.square, operator.neg),
+    *(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
+    *(F.tanh, F.sigmoid, F.logsigmoid, F.hardtanh, F.hardsigmoid, F.hardswish, F.dropout),
+}
+_ELEMENTWISE_METHODS = {"relu", "relu_", "tanh", "sigmoid", "abs", "neg", "square", "contiguous", "clone", "float"}
+_BINARY = {
+    *(operator.add, operator.sub, operator.mul, operator.iadd, operator.isub, operator.imul),
+    *(torch.add, torch.sub, torch.mul),
+}
+_BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_"}
+_SCALED = {operator.truediv, operator.itruediv, torch.div}
+_PACKING = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A set of units where they are made.
+
+    Attributes:
+        layer: The name of a linear layer or an LSTM.
+        index: Which layer and direction of an LSTM, in the order of its states; else 0.
+        label: A name for the set: the layer's, of an LSTM with several with e.g. ".l1_reverse".
+        width: How many units there are.
+    """
+
+    layer: str
+    index: int
+    label: str
+    width: int
+
+
+def producers(name: str, layer: torch.nn.Linear | torch.nn.LSTM) -> list[Producer]:
+    """The sets of units that a layer of this name makes."""
+    if isinstance(layer, torch.nn.Linear):
+        return [Producer(name, 0, name, layer.out_features)]
+    places = [f"l{i}{suffix}" for i in range(layer.num_layers) for suffix in _suffixes(layer)]
+    labels = [f"{name}.{place}" for place in places] if len(places) > 1 else [name]
+    return [Producer(name, index, label, layer.hidden_size) for index, label in enumerate(labels)]
+
+
+def _suffixes(lstm: torch.nn.LSTM) -> tuple[str, ...]:
+    return ("", "_reverse") if lstm.bidirectional else ("",)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live and die together: the first units of all producers, the second, and so on.
+
+    Attributes:
+        producers: Who makes them; several where their outputs are added.
+        reason: Why no unit can be removed; None if it can.
+    """
+
+    producers: tuple[Producer, ...]
+    reason: str | None
+
+    @property
+    def width(self) -> int:
+        """How many units there are."""
+        return self.producers[0].width
+
+
+@dataclass(frozen=True)
+class Units:
+    """The groups of a model.
+
+    Attributes:
+        groups: All of them.
+        layouts: Of each tensor (module's and tensor's name) that has entries of units, for some of its dimensions, the
+            groups by their number.
+        unreached: Why nothing is known of the layers that are in no group.
+    """
+
+    groups: tuple[Group, ...]
+    layouts: dict[tuple[str, str], dict[int, Layout]]
+    unreached: str
+
+
+def find(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> Units:
+    """The groups of a model, by tracing it with torch.fx in training and in evaluation mode.
+
+    Args:
+        model: Plain or converted. It is left as it is.
+        example_inputs: Arguments to call it with once, for what depends on the rank of a tensor; None: that stays
+            unknown. What is traced is a call with these, or with the arguments that have no default.
+    """
+    finder = _Finder(model, {} if example_inputs is None else _ranks(model, example_inputs))
+    for training in (True, False):
+        try:
+            with _mode(model, training):
+                graph = _trace(model, example_inputs)
+        except Exception as error:  # tracing runs the model's own code, which may fail in any way
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return Units((), {}, f"torch.fx cannot trace the model: {line}")
+        finder.walk(graph)
+    return finder.result()
+
+
+@contextmanager
+def _mode(model: torch.nn.Module, training: bool) -> Generator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in before.items():
+            module.training = was_training
+
+
+def _ranks(model: torch.nn.Module, example_inputs: Sequence[Any]) -> dict[str, int]:
+    """The rank of each module's first input."""
+    ranks: dict[str, int] = {}
+
+    def remember(name: str, _: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            ranks[name] = inputs[0].dim()
+
+    hooks = [module.register_forward_pre_hook(partial(remember, name)) for name, module in model.named_modules()]
+    try:
+        with _mode(model, False), torch.no_grad(), torch.random.fork_rng():
+            model(*example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ranks
+
+
+class _Tracer(torch.fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=_PACKING)
+        self._autowrap_search.append(rnn)  # also where they are called as rnn.pack_padded_sequence
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, torch.nn.Linear | torch.nn.LSTM) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> torch.fx.Graph:
+    """Arguments that are no tensors are constants of the graph, and so are the defaults of those that are not given."""
+    parameters = inspect.signature(model.forward).parameters
+    constants = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    for name, value in zip(parameters, example_inputs or (), strict=False):
+        constants.pop(name, None)
+        if value is None or isinstance(value, bool | int | float | str):
+            constants[name] = value
+    return _Tracer().trace(model, constants or None)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What is known of a tensor.
+
+    Attributes:
+        groups: The groups whose units its last dimension has, one after the other; none: no units that we follow.
+        states: It is instead an LSTM's last states, with those of one group in each entry of the first dimension.
+    """
+
+    groups: Layout = ()
+    states: bool = False
+
+
+_NOTHING = _Value()
+
+
+def _values(arguments: Any) -> Generator[_Value]:
+    """All values in arguments, however nested."""
+    if isinstance(arguments, _Value):
+        yield arguments
+    elif isinstance(arguments, dict):
+        yield from _values(list(arguments.values()))
+    elif isinstance(arguments, slice):
+        yield from _values([arguments.start, arguments.stop, arguments.step])
+    elif isinstance(arguments, list | tuple):
+        for argument in arguments:
+            yield from _values(argument)
+
+
+class _Finder:
+    """What is found in walks through graphs of one model."""
+
+    def __init__(self, model: torch.nn.Module, ranks: dict[str, int]) -> None:
+        self.model, self.ranks = model, ranks
+        self._producers: list[Producer] = []  # by number of their group, before groups are joined
+        self._joined: list[int] = []
+        self._reasons: dict[int, str] = {}
+        self._layouts: dict[tuple[str, str], dict[int, Layout]] = {}
+        self.read_directly: set[str] = set()
+
+    def walk(self, graph: torch.fx.Graph) -> None:
+        inputs = sum(node.op == "placeholder" for node in graph.nodes)
+        _Walk(self, graph).run(*[_NOTHING] * inputs, enable_io_processing=False)
+
+    def made_by(self, name: str, layer: torch.nn.Linear | torch.nn.LSTM) -> Layout:
+        """The groups of the units that a layer makes."""
+        made = producers(name, layer)
+        if made[0] not in self._producers:
+            self._joined += range(len(self._joined), len(self._joined) + len(made))
+            self._producers += made
+        return tuple(self._producers.index(producer) for producer in made)
+
+    def width(self, group: int) -> int:
+        return self._producers[group].width
+
+    def block(self, groups: Iterable[int], reason: str) -> None:
+        """Says why these groups cannot lose a unit; the first reason stays."""
+        for group in groups:
+            self._reasons.setdefault(group, reason)
+
+    def join(self, one: Layout, other: Layout, what: str) -> None:
+        """Says that units are combined entry by entry."""
+        if [self.width(group) for group in one] != [self.width(group) for group in other]:
+            return self.block([*one, *other], f"{what} combines it with what has other units")
+        for a, b in zip(one, other, strict=True):
+            if self._find(a) != self._find(b):
+                if any(isinstance(self._layer(group), torch.nn.LSTM) for group in (a, b)):
+                    self.block([a, b], f"{what} combines the units of an LSTM with others")
+                self._joined[self._find(b)] = self._find(a)
+        return None
+
+    def lay_out(self, module: str, tensor: str, dims: dict[int, Layout]) -> None:
+        """Says what the dimensions of a tensor consist of."""
+        if (module, tensor) not in self._layouts:
+            self._layouts[module, tensor] = dims
+            return
+        for dim, layout in self._layouts[module, tensor].items():
+            if [*map(self._find, layout)] != [*map(self._find, dims[dim])]:
+                self.block([*layout, *dims[dim]], f"{module!r} is called several times, with different units")
+
+    def _layer(self, group: int) -> torch.nn.Module:
+        return self.model.get_submodule(self._producers[group].layer)
+
+    def _find(self, group: int) -> int:
+        while self._joined[group] != group:
+            group = self._joined[group]
+        return group
+
+    def result(self) -> Units:
+        self._block_shared_tensors()
+        for number in range(len(self._producers)):
+            if not isinstance(self._layer(number), nn.Linear | nn.LSTM):
+                self.block([number], "it is not converted, so that nothing is counted")
+        for number, producer in enumerate(self._producers):  # an LSTM has one width
+            if number in self._reasons:
+                same = [other for other, its in enumerate(self._producers) if its.layer == producer.layer]
+                self.block(same, self._reasons[number])
+        roots = sorted({self._find(number) for number in range(len(self._producers))})
+        groups: list[Group] = []
+        for root in roots:
+            members = [number for number in range(len(self._producers)) if self._find(number) == root]
+            reason = next((self._reasons[number] for number in members if number in self._reasons), None)
+            groups.append(Group(tuple(self._producers[number] for number in members), reason))
+        layouts = {
+            tensor: {dim: tuple(roots.index(self._find(group)) for group in layout) for dim, layout in dims.items()}
+            for tensor, dims in self._layouts.items()
+        }
+        return Units(tuple(groups), layouts, "it is not seen in the traced graph")
+
+    def _block_shared_tensors(self) -> None:
+        owners: dict[torch.Tensor, list[str]] = {}
+        for name, module in self.model.named_modules():
+            for own, parameter in module.named_parameters(recurse=False):
+                owners.setdefault(parameter, []).append(f"{name}.{own}" if name else own)
+        names = {name: shared for shared in owners.values() for name in shared}
+        for (module, tensor), dims in self._layouts.items():
+            name = f"{module}.{tensor}" if module else tensor
+            groups = [group for layout in dims.values() for group in layout]
+            others = [other for other in names.get(name, []) if other != name]
+            if others:
+                self.block(groups, f"{name!r} is tied to {', '.join(map(repr, others))}")
+            if {name, *others} & self.read_directly:
+                self.block(groups, f"{name!r} is also read outside of its layer")
+
+
+class _Walk(torch.fx.Interpreter):
+    """Runs a graph on `_Value`s."""
+
+    def __init__(self, finder: _Finder, graph: torch.fx.Graph) -> None:
+        super().__init__(finder.model, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False
+        self._finder = finder
+
+    def _not_understood(self, arguments: Any, reason: str) -> _Value:
+        self._finder.block([group for value in _values(arguments) for group in value.groups], reason)
+        return _NOTHING
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> _Value:
+        return _NOTHING
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> _Value:
+        self._finder.read_directly.add(str(target))
+        return _NOTHING
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> _Value:
+        return self._not_understood(args, "it is the model's output")
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._apply(f".{target}()", target in _ELEMENTWISE_METHODS, target in _BINARY_METHODS, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is operator.getitem and isinstance(args[0], tuple):
+            return args[0][args[1]]
+        if target is operator.getitem and args[0].states and isinstance(args[1], int):  # of one layer and direction
+            return _Value((args[0].groups[args[1]],))
+        if target is rnn.pad_packed_sequence:
+            return self._apply("pad_packed_sequence", True, False, args, {}), _NOTHING
+        if target is getattr and args[1] in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+            return _NOTHING
+        if target is torch.cat and (kwargs.get("dim", 0) if len(args) < 2 else args[1]) == -1:
+            parts = list(_values(args[0]))
+            if all(part.groups and not part.states for part in parts):
+                return _Value(tuple(group for part in parts for group in part.groups))
+        number = len(args) > 1 and isinstance(args[1], int | float)
+        elementwise = target in _ELEMENTWISE_FUNCTIONS or (target in _SCALED and number)
+        elementwise = elementwise or target is rnn.pack_padded_sequence or (target is getattr and args[1] == "data")
+        return self._apply(getattr(target, "__name__", str(target)), elementwise, target in _BINARY, args, kwargs)
+
+    def _apply(self, name: str, elementwise: bool, binary: bool, args: Any, kwargs: Any) -> _Value:
+        """What comes of an operation on entries, of one tensor or of two."""
+        values = list(_values((args, kwargs)))
+        followed = [value for value in values if value.groups]
+        understood = followed and not any(value.states for value in followed)
+        if understood and elementwise and len(followed) == 1 and args and followed[0] is args[0]:
+            return followed[0]
+        if understood and binary and len(values) == 1:  # and a number
+            return followed[0]
+        if understood and binary and len(followed) == 2:
+            self._finder.join(followed[0].groups, followed[1].groups, f"{name!r}")
+            return followed[0]
+        return self._not_understood(values, f"{name!r} reads it, which is not understood")
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module, name = self.fetch_attr(target), str(target)
+        x, *others = list(_values((args, kwargs))) or [_NOTHING]
+        kind = type(module)
+        if x.states:
+            x = self._not_understood(x, f"{name!r} reads all of an LSTM's last states")
+        if kind in _LINEARS:
+            return self._linear(name, module, x)
+        if kind in _LSTMS and module.proj_size == 0:
+            return self._lstm(name, module, x, others)
+        if kind in _ELEMENTWISE_MODULES and not _is_hooked(module):
+            return x
+        if kind is torch.nn.BatchNorm1d and x.groups:
+            return self._batch_norm(name, module, x)
+        why = "which is not understood"
+        if kind is torch.nn.LayerNorm:
+            why = "whose mean and variance would be others with fewer units"
+        return self._not_understood([x, *others], f"{name!r} ({kind.__name__}) reads it, {why}")
+
+    def _lay_out(self, name: str, module: torch.nn.Module, tensors: dict[str, dict[int, Layout]]) -> None:
+        for tensor, dims in tensors.items():
+            self._finder.lay_out(name, tensor, dims)
+        if _is_hooked(module):
+            groups = [group for dims in tensors.values() for layout in dims.values() for group in layout]
+            self._finder.block(groups, f"{name!r} has forward hooks, which may do anything")
+
+    def _linear(self, name: str, layer: torch.nn.Linear, x: _Value) -> _Value:
+        (group,) = self._finder.made_by(name, layer)
+        tensors: dict[str, dict[int, Layout]] = {"weight": {0: (group,), 1: x.groups}}
+        if layer.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            tensors["bias"] = {0: (group,)}
+        self._lay_out(name, layer, tensors)
+        return _Value((group,))
+
+    def _lstm(
+        self, name: str, lstm: torch.nn.LSTM, x: _Value, states: list[_Value]
+    ) -> tuple[_Value, tuple[_Value, _Value]]:
+        every, directions = self._finder.made_by(name, lstm), len(_suffixes(lstm))
+        tensors: dict[str, dict[int, Layout]] = {}
+        inputs = x.groups
+        for layer in range(lstm.num_layers):
+            outputs = every[layer * directions : (layer + 1) * directions]
+            for group, suffix in zip(outputs, _suffixes(lstm), strict=True):
+                gates, place = (group,) * 4, f"l{layer}{suffix}"
+                tensors[f"weight_ih_{place}"] = {0: gates, 1: inputs}
+                tensors[f"weight_hh_{place}"] = {0: gates, 1: (group,)}
+                if lstm.bias:
+                    tensors |= {f"bias_{part}_{place}": {0: gates} for part in ("ih", "hh")}
+            inputs = outputs
+        self._lay_out(name, lstm, tensors)
+        if states:
+            self._not_understood(states, f"{name!r} gets it as an initial state")
+            self._finder.block(every, "it gets initial states, which have its width")
+        return _Value(inputs), (_Value(every, states=True), _Value(every, states=True))
+
+    def _batch_norm(self, name: str, norm: torch.nn.BatchNorm1d, x: _Value) -> _Value:
+        rank = self._finder.ranks.get(name)
+        if rank != 2:
+            found = (
+                "takes 2-D and 3-D inputs differently: give example_inputs" if rank is None else f"gets {rank}-D input"
+            )
+            return self._not_understood(x, f"{name!r} (BatchNorm1d) {found}")
+        tensors = ("weight", "bias", "running_mean", "running_var")
+        self._lay_out(name, norm, {tensor: {0: x.groups} for tensor in tensors if getattr(norm, tensor) is not None})
+        return x
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
+
+
+def entries(layout: Layout, widths: Sequence[int], kept: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Which entries stay of a dimension [sum of its groups' widths], when of some groups only some units are kept.
+
+    Args:
+        layout: The dimension's groups.
+        widths: Of all groups.
+        kept: The units [n] that stay of a group, int64, ascending; all of those that are not in it.
+    """
+    parts: list[torch.Tensor] = []
+    start = 0
+    for group in layout:
+        parts.append(start + kept.get(group, torch.arange(widths[group])))
+        start += widths[group]
+    return torch.cat(parts)

@@ -1,0 +1,770 @@
+"""Simplifier: what it counts, whom it removes, and that what is left is the model whose removed units are masked."""
+
+import copy
+import doctest
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import meprop
+from meprop import simplify
+
+RULE = meprop.TopK(5)
+WIDTH = 24
+
+
+# ---------------------------------------------------------------- models, and where their units are
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(6, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.scaled, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first(x))
+        y = torch.tanh(self.block(h)) * 0.5
+        y += h
+        return self.head(y + self.scaled(y).sigmoid())
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, WIDTH), nn.Linear(6, 30), nn.Linear(WIDTH + 30, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.left(x).relu(), F.gelu(self.right(x))], dim=-1))
+
+
+class Packed(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, WIDTH, **options)
+        self.head = nn.Linear(WIDTH * (2 if self.lstm.bidirectional else 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, torch.tensor([4, 4, 2]))
+        output, _ = self.lstm(packed)
+        return self.head(pad_packed_sequence(output)[0])
+
+
+class LastState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.lstm, self.head = nn.Linear(6, WIDTH), nn.LSTM(WIDTH, WIDTH, 2), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (h, _) = self.lstm(F.elu(self.below(x)))
+        return self.head(h[-1])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and for each set of units where they are: tensor, dimension, and the places of the first unit."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    places: dict[str, list[tuple[str, int, list[int]]]]
+
+
+def rows(*tensors: str) -> list[tuple[str, int, list[int]]]:
+    return [(tensor, 0, [0]) for tensor in tensors]
+
+
+def of_linear(name: str) -> list[tuple[str, int, list[int]]]:
+    return rows(f"{name}.weight", f"{name}.bias")
+
+
+def of_lstm(place: str) -> list[tuple[str, int, list[int]]]:
+    gates = [gate * WIDTH for gate in range(4)]
+    tensors = [f"lstm.{tensor}_{place}" for tensor in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    return [*((tensor, 0, gates) for tensor in tensors), (f"lstm.weight_hh_{place}", 1, [0])]
+
+
+def reads(tensor: str, start: int = 0) -> tuple[str, int, list[int]]:
+    return (tensor, 1, [start])
+
+
+CASES = {
+    "stack": Case(
+        lambda: nn.Sequential(
+            *(nn.Linear(6, WIDTH), nn.ReLU(), nn.Dropout(0.0)),
+            *(nn.Linear(WIDTH, 30), nn.Sigmoid(), nn.Linear(30, 3)),
+        ),
+        (8, 6),
+        {"0": [*of_linear("0"), reads("3.weight")], "3": [*of_linear("3"), reads("5.weight")]},
+    ),
+    "batch norm": Case(
+        lambda: nn.Sequential(nn.Linear(6, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)),
+        (8, 6),
+        {
+            "0": [
+                *(*of_linear("0"), *of_linear("1"), *rows("1.running_mean", "1.running_var")),
+                reads("3.weight"),
+            ]
+        },
+    ),
+    "residual": Case(
+        Residual,
+        (8, 6),
+        {
+            "first": [
+                *(*of_linear("first"), *of_linear("block"), *of_linear("scaled")),
+                *(reads("block.weight"), reads("scaled.weight"), reads("head.weight")),
+            ]
+        },
+    ),
+    "branches": Case(
+        Branches,
+        (8, 6),
+        {
+            "left": [*of_linear("left"), reads("head.weight")],
+            "right": [*of_linear("right"), reads("head.weight", WIDTH)],
+        },
+    ),
+    "lstm": Case(Packed, (4, 3, 6), {"lstm": [*of_lstm("l0"), reads("head.weight")]}),
+    "stacked, bidirectional lstm": Case(
+        lambda: Packed(num_layers=2, bidirectional=True),
+        (4, 3, 6),
+        {
+            "lstm.l0": [*of_lstm("l0"), reads("lstm.weight_ih_l1"), reads("lstm.weight_ih_l1_reverse")],
+            "lstm.l0_reverse": [
+                *of_lstm("l0_reverse"),
+                *(reads("lstm.weight_ih_l1", WIDTH), reads("lstm.weight_ih_l1_reverse", WIDTH)),
+            ],
+            "lstm.l1": [*of_lstm("l1"), reads("head.weight")],
+            "lstm.l1_reverse": [*of_lstm("l1_reverse"), reads("head.weight", WIDTH)],
+        },
+    ),
+    "last state": Case(
+        LastState,
+        (4, 3, 6),
+        {
+            "below": [*of_linear("below"), reads("lstm.weight_ih_l0")],
+            "lstm.l0": [*of_lstm("l0"), reads("lstm.weight_ih_l1")],
+            "lstm.l1": [*of_lstm("l1"), reads("head.weight")],
+        },
+    ),
+}
+
+OPTIMIZERS = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=True),
+    "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, amsgrad=True),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.5, centered=True),
+    "ours": lambda parameters: meprop.optim.Adam(parameters, lr=1e-2),
+}
+
+
+def make(
+    case: Case, dtype: torch.dtype = torch.float64, rule: meprop.Rule = RULE, **options
+) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = case.make().to(dtype)
+    meprop.convert(model, rule, min_features=10, when="always", **options)
+    return model, torch.randn(case.shape, dtype=dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+    """A step; the gradients stay. The loss is returned, and keeps its graph alive, as it does in many loops."""
+    optimizer.zero_grad()
+    loss = (model(x) - 1).square().sum()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def alive_units(simplifier: meprop.Simplifier) -> dict[str, Tensor]:
+    return {label: (~share.isnan()).nonzero().flatten() for label, share in simplifier.activity.items()}
+
+
+def mask(model: nn.Module, case: Case, alive: dict[str, Tensor]) -> None:
+    """Nobody reads what is not alive."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for label, places in case.places.items():
+        for tensor, dim, (start, *_) in places:
+            if dim == 1:
+                width = len(tensors[case.places[label][0][0]]) // len(case.places[label][0][2])
+                dead = torch.ones(width, dtype=torch.bool)
+                dead[alive[label]] = False
+                with torch.no_grad():
+                    tensors[tensor][:, start : start + width][:, dead] = 0
+
+
+def keep(name: str, whole: Tensor, case: Case, alive: dict[str, Tensor], widths: dict[str, int]) -> Tensor:
+    """The entries of a tensor of the masked model that the smaller one has."""
+    for dim in range(whole.dim()):
+        stays = torch.ones(whole.shape[dim], dtype=torch.bool)
+        for label, places in case.places.items():
+            for tensor, its_dim, starts in places:
+                if (tensor, its_dim) == (name, dim):
+                    for start in starts:
+                        stays[start : start + widths[label]] = False
+                        stays[start + alive[label]] = True
+        whole = whole.to_dense().index_select(dim, stays.nonzero().flatten())
+    return whole
+
+
+def check_cut(case: Case, dtype: torch.dtype, optimizer_of, threshold: float = 0.3, **options) -> None:
+    """Cuts in mid-training; the smaller model must be the masked one, and both must train on alike."""
+    model, x = make(case, dtype, **options)
+    optimizer = optimizer_of(model.parameters())
+    simplifier = meprop.Simplifier(model, threshold, optimizer=optimizer, check_every=3, example_inputs=(x,))
+    parameters = list(model.parameters())
+    for _ in range(2):
+        loss = train(model, optimizer, x)
+        simplifier.step()
+    starts = simplifier.widths
+    loss = train(model, optimizer, x)
+    masked, masked_optimizer = copy.deepcopy((model, optimizer))
+    for parameter, twin in zip(model.parameters(), masked.parameters(), strict=True):
+        twin.grad = parameter.grad.clone()
+    simplifier.step()
+
+    alive = alive_units(simplifier)
+    for label in case.places:
+        assert 0 < len(alive[label]) < starts[label], label
+    mask(masked, case, alive)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+
+    def assert_same() -> None:
+        small, large = model.state_dict(), masked.state_dict()
+        for name, value in small.items():
+            expected = keep(name, large[name], case, alive, starts)
+            torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+        named = zip(dict(model.named_parameters()).items(), masked.parameters(), strict=True)
+        for (name, parameter), twin in named:
+            expected = keep(name, twin.grad, case, alive, starts)
+            torch.testing.assert_close(parameter.grad.to_dense(), expected, rtol=tolerance, atol=tolerance)
+            state, of_twin = optimizer.state[parameter], masked_optimizer.state[twin]
+            assert state.keys() == of_twin.keys()
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim():
+                    expected = keep(name, of_twin[key], case, alive, starts)
+                    torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+    assert_same()
+    for training in (False, True):
+        model.train(training), masked.train(training)
+        torch.testing.assert_close(model(x), masked(x), rtol=tolerance, atol=tolerance)
+    small = simplifier.compact().eval()
+    assert not any(type(module).__module__.startswith("meprop") for module in small.modules())
+    torch.testing.assert_close(small(x), masked.eval()(x), rtol=tolerance, atol=tolerance)
+    masked.train()
+
+    assert loss.requires_grad  # its graph is alive
+    train(model, optimizer, x)
+    train(masked, masked_optimizer, x)
+    assert_same()
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_is_left_is_the_masked_model_and_trains_on_alike(case, dtype):
+    # Batch normalisation takes the bias before it out again: Adam would blow up what rounding leaves of its gradient.
+    check_cut(case, dtype, OPTIMIZERS["momentum" if case is CASES["batch norm"] else "adam"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_every_optimizer_is_cut(name):
+    check_cut(CASES["stack"], torch.float64, OPTIMIZERS[name])
+
+
+@pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
+def test_row_sparse_gradients_and_the_age_of_rows_are_cut(sparse_rows):
+    check_cut(
+        CASES["stack"],
+        torch.float32,
+        lambda parameters: meprop.optim.Adam(parameters, lr=1e-2, sparse_rows=sparse_rows),
+        threshold=0.05,
+        rule=meprop.TopK(5, scope="batch"),
+        sparse_grad=True,
+    )
+
+
+def test_the_copy_in_bfloat16_is_cut():
+    model, x = make(CASES["stack"], torch.float32, compute_dtype=torch.bfloat16)
+    optimizer = meprop.optim.Adam(model.parameters(), lr=1e-2)
+    simplifier = meprop.Simplifier(model, 0.3, optimizer=optimizer, check_every=2)
+    for _ in range(3):
+        train(model, optimizer, x)
+        simplifier.step()
+        expected = simplifier.compact()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected(x), rtol=2e-2, atol=2e-2)
+    assert simplifier.widths["0"] < WIDTH
+    train(model, optimizer, x)
+
+
+# ---------------------------------------------------------------- counting and choosing
+
+
+@pytest.mark.filterwarnings("ignore::meprop.NoEffectWarning")
+@pytest.mark.parametrize("scope", ["example", "batch"])
+@pytest.mark.parametrize("k", [5, 100])
+def test_units_are_removed_by_what_a_literal_count_says(k, scope):
+    """Also where everything is selected: then the entries that are not zero count."""
+    rule = meprop.TopK(k, scope=scope)
+    model, x = make(CASES["stack"], rule=rule)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    simplifier = meprop.Simplifier(model, 0.25, optimizer=optimizer, check_every=6)
+    hits = torch.zeros(WIDTH)
+
+    def count(grad: Tensor) -> None:
+        hits.add_((rule.select(grad).to_dense() != 0).sum(dim=0))
+
+    handle = model[0].register_forward_hook(lambda *args: args[2].register_hook(count) and None)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        train(model, optimizer, torch.randn_like(x))
+        if seed % 2:  # accumulated over two batches in each of the optimizer's steps
+            model(x).sum().backward()
+        simplifier.step()
+    handle.remove()
+    share = hits / (9 * len(x))
+    alive = share >= 0.25
+    assert 0 < alive.sum() < WIDTH
+    assert simplifier.widths["0"] == int(alive.sum())
+    found = simplifier.activity["0"]
+    assert torch.equal(found.isnan(), ~alive)
+    torch.testing.assert_close(found[alive], share[alive])
+
+
+def test_a_residual_sum_keeps_what_any_of_its_layers_keeps():
+    model, x = make(CASES["residual"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    simplifier = meprop.Simplifier(model, 0.3, optimizer=optimizer, check_every=1)
+    train(model, optimizer, x)
+    hits = torch.stack([layer.activity.hits for layer in (model.first, model.block, model.scaled)])
+    simplifier.step()
+    active = hits >= 0.3 * len(x)
+    assert active.sum(dim=1).max() < active.any(dim=0).sum() < WIDTH  # or the test would say nothing
+    for alive in alive_units(simplifier).values():
+        assert torch.equal(alive, active.any(dim=0).nonzero().flatten())
+
+
+def test_an_lstm_keeps_one_width_the_largest_that_a_layer_needs():
+    model, x = make(CASES["stacked, bidirectional lstm"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    simplifier = meprop.Simplifier(model, 0.3, optimizer=optimizer, check_every=1)
+    train(model, optimizer, x)
+    hits = [activity.hits.clone() for activity in model.lstm.activity]
+    simplifier.step()
+    needed = [int((each >= 0.3 * 10).sum()) for each in hits]
+    assert len(set(needed)) > 1  # or the test would say nothing
+    assert set(simplifier.widths.values()) == {max(needed)}
+    for each, alive in zip(hits, alive_units(simplifier).values(), strict=True):
+        dead = torch.ones(WIDTH, dtype=torch.bool).index_fill(0, alive, False)
+        assert each[alive].min() >= each[dead].max()
+
+
+def test_cycles_that_prune_alternate_with_cycles_that_only_train():
+    model, _ = make(CASES["stack"])
+    simplifier = meprop.Simplifier(model, 0.5, check_every=2, cycle=4)
+    for _ in range(12):
+        for layer in (model[0], model[3]):
+            layer.activity.hits.fill_(10)
+            layer.activity.hits[0] = 4  # a unit to remove, at each check
+            layer.activity.examples = 10
+        simplifier.step()
+    assert [(check.step, check.prunes) for check in simplifier.history] == [
+        *((2, True), (4, True), (6, False), (8, False), (10, True), (12, True))
+    ]
+    assert [check.widths["0"] - WIDTH for check in simplifier.history] == [-1, -2, -2, -2, -3, -4]
+    assert alive_units(simplifier)["3"].tolist() == list(range(4, 30))
+
+
+def test_the_counts_begin_again_at_each_check():
+    model, x = make(CASES["stack"])
+    simplifier = meprop.Simplifier(model, 0.0, check_every=1, cycle=1)
+    for _ in range(3):
+        model(x).sum().backward()
+        assert model[0].activity.examples == len(x)
+        simplifier.step()
+    assert simplifier.widths == {"0": WIDTH, "3": 30}  # with a threshold of 0 they are only counted
+
+
+def test_without_examples_nothing_is_removed():
+    model, x = make(CASES["stack"])
+    simplifier = meprop.Simplifier(model, 1.0, check_every=1)
+    with torch.no_grad():
+        model(x)
+    simplifier.step()
+    assert simplifier.widths == {"0": WIDTH, "3": 30}
+    assert simplifier.activity["0"].isnan().all()
+
+
+def test_a_threshold_that_would_empty_a_layer_keeps_min_units_and_warns():
+    model, x = make(CASES["stack"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    simplifier = meprop.Simplifier(model, 1.0, optimizer=optimizer, check_every=1, min_units=4)
+    train(model, optimizer, torch.randn(50, 6, dtype=torch.float64))
+    hits = model[0].activity.hits.clone()
+    with pytest.warns(UserWarning, match="would leave 0 of 24 units of layer '0': its min_units=4 most active"):
+        simplifier.step()
+    assert simplifier.widths == {"0": 4, "3": 4}
+    assert sorted(hits[alive_units(simplifier)["0"]].tolist()) == sorted(hits.tolist())[-4:]
+    train(model, optimizer, x)
+    with pytest.warns(UserWarning, match="min_units=4"):
+        simplifier.step()
+    assert simplifier.widths == {"0": 4, "3": 4}
+
+
+def test_a_share_is_one_of_the_new_width():
+    model, x = make(CASES["stack"], rule=meprop.TopK(0.25))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    simplifier = meprop.Simplifier(model, 0.3, optimizer=optimizer, check_every=1)
+    train(model, optimizer, x)
+    simplifier.step()
+    width = simplifier.widths["0"]
+    assert width < WIDTH
+    optimizer.zero_grad()
+    model(x[:1]).sum().backward()
+    assert (model[0].weight.grad.abs().sum(dim=1) > 0).sum() <= round(0.25 * width)
+    assert meprop.report(model).layers[0].out_features == width
+
+
+def test_a_compiled_model_is_counted_and_cut_as_it_is():
+    torch._dynamo.reset()
+    runs = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
+        model, x = make(CASES["stack"], torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        simplifier = meprop.Simplifier(model, 0.3, optimizer=optimizer, check_every=2)
+        called = wrap(model)
+        for _ in range(5):
+            train(called, optimizer, x)
+            simplifier.step()
+        runs.append((simplifier.history, model[0].activity.hits.tolist()))
+    assert runs[0] == runs[1]
+    assert runs[0][0][-1].widths["0"] < WIDTH
+
+
+# ---------------------------------------------------------------- what cannot be pruned
+
+
+class Calls(nn.Module):
+    """Two layers and a head, with a forward pass of one's choice."""
+
+    def __init__(self, forward: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)
+
+
+REFUSALS = {
+    "reshape": (lambda m, x: m.head(m.a(x).view(2, -1, WIDTH)), "a", r"'\.view\(\)' reads it, which is not"),
+    "softmax": (lambda m, x: m.head(m.a(x).softmax(-1)), "a", r"'\.softmax\(\)'"),
+    "layer norm": (lambda m, x: m.head(m.norm(m.a(x))), "a", r"'norm' \(LayerNorm\).*mean and variance"),
+    "indexing": (lambda m, x: m.head(m.a(x)[:, :WIDTH]), "a", "'getitem'"),
+    "product": (lambda m, x: m.head(m.a(x) @ m.b.weight), "a", "'matmul'"),
+    "weight read": (lambda m, x: m.head(m.b(m.a(x))) + m.b.weight.sum(), "b", "'b.weight' is also read outside"),
+    "output": (lambda m, x: m.a(x), "a", "the model's output"),
+    "also the output": (lambda m, x: (m.head(m.a(x)), m.a(x)), "a", "the model's output"),
+    "sum with the input": (lambda m, x: m.head(m.a(x) + torch.nn.functional.pad(x, (0, 18))), "a", "'add'"),
+    "called on different units": (lambda m, x: m.head(m.b(m.a(x)) + m.b(m.b(m.a(x)))), "b", "called several times"),
+    "not called": (lambda m, x: m.head(m.a(x)), "b", "not seen in the traced graph"),
+    "control flow": (lambda m, x: m.head(m.a(x) if x.sum() > 0 else -m.a(x)), "a", "torch.fx cannot trace the model"),
+    "unknown module": (lambda m, x: m.head(m.attention(m.a(x), m.a(x), m.a(x))[0]), "a", "'attention'"),
+    "recurrent": (lambda m, x: m.head(m.gru(m.a(x))[0]), "a", r"'gru' \(GRU\)"),
+    "initial states": (lambda m, x: m.head(m.lstm(x, (m.a(x[:1]), m.a(x[:1])))[0]), "lstm", "initial states"),
+    "a batch norm of unknown rank": (lambda m, x: m.head(m.batch(m.a(x))), "a", "give example_inputs"),
+    "lstm in a sum": (lambda m, x: m.head(m.lstm(x)[0] + m.a(x)), "lstm", "units of an LSTM with others"),
+    "all last states": (lambda m, x: m.head(m.lstm(x)[1][0]), "lstm", "all of an LSTM's last states"),
+}
+
+
+@pytest.mark.parametrize(("forward", "name", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_what_is_not_understood_is_not_pruned_and_says_why(forward, name, reason):
+    model = Calls(
+        forward,
+        norm=nn.LayerNorm(WIDTH),
+        batch=nn.BatchNorm1d(WIDTH),
+        attention=nn.MultiheadAttention(WIDTH, 2),
+        gru=nn.GRU(WIDTH, WIDTH),
+        lstm=nn.LSTM(6, WIDTH),
+    )
+    meprop.convert(model, RULE, min_features=10, when="always")
+    report = quietly(model).report()
+    (layer,) = (layer for layer in report.layers if layer.name == name)
+    assert layer.reason is not None
+    assert re.search(reason, layer.reason)
+    assert re.search(f"{name} .*cannot be pruned: .*{reason}", str(report))
+
+
+def quietly(model: nn.Module, **options) -> meprop.Simplifier:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", meprop.NoEffectWarning)
+        return meprop.Simplifier(model, 1.0, **options)
+
+
+def test_nothing_to_prune_warns():
+    with pytest.warns(meprop.NoEffectWarning, match="cannot be pruned: it is not converted"):
+        meprop.Simplifier(nn.Sequential(nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3)))
+
+
+def test_what_is_refused_is_left_as_it_is():
+    model = Calls(lambda m, x: m.head(m.b(m.a(x).softmax(-1))))
+    meprop.convert(model, RULE, min_features=10, when="always")
+    simplifier = meprop.Simplifier(model, 0.5, check_every=1)
+    model(torch.randn(8, 6)).sum().backward()
+    simplifier.step()
+    assert simplifier.widths["a"] == WIDTH > simplifier.widths["b"]
+    assert simplifier.activity["a"].sum() > 0  # counted all the same
+
+
+def test_tied_weights_are_not_pruned():
+    model = Calls(lambda m, x: m.head(m.c(m.b(m.a(x)))), c=nn.Linear(WIDTH, WIDTH))
+    model.c.weight = model.b.weight
+    meprop.convert(model, RULE, min_features=10, when="always")
+    reasons = {layer.name: layer.reason for layer in quietly(model).report().layers}
+    assert "'b.weight' is tied to 'c.weight'" in reasons["b"]
+    assert "tied" in reasons["a"]  # whose units are its columns
+
+
+def test_hooks_and_subclasses_are_not_trusted():
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = Calls(lambda m, x: m.head(m.scaled(m.b(m.a(x)))), scaled=Scaled(WIDTH, WIDTH))
+    model.a.register_forward_hook(lambda module, args, output: output.flip(-1))
+    meprop.convert(model, RULE, min_features=10, when="always")
+    reasons = {layer.name: layer.reason for layer in quietly(model).report().layers}
+    assert "forward hooks" in reasons["a"]
+    assert "'scaled'" in reasons["b"]
+
+
+def test_evaluation_is_looked_at_too():
+    model = Calls(lambda m, x: m.head(m.b(m.a(x))) if m.training else m.head(m.b(m.a(x).softmax(-1))))
+    meprop.convert(model, RULE, min_features=10, when="always")
+    reasons = {layer.name: layer.reason for layer in meprop.Simplifier(model).report().layers}
+    assert "softmax" in reasons["a"]
+    assert reasons["b"] is None
+    assert model.training
+
+
+def test_batch_norm_of_three_dimensions_is_not_pruned():
+    model = Calls(lambda m, x: m.head(m.batch(m.a(x))), batch=nn.BatchNorm1d(4))
+    model.a = nn.Linear(6, 4)
+    model.head = nn.Linear(4, 3)
+    meprop.convert(model, meprop.TopK(2), min_features=4, when="always")
+    simplifier = quietly(model, example_inputs=(torch.randn(5, 4, 6),))
+    assert "gets 3-D input" in str(simplifier.report())
+    assert model.batch.num_batches_tracked == 0  # the example changes nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": -0.1}, "threshold=-0.1; it is a share"),
+        ({"threshold": 1.5}, "threshold=1.5"),
+        ({"check_every": 0}, "check_every=0; it must be at least 1"),
+        ({"cycle": 0}, "cycle=0"),
+        ({"min_units": 0}, "min_units=0"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        meprop.Simplifier(make(CASES["stack"])[0], **options)
+
+
+def test_wrapped_models_are_refused():
+    with pytest.raises(meprop.NotSupportedError, match="the model is a DataParallel; simplify the module inside"):
+        meprop.Simplifier(nn.DataParallel(make(CASES["stack"])[0]))
+    with pytest.raises(TypeError, match="function"):
+        meprop.Simplifier(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    "change", [meprop.revert, lambda m: meprop.convert(m, RULE, min_features=10), meprop.Simplifier]
+)
+def test_layers_that_no_longer_count_are_noticed(change):
+    model, _ = make(CASES["stack"])
+    simplifier = meprop.Simplifier(model, check_every=1)
+    change(model)
+    with pytest.raises(meprop.NotSupportedError, match="layer '0' no longer counts"):
+        simplifier.step()
+
+
+def test_a_state_that_cannot_be_cut_is_refused_before_anything_changes():
+    model, x = make(CASES["stack"])
+    optimizer = torch.optim.LBFGS(model.parameters())
+    simplifier = meprop.Simplifier(model, 0.5, optimizer=optimizer, check_every=1)
+    for _ in range(2):
+        optimizer.step(lambda: (optimizer.zero_grad(), (loss := model(x).square().sum()).backward())[1] or loss)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="min_units"), pytest.raises(meprop.NotSupportedError, match="LBFGS has a"):
+        simplifier.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert simplifier.widths["0"] == WIDTH
+
+
+# ---------------------------------------------------------------- states and copies
+
+
+@pytest.mark.parametrize("at", [7, 8, 9])  # in mid-cycle between two checks, at one, and in a cycle that only trains
+@pytest.mark.parametrize("name", ["stack", "stacked, bidirectional lstm"])
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, name, at):
+    def start():
+        model, x = make(CASES[name], torch.float32)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        simplifier = meprop.Simplifier(model, 0.2, optimizer=optimizer, check_every=4, cycle=8)
+        return model, optimizer, simplifier, x
+
+    def run(model, optimizer, simplifier, x, steps):
+        for seed in steps:
+            torch.manual_seed(seed)
+            train(model, optimizer, torch.randn_like(x))
+            simplifier.step()
+
+    whole = start()
+    run(*whole, range(24))
+    part = start()
+    run(*part, range(at))
+    torch.save([each.state_dict() for each in part[:3]], tmp_path / "state")
+    model_state, optimizer_state, state = torch.load(tmp_path / "state", weights_only=True)
+    resumed = start()
+    resumed[2].load_state_dict(state)
+    assert str(resumed[2].report()) == str(part[2].report())
+    resumed[0].load_state_dict(model_state)
+    resumed[1].load_state_dict(optimizer_state)
+    run(*resumed, range(at, 24))
+    assert whole[2].widths[next(iter(whole[2].widths))] < WIDTH
+    assert resumed[2].history == whole[2].history
+    for one, other in zip(resumed[0].state_dict().values(), whole[0].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(resumed[2].activity.values(), whole[2].activity.values(), strict=True):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+
+
+def test_a_state_of_another_model_is_refused():
+    state = meprop.Simplifier(make(CASES["stack"])[0]).state_dict()
+    with pytest.raises(ValueError, match="of another model"):
+        meprop.Simplifier(make(CASES["residual"])[0]).load_state_dict(state)
+    model, x = make(CASES["stack"])
+    simplifier = meprop.Simplifier(model, 0.5, check_every=1)
+    model(x).sum().backward()
+    simplifier.step()
+    with pytest.raises(ValueError, match="units that are removed here"):
+        simplifier.load_state_dict(state)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda things: pickle.loads(pickle.dumps(things))])
+def test_copies_go_on_alike_and_apart(duplicate):
+    model, x = make(CASES["stack"])
+    optimizer = torch.optim.Adam(model.parameters())
+    simplifier = meprop.Simplifier(model, 0.3, optimizer=optimizer, check_every=2)
+    train(model, optimizer, x)
+    simplifier.step()
+    twins = duplicate((model, optimizer, simplifier))
+    untouched = twins[0][0].activity.hits.clone()
+    for things in ((model, optimizer, simplifier), twins):
+        assert torch.equal(things[0][0].activity.hits, untouched)
+        train(things[0], things[1], x)
+        things[2].step()
+    assert twins[2].widths == simplifier.widths
+    assert simplifier.widths["0"] < WIDTH
+    assert torch.equal(twins[0](x), model(x))
+
+
+# ---------------------------------------------------------------- the compact model
+
+
+def simplified(name: str) -> tuple[nn.Module, meprop.Simplifier, Tensor]:
+    model, x = make(CASES[name], torch.float32)
+    simplifier = meprop.Simplifier(model, 0.3, check_every=1, example_inputs=(x,))
+    model(x).square().sum().backward()
+    simplifier.step()
+    model.zero_grad()
+    return simplifier.compact().eval(), simplifier, x
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_compact_model_is_saved_as_safetensors(name, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, simplifier, x = simplified(name)
+    safetensors.save_model(model, str(tmp_path / "model.safetensors"))
+    loaded = simplifier.compact().eval()
+    for parameter in loaded.parameters():
+        parameter.data.zero_()
+    safetensors.load_model(loaded, str(tmp_path / "model.safetensors"))
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("lstm", "stacked, bidirectional lstm")])
+def test_the_compact_model_is_exported(name):
+    """By torch.export; packed sequences are none of its types."""
+    model, _, x = simplified(name)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("lstm", "stacked, bidirectional lstm")])
+def test_the_compact_model_is_exported_to_onnx(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, _, x = simplified(name)
+    torch.onnx.export(model, (x,), str(tmp_path / "model.onnx"), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=0, atol=1e-5)
+
+
+def test_the_example_of_the_docstring_holds():
+    assert doctest.testmod(simplify) == (0, 7)
+
+
+def test_the_tagger_and_the_parsers_network_are_understood():
+    tagging = pytest.importorskip("meprop.tasks.tagging")
+    tagger = tagging.Tagger([9, 5, 4], 3, tagging.TaggingConfig(hidden=WIDTH))
+    parser = nn.Sequential(
+        *(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, WIDTH), nn.ReLU(), nn.Dropout(0.1), nn.Linear(WIDTH, 3)),
+    )
+    for model, prunable in ((tagger, {"lstm"}), (parser, {"2"})):
+        meprop.convert(model, RULE, min_features=10, when="always")
+        report = meprop.Simplifier(model).report()
+        assert {layer.name for layer in report.layers if layer.reason is None} == prunable
+
+
+class Optional(nn.Module):
+    """Its LSTM takes what it is given, and is called with or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None, scale: float | None = None) -> Tensor:
+        output, _ = self.lstm(x, hx)
+        return self.head(output if scale is None else output.softmax(-1))
+
+
+def test_what_is_traced_is_a_call_with_the_arguments_of_the_example():
+    model = Optional()
+    meprop.convert(model, RULE, min_features=10, when="always")
+    x, hx = torch.randn(4, 2, 6), (torch.zeros(1, 2, WIDTH), torch.zeros(1, 2, WIDTH))
+    for example_inputs, reason in (
+        (None, None),
+        ((x,), None),
+        ((x, hx), "it gets initial states, which have its width"),
+        ((x, None, 2.0), "'.softmax()' reads it, which is not understood"),
+    ):
+        report = quietly(model, example_inputs=example_inputs).report()
+        assert report.layers[0].reason == reason
