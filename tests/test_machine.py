@@ -2,6 +2,9 @@
 
 import json
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +41,23 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_pa
     with pytest.raises(OSError, match="no space"):
         machine.write_atomically(path, lambda file: file.write(b"new"))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
+@pytest.mark.parametrize("setting", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(setting):
+    code = (
+        "import resource; from meprop import machine; kept = machine.keep_freed_memory()\n"
+        "size = 64 * 2**20\n"
+        "def touch(): block = bytearray(size); del block\n"
+        "touch(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; touch()\n"
+        "print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment | setting
+    )
+    kept, faults = run.stdout.split()
+    assert kept == str(not setting)
+    if not setting:
+        assert int(faults) < 64  # of 16384 pages

@@ -731,6 +731,7 @@ def main(argv: list[str] | None = None) -> int:
         # Adam's moments of weights that get no more gradient fade into denormal numbers, which make its step several
         # times as slow, dense or sparse. Said before the first parallel operation, so that its threads inherit it.
         torch.set_flush_denormal(True)
+        machine.keep_freed_memory()
     try:
         _parse(sys.argv[1:] if argv is None else argv).run()
     except SystemExit as stop:  # --help, or what tyro rejects

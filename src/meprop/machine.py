@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Callable
@@ -31,6 +32,25 @@ def _cpu_model() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> bool:
+    """Lets the C library keep freed memory for what is allocated next, up to 2 GiB, for the rest of the process.
+
+    A training step frees its activations and gradients, and the next one asks for as much. glibc returns blocks above
+    32 MiB, and often smaller ones, to the system, which clears them again page by page: more time than many a layer.
+
+    Returns:
+        Whether it does so now: not with another C library, or where an environment variable says what glibc is to do.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None or any(name in os.environ for name in _SETTINGS):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def cache_folder() -> Path:
