@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
-from meprop import cli
+from meprop import cli, machine
 from meprop.tasks.mnist import MnistConfig
 from meprop.training import checkpoint, tracking
 from meprop.training.loop import TrainingConfig
@@ -289,3 +289,25 @@ def test_help_does_not_wait_for_what_it_does_not_need():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("arguments", "asks"), [(["--keep-memory"], True), ([], False)])
+def test_a_benchmark_keeps_memory_only_where_it_is_asked_to(tmp_path, monkeypatch, capsys, arguments, asks):
+    asked = []
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: asked.append(True))  # and says no
+    options = ["--models", "6-140-130-3@5", "--seconds", "0.001", "--out", str(tmp_path / "out"), *arguments]
+    assert cli.main(["bench", "step", *options]) == int(asks)
+    assert bool(asked) == asks
+    assert ("--keep-memory: the C library" in capsys.readouterr().err) == asks
+
+
+def test_training_keeps_memory_where_the_process_is_the_command_lines(data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)
+    command = ["compare", "mnist", "--data-dir", str(data), "--out", str(data / "kept"), "--epochs", "1", *SMALL]
+    assert cli.main(command) == 0
+    assert not asked
+    monkeypatch.setattr(sys, "argv", ["meprop", *command, "--overwrite"])
+    assert cli.main() == 0
+    assert asked

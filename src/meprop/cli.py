@@ -511,6 +511,8 @@ class BenchLayers(Generic[TaskConfig]):
     """To spend on the timing of each layer; a slow one takes longer, for 9 rounds."""
     threads: int = 0
     """Threads of dense and sparse alike; 0 for torch's own choice."""
+    keep_memory: bool = False
+    """Let the C library keep freed memory, as training from the command line does; dense gains more than sparse."""
     page: Path | None = None
     """Replace the task's section of this Markdown file by the results."""
     overwrite: bool = False
@@ -523,6 +525,7 @@ class BenchLayers(Generic[TaskConfig]):
         from meprop.reporting import pages
 
         _check_seconds(self.seconds)
+        _keep_memory(self.keep_memory)
         if self.steps < 0:
             raise ValueError(f"--steps must be 0 or more, got {self.steps}")
         if self.batches < 1:
@@ -561,6 +564,8 @@ class BenchStep:
     """To spend on each way of doing the step; a slow one takes longer, for 9 rounds."""
     threads: int = 0
     """Threads of dense and sparse alike; 0 for torch's own choice."""
+    keep_memory: bool = False
+    """Let the C library keep freed memory, as training from the command line does; dense gains more than sparse."""
     page: Path | None = None
     """Replace the section of this Markdown file by the results, and draw the figure beside it."""
     overwrite: bool = False
@@ -573,6 +578,7 @@ class BenchStep:
         from meprop.reporting import pages
 
         _check_seconds(self.seconds)
+        _keep_memory(self.keep_memory)
         meprop.TopK(self.k)
         models = [step.Model.parse(name) for name in self.models]
         if not models or not self.optimizers:
@@ -611,6 +617,14 @@ def _show_bench(bench: Record, table: str, legend: str, out: Path) -> None:
     print(f"{table}\n\n{legend}\nwritten: {out / tracking.RESULT}")
     if bench.wrong:
         raise MepropError(f"wrong, and not timed: {', '.join(bench.wrong)}")
+
+
+def _keep_memory(wanted: bool) -> None:
+    if wanted and not machine.keep_freed_memory():
+        raise MepropError(
+            "--keep-memory: the C library is not glibc, or an environment variable (MALLOC_..., GLIBC_TUNABLES) says "
+            "what it does; leave out the one or the other"
+        )
 
 
 def _check_seconds(seconds: float) -> None:
@@ -731,9 +745,11 @@ def main(argv: list[str] | None = None) -> int:
         # Adam's moments of weights that get no more gradient fade into denormal numbers, which make its step several
         # times as slow, dense or sparse. Said before the first parallel operation, so that its threads inherit it.
         torch.set_flush_denormal(True)
-        machine.keep_freed_memory()
     try:
-        _parse(sys.argv[1:] if argv is None else argv).run()
+        command = _parse(sys.argv[1:] if argv is None else argv)
+        if argv is None and isinstance(command, Train | Compare | Simplify | Reproduce):
+            machine.keep_freed_memory()
+        command.run()
     except SystemExit as stop:  # --help, or what tyro rejects
         return stop.code if isinstance(stop.code, int) else 0
     except ValueError as error:
