@@ -493,14 +493,17 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("forward", "name", "reason"), REFUSALS.values(), ids=REFUSALS)
 def test_what_is_not_understood_is_not_pruned_and_says_why(forward, name, reason):
-    model = Calls(
-        forward,
-        norm=nn.LayerNorm(WIDTH),
-        batch=nn.BatchNorm1d(WIDTH),
-        attention=nn.MultiheadAttention(WIDTH, 2),
-        gru=nn.GRU(WIDTH, WIDTH),
-        lstm=nn.LSTM(6, WIDTH),
-    )
+    modules = {
+        "norm": nn.LayerNorm(WIDTH),
+        "batch": nn.BatchNorm1d(WIDTH),
+        "attention": nn.MultiheadAttention(WIDTH, 2),
+        "gru": nn.GRU(WIDTH, WIDTH),
+        "lstm": nn.LSTM(6, WIDTH),
+    }
+    called = forward.__code__.co_names
+    model = Calls(forward, **{each: module for each, module in modules.items() if each in called})
+    for each in {"a", "b", "head"} - {*called, name}:
+        delattr(model, each)
     meprop.convert(model, RULE, min_features=10, when="always")
     report = quietly(model).report()
     (layer,) = (layer for layer in report.layers if layer.name == name)
@@ -513,6 +516,64 @@ def quietly(model: nn.Module, **options) -> meprop.Simplifier:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", meprop.NoEffectWarning)
         return meprop.Simplifier(model, 1.0, **options)
+
+
+def test_what_another_method_reads_is_not_pruned():
+    model = Calls(lambda m, x: m.head(m.a(x)))  # and b, which reads a's units elsewhere
+    meprop.convert(model, RULE, min_features=10, when="always")
+    assert "'b' is not seen in the traced graph, and may read it" in str(quietly(model).report())
+
+
+def test_a_graph_that_is_not_what_is_called_is_not_trusted():
+    """Types are others where fx traces."""
+    model = Calls(lambda m, x: m.head(m.b(m.act(m.a(x)) if isinstance(x, Tensor) else m.a(x))), act=nn.Softmax(-1))
+    meprop.convert(model, RULE, min_features=10, when="always")
+    report = str(quietly(model, example_inputs=(torch.randn(2, 6),)).report())
+    assert "'act' is in a call with example_inputs only" in report
+    assert "can be pruned" not in report
+
+
+@pytest.mark.parametrize("where", ["model", "part"])
+def test_a_forward_on_the_instance_is_not_trusted(where):
+    model, _ = make(CASES["stack"], torch.float32)
+    owner = model if where == "model" else next(each for each in model if isinstance(each, nn.Linear))
+    owner.forward = type(owner).forward.__get__(owner)
+    report = str(quietly(model).report())
+    assert ("replaced on the instance" if where == "model" else "a forward of its own") in report
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (
+            lambda m, x: m.head(nn.utils.rnn.pad_packed_sequence(sequence=m.lstm(m.packed(x))[0])[0]),
+            "pad_packed_sequence",
+        ),
+        (lambda m, x: m.head(torch.cat(tensors=[m.a(x), m.b(x)], dim=-1)), None),
+    ],
+    ids=["pad_packed_sequence", "cat"],
+)
+def test_keyword_arguments_are_looked_at(forward, reason):
+    model = Calls(forward)
+    if reason is None:
+        model.b, model.head = nn.Linear(6, WIDTH), nn.Linear(2 * WIDTH, 3)
+    else:
+        model.lstm = nn.LSTM(6, WIDTH)
+        model.packed = lambda x: nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 1]))
+        del model.a, model.b
+    meprop.convert(model, RULE, min_features=10, when="always")
+    report = str(quietly(model).report())
+    assert ("can be pruned" in report) == (reason is None)
+    assert reason is None or reason in report
+
+
+def test_the_tracer_leaves_nothing_behind():
+    model = Calls(lambda m, x: m.head(m.b(m.a(x)) + torch.randn(WIDTH)))
+    meprop.convert(model, RULE, min_features=10, when="always")
+    before, random = set(vars(model)), torch.get_rng_state()
+    quietly(model)
+    assert set(vars(model)) == before
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_nothing_to_prune_warns():
@@ -586,6 +647,15 @@ def test_wrong_arguments_are_refused(options, message):
         meprop.Simplifier(make(CASES["stack"])[0], **options)
 
 
+def test_arguments_of_the_wrong_kind_are_refused():
+    model, x = make(CASES["stack"])
+    for options in ({"check_every": 1.5}, {"min_units": 2.5}, {"cycle": True}, {"example_inputs": x}):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            meprop.Simplifier(model, **options)
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        meprop.Simplifier(model, optimizer=torch.optim.Adam(make(CASES["stack"])[0].parameters()))
+
+
 def test_wrapped_models_are_refused():
     with pytest.raises(meprop.NotSupportedError, match="the model is a DataParallel; simplify the module inside"):
         meprop.Simplifier(nn.DataParallel(make(CASES["stack"])[0]))
@@ -615,6 +685,20 @@ def test_a_state_that_cannot_be_cut_is_refused_before_anything_changes():
         simplifier.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert simplifier.widths["0"] == WIDTH
+
+
+def test_a_state_that_lies_with_a_parameter_that_is_not_cut_is_refused_too():
+    model = nn.Sequential(
+        *[nn.Linear(WIDTH, WIDTH), nn.Softmax(-1), nn.Linear(WIDTH, WIDTH), nn.ReLU()], nn.Linear(WIDTH, 3)
+    )
+    meprop.convert(model, RULE, min_features=10, when="always")
+    optimizer, x = torch.optim.LBFGS(model.parameters()), torch.randn(8, WIDTH)
+    simplifier = meprop.Simplifier(model, 0.9, optimizer=optimizer, check_every=1)
+    for _ in range(2):
+        optimizer.step(lambda: (optimizer.zero_grad(), (loss := model(x).square().sum()).backward())[1] or loss)
+    with pytest.warns(UserWarning, match="min_units"), pytest.raises(meprop.NotSupportedError, match="LBFGS has a"):
+        simplifier.step()
+    assert simplifier.widths["2"] == WIDTH
 
 
 # ---------------------------------------------------------------- states and copies
@@ -665,6 +749,14 @@ def test_a_state_of_another_model_is_refused():
     simplifier.step()
     with pytest.raises(ValueError, match="units that are removed here"):
         simplifier.load_state_dict(state)
+
+    model, x = make(CASES["batch norm"])
+    simplifier = meprop.Simplifier(model, 0.5, check_every=1, example_inputs=(x,))
+    model(x).square().sum().backward()
+    simplifier.step()
+    assert min(simplifier.widths.values()) < WIDTH
+    with pytest.raises(ValueError, match=r"cannot be pruned here: .*give example_inputs"):
+        quietly(make(CASES["batch norm"])[0]).load_state_dict(simplifier.state_dict())
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda things: pickle.loads(pickle.dumps(things))])

@@ -13,12 +13,13 @@ import torch
 
 
 def describe() -> dict[str, Any]:
-    """What speed depends on: processor, its instruction set, cores, memory in GiB, torch's threads, GPU or None."""
+    """What speed depends on: processor, instruction set, cores, memory in GiB and whether it is kept, threads, GPU."""
     return {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "keeps_freed_memory": _keeps,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
@@ -34,23 +35,29 @@ def _cpu_model() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+_keeps = False
 
 
 def keep_freed_memory() -> bool:
-    """Lets the C library keep freed memory for what is allocated next, up to 2 GiB, for the rest of the process.
+    """Lets glibc keep freed memory for what is allocated next, up to 2 GiB, for the rest of the process.
 
     A training step frees its activations and gradients, and the next one asks for as much. glibc returns blocks above
     32 MiB, and often smaller ones, to the system, which clears them again page by page: more time than many a layer.
+    Another allocator that is loaded in its place takes no notice.
 
     Returns:
-        Whether it does so now: not with another C library, or where an environment variable says what glibc is to do.
+        Whether glibc does so now: not with another C library, or where an environment variable already says what it is
+        to do (those of malloc's thresholds, GLIBC_TUNABLES).
     """
+    global _keeps
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None or any(name in os.environ for name in _SETTINGS):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    large = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_MAX, 0)  # glibc before 2.35 takes no such threshold
+    _keeps = bool(large and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return _keeps
 
 
 def cache_folder() -> Path:

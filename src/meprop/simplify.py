@@ -72,11 +72,11 @@ class SimplificationReport:
                 layer.name or "(the model itself)",
                 layer.kind,
                 f"{layer.width} of {layer.start} ({layer.width / layer.start:.0%})",
-                "is pruned" if layer.reason is None else f"cannot be pruned: {layer.reason}",
+                "can be pruned" if layer.reason is None else f"cannot be pruned: {layer.reason}",
             )
             for layer in self.layers
         ]
-        return table([("layer", "kind", "width", ""), *rows])
+        return table([("layer", "kind", "width", "note"), *rows])
 
 
 class Simplifier:
@@ -119,8 +119,8 @@ class Simplifier:
         history: A record of each check.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: An argument is out of range.
+        TypeError: `model` is not a module, or another argument of the wrong type.
+        ValueError: An argument is out of range, or the optimizer another model's.
         NotSupportedError: The model is wrapped (DistributedDataParallel, FSDP, torch.compile), or there are several
             processes, which would prune differently.
 
@@ -157,8 +157,16 @@ class Simplifier:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}; it is a share of the examples, from 0 to 1")
         for name, value in {"check_every": check_every, "cycle": cycle, "min_units": min_units}.items():
+            if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; it is an int")
             if value < 1:
                 raise ValueError(f"{name}={value}; it must be at least 1")
+        if isinstance(example_inputs, Tensor):
+            raise TypeError("example_inputs is a tensor; it is a tuple of the model's arguments: (tensor,)")
+        if optimizer is not None:
+            own = {id(parameter) for parameter in model.parameters()}
+            if not any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
+                raise ValueError("the optimizer has none of the model's parameters; give the one that trains it")
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise NotSupportedError("several processes would count, and prune, differently; simplify in one")
@@ -262,7 +270,12 @@ class Simplifier:
         kept = {number: torch.isin(now, state["alive"][number]) for number, now in enumerate(self._alive)}
         if any(int(kept[number].sum()) != len(then) for number, then in enumerate(state["alive"])):
             raise ValueError("the state has units that are removed here; load it into a new model")
-        self._cut({number: mask.nonzero().flatten() for number, mask in kept.items() if not mask.all()})
+        cut = {number: mask.nonzero().flatten() for number, mask in kept.items() if not mask.all()}
+        for number in cut:
+            if (reason := self._units.groups[number].reason) is not None:
+                label = self._units.groups[number].producers[0].label
+                raise ValueError(f"the state lacks units of {label!r}, which cannot be pruned here: {reason}")
+        self._cut(cut)
         for label, activity in self._activities.items():
             activity.hits.copy_(state["hits"][label])
             activity.examples = state["examples"][label]
@@ -351,8 +364,10 @@ class Simplifier:
         }
         cuts = {place: indices for place, indices in cuts.items() if indices}
         tensors = [getattr(self.model.get_submodule(module), name) for module, name in cuts]
-        for tensor in tensors:
-            _check_state(tensor, self.optimizer)
+        if tensors and self.optimizer is not None:  # all of it: LBFGS keeps that of all parameters with one
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    _check_state(parameter, self.optimizer)
         for tensor, indices in zip(tensors, cuts.values(), strict=True):
             _cut_tensor(tensor, indices, self.optimizer)
         for module in {module for module, _ in cuts}:
@@ -364,9 +379,9 @@ class Simplifier:
                 activity.hits = activity.hits[places.to(activity.hits.device)]
 
 
-def _check_state(tensor: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+def _check_state(tensor: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Refuses a state of which it is not known how it goes with its parameter."""
-    state: dict[str, Any] = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+    state: dict[str, Any] = optimizer.state.get(tensor, {})
     for name, value in state.items():
         fits = not isinstance(value, list | tuple | dict)
         if isinstance(value, Tensor):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -116,11 +116,16 @@ def find(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> Units:
     """The groups of a model, by tracing it with torch.fx in training and in evaluation mode.
 
     Args:
-        model: Plain or converted. It is left as it is.
-        example_inputs: Arguments to call it with once, for what depends on the rank of a tensor; None: that stays
-            unknown. What is traced is a call with these, or with the arguments that have no default.
+        model: Plain or converted. It is left as it is, but for what its own forward pass stores.
+        example_inputs: Arguments to call it with once, for what depends on the rank of a tensor, and to see that the
+            graph has the modules that are called; None: both stay unknown. What is traced is a call with these, or with
+            the arguments that have no default.
     """
-    finder = _Finder(model, {} if example_inputs is None else _ranks(model, example_inputs))
+    if "forward" in vars(model):
+        return Units((), {}, "the model's forward has been replaced on the instance")
+    calls = None if example_inputs is None else _calls(model, example_inputs)
+    finder = _Finder(model, calls or {})
+    seen: set[str] = set()
     for training in (True, False):
         try:
             with _mode(model, training):
@@ -129,7 +134,11 @@ def find(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> Units:
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return Units((), {}, f"torch.fx cannot trace the model: {line}")
         finder.walk(graph)
-    return finder.result()
+        found = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        seen |= found
+        if not training and calls is not None:
+            finder.block_what_differs(found, calls.keys())
+    return finder.result(seen)
 
 
 @contextmanager
@@ -143,13 +152,12 @@ def _mode(model: torch.nn.Module, training: bool) -> Generator[None]:
             module.training = was_training
 
 
-def _ranks(model: torch.nn.Module, example_inputs: Sequence[Any]) -> dict[str, int]:
-    """The rank of each module's first input."""
-    ranks: dict[str, int] = {}
+def _calls(model: torch.nn.Module, example_inputs: Sequence[Any]) -> dict[str, int | None]:
+    """The modules that a call in evaluation mode reaches, and the rank of each one's first input, if it is a tensor."""
+    calls: dict[str, int | None] = {}
 
     def remember(name: str, _: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs and isinstance(inputs[0], torch.Tensor):
-            ranks[name] = inputs[0].dim()
+        calls[name] = inputs[0].dim() if inputs and isinstance(inputs[0], torch.Tensor) else None
 
     hooks = [module.register_forward_pre_hook(partial(remember, name)) for name, module in model.named_modules()]
     try:
@@ -158,7 +166,7 @@ def _ranks(model: torch.nn.Module, example_inputs: Sequence[Any]) -> dict[str, i
     finally:
         for hook in hooks:
             hook.remove()
-    return ranks
+    return calls
 
 
 class _Tracer(torch.fx.Tracer):
@@ -178,7 +186,13 @@ def _trace(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> torc
         constants.pop(name, None)
         if value is None or isinstance(value, bool | int | float | str):
             constants[name] = value
-    return _Tracer().trace(model, constants or None)
+    own = set(vars(model))
+    with torch.random.fork_rng():
+        graph = _Tracer().trace(model, constants or None)
+    for name in vars(model).keys() - own:
+        if name.startswith("_tensor_constant"):  # which the tracer leaves behind
+            delattr(model, name)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -213,7 +227,7 @@ def _values(arguments: Any) -> Generator[_Value]:
 class _Finder:
     """What is found in walks through graphs of one model."""
 
-    def __init__(self, model: torch.nn.Module, ranks: dict[str, int]) -> None:
+    def __init__(self, model: torch.nn.Module, ranks: Mapping[str, int | None]) -> None:
         self.model, self.ranks = model, ranks
         self._producers: list[Producer] = []  # by number of their group, before groups are joined
         self._joined: list[int] = []
@@ -240,6 +254,26 @@ class _Finder:
         """Says why these groups cannot lose a unit; the first reason stays."""
         for group in groups:
             self._reasons.setdefault(group, reason)
+
+    def block_what_differs(self, found: set[str], called: Collection[str]) -> None:
+        """Compares the modules in a graph with those that a call reached: types decide otherwise where fx traces."""
+        leaves = {
+            name
+            for name in called
+            if _Tracer().is_leaf_module(self.model.get_submodule(name), name) and not _is_part(name, found)
+        }
+        for name in sorted((found - set(called)) | leaves):
+            where = "a call with example_inputs" if name in called else "the traced graph"
+            self.block(range(len(self._producers)), f"{name!r} is in {where} only: the graph is not what is called")
+
+    def _block_for_unseen(self, seen: set[str]) -> None:
+        """Of a layer outside of the graph, another method's say, it is not known what it reads."""
+        for name, module in self.model.named_modules():
+            own = {
+                f"{name}.{parameter}" if name else parameter for parameter, _ in module.named_parameters(recurse=False)
+            }
+            if own - self.read_directly and not _is_part(name, seen):
+                self.block(range(len(self._producers)), f"{name!r} is not seen in the traced graph, and may read it")
 
     def join(self, one: Layout, other: Layout, what: str) -> None:
         """Says that units are combined entry by entry."""
@@ -269,8 +303,10 @@ class _Finder:
             group = self._joined[group]
         return group
 
-    def result(self) -> Units:
+    def result(self, seen: set[str]) -> Units:
+        """What was found, in graphs with these modules."""
         self._block_shared_tensors()
+        self._block_for_unseen(seen)
         for number in range(len(self._producers)):
             if not isinstance(self._layer(number), nn.Linear | nn.LSTM):
                 self.block([number], "it is not converted, so that nothing is counted")
@@ -337,17 +373,18 @@ class _Walk(torch.fx.Interpreter):
         if target is operator.getitem and args[0].states and isinstance(args[1], int):  # of one layer and direction
             return _Value((args[0].groups[args[1]],))
         if target is rnn.pad_packed_sequence:
-            return self._apply("pad_packed_sequence", True, False, args, {}), _NOTHING
+            return self._apply("pad_packed_sequence", True, False, args, kwargs), _NOTHING
         if target is getattr and args[1] in ("batch_sizes", "sorted_indices", "unsorted_indices"):
             return _NOTHING
         if target is torch.cat and (kwargs.get("dim", 0) if len(args) < 2 else args[1]) == -1:
-            parts = list(_values(args[0]))
+            parts = list(_values(args[0] if args else kwargs["tensors"]))
             if all(part.groups and not part.states for part in parts):
                 return _Value(tuple(group for part in parts for group in part.groups))
         number = len(args) > 1 and isinstance(args[1], int | float)
         elementwise = target in _ELEMENTWISE_FUNCTIONS or (target in _SCALED and number)
         elementwise = elementwise or target is rnn.pack_padded_sequence or (target is getattr and args[1] == "data")
-        return self._apply(getattr(target, "__name__", str(target)), elementwise, target in _BINARY, args, kwargs)
+        name = f".{args[1]}" if target is getattr else getattr(target, "__name__", str(target))
+        return self._apply(name, elementwise, target in _BINARY, args, kwargs)
 
     def _apply(self, name: str, elementwise: bool, binary: bool, args: Any, kwargs: Any) -> _Value:
         """What comes of an operation on entries, of one tensor or of two."""
@@ -387,7 +424,7 @@ class _Walk(torch.fx.Interpreter):
             self._finder.lay_out(name, tensor, dims)
         if _is_hooked(module):
             groups = [group for dims in tensors.values() for layout in dims.values() for group in layout]
-            self._finder.block(groups, f"{name!r} has forward hooks, which may do anything")
+            self._finder.block(groups, f"{name!r} has forward hooks or a forward of its own, which may do anything")
 
     def _linear(self, name: str, layer: torch.nn.Linear, x: _Value) -> _Value:
         (group,) = self._finder.made_by(name, layer)
@@ -430,8 +467,14 @@ class _Walk(torch.fx.Interpreter):
         return x
 
 
+def _is_part(name: str, of: set[str]) -> bool:
+    """Whether a module is one of these, or inside of one."""
+    return any(name == each or name.startswith(f"{each}.") for each in of)
+
+
 def _is_hooked(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
+    hooks = module._forward_hooks or module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    return bool(hooks) or "forward" in vars(module)
 
 
 def entries(layout: Layout, widths: Sequence[int], kept: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -271,10 +271,11 @@ def _conditions(bench: LinearBench) -> str:
 def circumstances(bench: Record) -> str:
     """Return in words where, by what and how undisturbed a benchmark was made."""
     cpu, threads = bench.machine["cpu"], bench.machine["threads"]
+    memory = "Freed memory is kept. " if bench.machine.get("keeps_freed_memory") else ""
     seen = bench.disturbance
     taken = "unknown" if seen is None else f"{seen.stolen:.0%} by the host, {seen.others:.0%} by other processes"
     return (
         f"{cpu}, {threads} threads, kernels: {bench.backends['isa'] or 'none'}; torch {bench.versions['torch']}, "
-        f"meprop {bench.versions['meprop']}, {pages.short_commit(bench.commit)}. Processor time taken "
+        f"meprop {bench.versions['meprop']}, {pages.short_commit(bench.commit)}. {memory}Processor time taken "
         f"meanwhile: {taken}."
     )
