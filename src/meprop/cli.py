@@ -212,7 +212,7 @@ class Simplify(Generic[TaskConfig]):
             runs += _train([*trainers, simplified], self.out, tensorboard=self.tensorboard)
             models += report.describe([*trainers, simplified], self.seconds)
             print(simplified.simplifier.report())
-            compact = simplified.compact()
+            compact = simplified.simplifier.compact()
             machine.write_atomically(self.out / f"compact-seed{seed}.pt", lambda file, m=compact: torch.save(m, file))
             if seed == self.training.seeds[0]:
                 report.draw_activity(simplified.simplifier.activity, self.out / report.ACTIVITY)
@@ -622,8 +622,8 @@ def _show_bench(bench: Record, table: str, legend: str, out: Path) -> None:
 def _keep_memory(wanted: bool) -> None:
     if wanted and not machine.keep_freed_memory():
         raise MepropError(
-            "--keep-memory: the C library is not glibc, or an environment variable (MALLOC_..., GLIBC_TUNABLES) says "
-            "what it does; leave out the one or the other"
+            "--keep-memory: the C library is not glibc, or MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ or "
+            "GLIBC_TUNABLES in the environment says what it does; leave out the one or the other"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -205,6 +206,13 @@ def revert(model: torch.nn.Module) -> None:
                 f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "
                 "Remove what was added to it (parametrizations) first."
             )
+
+
+def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the model, reverted: of plain `torch.nn` layers. Raises what `revert` does."""
+    model = copy.deepcopy(model)
+    revert(model)
+    return model
 
 
 def report(model: torch.nn.Module) -> ConversionReport:

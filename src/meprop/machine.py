@@ -55,7 +55,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None or any(name in os.environ for name in _SETTINGS):
         return False
-    large = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_MAX, 0)  # glibc before 2.35 takes no such threshold
+    large = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_MAX, 0)  # older glibc takes none above 32 MiB
     _keeps = bool(large and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
     return _keeps
 

@@ -6,7 +6,6 @@ masks units; here they are cut out of parameters, gradients and the optimizer's 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meprop import nn, units
-from meprop.convert import check_model, named_layers, revert, table
+from meprop.convert import check_model, named_layers, plain_copy, table
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.selection import Activity
 
@@ -233,9 +232,7 @@ class Simplifier:
         Raises:
             NotSupportedError: A layer cannot be reverted: see `meprop.revert`.
         """
-        model = copy.deepcopy(self.model)
-        revert(model)
-        return model
+        return plain_copy(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to continue bit for bit, beside the states of model and optimizer.

@@ -255,25 +255,25 @@ class _Finder:
         for group in groups:
             self._reasons.setdefault(group, reason)
 
+    def _block_all(self, reason: str) -> None:
+        self.block(range(len(self._producers)), reason)
+
     def block_what_differs(self, found: set[str], called: Collection[str]) -> None:
         """Compares the modules in a graph with those that a call reached: types decide otherwise where fx traces."""
+        is_leaf = _Tracer().is_leaf_module
         leaves = {
-            name
-            for name in called
-            if _Tracer().is_leaf_module(self.model.get_submodule(name), name) and not _is_part(name, found)
+            name for name in called if is_leaf(self.model.get_submodule(name), name) and not _is_part(name, found)
         }
         for name in sorted((found - set(called)) | leaves):
             where = "a call with example_inputs" if name in called else "the traced graph"
-            self.block(range(len(self._producers)), f"{name!r} is in {where} only: the graph is not what is called")
+            self._block_all(f"{name!r} is in {where} only: the graph is not what is called")
 
     def _block_for_unseen(self, seen: set[str]) -> None:
         """Of a layer outside of the graph, another method's say, it is not known what it reads."""
         for name, module in self.model.named_modules():
-            own = {
-                f"{name}.{parameter}" if name else parameter for parameter, _ in module.named_parameters(recurse=False)
-            }
+            own = {_full_name(name, parameter) for parameter, _ in module.named_parameters(recurse=False)}
             if own - self.read_directly and not _is_part(name, seen):
-                self.block(range(len(self._producers)), f"{name!r} is not seen in the traced graph, and may read it")
+                self._block_all(f"{name!r} is not seen in the traced graph, and may read it")
 
     def join(self, one: Layout, other: Layout, what: str) -> None:
         """Says that units are combined entry by entry."""
@@ -330,10 +330,10 @@ class _Finder:
         owners: dict[torch.Tensor, list[str]] = {}
         for name, module in self.model.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
-                owners.setdefault(parameter, []).append(f"{name}.{own}" if name else own)
+                owners.setdefault(parameter, []).append(_full_name(name, own))
         names = {name: shared for shared in owners.values() for name in shared}
         for (module, tensor), dims in self._layouts.items():
-            name = f"{module}.{tensor}" if module else tensor
+            name = _full_name(module, tensor)
             groups = [group for layout in dims.values() for group in layout]
             others = [other for other in names.get(name, []) if other != name]
             if others:
@@ -465,6 +465,10 @@ class _Walk(torch.fx.Interpreter):
         tensors = ("weight", "bias", "running_mean", "running_var")
         self._lay_out(name, norm, {tensor: {0: x.groups} for tensor in tensors if getattr(norm, tensor) is not None})
         return x
+
+
+def _full_name(module: str, tensor: str) -> str:
+    return f"{module}.{tensor}" if module else tensor
 
 
 def _is_part(name: str, of: set[str]) -> bool:

@@ -326,7 +326,7 @@ def record(*cases):
     machine = {"cpu": "a processor", "threads": 2}
     limits = Limits({"fp32": 1e11, "bf16": 2e11}, 3e11)
     backends, versions = {"isa": "avx2"}, {"torch": "2", "meprop": "0"}
-    return LinearBench("bench-linear", {}, machine, backends, versions, None, None, limits, list(cases))
+    return LinearBench("bench-linear", {}, machine, versions, None, backends, None, limits, list(cases))
 
 
 def test_the_table_has_ratio_and_bound():

@@ -118,10 +118,10 @@ def test_a_wrong_request_is_refused_before_any_work(tmp_path, monkeypatch, capsy
 def test_a_wrong_baseline_leaves_its_ratios_out(wrong, monkeypatch, tmp_path):
     right = step._Step.what_is_wrong
     monkeypatch.setattr(
-        step._Step, "what_is_wrong", lambda self, plain: "broken" if self.way.name in wrong else right(self, plain)
+        step._Step, "what_is_wrong", lambda self, oracle: "broken" if self.way.name in wrong else right(self, oracle)
     )
     result = step.run_case(SMALL, "sgd", 0.1, 0.001)
-    bench = step.StepBench("bench-step", {}, {}, {}, {}, None, None, [result])
+    bench = step.StepBench("bench-step", {}, {}, {}, None, {}, None, [result])
     assert "WRONG: dense fp32: broken" in report.table([result])
     report.draw(bench, tmp_path / "step.png")
     assert all("dense fp32" not in one.ratios for one in result.ways)

@@ -166,7 +166,7 @@ def test_a_simplified_run_shrinks_in_its_cycles_and_learns(task):
     assert widths[-1] < 128
     assert run.layers[0]["out_features"] == widths[-1]
     assert run.curve[-1]["loss"] < run.curve[0]["loss"]
-    compact = trainer.compact()
+    compact = trainer.simplifier.compact()
     assert type(compact[0]) is torch.nn.Linear
     assert compact[0].out_features == widths[-1]
 

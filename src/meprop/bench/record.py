@@ -17,15 +17,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Record:
-    """The content of result.json; the results themselves are the subclasses' own."""
+class Record(tracking.Provenance):
+    """The content of result.json of a benchmark; the results themselves are the subclasses' own."""
 
-    task: str
-    config: dict[str, Any]
-    machine: dict[str, Any]
     backends: dict[str, Any]
-    versions: dict[str, str]
-    commit: str | None
     disturbance: Disturbance | None
     """By others, during the whole run; None if unknown."""
 
@@ -43,9 +38,9 @@ class Record:
             task,
             config,
             machine.describe(),
-            meprop.backend_info(),
             tracking.versions(),
             tracking.commit(),
+            meprop.backend_info(),
             meter.read(),
             *results,
         )

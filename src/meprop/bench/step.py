@@ -23,6 +23,7 @@ import meprop
 from meprop import optim
 from meprop.bench.measure import DisturbanceMeter, Ratio, Times, interleaved
 from meprop.bench.record import Record
+from meprop.rules import Scope
 
 OptimizerName = Literal["sgd", "momentum", "adagrad", "adam", "adamw"]
 PHASES = ("forward", "backward", "optimizer")
@@ -100,7 +101,7 @@ class Way:
     """
 
     name: str
-    scope: Literal["example", "batch"] | None = None
+    scope: Scope | None = None
     bf16: bool = False
     sparse_rows: optim.SparseRows | None = None
 
@@ -197,7 +198,8 @@ def run_case(model: Model, optimizer: OptimizerName, k: float, seconds: float) -
             for _ in range(_BATCHES)
         ]
     steps = {way.name: _Step(way, model, plain.state_dict(), optimizer, k, batches) for way in ways()}
-    wrong = {name: step.what_is_wrong(plain) for name, step in steps.items()}
+    oracles = {scope: _oracle(plain, scope, k, batches[0]) for scope in (None, *get_args(Scope))}
+    wrong = {name: step.what_is_wrong(oracles[step.way.scope]) for name, step in steps.items()}
     right = {name: step for name, step in steps.items() if wrong[name] is None}
     spent = interleaved({name: step.run for name, step in right.items()}, seconds * len(right))
     results: list[WayResult] = []
@@ -234,10 +236,9 @@ class _Step:
         if way.scope is None:
             self._optimizer = getattr(torch.optim, name)(self.model.parameters(), lr=0.0, fused=True, **options)
             return
-        self._rule = meprop.TopK(k, scope=way.scope)
         meprop.convert(
             self.model,
-            self._rule,
+            meprop.TopK(k, scope=way.scope),
             sparse_grad=way.sparse_rows is not None,
             compute_dtype=torch.bfloat16 if way.bf16 else None,
             when="always",
@@ -260,25 +261,32 @@ class _Step:
         self._optimizer.zero_grad()
         self.phases.append((forward - start, backward - forward, perf_counter() - backward))
 
-    def what_is_wrong(self, plain: nn.Module) -> str | None:
-        """How loss and gradients differ from the same in float64, where the reference serves; None if they do not."""
-        oracle = deepcopy(plain).double()
-        if self.way.scope is not None:
-            meprop.convert(oracle, self._rule, sparse_grad=self.way.sparse_rows is not None, when="always")
-        x, classes = next(self._batches)
-        loss, exact = self.loss(x, classes), F.cross_entropy(oracle(x.double()), classes)
+    def what_is_wrong(self, oracle: tuple[Tensor, list[Tensor]]) -> str | None:
+        """How loss and gradients of the first batch differ from the oracle's; None if they do not."""
+        exact, gradients = oracle
+        loss = self.loss(*next(self._batches))
         if not torch.allclose(loss.double(), exact, rtol=0.02 if self.way.bf16 else 1e-5):
             return "its loss differs from the oracle's"
-        for value in (loss, exact):
-            value.backward()  # pyright: ignore[reportUnknownMemberType]
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
         tolerance = _TOLERANCE
         if self.way.bf16:
             tolerance = _BF16_TOLERANCE_PER_EXAMPLE if self.way.scope == "example" else _BF16_TOLERANCE
-        for (name, parameter), other in zip(self.model.named_parameters(), oracle.parameters(), strict=True):
-            assert other.grad is not None
-            expected = other.grad.to_dense()
+        for (name, parameter), expected in zip(self.model.named_parameters(), gradients, strict=True):
             grad = torch.full_like(expected, torch.nan) if parameter.grad is None else parameter.grad.to_dense()
             if not (grad - expected).norm() <= tolerance * expected.norm():
                 return f"the gradient of {name} differs from the oracle's"
         self._optimizer.zero_grad()
         return None
+
+
+def _oracle(
+    plain: nn.Module, scope: Scope | None, k: float, batch: tuple[Tensor, Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of a batch in float64, where the reference serves."""
+    model = deepcopy(plain).double()
+    if scope is not None:
+        meprop.convert(model, meprop.TopK(k, scope=scope), when="always")
+    x, classes = batch
+    loss = F.cross_entropy(model(x.double()), classes)
+    loss.backward()  # pyright: ignore[reportUnknownMemberType]
+    return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -168,8 +168,7 @@ def _native_lstm(tensor: Tensor) -> bool:
 
 def sgd_rows(weight: Tensor, buffer: Tensor | None, rows: AwakeRows, step: float, **options: Any) -> None:
     """`reference.sgd_rows`."""
-    backend = _rows_backend(weight, rows) if buffer is None else _rows_backend(weight, rows, buffer)
-    backend.sgd_rows(weight, buffer, rows, step, **options)
+    _rows_backend(weight, rows, buffer).sgd_rows(weight, buffer, rows, step, **options)
 
 
 def adam_rows(
@@ -205,18 +204,18 @@ def narrow_agrees(weight: Tensor, narrow: Tensor, samples: int) -> bool:
     return backend.narrow_agrees(weight, narrow, samples)
 
 
-def _rows_backend(weight: Tensor, rows: AwakeRows, *state: Tensor) -> Any:
-    """Who serves a step on a parameter and its state, all [O, *]."""
+def _rows_backend(weight: Tensor, rows: AwakeRows, *state: Tensor | None) -> Any:
+    """Who serves a step on a parameter and the state that it has, all [O, *]."""
+    tensors = [tensor for tensor in (rows.values, *state, rows.row_step) if tensor is not None]
     fits = rows.values.shape == (len(rows.indices), *weight.shape[1:])
     fits = fits and (rows.row_step is None or rows.row_step.shape == weight.shape[:1])
-    if not fits or any(tensor.shape != weight.shape for tensor in state):
-        found = [list(tensor.shape) for tensor in (rows.values, *state, rows.row_step) if tensor is not None]
+    if not fits or any(each is not None and each.shape != weight.shape for each in state):
+        found = [list(tensor.shape) for tensor in tensors]
         raise ValueError(
             f"gradient and state {found} do not go with a parameter {list(weight.shape)}; give it a new optimizer"
         )
-    tensors = [weight, rows.values, *state] if rows.row_step is None else [weight, rows.values, *state, rows.row_step]
-    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    return native if plain and native.declines_rows(*tensors) is None else reference
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (weight, *tensors))
+    return native if plain and native.declines_rows(weight, *tensors) is None else reference
 
 
 def _row_sparse(indices: Tensor, rows: Tensor, width: int) -> Tensor:

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from meprop.bench.measure import Times, interleaved
+from meprop.convert import plain_copy
 from meprop.machine import write_atomically
 from meprop.reporting.terminal import spread
 from meprop.training import tracking
@@ -60,7 +61,7 @@ def describe(trainers: Sequence[Trainer], seconds: float) -> list[ModelRecord]:
     hidden = [layer.name for layer in simplifier.report().layers if layer.reason is None]
     batch = next(iter(trainers[0].task.train_batches(torch.Generator().manual_seed(0))))
     x = batch[0].to(trainers[0].device)
-    models = {trainer.name: trainer.compact().eval() for trainer in trainers}
+    models = {trainer.name: plain_copy(trainer.model).eval() for trainer in trainers}
     with torch.inference_mode():
         sides = {name: (lambda model=model: model(x)) for name, model in models.items()}
         inference = interleaved(sides, seconds)

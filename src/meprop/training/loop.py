@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from math import cos, isfinite, pi
 from time import perf_counter
@@ -373,12 +372,6 @@ class Trainer:
                 torch.cuda.set_rng_state(state, device)
             yield
             self._random = self._random_state()
-
-    def compact(self) -> nn.Module:
-        """Return a copy of the model as it is now, of plain torch layers."""
-        model = deepcopy(self.model)
-        meprop.revert(model)
-        return model
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to continue bit for bit: tensors and plain data only."""

@@ -29,8 +29,8 @@ TENSORBOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
-class Result:
-    """The content of result.json."""
+class Provenance:
+    """What every result.json says of how its numbers came about."""
 
     task: str
     config: dict[str, Any]
@@ -38,6 +38,12 @@ class Result:
     versions: dict[str, str]
     commit: str | None
     """Of meprop's source checkout, with `-dirty` if its code had changes; None if it is not a checkout."""
+
+
+@dataclass(frozen=True)
+class Result(Provenance):
+    """The content of result.json of an experiment."""
+
     runs: list[Run]
 
 
