@@ -429,6 +429,27 @@ def test_a_threshold_that_would_empty_a_layer_keeps_min_units_and_warns():
     assert simplifier.widths == {"0": 4, "3": 4}
 
 
+def test_a_check_removes_no_more_than_max_removal_the_least_active_units_first():
+    model, _ = make(CASES["stack"])
+    simplifier = meprop.Simplifier(model, 0.9, check_every=1, cycle=100, max_removal=0.25, min_units=3)
+    widths = [30]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the threshold would leave none, but a check takes a quarter at most
+        while widths[-1] > 4:
+            hits = model[3].activity.hits
+            hits.copy_(torch.arange(len(hits)))
+            model[0].activity.hits.fill_(100)
+            model[0].activity.examples = model[3].activity.examples = 100
+            simplifier.step()
+            widths.append(simplifier.widths["3"])
+            assert alive_units(simplifier)["3"].tolist() == list(range(30 - widths[-1], 30))
+    assert widths == [30, 23, 18, 14, 11, 9, 7, 6, 5, 4]  # the last ones: one at least, or it would never end
+    assert simplifier.widths["0"] == WIDTH
+    model[3].activity.examples = 100
+    with pytest.warns(UserWarning, match="would leave 0 of 4 units of layer '3': its min_units=3 most active"):
+        simplifier.step()
+
+
 def test_a_share_is_one_of_the_new_width():
     model, x = make(CASES["stack"], rule=meprop.TopK(0.25))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -647,6 +668,8 @@ def test_batch_norm_of_three_dimensions_is_not_pruned():
         ({"check_every": 0}, "check_every=0; it must be at least 1"),
         ({"cycle": 0}, "cycle=0"),
         ({"warmup": -1}, "warmup=-1; it must be at least 0"),
+        ({"max_removal": 0.0}, "max_removal=0.0; it is a share of a layer's units, above 0"),
+        ({"max_removal": 1.1}, "max_removal=1.1"),
         ({"min_units": 0}, "min_units=0"),
     ],
 )

@@ -111,6 +111,9 @@ class Simplifier:
         cycle: Steps of a cycle.
         warmup: Steps before the first cycle, in which nothing is removed: what the units of a model do that has learned
             nothing yet says little of what they will do.
+        max_removal: The largest share of its units that a layer loses at one check, the least active ones. What they no
+            longer take of the k entries goes to the others, so that with a small share the last widths are those at
+            which all units reach the threshold; with 1, the paper's way, a first check may remove far more.
         min_units: Units that a layer keeps at least, the most active ones.
         example_inputs: Arguments for the model. It is run with them once, in evaluation mode, to see which inputs of
             `torch.nn.BatchNorm1d` are 2-D; without, units that one reads are not pruned.
@@ -153,12 +156,15 @@ class Simplifier:
         check_every: int = 500,
         cycle: int = 20_000,
         warmup: int = 0,
+        max_removal: float = 1.0,
         min_units: int = 1,
         example_inputs: Sequence[Any] | None = None,
     ) -> None:
         check_model(model, "simplify the module inside, unwrapped")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}; it is a share of the examples, from 0 to 1")
+        if not 0 < max_removal <= 1:
+            raise ValueError(f"max_removal={max_removal}; it is a share of a layer's units, above 0 and at most 1")
         least = {"check_every": 1, "cycle": 1, "warmup": 0, "min_units": 1}
         for (name, bound), value in zip(least.items(), (check_every, cycle, warmup, min_units), strict=True):
             if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -175,7 +181,8 @@ class Simplifier:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise NotSupportedError("several processes would count, and prune, differently; simplify in one")
         self.model, self.threshold, self.optimizer = model, threshold, optimizer
-        self.check_every, self.cycle, self.warmup, self.min_units = check_every, cycle, warmup, min_units
+        self.check_every, self.cycle, self.warmup = check_every, cycle, warmup
+        self.max_removal, self.min_units = max_removal, min_units
         self.steps = 0
         self.history: list[Check] = []
         self._units = units.find(model, example_inputs)
@@ -342,13 +349,14 @@ class Simplifier:
             wanted = max(int((share >= self.threshold).sum()) for share in of_group.values())
             width = len(next(iter(of_group.values())))
             least = min(self.min_units, width)
-            if wanted < least:
+            count = max(wanted, least, width - max(1, int(self.max_removal * width)))
+            if wanted < least == count:
                 warnings.warn(
                     f"threshold={self.threshold} would leave {wanted} of {width} units of layer {layer!r}: its "
                     f"min_units={least} most active ones are kept. Take a lower threshold",
                     stacklevel=3,
                 )
-            if (count := max(wanted, least)) < width:
+            if count < width:
                 for number, share in of_group.items():
                     kept[number] = share.argsort(descending=True, stable=True)[:count].sort().values
         return kept

@@ -148,6 +148,7 @@ def test_settings_are_checked(settings, message):
         ({"checks": 0}, "--checks must be at least 1"),
         ({"cycle": 0}, "--cycle"),
         ({"warmup": -1}, "--warmup must be at least 0"),
+        ({"max_removal": 0.0}, "--max-removal must be above 0 and at most 1, got 0.0"),
         ({"min_units": 0}, "--min-units must be at least 1, got 0"),
     ],
 )

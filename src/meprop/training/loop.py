@@ -145,12 +145,16 @@ class SimplifyConfig:
     """Epochs in a cycle; one that removes units and one that only trains take turns."""
     warmup: int = 0
     """Epochs before the first cycle, in which nothing is removed."""
+    max_removal: float = 1.0
+    """The largest share of a layer's units to remove at once, the least active ones."""
     min_units: int = 1
     """Keep at least so many units of each layer."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
+        if not 0 < self.max_removal <= 1:
+            raise ValueError(f"--max-removal must be above 0 and at most 1, got {self.max_removal}")
         for name, least in {"checks": 1, "cycle": 1, "warmup": 0, "min_units": 1}.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -164,6 +168,7 @@ class SimplifyConfig:
             check_every=max(1, steps_per_epoch // self.checks),
             cycle=self.cycle * steps_per_epoch,
             warmup=self.warmup * steps_per_epoch,
+            max_removal=self.max_removal,
             min_units=self.min_units,
         )
 
