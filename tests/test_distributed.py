@@ -26,7 +26,7 @@ TIMEOUT = 240  # seconds; a deadlock, or an end that nobody wrote down, shows as
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both processes have left what became of each check; of several workers of pytest the first one runs them."""
+    """Where both processes have left what became of each check; of several workers of pytest the first runs them."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_processes"
     folder.mkdir(exist_ok=True)
@@ -122,6 +122,23 @@ def test_what_needs_a_process_group_says_so():
         distributed.RowSparseState()
     with pytest.raises(ValueError, match="has not been initialized"):  # torch's
         distributed.average_gradients([torch.nn.Parameter(torch.ones(2))])
+
+
+def test_the_example_runs():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(SCRIPT.parents[1] / "examples" / "distributed.py"), "--random", "--steps", "20", "--hidden", "64"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=TIMEOUT, env=environment
+    ).stdout
+    found = re.findall(r"^(.+?) +loss ([\d.]+) +([\d.]+) MB", output, re.MULTILINE)
+    assert [variant for variant, _, _ in found] == ["dense", "with the hook", "without a wrapper"]
+    dense, hook, unwrapped = (float(sent) * 1e6 for _, _, sent in found)
+    assert dense == 4 * (784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10)
+    rows = 4 * (784 * 6 + 64 + 64 * 6 + 64 + 64 * 10 + 10) + 8 * 128  # k = 6, and the scores
+    assert hook == pytest.approx(rows + 64 + 64 + 10, abs=100)  # and a byte for each row
+    assert unwrapped == pytest.approx(rows + 64 + 64 + 6, abs=100)
+    assert found[1][1] == found[2][1]  # the same gradients: the same loss
 
 
 def test_the_examples_in_the_docstrings_run():

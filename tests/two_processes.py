@@ -359,11 +359,11 @@ def row_sparse_gradients_are_averaged_by_rows(rank: int) -> None:
         one_process(single, parts(step))
         loss(model(parts(step)[rank])).backward()
         with counted() as sizes:
-            average_gradients(model.parameters())
+            sent = average_gradients(model.parameters())
         assert model[0].weight.grad.layout == torch.sparse_coo
         assert model[0].weight.grad._values().shape == (4, 12)
         assert_gradients(model, single)
-        assert sum(sizes) == 6 + 40 + 30 + 8 * (4 * 12 + 4 * 40 + 5 * 30 + 40 + 30 + 5)
+        assert sum(sizes) == sent == 6 + 40 + 30 + 8 * (4 * 12 + 4 * 40 + 5 * 30 + 40 + 30 + 5)
         for optimizer in optimizers:
             optimizer.step()
     for found, expected in zip(model.parameters(), single.parameters(), strict=True):
@@ -395,7 +395,18 @@ def what_some_have_no_gradient_for_counts_as_zeros(rank: int) -> None:
     assert scale.grad == 0.5
     assert unused.grad is None
     assert frozen.grad is None
-    average_gradients([])
+    assert average_gradients([]) == 0
+
+
+@check
+def only_gradients_that_are_understood_are_averaged(rank: int) -> None:
+    coo = nn.Parameter(torch.zeros(3, 4))
+    coo.grad = torch.eye(3, 4).to_sparse()
+    model = fully_shard(nn.Linear(4, 4))
+    model(torch.ones(1, 4)).sum().backward()
+    for parameter, name in ((coo, "sparse_coo"), (model.weight, "DTensor")):
+        with pytest.raises(meprop.NotSupportedError, match=name):
+            average_gradients([parameter])
 
 
 @check

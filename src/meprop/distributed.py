@@ -163,22 +163,19 @@ def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.fut
         return default_hooks.allreduce_hook(state.group, bucket)
     state.bytes_dense += buffer.nbytes
     gradients = bucket.gradients()
-    masks = _largest(
-        [grad.flatten(1).abs().amax(dim=1) != 0 for grad in gradients if _has_rows(grad)], state.mask_group
-    )
-    state.bytes_sent += sum(mask.nbytes for mask in masks)
-    of_rows = iter(masks)
-    sent = [next(of_rows).nonzero().flatten() if _has_rows(grad) else ... for grad in gradients]
-    pieces = [grad[rows] for grad, rows in zip(gradients, sent, strict=True)]
+    masks = [grad.flatten(1).abs().amax(dim=1) != 0 for grad in gradients if _has_rows(grad)]
+    masks = iter(_largest(masks, state.mask_group))
+    at = [next(masks).nonzero().flatten() if _has_rows(grad) else ... for grad in gradients]
+    pieces = [grad[rows] for grad, rows in zip(gradients, at, strict=True)]
     shapes = [piece.shape for piece in pieces]
     payload = torch.cat([piece.flatten() for piece in pieces])
-    state.bytes_sent += payload.nbytes
+    state.bytes_sent += sum(len(grad) for grad in gradients if _has_rows(grad)) + payload.nbytes
     averaging = dist.all_reduce(payload.div_(state.group.size()), group=state.group, async_op=True)
     assert averaging is not None  # as this process is in the group
 
     def unpack(future: torch.futures.Future[list[Tensor]]) -> Tensor:
         parts = future.value()[0].split([shape.numel() for shape in shapes])
-        for grad, rows, part, shape in zip(gradients, sent, parts, shapes, strict=True):
+        for grad, rows, part, shape in zip(gradients, at, parts, shapes, strict=True):
             grad[rows] = part.view(shape)
         return buffer
 
@@ -201,7 +198,7 @@ def _largest(masks: Sequence[Tensor], group: dist.ProcessGroup | None) -> Sequen
 _MISSING, _DENSE, _SPARSE = range(3)
 
 
-def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> int:
     """Averages gradients over processes, as DistributedDataParallel does, but afterwards; of sparse ones only the rows.
 
     For models that are not wrapped: to be called between `backward` (of all batches that are accumulated) and the
@@ -215,32 +212,41 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         parameters: The same in all processes, in the same order.
         group: The processes; None: all.
 
+    Returns:
+        The bytes that this process has given to collectives.
+
     Raises:
         NotSupportedError: A gradient is sparse in more than its rows.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     kinds = _largest([torch.tensor([_kind(each)], device=each.device) for each in parameters], group)
     used = [(each, int(kind)) for each, kind in zip(parameters, kinds, strict=True) if kind != _MISSING]
-    masks = iter(_largest([_rows_with_gradient(each) for each, kind in used if kind == _SPARSE], group))
-    rows = [next(masks).nonzero().flatten() if kind == _SPARSE else None for _, kind in used]
+    masks = _largest([_rows_with_gradient(each) for each, kind in used if kind == _SPARSE], group)
+    sent = len(kinds) + sum(map(len, masks))
+    masks = iter(masks)
+    places = [(each, next(masks).nonzero().flatten() if kind == _SPARSE else None) for each, kind in used]
     for dtype in dict.fromkeys(each.dtype for each, _ in used):
-        of_dtype = [(each, at) for (each, _), at in zip(used, rows, strict=True) if each.dtype == dtype]
-        pieces = [_gradient_of(each, at) for each, at in of_dtype]
+        of_dtype = [place for place in places if place[0].dtype == dtype]
+        pieces = [_gradient_of(each, rows) for each, rows in of_dtype]
         payload = torch.cat([piece.flatten() for piece in pieces]).div_(dist.get_world_size(group))
         dist.all_reduce(payload, group=group)
+        sent += payload.nbytes
         parts = payload.split([piece.numel() for piece in pieces])
-        for (each, at), piece, part in zip(of_dtype, pieces, parts, strict=True):
-            _set_gradient(each, at, part.view(piece.shape))
+        for (each, rows), piece, part in zip(of_dtype, pieces, parts, strict=True):
+            _set_gradient(each, rows, part.view(piece.shape))
+    return sent
 
 
 def _kind(parameter: Tensor) -> int:
-    if parameter.grad is None:
+    grad = parameter.grad
+    if grad is None:
         return _MISSING
-    if parameter.grad.layout == torch.strided:
-        return _DENSE
-    if parameter.grad.layout != torch.sparse_coo or parameter.grad.sparse_dim() != 1:
-        raise NotSupportedError("a gradient is sparse in more than its rows; make it dense for average_gradients")
-    return _SPARSE
+    if type(grad) is not Tensor or (grad.layout != torch.strided and (not grad.is_sparse or grad.sparse_dim() != 1)):
+        raise NotSupportedError(
+            f"a gradient of type {type(grad).__name__} and layout {grad.layout}; average_gradients takes dense ones "
+            "and those that are sparse in their rows alone. fully_shard averages its own"
+        )
+    return _SPARSE if grad.is_sparse else _DENSE
 
 
 def _rows_with_gradient(parameter: Tensor) -> Tensor:
