@@ -138,7 +138,7 @@ def test_the_example_runs():
     rows = 4 * (784 * 6 + 64 + 64 * 6 + 64 + 64 * 10 + 10) + 8 * 128  # k = 6, and the scores
     assert hook == pytest.approx(rows + 64 + 64 + 10, abs=100)  # and a byte for each row
     assert unwrapped == pytest.approx(rows + 64 + 64 + 6, abs=100)
-    assert found[1][1] == found[2][1]  # the same gradients: the same loss
+    assert float(found[1][1]) == pytest.approx(float(found[2][1]), abs=0.01)  # the same gradients
 
 
 def test_the_examples_in_the_docstrings_run():
