@@ -6,6 +6,7 @@ The checks are in two_processes.py. They run in one pair of processes, as starti
 import doctest
 import fcntl
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_the_rule_is_a_value():
     assert SynchronizedTopK(3) == SynchronizedTopK(3) != meprop.TopK(3, scope="batch")
     assert repr(SynchronizedTopK(0.5)) == "SynchronizedTopK(k=0.5, scope='batch')"
     assert SynchronizedTopK(0.1).count(200) == 20
+    assert pickle.loads(pickle.dumps(SynchronizedTopK(3))) == SynchronizedTopK(3)
     with pytest.raises(ValueError, match="k=0 keeps nothing"):
         SynchronizedTopK(0)
     with pytest.raises(TypeError, match="group='gloo'; it is a process group"):

@@ -319,6 +319,8 @@ def checkpointing_and_compiling(rank: int) -> None:
     model = DistributedDataParallel(mlp(SynchronizedTopK(4)))
     loss(torch.compile(model, backend="aot_eager")(parts()[rank])).backward()
     assert_gradients(model, expected)
+    with pytest.raises(Exception, match="leave out fullgraph=True"):
+        torch.compile(mlp(SynchronizedTopK(4)), backend="aot_eager", fullgraph=True)(parts()[rank])
 
 
 class Checkpointed(nn.Module):

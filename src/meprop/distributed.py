@@ -35,26 +35,24 @@ class SynchronizedTopK(TopK):
     (8 bytes for each output feature, in each backward pass of a layer), so that all choose the same. In a single
     process, or without a process group, it is that rule bit for bit.
 
-    DistributedDataParallel and FSDP average the processes' losses. A gradient's sums count as much in that average as
-    in its own process: also where batches differ in size, and where one is empty, the features are those that a single
-    process would choose for the mean of the losses.
+    DistributedDataParallel and FSDP average the processes' losses. The features are those that a single process would
+    choose for that average, also where batches differ in size, and where one is empty.
 
-    Every process has to run the same layers in the same order, each time step of training: else one waits for the
-    others until the group's time-out, or (layers of different widths) torch ends it. For the same reason nothing is
-    measured: layers are always sparse, as with ``when="always"``. An LSTM, which would choose, and wait, at every time
-    step, is refused.
+    Every process has to run the same layers in the same order: else one waits for the others until the group's
+    time-out, or, where widths differ, torch ends it. For the same reason nothing is measured: layers are always sparse,
+    as with ``when="always"``. An LSTM, which would choose, and wait, at each time step, is refused.
 
     Args:
         k: As of `TopK`.
-        group: The processes that choose together. It must not be the one in which gradients are averaged meanwhile, as
-            its collectives would be mixed with those. None: all processes, in a group of their own that is made at the
+        group: The processes that choose together. Make one for that: in the group in which gradients are averaged
+            meanwhile, choices would wait for those. None: all processes, in a group of their own that is made at the
             first use. A rule with a group cannot be pickled.
 
     Raises:
         ValueError: k is out of range.
         TypeError: k is not a number, or group not a process group that this process is in.
-        NotSupportedError: In the backward pass, several processes under torch.compile with fullgraph=True; when it is
-            pickled, with a group.
+        NotSupportedError: When it is pickled, with a group; and, within an error of torch's, where several processes
+            compile with fullgraph=True.
 
     Example:
         >>> import torch
@@ -80,8 +78,6 @@ class SynchronizedTopK(TopK):
         group = self._group_of_several()
         if group is None:
             return super()._columns(grad_NO, k)
-        if torch.compiler.is_compiling():
-            raise NotSupportedError(f"{self} of several processes under torch.compile; use fullgraph=False")
         scores_O = ops.column_scores(grad_NO)
         dist.all_reduce(scores_O, group=group)
         indices = ops.topk_columns(scores_O[None], k).indices
@@ -90,6 +86,8 @@ class SynchronizedTopK(TopK):
     def _group_of_several(self) -> dist.ProcessGroup | None:
         if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             return None
+        if torch.compiler.is_compiling():
+            raise NotSupportedError(f"{self} of several processes under torch.compile; leave out fullgraph=True")
         if self.group is not None:
             return self.group
         everyone = dist.group.WORLD
@@ -123,8 +121,8 @@ class RowSparseState:
         process_group: In which gradients are averaged, DistributedDataParallel's; None: all processes.
 
     Attributes:
-        bytes_sent: What this process has given to collectives so far.
-        bytes_dense: What it would have given without the hook.
+        bytes_sent: What the hook has given to collectives so far, in this process, of dense gradients.
+        bytes_dense: What DistributedDataParallel would have given without it.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -144,8 +142,8 @@ def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.fut
     ``TopK(k, scope="batch")`` up to k of each process, with choices per example nearly all, and with accumulated
     gradients (`no_sync`) all that were chosen meanwhile. What has no rows, such as biases, is sent as it is.
 
-    For half the bytes again: ``torch.distributed.algorithms.ddp_comm_hooks.default_hooks.bf16_compress_wrapper(
-    row_sparse_hook)``.
+    ``fp16_compress_wrapper(row_sparse_hook)`` of torch.distributed.algorithms.ddp_comm_hooks.default_hooks, or on NCCL
+    ``bf16_compress_wrapper``, halves the bytes again.
 
     Args:
         state: Of this model.
@@ -216,11 +214,14 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         The bytes that this process has given to collectives.
 
     Raises:
-        NotSupportedError: A gradient is sparse in more than its rows.
+        NotSupportedError: A gradient is sparse in more than its rows, or a DTensor.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    kinds = _largest([torch.tensor([_kind(each)], device=each.device) for each in parameters], group)
-    used = [(each, int(kind)) for each, kind in zip(parameters, kinds, strict=True) if kind != _MISSING]
+    if not parameters:
+        return 0
+    kinds = torch.tensor([_kind(each) for each in parameters], device=parameters[0].device)
+    kinds = _largest([kinds], group)[0].tolist()
+    used = [(each, kind) for each, kind in zip(parameters, kinds, strict=True) if kind != _MISSING]
     masks = _largest([_rows_with_gradient(each) for each, kind in used if kind == _SPARSE], group)
     sent = len(kinds) + sum(map(len, masks))
     masks = iter(masks)
@@ -259,10 +260,9 @@ def _rows_with_gradient(parameter: Tensor) -> Tensor:
 
 def _gradient_of(parameter: Tensor, rows: Tensor | None) -> Tensor:
     """The whole gradient, or that of ascending rows [k, *]; zeros where there is none."""
-    grad = torch.zeros_like(parameter) if parameter.grad is None and rows is None else parameter.grad
+    grad = parameter.grad
     if rows is None:
-        assert grad is not None
-        return grad
+        return torch.zeros_like(parameter) if grad is None else grad
     if grad is not None and not grad.is_sparse:
         return grad[rows]
     kept = parameter.new_zeros(len(rows), *parameter.shape[1:])
