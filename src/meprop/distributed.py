@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from meprop import ops
 from meprop.errors import NotSupportedError
@@ -158,6 +157,8 @@ def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.fut
     """
     buffer = bucket.buffer()
     if buffer.is_sparse:  # of an Embedding(sparse=True), which has a bucket of its own
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks  # milliseconds, for few
+
         return default_hooks.allreduce_hook(state.group, bucket)
     state.bytes_dense += buffer.nbytes
     gradients = bucket.gradients()
