@@ -165,7 +165,7 @@ def convert(
 
     foreign = _owners_of_other_kinds(model)
     for name, layer in named_layers(model):
-        reason = _reason_to_skip(layer, foreign, min_features, sparse_grad, rule)
+        reason = _reason_to_skip(layer, rule, foreign, min_features, sparse_grad)
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
         if reason is not None:
@@ -280,7 +280,7 @@ def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
 
 
 def _reason_to_skip(
-    layer: Layer, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool, rule: Rule
+    layer: Layer, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool
 ) -> str | None:
     if type(layer) not in _SPARSE_CLASSES and type(layer) not in _PLAIN_CLASSES:
         kind = "LSTM" if isinstance(layer, torch.nn.LSTM) else "Linear"
