@@ -39,6 +39,10 @@ template <class T>
 Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, T* values,
                     int32_t* indices, int threads);
 
+// What topk_columns chooses by: the sums of magnitudes of the columns, scores [outputs].
+template <class T>
+Status column_scores(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, double* scores, int threads);
+
 enum class Scope { kRows, kColumns };
 
 // The backward pass of a linear map whose output gradient is replaced by a selection of k entries of each row, or of k

@@ -279,6 +279,19 @@ Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_
 }
 
 template <class T>
+Status column_scores(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, double* scores, int threads) {
+  if (!valid_selection(grad, rows, outputs, 1, threads)) return Status::kBadSize;
+  std::fill_n(scores, outputs, 0.0);
+  run_team(team_size(threads, rows * outputs, 0), [&](Team team) {
+    const Range columns = team.part(outputs, 64);
+    if (columns.size() <= 0) return;
+    typed<T>(kernels).add_columns(grad.data + columns.begin, grad.ld, rows, columns.size(), nullptr,
+                                  scores + columns.begin);
+  });
+  return Status::kOk;
+}
+
+template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
   const TrimAtEnd trim;
   int64_t work = 0;
@@ -307,6 +320,7 @@ Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
 #define MEPROP_INSTANTIATE(T)                                                                                       \
   template Status topk_rows(const Kernels&, Matrix<T>, int64_t, int64_t, int64_t, T*, int32_t*, int);               \
   template Status topk_columns(const Kernels&, Matrix<T>, int64_t, int64_t, int64_t, T*, int32_t*, int);            \
+  template Status column_scores(const Kernels&, Matrix<T>, int64_t, int64_t, double*, int);                         \
   template Status linear_backward(const Kernels&, LinearBackward<T>);
 MEPROP_INSTANTIATE(float)
 MEPROP_INSTANTIATE(Bf16)

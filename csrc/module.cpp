@@ -88,6 +88,12 @@ Status topk(Scope scope, const int64_t* a) {
                                                                   thread_count(a[7]));
 }
 
+// The scope is that of columns.
+template <class T>
+Status scores(Scope, const int64_t* a) {
+  return column_scores<T>(*active, {address<const T>(a[0]), a[1]}, a[2], a[3], address<double>(a[4]), thread_count(a[5]));
+}
+
 template <class T>
 Status backward(Scope scope, const int64_t* a) {
   LinearBackward<T> call;
@@ -104,7 +110,7 @@ Status backward(Scope scope, const int64_t* a) {
   return linear_backward(*active, call);
 }
 
-// The arguments of both: dtype, scope, then those of the function, `count` of them.
+// The arguments of each: dtype, scope, then those of the function, `count` of them.
 template <class Run32, class Run16>
 PyObject* run(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, Run32 run_f32, Run16 run_bf16) {
   int64_t a[20];
@@ -123,6 +129,10 @@ PyObject* run(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, Run32 r
 
 PyObject* py_topk(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return run(args, given, 8, topk<float>, topk<Bf16>);
+}
+
+PyObject* py_column_scores(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return run(args, given, 6, scores<float>, scores<Bf16>);
 }
 
 PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -295,6 +305,8 @@ PyMethodDef methods[] = {
     {"use_level", py_use_level, METH_O, "use_level(name): serve later calls with that level"},
     {"topk", as_method(py_topk), METH_FASTCALL,
      "topk(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads)"},
+    {"column_scores", as_method(py_column_scores), METH_FASTCALL,
+     "column_scores(dtype, scope, grad, grad_ld, rows, outputs, scores, threads)"},
     {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,
      "linear_backward(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads, inputs, weight, weight_ld, "
      "x, x_ld, grad_input, grad_weight, grad_bias, select, weight_rows_only)"},

@@ -22,6 +22,9 @@ def topk(
     threads: int,
     /,
 ) -> None: ...
+def column_scores(
+    dtype: int, scope: int, grad: int, grad_ld: int, rows: int, outputs: int, scores: int, threads: int, /
+) -> None: ...
 def linear_backward(
     dtype: int,
     scope: int,

@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 
+from torch import distributed as _distributed
+
 from meprop import errors, functional, nn, optim
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
@@ -9,6 +11,9 @@ from meprop.ops import backend_info
 from meprop.rules import CompensatedTopK, RandomK, Rule, TopK
 from meprop.selection import ColumnSelection, RowSelection
 from meprop.simplify import Simplifier
+
+if _distributed.is_available():
+    from meprop import distributed as distributed
 
 __version__ = _version("meprop")
 

@@ -140,7 +140,8 @@ def convert(
         when: "auto": at its first backward pass (an LSTM: forward pass) each layer measures, for the number of rows it
             then gets, whether being sparse is faster than dense on this machine, and stays with the answer; it is
             remembered in the cache folder ($MEPROP_CACHE), so that later runs decide alike. Under torch.compile, where
-            nothing can be measured, a linear layer that has not decided yet is sparse. "always": sparse without asking.
+            nothing can be measured, a linear layer that has not decided yet is sparse. "always": sparse without asking;
+            with `meprop.distributed.SynchronizedTopK` layers always are.
 
     Returns:
         A report; `print` it.
@@ -164,7 +165,7 @@ def convert(
 
     foreign = _owners_of_other_kinds(model)
     for name, layer in named_layers(model):
-        reason = _reason_to_skip(layer, foreign, min_features, sparse_grad)
+        reason = _reason_to_skip(layer, rule, foreign, min_features, sparse_grad)
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
         if reason is not None:
@@ -278,7 +279,9 @@ def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
     }
 
 
-def _reason_to_skip(layer: Layer, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool) -> str | None:
+def _reason_to_skip(
+    layer: Layer, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool
+) -> str | None:
     if type(layer) not in _SPARSE_CLASSES and type(layer) not in _PLAIN_CLASSES:
         kind = "LSTM" if isinstance(layer, torch.nn.LSTM) else "Linear"
         return f"{type(layer).__name__} is a subclass of {kind} with a forward pass of its own"
@@ -293,6 +296,8 @@ def _reason_to_skip(layer: Layer, foreign: dict[torch.Tensor, str], min_features
             return f"it has projections (proj_size={layer.proj_size})"
         if sparse_grad:
             return "sparse_grad: an LSTM chooses anew at each time step"
+        if rule.communicates:
+            return "the rule would have to wait for other processes at each time step"
         if width < min_features:
             return f"narrow: {width} hidden units, min_features={min_features}"
     if width < min_features:

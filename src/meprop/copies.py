@@ -3,7 +3,8 @@
 A copy is made when a product first asks for it, and made anew when its weight has changed since: by load_state_dict, by
 an edit in place or an optimizer, which raise the tensor's version, or by other memory under it. `meprop.optim` writes
 the copy along with the rows that it changes, which keeps it up to date. Modules that share a weight share its copy.
-torch's fused optimizers raise no version: after a step of one, copies of its parameters are made anew.
+torch's fused optimizers raise no version: after a step of one, copies of its parameters are made anew; nor does
+``fully_shard``, when it gathers weights: after a step on its DTensors all copies are.
 
 An edit through ``weight.data`` or a NumPy view raises no version: it is seen only where it concerns one of some hundred
 entries that are looked at each time, as one of most of the weight does. Edit under `torch.no_grad` instead.
@@ -80,6 +81,9 @@ def of(weight: Tensor) -> Tensor:
 def _forget_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups if _copies else []:
         for parameter in group["params"]:
+            if type(parameter) not in (Tensor, torch.nn.Parameter):  # a DTensor, from which layers get other tensors
+                _copies.clear()
+                return
             copy = _find(parameter)
             if copy is None:
                 continue

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from meprop import copies, ops
 from meprop.errors import NotSupportedError
@@ -153,7 +154,8 @@ def linear(
         Output [*, O], bit for bit `torch.nn.functional.linear`'s of the same dtypes.
 
     Raises:
-        NotSupportedError: In the backward pass, with create_graph=True; under torch.compile, with sparse_grad.
+        NotSupportedError: In the backward pass, with create_graph=True; under torch.compile, or in
+            DistributedDataParallel, with sparse_grad; a weight that is a DTensor (tensor parallelism).
         TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
         ValueError: sparse_grad with a rule whose rows keep entries of their own; another compute_dtype.
     """
@@ -188,6 +190,8 @@ def apply_linear(
         raise NotSupportedError(
             "sparse_grad=True: torch.compile has no sparse gradients; use sparse_grad=False with it"
         )
+    if is_sparse and not torch.compiler.is_compiling():
+        _refuse_distributed(weight, sparse_grad)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
     copy = None
@@ -200,6 +204,20 @@ def apply_linear(
     if is_sparse or (needs_gradients and copy is not None):
         return _Linear.apply(x, weight, bias, rule, sparse_grad, decide, copy, autocast, activity)  # pyright: ignore[reportReturnType]  (apply is untyped)
     return _product(x, weight, bias, copy, autocast)
+
+
+def _refuse_distributed(weight: Tensor, sparse_grad: bool) -> None:
+    if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
+        raise NotSupportedError(
+            "the weight is a DTensor, of tensor parallelism, or of fully_shard outside of the module's forward pass; "
+            "sparse back-propagation takes whole weights: keep such a layer torch's own"
+        )
+    if sparse_grad and DistributedDataParallel._get_active_ddp_module() is not None:  # pyright: ignore[reportPrivateUsage]
+        raise NotSupportedError(
+            "sparse_grad=True in DistributedDataParallel, which takes dense gradients only; use sparse_grad=False with "
+            "meprop.distributed.row_sparse_hook, or leave the model unwrapped and call "
+            "meprop.distributed.average_gradients after backward()"
+        )
 
 
 def _refuse_to_count_compiled(activity: Activity | None) -> None:
@@ -320,11 +338,12 @@ def lstm(
         Output [T, B, H] or [N, H], and the last output and cell state of each sequence, [B, H] each.
 
     Raises:
-        NotSupportedError: In the backward pass, with create_graph=True.
+        NotSupportedError: In the backward pass, with create_graph=True; a rule by which several processes choose
+            together.
         TypeError: `rule` is not a Rule, or the weights are not of a floating dtype.
         ValueError: A shape, dtype or device does not fit, or `batch_sizes` is not as said above.
     """
-    check_rule(rule)
+    check_lstm_rule(rule)
     if hx is not None and (not isinstance(hx, tuple) or len(hx) != 2):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("hx is a tuple of two tensors [B, H], the initial output and cell state, or None")
     if x.dim() != (3 if batch_sizes is None else 2):
@@ -388,6 +407,15 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
         raise ValueError(
             f"batch_sizes is {batch_sizes!r}; it is [T], int64, on the CPU, positive, not increasing, with the sum "
             f"{rows}, the rows of x"
+        )
+
+
+def check_lstm_rule(rule: Rule) -> None:
+    """Raises the errors of `lstm` that concern the rule."""
+    check_rule(rule)
+    if rule.communicates:
+        raise NotSupportedError(
+            f"{rule} of an LSTM would have to wait for other processes at each time step; use meprop.TopK for it"
         )
 
 

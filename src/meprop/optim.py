@@ -238,7 +238,8 @@ def _fits_fused(group: dict[str, Any]) -> bool:
         return False
     # torch 2.13's fused SGD leaves most of a half-precision parameter where it is (pytorch issue 191763).
     dtypes = (torch.float32, torch.float64)
-    return all(parameter.is_cpu and parameter.dtype in dtypes for parameter in group["params"])
+    plain = all(type(parameter) in (Tensor, torch.nn.Parameter) for parameter in group["params"])  # and no DTensor
+    return plain and all(parameter.is_cpu and parameter.dtype in dtypes for parameter in group["params"])
 
 
 def _no_steps(parameter: Tensor, group: dict[str, Any]) -> Tensor:

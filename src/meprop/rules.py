@@ -6,7 +6,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,13 @@ Scope = Literal["example", "batch"]
 
 
 class Rule(ABC):
-    """Answers one question for every linear map: which entries of its output gradient are propagated?"""
+    """Answers one question for every linear map: which entries of its output gradient are propagated?
+
+    Attributes:
+        communicates: Whether several processes choose together, so that each has to ask whenever the others do.
+    """
+
+    communicates: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, grad_output_NO: Tensor) -> Selection:
@@ -115,7 +121,7 @@ class TopK(_KeepK):
         ([[1, 3]], [[-3.0, 2.0]])
     """
 
-    def as_topk(self, features: int) -> tuple[int, Scope]:
+    def as_topk(self, features: int) -> tuple[int, Scope] | None:
         """k for `features` output features, and the scope."""
         return self.count(features), self.scope
 

@@ -75,6 +75,23 @@ def test_neither_the_row_before_nor_the_padding_leaks_into_a_row(level):
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width", "k"), SELECTIONS)
+def test_column_scores_are_what_topk_columns_chooses_by(level, poisoned, threads, rows, width, k, dtype):
+    for number, kind in enumerate(GRADIENTS):
+        torch.set_num_threads(1 + 2 * (number % 2))
+        grad = gradient(kind, rows, width, dtype)
+        scores = native.column_scores(grad)
+        torch.testing.assert_close(scores, reference.column_scores(grad), rtol=1e-14, atol=0, equal_nan=True)
+        assert torch.equal(reference.topk_columns(scores[None], k)[1], reference.topk_columns(grad, k)[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_column_scores_of_any_memory_layout(level, poisoned, layout):
+    grad = LAYOUTS[layout](gradient("ties", 9, 61, torch.float32))
+    assert torch.equal(native.column_scores(grad), reference.column_scores(grad))
+
+
 # ---------------------------------------------------------------- products
 
 # (rows N, inputs I, output features O, kept k): empty, single, odd, narrower and wider than a panel, everything kept
@@ -284,6 +301,18 @@ TOPK = dict.fromkeys(["dtype", "scope", "grad"], 0) | {"grad_ld": 8, "rows": 1, 
 TOPK |= {"values": 0, "indices": 0, "threads": 1}
 BACKWARD = TOPK | {"inputs": 4, "weight": 0, "weight_ld": 4, "x": 0, "x_ld": 4}
 BACKWARD |= dict.fromkeys(["grad_input", "grad_weight", "grad_bias", "select", "weight_rows_only"], 0)
+
+
+SCORES = dict.fromkeys(["dtype", "scope", "grad"], 0) | {"grad_ld": 8, "rows": 1, "outputs": 8, "scores": 0}
+SCORES |= {"threads": 1}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rows": -1}, {"outputs": 0}, {"grad_ld": -8}, {"threads": 0}, {"dtype": 7}], ids=str
+)
+def test_impossible_scores_raise_before_memory_is_touched(wrong):
+    with pytest.raises(ValueError, match=r"out of range|unknown dtype or scope"):
+        native._extension.column_scores(*(SCORES | wrong).values())
 
 
 @pytest.mark.parametrize(

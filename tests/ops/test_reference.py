@@ -45,6 +45,8 @@ def test_topk_columns_keeps_the_largest_sums(rows, width, k, kind):
         math.fsum(column) if all(map(math.isfinite, column)) else sum(column) for column in grad.abs().t().tolist()
     ]
     assert indices.tolist() == kept_by_definition(scores, k)
+    expected = torch.tensor(scores, dtype=torch.float64)
+    torch.testing.assert_close(reference.column_scores(grad), expected, rtol=1e-14, atol=0, equal_nan=True)
     torch.testing.assert_close(values, grad[:, indices.long()], rtol=0, atol=0, equal_nan=True)
 
 

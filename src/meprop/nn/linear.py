@@ -97,8 +97,9 @@ SPARSE_STATE = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "act
 
 def sparse_state(rule: Rule, sparse_grad: bool, compute_dtype: torch.dtype | None, when: When) -> dict[str, Any]:
     """What a layer has beside a plain one: the attributes that `meprop.convert` gives it, and revert takes."""
-    # The optimizer of row-sparse gradients counts on their layout, so there is nothing to decide.
-    when = "always" if sparse_grad else when
+    # The optimizer of row-sparse gradients counts on their layout, and processes that choose together on each other, so
+    # there is nothing to decide.
+    when = "always" if sparse_grad or rule.communicates else when
     return dict(zip(SPARSE_STATE, (rule, sparse_grad, compute_dtype, when, None, None), strict=True))
 
 

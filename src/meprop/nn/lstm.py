@@ -89,7 +89,7 @@ class LSTM(torch.nn.LSTM):
 
     Raises:
         TypeError: `rule` is not a Rule.
-        NotSupportedError: `proj_size` is given.
+        NotSupportedError: `proj_size` is given, or a rule by which several processes choose together.
     """
 
     rule: Rule
@@ -100,7 +100,7 @@ class LSTM(torch.nn.LSTM):
     activity: tuple[Activity, ...] | None
 
     def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
-        functional.check_rule(rule)
+        functional.check_lstm_rule(rule)
         super().__init__(*args, **kwargs)
         if self.proj_size > 0:
             raise NotSupportedError(f"proj_size={self.proj_size}: meprop.nn.LSTM has no projections; use torch.nn.LSTM")

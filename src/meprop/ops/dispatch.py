@@ -52,6 +52,11 @@ def topk_columns(grad: Tensor, k: int) -> ColumnSelection:
     return ColumnSelection(values, indices, grad.shape[1])
 
 
+def column_scores(grad: Tensor) -> Tensor:
+    """The sum of |g| of each column of grad [N, O], by which `topk_columns` chooses: [O], float64."""
+    return serve("column_scores", grad)
+
+
 def grad_input(selection: Selection, weight: Tensor) -> Tensor:
     """The selection [N, O] times weight [O, I]: the gradient of a linear map's input, [N, I]."""
     result = _call("grad_input", selection.values, selection.indices, weight)

@@ -103,6 +103,25 @@ def _topk(scope: int, grad: Tensor, k: int, indices_shape: tuple[int, ...]) -> t
     return values, indices
 
 
+def column_scores(grad: Tensor) -> Tensor:
+    """As `reference.column_scores`."""
+    assert _extension is not None
+    grad = _readable(grad, grad.dtype)
+    rows, width = grad.shape
+    scores = torch.empty(width, dtype=torch.float64)
+    _extension.column_scores(
+        _DTYPE_CODES[grad.dtype],
+        _COLUMNS,
+        grad.data_ptr(),
+        grad.stride(0),
+        rows,
+        width,
+        scores.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return scores
+
+
 def grad_input(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """As `reference.grad_input`."""
     result, _ = _of_selection(values, indices, weight.shape[0], weight, None)

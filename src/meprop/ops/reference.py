@@ -28,9 +28,14 @@ def topk_rows(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return grad.gather(1, indices), indices.int()
 
 
+def column_scores(grad: Tensor) -> Tensor:
+    """The sum of |g| of each column over the batch, in float64: what simple unified top-k chooses by."""
+    return grad.abs().double().sum(dim=0)
+
+
 def topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k columns with the largest sum of |g| over the batch, summed in float64: simple unified top-k."""
-    by_score = grad.abs().double().sum(dim=0).sort(descending=True, stable=True).indices
+    by_score = column_scores(grad).sort(descending=True, stable=True).indices
     indices = by_score[:k].sort().values
     return grad[:, indices], indices.int()
 
