@@ -22,6 +22,17 @@ def topk(
     threads: int,
     /,
 ) -> None: ...
+def topk_channels(
+    dtype: int,
+    grad: int,
+    examples: int,
+    channels: int,
+    positions: int,
+    k: int,
+    indices: int,
+    threads: int,
+    /,
+) -> None: ...
 def linear_backward(
     dtype: int,
     scope: int,
