@@ -20,6 +20,7 @@ from meprop.ops.dispatch import (
     topk_linear_backward,
     topk_rows,
 )
+from meprop.ops.reference import memory_format
 
 __all__ = [
     "Gradients",
@@ -32,6 +33,7 @@ __all__ = [
     "linear_backward",
     "lstm_backward",
     "lstm_forward",
+    "memory_format",
     "narrow_agrees",
     "row_sparse_tensor",
     "sgd_rows",

@@ -1,8 +1,9 @@
 """The operations, as literally as the mathematics: any floating dtype, any device. The oracle of every other backend.
 
-Shapes: grad [N, O], weight [O, I], x [N, I]; of a convolution, S being the sizes in space, grad [N, O, *S]. A selection is values [N, k] with indices [N, k] (k entries of each row)
-or with indices [k] (k columns); indices are int32 and ascending. Products are summed in float32, those of float64
-inputs in float64. The paper is meProp (Sun et al., ICML 2017).
+Shapes: grad [N, O], weight [O, I], x [N, I]; of a convolution grad [N, O, *S], with S its sizes in space. A selection
+is values [N, k] with indices [N, k] (k entries of each row) or with indices [k] (k columns); indices are int32 and
+ascending. Products are summed in float32, those of float64 inputs in float64. The paper is meProp (Sun et al., ICML
+2017).
 """
 
 from __future__ import annotations
