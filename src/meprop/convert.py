@@ -247,7 +247,7 @@ def kind_of(layer: Layer) -> str:
     return next(kind.__name__ for kind in _SPARSE_CLASSES if isinstance(layer, kind))
 
 
-def _features(layer: Layer) -> tuple[int, int]:
+def features(layer: Layer) -> tuple[int, int]:
     """Of its input, and those among which a rule chooses."""
     if isinstance(layer, torch.nn.LSTM):
         return layer.input_size, layer.hidden_size
@@ -258,7 +258,7 @@ def _features(layer: Layer) -> tuple[int, int]:
 
 def _describe(name: str, layer: Layer) -> LayerReport:
     kind = _PLAIN_CLASSES.get(type(layer), type(layer)).__name__
-    inputs, width = _features(layer)
+    inputs, width = features(layer)
     if not is_converted(layer):
         reason = vars(layer).get(_REASON, "not converted")
         return LayerReport(name, kind, inputs, width, "dense", None, 1.0, None, reason)
@@ -308,7 +308,7 @@ def _reason_to_skip(
             return f"its weight is of dtype {parameter.dtype}"
         if parameter.dim() >= 2 and parameter in foreign:
             return f"its weight is tied to {foreign[parameter]}"
-    _, width = _features(layer)
+    _, width = features(layer)
     what = "output features"
     if isinstance(layer, torch.nn.LSTM):
         what = "hidden units"

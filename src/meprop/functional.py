@@ -296,13 +296,8 @@ class _Convolution(torch.autograd.Function):
         activity: Activity | None,
     ) -> Tensor:
         """The forward product is formed in `dtype`, if there is one; under autocast the backward ones as well."""
-        ctx.geometry, ctx.rule, ctx.sparse_grad, ctx.decide, ctx.activity = (
-            geometry,
-            rule,
-            sparse_grad,
-            decide,
-            activity,
-        )
+        ctx.geometry, ctx.rule, ctx.sparse_grad = geometry, rule, sparse_grad
+        ctx.decide, ctx.activity = decide, activity
         ctx.shape, ctx.dtypes = x.shape, [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
         operands = (x, weight, bias)
         if dtype is not None:
@@ -341,7 +336,7 @@ def _positions(tensor: Tensor) -> Tensor:
 
 def _channels(selection: ColumnSelection, grad: Tensor) -> Tensor:
     """Kept columns of the positions of grad [N, O, *S] as channels [N, k, *S]."""
-    return selection.values.view(len(grad), *grad.shape[2:], len(selection.indices)).movedim(-1, 1)
+    return selection.values.reshape(len(grad), *grad.shape[2:], len(selection.indices)).movedim(-1, 1)
 
 
 def _pointwise_backward(
@@ -361,12 +356,12 @@ def _pointwise_backward(
         _positions(grad), weight_OI, x_NI, rule, needs[2], row_sparse, activity, positions
     )
     if grad_x is not None:
-        grad_x = grad_x.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        grad_x = grad_x.reshape(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
     if grad_weight is not None and row_sparse:  # a sparse tensor has no view
         indices, rows = grad_weight.indices()[0], grad_weight.values()
-        grad_weight = ops.row_sparse_tensor(indices, rows.view(-1, *weight.shape[1:]), len(weight))
+        grad_weight = ops.row_sparse_tensor(indices, rows.reshape(-1, *weight.shape[1:]), len(weight))
     elif grad_weight is not None:
-        grad_weight = grad_weight.view(weight.shape)
+        grad_weight = grad_weight.reshape(weight.shape)
     return grad_x, grad_weight, grad_bias
 
 

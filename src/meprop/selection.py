@@ -109,7 +109,7 @@ class Activity:
                 nowhere = hit.new_zeros(len(hit), selection.width)
                 hit = nowhere.scatter_(1, indices.long(), hit)
                 indices = torch.arange(selection.width, device=hit.device)
-            hit = hit.view(-1, positions, hit.shape[1]).any(dim=1)
+            hit = hit.reshape(-1, positions, hit.shape[1]).any(dim=1)
         self.examples += len(hit)
         hit = hit.long() if indices.dim() == 2 else hit.sum(dim=0)
         self.hits.index_add_(0, indices.flatten(), hit.flatten())

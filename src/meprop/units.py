@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.utils import rnn
 
 from meprop import nn
-from meprop.convert import Layer, is_converted
+from meprop.convert import Layer, features, is_converted
 
 Layout = tuple[int, ...]
 """The groups that a dimension of a tensor consists of, one after the other: of an LSTM's gates four times the same.
@@ -82,7 +82,7 @@ class Producer:
 def producers(name: str, layer: Layer) -> list[Producer]:
     """The sets of units that a layer of this name makes."""
     if not isinstance(layer, torch.nn.LSTM):
-        return [Producer(name, 0, name, len(layer.weight))]
+        return [Producer(name, 0, name, features(layer)[1])]
     places = [f"l{i}{suffix}" for i in range(layer.num_layers) for suffix in _suffixes(layer)]
     labels = [f"{name}.{place}" for place in places] if len(places) > 1 else [name]
     return [Producer(name, index, label, layer.hidden_size) for index, label in enumerate(labels)]
@@ -227,9 +227,11 @@ class _Value:
     blocks: bool = False
     states: bool = False
 
-    def place(self, dim: int) -> int | None:
-        """A dimension as one argument names it, counted from the last one, if that is known."""
-        return dim if dim < 0 else None if self.rank is None else dim - self.rank
+    def place(self, dim: Any) -> int | None:
+        """A dimension as an argument names it, counted from the last one, if that is known."""
+        if not isinstance(dim, int) or (dim >= 0 and self.rank is None):
+            return None
+        return dim if dim < 0 else dim - (self.rank or 0)
 
 
 _NOTHING = _Value()
@@ -390,7 +392,7 @@ class _Walk(torch.fx.Interpreter):
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target == "flatten":
-            return self._flatten(".flatten()", *args, **kwargs)
+            return self._flatten(".flatten()", args, kwargs)
         return self._apply(f".{target}()", target in _ELEMENTWISE_METHODS, target in _BINARY_METHODS, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -409,10 +411,10 @@ class _Walk(torch.fx.Interpreter):
                 (part.dim, part.place(dim)) for part in parts
             } == {(parts[0].dim, parts[0].dim)}:
                 return replace(parts[0], groups=tuple(group for part in parts for group in part.groups))
-        if target is torch.flatten:
-            return self._flatten("flatten", *args, **kwargs)
+        if target is torch.flatten and args:
+            return self._flatten("'flatten'", args, kwargs)
         if target in _POOLING and args and not kwargs.get("return_indices"):
-            return self._pool(getattr(target, "__name__", str(target)), _POOLING[target], args[0])
+            return self._pool("pooling", _POOLING[target], args[0])
         number = len(args) > 1 and isinstance(args[1], int | float)
         elementwise = target in _ELEMENTWISE_FUNCTIONS or (target in _SCALED and number)
         elementwise = elementwise or target is rnn.pack_padded_sequence or (target is getattr and args[1] == "data")
@@ -446,7 +448,7 @@ class _Walk(torch.fx.Interpreter):
         if kind in _LSTMS and module.proj_size == 0:
             return self._lstm(name, module, x, others)
         if kind is torch.nn.Flatten and not _is_hooked(module):
-            return self._flatten(repr(name), x, module.start_dim, module.end_dim)
+            return self._flatten(repr(name), (x, module.start_dim, module.end_dim), {})
         if kind in _POOLING and not _is_hooked(module) and not getattr(module, "return_indices", False):
             return self._pool(repr(name), _POOLING[kind], x)
         if kind in _ELEMENTWISE_MODULES and not _is_hooked(module):
@@ -498,10 +500,13 @@ class _Walk(torch.fx.Interpreter):
             return self._not_understood(x, f"{name} pools along the dimension of its units")
         return x
 
-    def _flatten(self, name: str, x: _Value, start_dim: int = 0, end_dim: int = -1) -> _Value:
+    def _flatten(self, name: str, args: Any, kwargs: Any) -> _Value:
+        x: _Value = args[0]
+        start, end = (*args[1:], *(0, -1)[len(args) - 1 :])
+        start, end = kwargs.get("start_dim", start), kwargs.get("end_dim", end)
         if x.dim < -1 and x.rank is None:
             return self._not_understood(x, f"{name} flattens it, or another dimension: give example_inputs")
-        if x.dim == -1 or (x.place(start_dim), x.place(end_dim)) != (x.dim, -1):
+        if x.dim == -1 or x.states or (x.place(start), x.place(end)) != (x.dim, -1):
             return self._not_understood(x, f"{name} flattens it otherwise than from the channels on")
         return _Value(x.groups, blocks=True)
 
