@@ -89,7 +89,7 @@ def test_simplify_trains_three_ways_and_leaves_small_models(data, capsys):
     assert [(run["rule"], run["seed"]) for run in content["runs"]] == [
         (rule, seed) for seed in (0, 1) for rule in ("dense", "topk", "simplified")
     ]
-    assert content["config"]["simplify"] == {"threshold": 0.2, "checks": 8, "cycle": 1, "min_units": 1}
+    assert content["config"]["simplify"] == {"threshold": 0.2, "checks": 8, "cycle": 1, "warmup": 0, "min_units": 1}
     for run, model in zip(content["runs"], content["models"], strict=True):
         assert (model["rule"], model["seed"]) == (run["rule"], run["seed"])
         assert model["first_step"] > 0

@@ -16,7 +16,7 @@ from meprop.errors import DataError
 from meprop.experiments import Published, Records
 from meprop.reporting import bench_layers, pages
 from meprop.reporting import reproduce as report
-from meprop.training.loop import EpochRecord, Run, Seconds
+from meprop.training.loop import EpochRecord, Run, Seconds, SimplifyConfig
 from tiny import TinyConfig, TinyTask
 
 TASKS = {"tiny": TinyConfig}
@@ -43,6 +43,10 @@ rule = "dense"
 [variants.random]
 rule = "random"
 k = 0.1
+[variants.simplified]
+rule = "topk"
+k = 7
+simplify.threshold = 0.3
 """
 
 
@@ -59,20 +63,26 @@ def experiment(tmp_path):
 
 def test_an_experiment_says_all_of_its_runs(experiment):
     assert (experiment.name, experiment.title, experiment.seeds) == ("table", "A table", (0, 1))
-    dense, topk, small, _, random = experiment.variants
+    dense, topk, small, _, random, simplified = experiment.variants
     assert dense.task == TinyConfig(dropout=0.1)
     assert dense.training.epochs == 2
     assert dense.published == Published(epochs=3, test=97.5)
-    assert dense.sparse_rule() is None
+    runs = [variant.trainer(TinyTask(variant.task), 3) for variant in experiment.variants]
+    assert [run.name for run in runs] == ["dense", "topk", "dense", "dense", "random", "simplified"]
+    assert {run.seed for run in runs} == {3}
+    assert runs[1].config == topk.training
+    assert simplified.simplify == SimplifyConfig(threshold=0.3)
+    assert (topk.simplify, topk.settings().get("simplify")) == (None, None)
+    assert simplified.settings()["simplify"]["threshold"] == runs[-1].simplifier.threshold == 0.3
     assert topk.task == TinyConfig(dropout=0.1, hidden=(128, 128))
-    assert repr(topk.sparse_rule()) == "TopK(k=5, scope='example')"
-    assert repr(random.sparse_rule()) == "RandomK(k=0.1, scope='example')"
+    assert repr(runs[1].rule) == "TopK(k=5, scope='example')"
+    assert repr(runs[4].rule) == "RandomK(k=0.1, scope='example')"
     assert (topk.against, small.against, random.against) == ("dense", "dense", "dense-2")
 
 
 def test_what_is_compared_is_trained_in_turns(experiment):
     groups = [[variant.name for variant in group] for group in experiment.groups()]
-    assert groups == [["dense", "topk-5", "small"], ["dense-2", "random"]]
+    assert groups == [["dense", "topk-5", "small"], ["dense-2", "random", "simplified"]]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +110,13 @@ def test_what_is_compared_is_trained_in_turns(experiment):
         ("task.hidden = [128, 128]", "task.hidden = [128, 1.5]", r"task hidden is \[128, 1\.5\]; it must be tuple"),
         ('[variants.random]\nrule = "random"\nk = 0.1', "[variants]\nrandom = 3", r"variants is .*; it must be dict"),
         ("task.hidden = [128, 128]", "task.hidden = [1, true]", r"\[variants\.topk-5\] task hidden is \[1, True\]"),
+        ("simplify.threshold", "simplify.level", r"\[variants\.simplified\] simplify level: there is no such key"),
+        ("simplify.threshold = 0.3", "simplify.cycle = 0", r"\[variants\.simplified\] --cycle must be at least 1"),
+        (
+            "task.hidden = [128, 128]\n[variants.small]\n",
+            "[variants.small]\nsimplify = {}\n",
+            r"small\] simplify: what",
+        ),
         ("k = 5", "", r"\[variants\.topk-5\] rule is 'topk'; give its k"),
         ("k = 5", "k = 0", r"\[variants\.topk-5\] k=0 keeps nothing"),
         ('against = "dense"', "k = 5", r"\[variants\.small\] rule is 'dense'; dense has no k"),

@@ -473,20 +473,27 @@ def test_an_lstm_keeps_one_width_the_largest_that_a_layer_needs():
         assert each[alive].min() >= each[dead].max()
 
 
-def test_cycles_that_prune_alternate_with_cycles_that_only_train():
+@pytest.mark.parametrize("warmup", [0, 4, 5])
+def test_cycles_that_prune_alternate_with_cycles_that_only_train(warmup):
     model, _ = make(CASES["stack"])
-    simplifier = meprop.Simplifier(model, 0.5, check_every=2, cycle=4)
+    simplifier = meprop.Simplifier(model, 0.5, check_every=2, cycle=4, warmup=warmup)
     for _ in range(12):
         for layer in (model[0], model[3]):
             layer.activity.hits.fill_(10)
             layer.activity.hits[0] = 4  # a unit to remove, at each check
             layer.activity.examples = 10
         simplifier.step()
-    assert [(check.step, check.prunes) for check in simplifier.history] == [
-        *((2, True), (4, True), (6, False), (8, False), (10, True), (12, True))
-    ]
-    assert [check.widths["0"] - WIDTH for check in simplifier.history] == [-1, -2, -2, -2, -3, -4]
-    assert alive_units(simplifier)["3"].tolist() == list(range(4, 30))
+    prunes = {
+        0: [True, True, False, False, True, True],
+        4: [False, False, True, True, False, False],
+        5: [False, False, True, True, False, False],  # its cycle is steps 6 to 9
+    }[warmup]
+    assert [(check.step, check.prunes) for check in simplifier.history] == list(
+        zip(range(2, 13, 2), prunes, strict=True)
+    )
+    removed = [sum(prunes[: number + 1]) for number in range(6)]
+    assert [WIDTH - check.widths["0"] for check in simplifier.history] == removed
+    assert alive_units(simplifier)["3"].tolist() == list(range(removed[-1], 30))
 
 
 def test_the_counts_begin_again_at_each_check():
@@ -752,6 +759,7 @@ def test_batch_norm_of_three_dimensions_is_not_pruned():
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"check_every": 0}, "check_every=0; it must be at least 1"),
         ({"cycle": 0}, "cycle=0"),
+        ({"warmup": -1}, "warmup=-1; it must be at least 0"),
         ({"min_units": 0}, "min_units=0"),
     ],
 )

@@ -351,7 +351,7 @@ class Reproduce(Generic[Names]):
             path, task = records.checkpoint(variant, seed), load(variant.task)
             settings = {**variant.settings(), "seed": seed, "data": records.data[variant.name]}
             beside = [other.name for other in variants if other is not variant]
-            trainer = Trainer(task, variant.training, variant.sparse_rule(), seed)
+            trainer = variant.trainer(task, seed)
             if path.exists():
                 try:
                     earlier = checkpoint.resume(path, trainer, settings, type(variant.task))["beside"]
@@ -360,7 +360,7 @@ class Reproduce(Generic[Names]):
                 except (ValueError, DataError):
                     if not self.overwrite:
                         raise
-                    trainer = Trainer(task, variant.training, variant.sparse_rule(), seed)  # the other may be half read
+                    trainer = variant.trainer(task, seed)  # the other may be half read
             saved.append(_Saved(trainer, path, settings, beside))
         trainers = [each.trainer for each in saved]
         try:

@@ -21,6 +21,11 @@ An experiment compares variants of one training: each is run with each seed. Its
     k = 20
     task.hidden = [500, 500]            # settings of this variant alone, as are training.scope and the like
     published = { test = 98.01, backprop = 21.4 }
+
+    [variants.simplified]   # meSimp: the network shrinks while it trains
+    rule = "topk"
+    k = 20
+    simplify.threshold = 0.1            # fields of SimplifyConfig
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from meprop.errors import DataError
 from meprop.training import tracking
-from meprop.training.loop import RuleName, Run, SparseRule, Task, TrainingConfig
+from meprop.training.loop import RuleName, Run, SimplifyConfig, Task, Trainer, TrainingConfig
 from meprop.training.tracking import Result
 
 if sys.version_info >= (3, 11):
@@ -66,6 +71,8 @@ class Published:
     """Dense / sparse time of the hidden layers' back-propagation."""
     overall: float | None = None
     """Dense / sparse time of forward pass and back-propagation."""
+    width: float | None = None
+    """Units of a hidden layer at the end, on average."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,18 @@ class Variant:
     against: str | None
     """The variant that it is compared with, and trained in turns with."""
     published: Published
+    simplify: SimplifyConfig | None = None
+    """None: the network keeps its widths."""
 
-    def sparse_rule(self) -> SparseRule | None:
-        """Return the rule to train with, None if dense."""
-        return None if self.rule == "dense" else self.training.rule(self.rule)
+    def trainer(self, task: Task, seed: int) -> Trainer:
+        """Return a run of it; `task` is that of its config."""
+        rule = None if self.rule == "dense" else self.training.rule(self.rule)
+        return Trainer(task, self.training, rule, seed, self.simplify)
 
     def settings(self) -> dict[str, Any]:
         """Return all that the outcome depends on beside seed and data, as plain data by option name."""
-        return tracking.settings(self.task, self.training, self.rule)
+        simplify = {} if self.simplify is None else {"simplify": tracking.plain(self.simplify)}
+        return {**tracking.settings(self.task, self.training, self.rule), **simplify}
 
 
 @dataclass(frozen=True)
@@ -197,11 +208,14 @@ def _variant(
         "task": dict[str, Any],
         "training": dict[str, Any],
         "published": dict[str, Any],
+        "simplify": dict[str, Any],
     }
     found = _checked(table, allowed, where, required=("rule",))
     dense = found["rule"] == "dense"
     if ("k" in found) == dense:
         raise ValueError(f"{where}rule is {found['rule']!r}; " + ("dense has no k" if dense else "give its k"))
+    if dense and "simplify" in found:
+        raise ValueError(f"{where}simplify: what is not selected shows what to remove; dense selects nothing")
     against = found.get("against")
     if against is None and not dense:
         against = next((variant.name for variant in reversed(above) if variant.rule == "dense"), None)
@@ -210,12 +224,14 @@ def _variant(
     training = {**training, **_checked(found.get("training", {}), _training_hints(), f"{where}training ")}
     settings = {**task_settings, **_checked(found.get("task", {}), _task_hints(config), f"{where}task ")}
     published = _checked(found.get("published", {}), _hints(Published), f"{where}published ")
+    simplify = _checked(found.get("simplify", {}), _hints(SimplifyConfig), f"{where}simplify ")
     try:
         k = {} if dense else {"k": found["k"]}
         task, shared = config(**settings), TrainingConfig(**training, **k)
+        simplified = SimplifyConfig(**simplify) if "simplify" in found else None
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
-    return Variant(name, found["rule"], task, shared, against, Published(**published))
+    return Variant(name, found["rule"], task, shared, against, Published(**published), simplified)
 
 
 def _hints(config: type[Any], but: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Simplifier:
     Each converted layer counts in how many examples (LSTMs: time steps of examples) a unit has a selected entry that is
     not zero; of a convolution's channel, at any position. Every `check_every` steps a unit of which that share is below
     `threshold` is removed for good, and the counts begin again. Cycles that prune alternate with cycles that only
-    train; the first one prunes.
+    train; the first one, after `warmup` steps, prunes.
 
     What is removed: the rows that make the unit, in all four gates of an LSTM, and in all layers that read it the
     columns; from parameters, gradients and the optimizer's state, in place. What is left computes what it would if the
@@ -109,6 +109,8 @@ class Simplifier:
         optimizer: That of the model, whose state is cut too; None only if it has none.
         check_every: Steps between checks.
         cycle: Steps of a cycle.
+        warmup: Steps before the first cycle, in which nothing is removed: what the units of a model do that has learned
+            nothing yet says little of what they will do.
         min_units: Units that a layer keeps at least, the most active ones.
         example_inputs: Arguments for the model. It is run with them once, in evaluation mode, to see how many
             dimensions tensors have; without, units that `torch.nn.BatchNorm1d` reads are not pruned, nor channels that
@@ -151,17 +153,19 @@ class Simplifier:
         optimizer: torch.optim.Optimizer | None = None,
         check_every: int = 500,
         cycle: int = 20_000,
+        warmup: int = 0,
         min_units: int = 1,
         example_inputs: Sequence[Any] | None = None,
     ) -> None:
         check_model(model, "simplify the module inside, unwrapped")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}; it is a share of the examples, from 0 to 1")
-        for name, value in {"check_every": check_every, "cycle": cycle, "min_units": min_units}.items():
+        least = {"check_every": 1, "cycle": 1, "warmup": 0, "min_units": 1}
+        for (name, bound), value in zip(least.items(), (check_every, cycle, warmup, min_units), strict=True):
             if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; it is an int")
-            if value < 1:
-                raise ValueError(f"{name}={value}; it must be at least 1")
+            if value < bound:
+                raise ValueError(f"{name}={value}; it must be at least {bound}")
         if isinstance(example_inputs, Tensor):
             raise TypeError("example_inputs is a tensor; it is a tuple of the model's arguments: (tensor,)")
         if optimizer is not None:
@@ -172,7 +176,7 @@ class Simplifier:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise NotSupportedError("several processes would count, and prune, differently; simplify in one")
         self.model, self.threshold, self.optimizer = model, threshold, optimizer
-        self.check_every, self.cycle, self.min_units = check_every, cycle, min_units
+        self.check_every, self.cycle, self.warmup, self.min_units = check_every, cycle, warmup, min_units
         self.steps = 0
         self.history: list[Check] = []
         self._units = units.find(model, example_inputs)
@@ -202,7 +206,7 @@ class Simplifier:
         shares = {
             label: activity.hits.cpu().double() / activity.examples for label, activity in self._activities.items()
         }
-        prunes = (self.steps - 1) // self.cycle % 2 == 0
+        prunes = self.steps > self.warmup and (self.steps - self.warmup - 1) // self.cycle % 2 == 0
         self._cut(kept := self._choose(shares) if prunes else {})
         for label, activity in self._activities.items():
             alive, share = self._alive_of(label), shares[label]

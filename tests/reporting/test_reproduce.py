@@ -88,6 +88,20 @@ def test_scores_are_those_of_the_epoch_that_dev_selects_beside_those_of_the_last
     assert dense["test, last epoch"] == "85.00 ± 19.80"  # of 99 and 71
 
 
+def test_a_simplified_run_is_judged_with_its_last_widths(experiment, filled):
+    of_seed = run(0, [(96, 92), (94, 91), (95, 90)], 2.0)
+    for epoch, width in zip(of_seed.curve, (500, 60, 60), strict=True):
+        epoch["widths"] = {"0": width, "3": width + 40}
+    filled.write(experiment.variant("random-5"), of_seed, TinyTask(), [])
+    shown = cells(experiment, filled)
+    assert (shown["random-5"]["dev"], shown["random-5"]["test"], shown["random-5"]["width"]) == (
+        "95.00",
+        "90.00",
+        "80.0",
+    )
+    assert shown["dense"]["width"] == ""
+
+
 def test_differences_are_paired_by_seed(experiment, filled):
     shown = cells(experiment, filled)
     assert shown["topk-5"]["to dense"] == "+0.75 ± 0.35"  # 92 - 91 and 93.5 - 93

@@ -147,6 +147,7 @@ def test_settings_are_checked(settings, message):
         ({"threshold": 1.1}, "--threshold must be from 0 to 1, got 1.1"),
         ({"checks": 0}, "--checks must be at least 1"),
         ({"cycle": 0}, "--cycle"),
+        ({"warmup": -1}, "--warmup must be at least 0"),
         ({"min_units": 0}, "--min-units must be at least 1, got 0"),
     ],
 )
@@ -156,11 +157,11 @@ def test_settings_of_simplifying_are_checked(settings, message):
 
 
 def test_a_simplified_run_shrinks_in_its_cycles_and_learns(task):
-    trainer = Trainer(task, CONFIG, CONFIG.rule(), 7, SimplifyConfig(checks=4, cycle=1))
+    trainer = Trainer(task, CONFIG, CONFIG.rule(), 7, SimplifyConfig(checks=4, cycle=1, warmup=1))
     (run,) = fit([trainer], ignore)
     assert run.rule == trainer.name == "simplified"
     assert [check["step"] for check in run.checks] == list(range(2, 26, 2))  # 8 steps in an epoch
-    assert [check["prunes"] for check in run.checks] == [True] * 4 + [False] * 4 + [True] * 4
+    assert [check["prunes"] for check in run.checks] == [False] * 4 + [True] * 4 + [False] * 4
     widths = [check["widths"]["0"] for check in run.checks]
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] < 128

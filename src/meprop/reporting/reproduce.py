@@ -142,9 +142,16 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
     return "" if value is None else f"{value:.{digits}f}{unit}"
 
 
+def _width(row: _Row) -> str:
+    """Of the last epoch, the mean over the layers that were simplified."""
+    widths = [result.runs[0].curve[-1].get("widths") for result in row.results.values()]
+    return spread([mean(each.values()) for each in widths if each], 1) if any(widths) else ""
+
+
 _DIFFERENCE = "to dense"
 _OURS: dict[str, Callable[[_Row], str]] = {
     "kept": lambda row: f"{mean(result.runs[0].density for result in row.results.values()):.1%}",
+    "width": _width,
     "seeds": lambda row: str(len(row.results)),
     "epoch": lambda row: f"{mean(map(_epoch, row.results.values())):.1f}",
     "dev": _spread(_dev),
@@ -156,6 +163,7 @@ _OURS: dict[str, Callable[[_Row], str]] = {
     "whole step, s": _seconds("step"),
 }
 _PAPERS: dict[str, Callable[[_Row], str]] = {
+    "width": lambda row: _number(row.variant.published.width, 0),
     "epoch": lambda row: _number(row.variant.published.epochs, 0),
     "dev": lambda row: _number(row.variant.published.dev, 2),
     "test": lambda row: _number(row.variant.published.test, 2),

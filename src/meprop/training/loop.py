@@ -143,15 +143,17 @@ class SimplifyConfig:
     """How often an epoch to look for units to remove."""
     cycle: int = 5
     """Epochs in a cycle; one that removes units and one that only trains take turns."""
+    warmup: int = 0
+    """Epochs before the first cycle, in which nothing is removed."""
     min_units: int = 1
     """Keep at least so many units of each layer."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
-        for name in ("checks", "cycle", "min_units"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name, least in {"checks": 1, "cycle": 1, "warmup": 0, "min_units": 1}.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
     def simplifier(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> meprop.Simplifier:
         """Return one with these settings."""
@@ -161,6 +163,7 @@ class SimplifyConfig:
             optimizer=optimizer,
             check_every=max(1, steps_per_epoch // self.checks),
             cycle=self.cycle * steps_per_epoch,
+            warmup=self.warmup * steps_per_epoch,
             min_units=self.min_units,
         )
 
@@ -190,6 +193,8 @@ class EpochRecord:
     test: dict[str, float]
     seconds: float
     """Seconds of training steps so far."""
+    widths: dict[str, int] = field(default_factory=dict[str, int])
+    """Units of each set of the model, if it is simplified."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +220,12 @@ class Run:
     """`meprop.simplify.Check` of each check, with the widths; empty if not simplified."""
 
     def selected(self, metric: str) -> EpochRecord:
-        """Return the epoch with the best dev score, the first of equals: what the paper reports."""
-        return EpochRecord(**max(self.curve, key=lambda record: record["dev"][metric]))
+        """Return the epoch with the best dev score, the first of equals: what the paper reports.
+
+        Of a simplified run, among those in which the model had its last widths: an earlier one is not what it became.
+        """
+        records = [EpochRecord(**record) for record in self.curve]
+        return max((each for each in records if each.widths == records[-1].widths), key=lambda each: each.dev[metric])
 
 
 class Trainer:
@@ -356,7 +365,8 @@ class Trainer:
             for metric, value in metrics.items():
                 if not isfinite(value):
                     raise DivergedError(self, f"{split} {metric} became {value} in epoch {self.epoch + 1}")
-        self.curve.append(EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step))
+        widths = {} if self.simplifier is None else self.simplifier.widths
+        self.curve.append(EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths))
         self.step, self.loss_sum, self._batches = 0, 0.0, None
         self._epoch_order = self._order.get_state()
 
