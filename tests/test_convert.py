@@ -331,3 +331,49 @@ def test_lstms_that_stay_dense_say_why():
     report = convert(mixed, meprop.TopK(0.05, scope="batch"), sparse_grad=True)
     assert statuses(report) == {"0": "dense", "1": "sparse"}
     assert "each time step" in reasons(report)["0"]
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, padding="same"), nn.ReLU(), nn.Conv2d(64, 128, 1), nn.Conv2d(128, 63, 3)),
+        *(nn.Conv2d(63, 126, 3, groups=3), nn.Flatten(2), nn.Conv1d(126, 200, 5, padding_mode="circular", padding=2)),
+    )
+
+
+def test_convolutions_are_converted_and_reverted_in_place():
+    model, untouched = convolutions(), convolutions()
+    parameters, x = list(model.parameters()), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        output = model(x)
+    report = convert(model, meprop.TopK(5, scope="batch"))
+    assert statuses(report) == {"0": "sparse", "2": "sparse", "3": "dense", "4": "dense", "6": "sparse"}
+    first = report.layers[0]
+    assert (first.kind, first.in_features, first.out_features, first.k) == ("Conv2d", 3, 64, 5)
+    assert reasons(report)["3"] == "narrow: 63 output channels, less than half of min_features=128"
+    assert "groups=3" in reasons(meprop.report(model))["4"]
+    assert torch.equal(model(x), output)
+    model(x).square().sum().backward()
+    assert [int((model[i].weight.grad.flatten(1) != 0).any(1).sum()) for i in (0, 2, 3, 6)] == [5, 5, 63, 5]
+    meprop.revert(model)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    for module, plain in zip(model.modules(), untouched.modules(), strict=True):
+        assert type(module) is type(plain)
+        assert vars(module).keys() == vars(plain).keys()
+
+
+def test_a_choice_at_each_position_leaves_wide_kernels_dense():
+    report = convert(convolutions())
+    assert statuses(report) == {"0": "dense", "2": "sparse", "3": "dense", "4": "dense", "6": "dense"}
+    assert "each position" in reasons(report)["0"]
+    assert "scope='batch'" in reasons(report)["6"]
+
+
+def test_convolutions_take_sparse_grad_and_compute_dtype():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 1))
+    convert(model, meprop.TopK(5, scope="batch"), sparse_grad=True, compute_dtype=torch.bfloat16)
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    for layer in model:
+        assert layer.compute_dtype == torch.bfloat16
+        assert layer.weight.grad.is_sparse
+        assert layer.weight.grad._values().shape == (5, *layer.weight.shape[1:])

@@ -68,31 +68,60 @@ class LastState(nn.Module):
         return self.head(h[-1])
 
 
+class ConvResidual(nn.Module):
+    """Two convolutions added, and a third one; pooled, concatenated, flattened, and read by a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, WIDTH, 3, padding=1), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.third, self.norm = nn.Conv2d(WIDTH, 30, 2, bias=False), nn.BatchNorm2d(30)
+        self.head = nn.Linear((WIDTH + 30) * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout2d(F.max_pool2d(self.first(x).relu(), 2), 0.0)
+        h = h + self.second(h)
+        deep = F.adaptive_avg_pool2d(self.norm(self.third(h)), 2)
+        return self.head(torch.flatten(torch.cat([F.avg_pool2d(h, 2), deep], dim=1), 1))
+
+
+Places = list[tuple[str, int, list[int], int]]
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model, and for each set of units where they are: tensor, dimension, and the places of the first unit."""
+    """A model, and for each set of units where they are.
+
+    That is: tensor, dimension, the places of the first unit's first entry, and how many adjacent entries each unit has.
+    """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    places: dict[str, list[tuple[str, int, list[int]]]]
+    places: dict[str, Places]
+    rule: meprop.Rule = RULE
+    # Batch normalisation takes the bias before it out again: Adam would blow up what rounding leaves of its gradient.
+    optimizer: str = "adam"
 
 
-def rows(*tensors: str) -> list[tuple[str, int, list[int]]]:
-    return [(tensor, 0, [0]) for tensor in tensors]
+def rows(*tensors: str) -> Places:
+    return [(tensor, 0, [0], 1) for tensor in tensors]
 
 
-def of_linear(name: str) -> list[tuple[str, int, list[int]]]:
+def of_linear(name: str) -> Places:
     return rows(f"{name}.weight", f"{name}.bias")
 
 
-def of_lstm(place: str) -> list[tuple[str, int, list[int]]]:
+def of_norm(name: str) -> Places:
+    return [*of_linear(name), *rows(f"{name}.running_mean", f"{name}.running_var")]
+
+
+def of_lstm(place: str) -> Places:
     gates = [gate * WIDTH for gate in range(4)]
     tensors = [f"lstm.{tensor}_{place}" for tensor in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    return [*((tensor, 0, gates) for tensor in tensors), (f"lstm.weight_hh_{place}", 1, [0])]
+    return [*((tensor, 0, gates, 1) for tensor in tensors), (f"lstm.weight_hh_{place}", 1, [0], 1)]
 
 
-def reads(tensor: str, start: int = 0) -> tuple[str, int, list[int]]:
-    return (tensor, 1, [start])
+def reads(tensor: str, start: int = 0, positions: int = 1) -> tuple[str, int, list[int], int]:
+    return (tensor, 1, [start], positions)
 
 
 CASES = {
@@ -108,11 +137,47 @@ CASES = {
         lambda: nn.Sequential(nn.Linear(6, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)),
         (8, 6),
         {
-            "0": [
-                *(*of_linear("0"), *of_linear("1"), *rows("1.running_mean", "1.running_var")),
-                reads("3.weight"),
-            ]
+            "0": [*of_linear("0"), *of_norm("1"), reads("3.weight")],
         },
+        optimizer="momentum",
+    ),
+    "convolutions": Case(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, WIDTH, 3, stride=2), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.Dropout2d(0.0)),
+            *(nn.Conv2d(WIDTH, 30, (2, 1)), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(30 * 4, 3)),
+        ),
+        (8, 3, 11, 9),
+        {
+            "0": [*of_linear("0"), *of_norm("1"), reads("4.weight")],
+            "4": [*of_linear("4"), reads("8.weight", positions=4)],
+        },
+        meprop.TopK(5, scope="batch"),
+        "momentum",
+    ),
+    "convolutions in one dimension": Case(
+        lambda: nn.Sequential(
+            *(nn.Conv1d(3, WIDTH, 3), nn.BatchNorm1d(WIDTH), nn.GELU(), nn.AvgPool1d(2)),
+            *(nn.Conv1d(WIDTH, WIDTH, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(1), nn.Linear(WIDTH, 3)),
+        ),
+        (8, 3, 14),
+        {
+            "0": [*of_linear("0"), *of_norm("1"), reads("4.weight")],
+            "4": [*of_linear("4"), reads("7.weight")],
+        },
+        meprop.TopK(5, scope="batch"),
+        "momentum",
+    ),
+    "convolutions in a sum": Case(
+        ConvResidual,
+        (8, 3, 8, 8),
+        {
+            "first": [
+                *(*of_linear("first"), *of_linear("second"), reads("second.weight"), reads("third.weight")),
+                reads("head.weight", positions=4),
+            ],
+            "third": [*rows("third.weight"), *of_norm("norm"), reads("head.weight", WIDTH * 4, positions=4)],
+        },
+        meprop.TopK(5, scope="batch"),
     ),
     "residual": Case(
         Residual,
@@ -168,11 +233,11 @@ OPTIMIZERS = {
 
 
 def make(
-    case: Case, dtype: torch.dtype = torch.float64, rule: meprop.Rule = RULE, **options
+    case: Case, dtype: torch.dtype = torch.float64, rule: meprop.Rule | None = None, **options
 ) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = case.make().to(dtype)
-    meprop.convert(model, rule, min_features=10, when="always", **options)
+    meprop.convert(model, rule or case.rule, min_features=10, when="always", **options)
     return model, torch.randn(case.shape, dtype=dtype)
 
 
@@ -193,13 +258,14 @@ def mask(model: nn.Module, case: Case, alive: dict[str, Tensor]) -> None:
     """Nobody reads what is not alive."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for label, places in case.places.items():
-        for tensor, dim, (start, *_) in places:
+        for tensor, dim, (start, *_), positions in places:
             if dim == 1:
                 width = len(tensors[case.places[label][0][0]]) // len(case.places[label][0][2])
                 dead = torch.ones(width, dtype=torch.bool)
                 dead[alive[label]] = False
                 with torch.no_grad():
-                    tensors[tensor][:, start : start + width][:, dead] = 0
+                    read = tensors[tensor][:, start : start + width * positions]
+                    read[:, dead.repeat_interleave(positions)] = 0
 
 
 def keep(name: str, whole: Tensor, case: Case, alive: dict[str, Tensor], widths: dict[str, int]) -> Tensor:
@@ -207,11 +273,11 @@ def keep(name: str, whole: Tensor, case: Case, alive: dict[str, Tensor], widths:
     for dim in range(whole.dim()):
         stays = torch.ones(whole.shape[dim], dtype=torch.bool)
         for label, places in case.places.items():
-            for tensor, its_dim, starts in places:
+            for tensor, its_dim, starts, positions in places:
                 if (tensor, its_dim) == (name, dim):
+                    lives = torch.zeros(widths[label], dtype=torch.bool).index_fill_(0, alive[label], True)
                     for start in starts:
-                        stays[start : start + widths[label]] = False
-                        stays[start + alive[label]] = True
+                        stays[start : start + len(lives) * positions] = lives.repeat_interleave(positions)
         whole = whole.to_dense().index_select(dim, stays.nonzero().flatten())
     return whole
 
@@ -273,8 +339,7 @@ def check_cut(case: Case, dtype: torch.dtype, optimizer_of, threshold: float = 0
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_what_is_left_is_the_masked_model_and_trains_on_alike(case, dtype):
-    # Batch normalisation takes the bias before it out again: Adam would blow up what rounding leaves of its gradient.
-    check_cut(case, dtype, OPTIMIZERS["momentum" if case is CASES["batch norm"] else "adam"])
+    check_cut(case, dtype, OPTIMIZERS[case.optimizer])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -353,6 +418,44 @@ def test_a_residual_sum_keeps_what_any_of_its_layers_keeps():
     assert active.sum(dim=1).max() < active.any(dim=0).sum() < WIDTH  # or the test would say nothing
     for alive in alive_units(simplifier).values():
         assert torch.equal(alive, active.any(dim=0).nonzero().flatten())
+
+
+@pytest.mark.parametrize(
+    ("flatten", "understood"),
+    [
+        (lambda x: x.flatten(1), True),
+        (lambda x: torch.flatten(x, start_dim=-3), True),
+        (lambda x: x.flatten(1, end_dim=3), True),
+        (lambda x: torch.flatten(input=x, start_dim=1), False),
+        (lambda x: x.flatten(2).flatten(1), False),
+        (lambda x: x.flatten(-2), False),
+    ],
+)
+def test_channels_are_flattened_to_blocks_of_columns_or_not_at_all(flatten, understood):
+    model = Calls(lambda m, x: m.head(flatten(m.conv(x))), conv=nn.Conv2d(3, WIDTH, 3))
+    del model.a, model.b
+    model.head = nn.Linear(WIDTH * 4 if understood else 4, 3)
+    meprop.convert(model, meprop.TopK(5, scope="batch"), min_features=10, when="always")
+    x = torch.randn(2, 3, 4, 4)
+    if not understood:
+        model.head = nn.LazyLinear(3)
+        model(x)
+    (reason,) = (layer.reason for layer in quietly(model, example_inputs=(x,)).report().layers if layer.name == "conv")
+    assert (reason is None) == understood
+    assert understood or "flatten" in reason
+
+
+def test_a_channel_is_kept_for_any_of_its_positions():
+    """A share of the examples, however few of an example's positions are not zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 3))
+    meprop.convert(model, meprop.TopK(5, scope="batch"), min_features=10, when="always")
+    x = torch.randn(6, 3, 20, 20)
+    simplifier = meprop.Simplifier(model, 0.9, check_every=1, example_inputs=(x,))
+    model(x).square().sum().backward()
+    assert model[0].activity.examples == 6
+    simplifier.step()
+    assert simplifier.widths["0"] == 5
 
 
 def test_an_lstm_keeps_one_width_the_largest_that_a_layer_needs():
@@ -515,6 +618,13 @@ REFUSALS = {
     "initial states": (lambda m, x: m.head(m.lstm(x, (m.a(x[:1]), m.a(x[:1])))[0]), "lstm", "initial states"),
     "a batch norm of unknown rank": (lambda m, x: m.head(m.batch(m.a(x))), "a", "give example_inputs"),
     "lstm in a sum": (lambda m, x: m.head(m.lstm(x)[0] + m.a(x)), "lstm", "units of an LSTM with others"),
+    "flattened, of unknown rank": (lambda m, x: m.head(m.conv(x).flatten(1)), "conv", "give example_inputs"),
+    "concatenated, of unknown rank": (lambda m, x: torch.cat([m.conv(x)] * 2, 1), "conv", "'cat' reads it"),
+    "read along its positions": (lambda m, x: m.head(m.conv(x)), "conv", "'head' reads it along another dimension"),
+    "pooled over units": (lambda m, x: m.head(F.max_pool1d(m.a(x), 2)), "a", "pools along the dimension of its units"),
+    "a convolution of units": (lambda m, x: m.head(m.conv(m.a(x))), "a", "'conv' reads it along another dimension"),
+    "read in groups": (lambda m, x: m.grouped(m.conv(x)).sum(), "conv", "'grouped' is a convolution in groups"),
+    "sum of channels and features": (lambda m, x: m.head(m.conv(x) + m.a(x)), "a", "'add' reads it"),
     "all last states": (lambda m, x: m.head(m.lstm(x)[1][0]), "lstm", "all of an LSTM's last states"),
 }
 
@@ -527,12 +637,15 @@ def test_what_is_not_understood_is_not_pruned_and_says_why(forward, name, reason
         "attention": nn.MultiheadAttention(WIDTH, 2),
         "gru": nn.GRU(WIDTH, WIDTH),
         "lstm": nn.LSTM(6, WIDTH),
+        "conv": nn.Conv1d(6, WIDTH, 3),
+        "grouped": nn.Conv1d(WIDTH, WIDTH, 3, groups=2),
     }
     called = forward.__code__.co_names
     model = Calls(forward, **{each: module for each, module in modules.items() if each in called})
     for each in {"a", "b", "head"} - {*called, name}:
         delattr(model, each)
-    meprop.convert(model, RULE, min_features=10, when="always")
+    rule = meprop.TopK(5, scope="batch") if "conv" in called else RULE
+    meprop.convert(model, rule, min_features=10, when="always")
     report = quietly(model).report()
     (layer,) = (layer for layer in report.layers if layer.name == name)
     assert layer.reason is not None

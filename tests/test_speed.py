@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import meprop
 from meprop import speed
+from meprop.functional import Geometry
+from meprop.nn.conv import ConvShape
 from meprop.nn.lstm import LstmShape
 
 RULE = meprop.TopK(5)
@@ -304,3 +306,46 @@ def test_a_real_measurement_of_an_lstm_leaves_everything_as_it_was():
     assert 0 < dense < 1e6
     assert 0 < sparse < 1e6
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("microseconds", "sparse"), [((100.0, 10.0), True), ((10.0, 9.9), False)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_convolution_decides_at_its_first_backward_pass(measured, microseconds, sparse, channels_last):
+    measured.microseconds = microseconds
+    layer, plain = (torch.nn.Conv2d(3, 100, 3, stride=2, padding=1, padding_mode="circular") for _ in range(2))
+    plain.load_state_dict(layer.state_dict())
+    assert "first backward pass" in meprop.convert(layer, meprop.TopK(5, scope="batch")).layers[0].reason
+    x = torch.randn(4, 3, 9, 10)
+    if channels_last:
+        layer, plain, x = (each.to(memory_format=torch.channels_last) for each in (layer, plain, x))
+    with torch.no_grad():
+        layer(x)
+    assert not measured.shapes
+    for _ in range(2):
+        for module in (layer, plain):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        assert (layer.weight.grad.flatten(1) != 0).any(1).sum() == (5 if sparse else 100)
+        if not sparse:
+            torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+    geometry, padded = Geometry((2, 2), (0, 0), (1, 1)), torch.Size((4, 3, 11, 12))
+    needs = (False, True, True)
+    assert measured.shapes == [ConvShape(padded, 100, (3, 3), geometry, 25, channels_last, torch.float32, "cpu", needs)]
+    assert meprop.report(layer).layers[0].status == ("sparse" if sparse else "dense")
+    if not sparse:  # from now on it is torch's own pass
+        assert type(layer(x).grad_fn).__name__ == type(plain(x).grad_fn).__name__
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_real_measurement_of_a_convolution_leaves_everything_as_it_was(dims):
+    geometry = Geometry((1,) * dims, (1,) * dims, (1,) * dims)
+    needs = (False, True, False)
+    shape = ConvShape(
+        torch.Size((2, 3, *[6] * dims)), 70, (3,) * dims, geometry, 6**dims, dims == 2, torch.float32, "cpu", needs
+    )
+    state = torch.get_rng_state()
+    dense, sparse = speed.measure(meprop.TopK(5, scope="batch"), shape)
+    assert 0 < dense < 1e6
+    assert 0 < sparse < 1e6
+    assert torch.equal(state, torch.get_rng_state())
+    assert "to 70 w" in str(shape)

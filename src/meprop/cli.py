@@ -491,6 +491,46 @@ class BenchLstm:
 
 
 @dataclass(frozen=True)
+class BenchConv:
+    """Time the backward pass of a convolution, sparse against torch's own in float32 and bfloat16."""
+
+    out: Path = Path("runs/bench-conv")
+    """Folder for result.json."""
+    cases: tuple[str, ...] = ("*",)
+    """Patterns of the default cases, such as '*-last', or names of others, such as
+    batch-conv2d-32x128x256-size28-kernel3-k26."""
+    seconds: float = 3.0
+    """To spend on the timing of each case; a slow one takes longer, for 9 rounds."""
+    threads: int = 0
+    """Threads of dense and sparse alike; 0 for torch's own choice."""
+    page: Path | None = None
+    """Replace the section of this Markdown file by the results."""
+    overwrite: bool = False
+    """Replace an earlier experiment in --out."""
+
+    def run(self) -> None:
+        """Check and time the cases, and write and show the result."""
+        from meprop.bench import conv
+        from meprop.reporting import bench_conv as report
+        from meprop.reporting import pages
+
+        _check_seconds(self.seconds)
+        cases = conv.choose_cases(self.cases)
+        if self.page is not None:
+            pages.check_section(self.page, report.SECTION)
+
+        def show(result: conv.CaseResult) -> None:
+            ratio = "WRONG" if result.wrong is not None else f"{result.ratios['dense_fp32'].p20:.2f}x"
+            _note(f"{result.name}: {ratio}")
+
+        with _threads(self.threads):
+            tracking.claim_folder(self.out, overwrite=self.overwrite)
+            bench = conv.run(cases, self.seconds, tracking.plain(self), show)
+        _write_bench(bench, self.out, self.page, report.SECTION, report.markdown(bench))
+        _show_bench(bench, report.table(bench.cases), report.LEGEND, self.out)
+
+
+@dataclass(frozen=True)
 class BenchLayers(Generic[TaskConfig]):
     """Time the hidden layers of a task, sparse against dense, on what they see in training; and the whole step."""
 
@@ -808,6 +848,7 @@ def _parse(argv: list[str]) -> Any:
     bench: Any = Union[  # noqa: UP007
         Annotated[BenchLinear, subcommand("linear")],
         Annotated[BenchLstm, subcommand("lstm")],
+        Annotated[BenchConv, subcommand("conv")],
         with_tasks("layers", BenchLayers, layers),
         Annotated[BenchStep, subcommand("step")],
     ]

@@ -6,25 +6,31 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 
 from meprop import copies, nn
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.functional import check_rule
+from meprop.nn.conv import why_not_sparse
 from meprop.nn.linear import SPARSE_STATE, When, sparse_state
 from meprop.rules import Rule
 
 Filter = Callable[[str, torch.nn.Module], bool]
-Layer = torch.nn.Linear | torch.nn.LSTM
+Convolution = torch.nn.Conv1d | torch.nn.Conv2d
+Layer = torch.nn.Linear | torch.nn.LSTM | Convolution
 """What can be converted."""
+Converted = nn.Linear | nn.LSTM | nn.Conv1d | nn.Conv2d
+"""What it becomes."""
 
 # Plain class -> the class that takes over its instances. A layer keeps its identity: only its class changes, so that
 # parameters, buffers, hooks and references to it stay what they are, and a root module can be converted too.
 _SPARSE_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Linear: nn.Linear,
     torch.nn.LSTM: nn.LSTM,
+    torch.nn.Conv1d: nn.Conv1d,
+    torch.nn.Conv2d: nn.Conv2d,
 }
 _PLAIN_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     sparse: plain for plain, sparse in _SPARSE_CLASSES.items()
@@ -50,8 +56,9 @@ class LayerReport:
     Attributes:
         name: Its name in the model, "" for the model itself.
         kind: The plain class's name, e.g. "Linear".
-        in_features: I.
-        out_features: O, among which the rule chooses; of an LSTM, the hidden units H, as it chooses within each gate.
+        in_features: I; of a convolution, its input channels.
+        out_features: O, among which the rule chooses; of a convolution, its output channels; of an LSTM, the hidden
+            units H, as it chooses within each gate.
         status: "sparse" or "dense".
         k: How many of them are kept; None if dense.
         density: k / O; 1.0 if dense.
@@ -75,14 +82,14 @@ class ConversionReport:
     """What was done to each layer of a model; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer and each LSTM, in the model's order.
+        layers: One record for each linear layer, convolution and LSTM, in the model's order.
     """
 
     layers: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layers and no LSTMs"
+            return "no linear layers, convolutions or LSTMs"
         head = ("layer", "kind", "in x out", "backward", "kept", "why")
         rows = [
             (
@@ -116,13 +123,13 @@ def convert(
     compute_dtype: torch.dtype | None = None,
     when: When = "auto",
 ) -> ConversionReport:
-    """Lets the linear layers and LSTMs of a model back-propagate only what `rule` keeps. In place.
+    """Lets the linear layers, convolutions and LSTMs of a model back-propagate only what `rule` keeps. In place.
 
-    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, each `torch.nn.LSTM` a `meprop.nn.LSTM`: the same object with
+    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, and so do `LSTM`, `Conv1d` and `Conv2d`: the same object with
     the same Parameters, so that optimizers, hooks and checkpoints go on as before. A layer that is already converted
     takes the new rule. What stays dense is in the report with the reason: narrow layers, subclasses (whose own forward
-    pass would be lost), LSTMs with projections, layers whose weight is tied to a module of another kind, and what
-    `filter` refuses.
+    pass would be lost), LSTMs with projections, convolutions with groups and, with scope "example", those that are not
+    pointwise, layers whose weight is tied to a module of another kind, and what `filter` refuses.
 
     Args:
         model: Any module; it may itself be a Linear.
@@ -130,18 +137,19 @@ def convert(
         filter: Called with (name, layer) for each layer that could be converted; those with a false answer stay as they
             are.
         min_features: Layers with fewer output features (LSTMs: hidden units) stay dense: among few there is little to
-            leave out, and the output layer of a classifier is best kept exact.
+            leave out, and the output layer of a classifier is best kept exact. Of convolutions, which repeat the work
+            of each output channel at every position, those with fewer than half as many channels.
         sparse_grad: Make each weight.grad a sparse tensor of the kept rows; for rules with scope "batch". Such layers
             are always sparse, as their optimizer counts on it. LSTMs stay dense then: they choose anew at each time
             step, so that most rows of their weights get a gradient.
         compute_dtype: torch.bfloat16: linear layers form their forward product in bfloat16, from a copy of the weight
             that is kept from step to step; weights, gradients and activations stay what they are. See
-            `meprop.functional.linear`. LSTMs take no part.
+            `meprop.functional.linear`. Convolutions do so too, without keeping the copy. LSTMs take no part.
         when: "auto": at its first backward pass (an LSTM: forward pass) each layer measures, for the number of rows it
             then gets, whether being sparse is faster than dense on this machine, and stays with the answer; it is
             remembered in the cache folder ($MEPROP_CACHE), so that later runs decide alike. Under torch.compile, where
-            nothing can be measured, a linear layer that has not decided yet is sparse. "always": sparse without asking;
-            with `meprop.distributed.SynchronizedTopK` layers always are.
+            nothing can be measured, a layer that has not decided yet is sparse. "always": sparse without asking; with
+            `meprop.distributed.SynchronizedTopK` layers always are.
 
     Returns:
         A report; `print` it.
@@ -169,7 +177,7 @@ def convert(
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
         if reason is not None:
-            if not isinstance(layer, nn.Linear | nn.LSTM):
+            if not is_converted(layer):
                 vars(layer)[_REASON] = reason
             continue
         vars(layer).pop(_REASON, None)
@@ -190,8 +198,8 @@ def revert(model: torch.nn.Module) -> None:
 
     Raises:
         TypeError: `model` is not a module.
-        NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a subclass of
-            meprop.nn.Linear or LSTM, as parametrizations make.
+        NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a subclass of one of
+            meprop.nn's, as parametrizations make.
     """
     check_model(model)
     for name, layer in named_layers(model):
@@ -202,7 +210,7 @@ def revert(model: torch.nn.Module) -> None:
             _become(layer, _PLAIN_CLASSES[type(layer)])
             for parameter in layer.parameters(recurse=False):
                 copies.forget(parameter)
-        elif isinstance(layer, nn.Linear | nn.LSTM):
+        elif is_converted(layer):
             raise NotSupportedError(
                 f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "
                 "Remove what was added to it (parametrizations) first."
@@ -230,26 +238,38 @@ def named_layers(model: torch.nn.Module) -> list[tuple[str, Layer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
 
 
-def _features(layer: Layer) -> tuple[int, int]:
+def is_converted(layer: torch.nn.Module) -> TypeGuard[Converted]:
+    """Whether it is one of `meprop.nn`'s layers, or of a subclass of one."""
+    return isinstance(layer, Converted)
+
+
+def kind_of(layer: Layer) -> str:
+    """The name of the plain class that it is of, or of a subclass of."""
+    return next(kind.__name__ for kind in _SPARSE_CLASSES if isinstance(layer, kind))
+
+
+def features(layer: Layer) -> tuple[int, int]:
     """Of its input, and those among which a rule chooses."""
     if isinstance(layer, torch.nn.LSTM):
         return layer.input_size, layer.hidden_size
+    if isinstance(layer, Convolution):
+        return layer.in_channels, layer.out_channels
     return layer.in_features, layer.out_features
 
 
 def _describe(name: str, layer: Layer) -> LayerReport:
-    rule = layer.rule if isinstance(layer, nn.Linear | nn.LSTM) else None
     kind = _PLAIN_CLASSES.get(type(layer), type(layer)).__name__
-    inputs, width = _features(layer)
-    if rule is None or rule.count(width) >= width:
-        reason = vars(layer).get(_REASON, "not converted") if rule is None else f"{rule} keeps everything"
-        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, reason)
-    assert isinstance(layer, nn.Linear | nn.LSTM)
-    k = rule.count(width)
+    inputs, width = features(layer)
+    if not is_converted(layer):
+        reason = vars(layer).get(_REASON, "not converted")
+        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, None, reason)
+    rule, k = layer.rule, layer.rule.count(width)
+    if k >= width:
+        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, f"{rule} keeps everything")
     if layer.decision is not None:
         reason = str(layer.decision)
     elif layer.when == "auto":
-        reason = f"to be measured at its first {'backward' if kind == 'Linear' else 'forward'} pass"
+        reason = f"to be measured at its first {'forward' if kind == 'LSTM' else 'backward'} pass"
     else:
         reason = "always"
     if layer.decision is not None and not layer.decision.sparse:
@@ -283,23 +303,24 @@ def _reason_to_skip(
     layer: Layer, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool
 ) -> str | None:
     if type(layer) not in _SPARSE_CLASSES and type(layer) not in _PLAIN_CLASSES:
-        kind = "LSTM" if isinstance(layer, torch.nn.LSTM) else "Linear"
-        return f"{type(layer).__name__} is a subclass of {kind} with a forward pass of its own"
+        return f"{type(layer).__name__} is a subclass of {kind_of(layer)} with a forward pass of its own"
     for parameter in layer.parameters():
         if not parameter.is_floating_point():
             return f"its weight is of dtype {parameter.dtype}"
-        if parameter.dim() == 2 and parameter in foreign:
+        if parameter.dim() >= 2 and parameter in foreign:
             return f"its weight is tied to {foreign[parameter]}"
-    _, width = _features(layer)
+    _, width = features(layer)
+    what = "output features"
     if isinstance(layer, torch.nn.LSTM):
+        what = "hidden units"
         if layer.proj_size > 0:
             return f"it has projections (proj_size={layer.proj_size})"
         if sparse_grad:
             return "sparse_grad: an LSTM chooses anew at each time step"
         if rule.communicates:
             return "the rule would have to wait for other processes at each time step"
-        if width < min_features:
-            return f"narrow: {width} hidden units, min_features={min_features}"
-    if width < min_features:
-        return f"narrow: {width} output features, min_features={min_features}"
-    return None
+    elif isinstance(layer, Convolution):
+        if 2 * width < min_features:
+            return f"narrow: {width} output channels, less than half of min_features={min_features}"
+        return why_not_sparse(layer, rule)
+    return f"narrow: {width} {what}, min_features={min_features}" if width < min_features else None

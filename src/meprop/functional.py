@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from meprop import copies, ops
 from meprop.errors import NotSupportedError
 from meprop.rules import Rule
-from meprop.selection import Activity, ColumnSelection
+from meprop.selection import Activity, ColumnSelection, RowSelection
 
 Decide = Callable[[Tensor, int, tuple[bool, bool, bool]], bool]
 """From output gradient [N, O], I, and whether input, weight and bias need gradients: is this pass to be sparse?"""
+
+_Numbers = int | tuple[int, ...]
+"""One for all spatial dimensions, or one for each."""
 
 
 class _Linear(torch.autograd.Function):
@@ -99,13 +103,15 @@ def _sparse_backward(
     needs_bias: bool,
     row_sparse: bool,
     activity: Activity | None,
+    positions: int = 1,
 ) -> ops.Gradients:
+    """Rows come as so many positions of each example."""
     topk = rule.as_topk(grad_NO.shape[1]) if activity is None else None
     if topk is not None:
         return ops.topk_linear_backward(grad_NO, *topk, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse)
     selection = rule.select(grad_NO)
     if activity is not None:
-        activity.count(selection)
+        activity.count(selection, positions)
     return ops.linear_backward(selection, grad_NO, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse)
 
 
@@ -185,12 +191,7 @@ def apply_linear(
     needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     is_sparse = needs_gradients and (activity is not None or rule.count(weight.shape[0]) < weight.shape[0])
     if is_sparse:
-        _refuse_to_count_compiled(activity)
-    if is_sparse and sparse_grad and torch.compiler.is_compiling():
-        raise NotSupportedError(
-            "sparse_grad=True: torch.compile has no sparse gradients; use sparse_grad=False with it"
-        )
-    if is_sparse and not torch.compiler.is_compiling():
+        _refuse_what_is_compiled(activity, sparse_grad)
         _refuse_distributed(weight, sparse_grad)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
@@ -207,6 +208,8 @@ def apply_linear(
 
 
 def _refuse_distributed(weight: Tensor, sparse_grad: bool) -> None:
+    if torch.compiler.is_compiling():
+        return
     if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
         raise NotSupportedError(
             "the weight is a DTensor, of tensor parallelism, or of fully_shard outside of the module's forward pass; "
@@ -220,8 +223,14 @@ def _refuse_distributed(weight: Tensor, sparse_grad: bool) -> None:
         )
 
 
-def _refuse_to_count_compiled(activity: Activity | None) -> None:
-    if activity is not None and torch.compiler.is_compiling():
+def _refuse_what_is_compiled(activity: Activity | None, sparse_grad: bool = False) -> None:
+    if not torch.compiler.is_compiling():
+        return
+    if sparse_grad:
+        raise NotSupportedError(
+            "sparse_grad=True: torch.compile has no sparse gradients; use sparse_grad=False with it"
+        )
+    if activity is not None:
         raise NotSupportedError(
             "a layer that a meprop.Simplifier watches counts in its backward pass, which torch.compile cannot trace; "
             "compile without fullgraph=True, or what Simplifier.compact() returns"
@@ -236,6 +245,322 @@ def _autocast(tensor: Tensor) -> Tensor:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """What autocast does not cast stays as it is, so that a product with it is refused."""
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves over its input: a number for each spatial dimension. It pads with zeros."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution's output, torch's own."""
+        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, self._zeros, 1)
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> ops.Gradients:
+        """Of input, weight and bias, where they are needed: torch's own."""
+        bias_sizes = [grad.shape[1]]
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, bias_sizes, self.stride, self.padding, self.dilation, False, self._zeros, 1, needs
+        )
+
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Whether it is a linear map of each position."""
+        return is_pointwise(weight.shape[2:], self.stride, self.padding)
+
+    @property
+    def _zeros(self) -> tuple[int, ...]:
+        return (0,) * len(self.stride)
+
+
+def is_pointwise(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a convolution is a linear map of each position."""
+    return {*kernel, *stride} == {1} and not any(padding)
+
+
+def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
+    """Why a convolution cannot back-propagate what this rule keeps; None if it can."""
+    if groups != 1:
+        return (
+            f"groups={groups}: a group's inputs get their gradient from its own outputs alone, so that groups without "
+            "a kept channel would pass nothing back"
+        )
+    if getattr(rule, "scope", "batch") != "batch" and not pointwise:
+        return (
+            f"{rule} keeps entries of their own at each position, for which the input's windows would have to be laid "
+            "out one by one; use scope='batch'"
+        )
+    return None
+
+
+DecideConvolution = Callable[[Tensor, torch.Size, Geometry, tuple[bool, bool, bool]], bool]
+"""As `Decide`, from output gradient [N, O, *S], the input's shape, and how the convolution moves."""
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        rule: Rule,
+        sparse_grad: bool,
+        decide: DecideConvolution | None,
+        dtype: torch.dtype | None,
+        autocast: bool,
+        activity: Activity | None,
+    ) -> Tensor:
+        """The forward product is formed in `dtype`, if there is one; under autocast the backward ones as well."""
+        ctx.geometry, ctx.rule, ctx.sparse_grad = geometry, rule, sparse_grad
+        ctx.decide, ctx.activity = decide, activity
+        ctx.shape, ctx.dtypes = x.shape, [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
+        operands = (x, weight, bias)
+        if dtype is not None:
+            operands = (_cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
+        output = geometry.output(*operands)
+        if autocast:
+            x, weight, _ = operands
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return output if autocast else output.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        x, weight = ctx.saved_tensors
+        grad, geometry, needs = grad_outputs[0].to(weight.dtype), ctx.geometry, ctx.needs_input_grad[:3]
+        if x is None:  # only its sizes are asked for
+            x = grad.new_empty(1).expand(ctx.shape)
+        outputs = grad.shape[1]
+        if ctx.rule.count(outputs) < outputs and (ctx.decide is None or ctx.decide(grad, ctx.shape, geometry, needs)):
+            backward = _pointwise_backward if geometry.is_pointwise(weight) else _channels_backward
+            gradients = backward(geometry, grad, x, weight, needs, ctx.rule, ctx.sparse_grad, ctx.activity)
+        else:
+            if ctx.activity is not None:
+                ctx.activity.count(_everything(_positions(grad)), grad.shape[2:].numel())
+            gradients = geometry.gradients(grad, x, weight, needs)
+        return *(
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ), *[None] * 7
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """[N, C, *S] as a matrix with a row for each position of each example."""
+    return tensor.movedim(1, -1).flatten(0, -2)
+
+
+def _channels(selection: ColumnSelection, grad: Tensor) -> Tensor:
+    """Kept columns of the positions of grad [N, O, *S] as channels [N, k, *S]."""
+    return selection.values.reshape(len(grad), *grad.shape[2:], len(selection.indices)).movedim(-1, 1)
+
+
+def _pointwise_backward(
+    _geometry: Geometry,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs: tuple[bool, bool, bool],
+    rule: Rule,
+    row_sparse: bool,
+    activity: Activity | None,
+) -> ops.Gradients:
+    """Of a convolution that is a linear map of each position."""
+    weight_OI, x_NI = weight.flatten(1) if needs[0] else None, _positions(x) if needs[1] else None
+    positions = grad.shape[2:].numel()
+    grad_x, grad_weight, grad_bias = _sparse_backward(
+        _positions(grad), weight_OI, x_NI, rule, needs[2], row_sparse, activity, positions
+    )
+    if grad_x is not None:
+        grad_x = grad_x.reshape(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    if grad_weight is not None and row_sparse:  # a sparse tensor has no view
+        indices, rows = grad_weight.indices()[0], grad_weight.values()
+        grad_weight = ops.row_sparse_tensor(indices, rows.reshape(-1, *weight.shape[1:]), len(weight))
+    elif grad_weight is not None:
+        grad_weight = grad_weight.reshape(weight.shape)
+    return grad_x, grad_weight, grad_bias
+
+
+def _channels_backward(
+    geometry: Geometry,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs: tuple[bool, bool, bool],
+    rule: Rule,
+    row_sparse: bool,
+    activity: Activity | None,
+) -> ops.Gradients:
+    """By the smaller convolution that has the kept channels only."""
+    outputs = grad.shape[1]
+    topk = rule.as_topk(outputs)
+    if topk is not None and topk[1] == "batch":
+        kept, indices = ops.topk_channels(grad, topk[0])
+    else:
+        selection = rule.select(_positions(grad))
+        if isinstance(selection, RowSelection):
+            raise NotSupportedError(f"{rule} chooses anew at each position, which goes for pointwise convolutions only")
+        kept, indices = _channels(selection, grad), selection.indices
+    if activity is not None:
+        activity.count(ColumnSelection(_positions(kept), indices, outputs), grad.shape[2:].numel())
+    weight_rows = weight.index_select(0, indices)
+    grad_x, grad_rows, _ = geometry.gradients(kept, x, weight_rows, (needs[0], needs[1], False))
+    grad_weight = grad_rows
+    if grad_rows is not None and row_sparse:
+        grad_weight = ops.row_sparse_tensor(indices, grad_rows, outputs)
+    elif grad_rows is not None:
+        grad_weight = torch.zeros_like(weight).index_copy_(0, indices.long(), grad_rows)
+    return grad_x, grad_weight, grad.sum(dim=[0, *range(2, grad.dim())]) if needs[2] else None
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+    *,
+    rule: Rule,
+    sparse_grad: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.nn.functional.conv1d`, exactly; backwards as `conv2d`, with one spatial dimension."""
+    moves = (stride, padding, dilation)
+    return _convolution(1, input, weight, bias, moves, groups, rule, sparse_grad, compute_dtype)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+    *,
+    rule: Rule,
+    sparse_grad: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.nn.functional.conv2d`, exactly; backwards, only what `rule` keeps of the output gradient g is propagated.
+
+    A row of the matrix from which a rule selects is one position of one example, a column an output channel. With
+    scope "batch" the k channels with the largest sums of |g| over batch and positions are kept: the gradients of input
+    and weight are those of the smaller convolution that has these channels only (meProp's simple unified top-k, section
+    3.4, where a feature is a channel). With scope "example" k entries are kept at each position, for pointwise
+    convolutions: kernel 1, stride 1, no padding. The bias gets the sum of the whole g. In `channels_last` the pass
+    stays in `channels_last`.
+
+    Args:
+        input: Input [N, I, H, W] or [I, H, W].
+        weight: Weight [O, I, KH, KW].
+        bias: Bias [O], or None.
+        stride: As torch's.
+        padding: As torch's: numbers, "same" or "valid".
+        dilation: As torch's.
+        groups: 1.
+        rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")`.
+        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows; see `linear`.
+        compute_dtype: torch.bfloat16: form the forward product in bfloat16; see `linear`. No copy of the weight is
+            kept: casting it is little beside the product.
+
+    Returns:
+        Output [N, O, *, *] or [O, *, *], bit for bit torch's of the same dtypes.
+
+    Raises:
+        NotSupportedError: groups above 1, or scope "example" for a convolution that is not pointwise
+            (docs/convolution.md says why); in the backward pass, with create_graph=True; under torch.compile, with
+            sparse_grad.
+        TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
+        ValueError: sparse_grad with a rule whose rows keep entries of their own; another compute_dtype; another
+            number of dimensions; a padding that torch does not know.
+    """
+    moves = (stride, padding, dilation)
+    return _convolution(2, input, weight, bias, moves, groups, rule, sparse_grad, compute_dtype)
+
+
+def _convolution(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    moves: tuple[_Numbers, _Numbers | str, _Numbers],
+    groups: int,
+    rule: Rule,
+    sparse_grad: bool,
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    check_rule(rule, sparse_grad, compute_dtype)
+    if weight.dim() != dims + 2:
+        raise ValueError(f"weight is {list(weight.shape)}; that of a conv{dims}d has {dims + 2} dimensions")
+    x, geometry = padded(x, weight.shape[2:], *moves)
+    reason = why_not_sparse(rule, geometry.is_pointwise(weight), groups)
+    if reason is not None:
+        raise NotSupportedError(reason)
+    return apply_convolution(x, weight, bias, geometry, rule, sparse_grad, None, compute_dtype)
+
+
+def apply_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    rule: Rule,
+    sparse_grad: bool,
+    decide: DecideConvolution | None,
+    compute_dtype: torch.dtype | None,
+    activity: Activity | None = None,
+) -> Tensor:
+    """`conv2d` with checked arguments, of any number of dimensions; `decide` and `activity` as of `apply_linear`."""
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"weight is of dtype {weight.dtype}; sparse back-propagation is for floating dtypes, not complex"
+        )
+    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    is_sparse = needs_gradients and (activity is not None or rule.count(len(weight)) < len(weight))
+    if is_sparse:
+        _refuse_what_is_compiled(activity, sparse_grad)
+        _refuse_distributed(weight, sparse_grad)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
+    if not is_sparse and (autocast or dtype is None):
+        if autocast:
+            x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+        return geometry.output(x, weight, bias)
+    batch = x if x.dim() == weight.dim() else x[None]
+    output: Tensor = _Convolution.apply(  # pyright: ignore[reportAssignmentType]  (apply is untyped)
+        batch, weight, bias, geometry, rule, sparse_grad, decide, dtype, autocast, activity
+    )
+    return output if batch is x else output[0]
+
+
+def padded(
+    x: Tensor, kernel: torch.Size, stride: _Numbers, padding: _Numbers | str, dilation: _Numbers
+) -> tuple[Tensor, Geometry]:
+    """What a convolution moves over, and how; padded already where one side gets more than the other."""
+    stride, dilation = _each(stride, kernel), _each(dilation, kernel)
+    if padding == "same":
+        if {*stride} != {1}:
+            raise ValueError(f"padding='same' with stride={stride}; it is for a stride of 1")
+        both = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        if any(total % 2 for total in both):
+            x = F.pad(x, [side for total in reversed(both) for side in (0, total % 2)])
+        padding = tuple(total // 2 for total in both)
+    elif padding == "valid":
+        padding = 0
+    elif isinstance(padding, str):
+        raise ValueError(f"padding={padding!r}; it is 'same', 'valid', or numbers")
+    return x, Geometry(stride, _each(padding, kernel), dilation)
+
+
+def _each(value: _Numbers, kernel: torch.Size) -> tuple[int, ...]:
+    """A number for each spatial dimension."""
+    return (value,) * len(kernel) if isinstance(value, int) else tuple(value)
 
 
 class _Lstm(torch.autograd.Function):
@@ -376,7 +701,7 @@ def apply_lstm(
     activity: Activity | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm` with checked arguments; `activity`, where given, counts what the backward pass selects."""
-    _refuse_to_count_compiled(activity)
+    _refuse_what_is_compiled(activity)
     if not weights[0].is_floating_point():
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
     tensors = (x, *((None, None) if hx is None else hx), *weights)

@@ -85,7 +85,8 @@ class Activity:
     Attributes:
         hits: Examples (rows of the output gradient) in which a unit has a selected entry that is not zero [O], int64. A
             selected zero is no hit, NaN is one. Of an LSTM a unit [H] is hit where any of its four gates is, and a row
-            is one time step of one sequence.
+            is one time step of one sequence. Of a convolution an example hits a channel where any of its positions
+            does.
         examples: How many rows there were.
     """
 
@@ -97,13 +98,21 @@ class Activity:
         """Nothing so far, of so many units."""
         return cls(torch.zeros(units, dtype=torch.int64, device=device))
 
-    def count(self, selection: Selection) -> None:
-        """Adds a selection [N, O]; what it shares among all rows is not selected."""
-        hit = (selection.values != 0).long()
-        if isinstance(selection, ColumnSelection):
-            hit = hit.sum(dim=0)
-        self.hits.index_add_(0, selection.indices.flatten(), hit.flatten())
-        self.examples += len(selection.values)
+    def count(self, selection: Selection, positions: int = 1) -> None:
+        """Adds a selection [N, O], whose rows are so many positions of each example, one after the other.
+
+        What it shares among all rows is not selected.
+        """
+        hit, indices = selection.values != 0, selection.indices
+        if positions > 1:
+            if isinstance(selection, RowSelection):
+                nowhere = hit.new_zeros(len(hit), selection.width)
+                hit = nowhere.scatter_(1, indices.long(), hit)
+                indices = torch.arange(selection.width, device=hit.device)
+            hit = hit.reshape(-1, positions, hit.shape[1]).any(dim=1)
+        self.examples += len(hit)
+        hit = hit.long() if indices.dim() == 2 else hit.sum(dim=0)
+        self.hits.index_add_(0, indices.flatten(), hit.flatten())
 
     def reset(self) -> None:
         """Begins again."""

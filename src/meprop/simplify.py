@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meprop import nn, units
-from meprop.convert import check_model, named_layers, plain_copy, table
+from meprop import units
+from meprop.convert import Convolution, Layer, check_model, is_converted, kind_of, named_layers, plain_copy, table
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.selection import Activity
 
@@ -27,8 +27,8 @@ class Check:
     Attributes:
         step: After how many steps it was.
         prunes: Whether its cycle is one that prunes.
-        widths: Units of each set, by its label, after the check: of a linear layer, or of each layer and direction of
-            an LSTM.
+        widths: Units of each set, by its label, after the check: of a linear layer or a convolution, or of each layer
+            and direction of an LSTM.
     """
 
     step: int
@@ -42,8 +42,8 @@ class LayerWidth:
 
     Attributes:
         name: Its name in the model.
-        kind: "Linear" or "LSTM".
-        width: Its output features or hidden units now.
+        kind: "Linear", "LSTM", "Conv1d" or "Conv2d".
+        width: Its output features, hidden units or output channels now.
         start: How many it began with.
         reason: Why none can be removed; None if they can.
     """
@@ -60,7 +60,7 @@ class SimplificationReport:
     """How wide each layer is; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer and each LSTM, in the model's order.
+        layers: One record for each linear layer, convolution and LSTM, in the model's order.
     """
 
     layers: tuple[LayerWidth, ...]
@@ -82,9 +82,9 @@ class Simplifier:
     """Removes units that are rarely among what back-propagation selects, while a converted model trains.
 
     Each converted layer counts in how many examples (LSTMs: time steps of examples) a unit has a selected entry that is
-    not zero. Every `check_every` steps a unit of which that share is below `threshold` is removed for good, and the
-    counts begin again. Cycles that prune alternate with cycles that only train; the first one, after `warmup` steps,
-    prunes.
+    not zero; of a convolution's channel, at any position. Every `check_every` steps a unit of which that share is below
+    `threshold` is removed for good, and the counts begin again. Cycles that prune alternate with cycles that only
+    train; the first one, after `warmup` steps, prunes.
 
     What is removed: the rows that make the unit, in all four gates of an LSTM, and in all layers that read it the
     columns; from parameters, gradients and the optimizer's state, in place. What is left computes what it would if the
@@ -115,8 +115,9 @@ class Simplifier:
             longer take of the k entries goes to the others, so that with a small share the last widths are those at
             which all units reach the threshold; with 1, the paper's way, a first check may remove far more.
         min_units: Units that a layer keeps at least, the most active ones.
-        example_inputs: Arguments for the model. It is run with them once, in evaluation mode, to see which inputs of
-            `torch.nn.BatchNorm1d` are 2-D; without, units that one reads are not pruned.
+        example_inputs: Arguments for the model. It is run with them once, in evaluation mode, to see how many
+            dimensions tensors have; without, units that `torch.nn.BatchNorm1d` reads are not pruned, nor channels that
+            are flattened or concatenated.
 
     Attributes:
         model: The model.
@@ -223,7 +224,7 @@ class Simplifier:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Units of each set now, by its label: of each linear layer and each layer and direction of an LSTM."""
+        """Units of each set now, by its label: of each layer, of an LSTM of each of its layers and directions."""
         return {label: len(self._alive_of(label)) for label in self._activities}
 
     @property
@@ -297,11 +298,11 @@ class Simplifier:
         """Lets each converted layer count, and so be sparse; returns what they count into, by label."""
         activities: dict[str, Activity] = {}
         for name, layer in named_layers(self.model):
-            if isinstance(layer, nn.Linear | nn.LSTM):
+            if is_converted(layer):
                 device = next(layer.parameters()).device
                 own = {made.label: Activity.of_units(made.width, device) for made in units.producers(name, layer)}
                 layer.when, layer.decision = "always", None
-                vars(layer)["activity"] = tuple(own.values()) if isinstance(layer, nn.LSTM) else own[name]
+                vars(layer)["activity"] = tuple(own.values()) if isinstance(layer, torch.nn.LSTM) else own[name]
                 activities |= own
         return activities
 
@@ -309,7 +310,7 @@ class Simplifier:
         watched = {
             id(activity)
             for _, layer in named_layers(self.model)
-            if isinstance(layer, nn.Linear | nn.LSTM)
+            if is_converted(layer)
             for activity in (layer.activity if isinstance(layer.activity, tuple) else (layer.activity,))
         }
         for label, activity in self._activities.items():
@@ -324,10 +325,10 @@ class Simplifier:
         number = self._group_of.get(label)
         return torch.arange(len(self._activities[label].hits)) if number is None else self._alive[number]
 
-    def _describe(self, name: str, layer: torch.nn.Linear | torch.nn.LSTM) -> LayerWidth:
+    def _describe(self, name: str, layer: Layer) -> LayerWidth:
         made = units.producers(name, layer)[0]
         number = self._group_of.get(made.label)
-        kind = "LSTM" if isinstance(layer, torch.nn.LSTM) else "Linear"
+        kind = kind_of(layer)
         if number is None:
             return LayerWidth(name, kind, made.width, made.width, self._units.unreached)
         group = self._units.groups[number]
@@ -364,16 +365,15 @@ class Simplifier:
     def _cut(self, kept: dict[int, Tensor]) -> None:
         """Keeps of these groups only these places [n]."""
         widths = [len(alive) for alive in self._alive]
-        cuts = {
-            place: {
-                dim: units.entries(layout, widths, kept)
-                for dim, layout in dims.items()
-                if not kept.keys().isdisjoint(layout)
-            }
-            for place, dims in self._units.layouts.items()
-        }
-        cuts = {place: indices for place, indices in cuts.items() if indices}
-        tensors = [getattr(self.model.get_submodule(module), name) for module, name in cuts]
+        cuts: dict[tuple[str, str], dict[int, Tensor]] = {}
+        tensors: list[Tensor] = []
+        for (module, name), dims in self._units.layouts.items():
+            concerned = {dim: layout for dim, layout in dims.items() if not kept.keys().isdisjoint(layout)}
+            if concerned:
+                tensors.append(tensor := getattr(self.model.get_submodule(module), name))
+                cuts[module, name] = {
+                    dim: units.entries(layout, widths, kept, tensor.shape[dim]) for dim, layout in concerned.items()
+                }
         if tensors and self.optimizer is not None:  # all of it: LBFGS keeps that of all parameters with one
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -434,5 +434,7 @@ def _update_sizes(module: torch.nn.Module) -> None:
         module.input_size = module.get_parameter("weight_ih_l0").shape[1]
         module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
         module.flatten_parameters()
-    elif isinstance(module, torch.nn.BatchNorm1d):
+    elif isinstance(module, Convolution):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+    elif isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
         module.num_features = len(next(tensor for tensor in (module.weight, module.running_mean) if tensor is not None))

@@ -1,8 +1,8 @@
 """Which units of a model live and die together: found in its traced graph, with the reason where that cannot be told.
 
-A unit is an output feature of a linear layer, or a hidden unit of an LSTM. With it go the rows that make it, whatever
-holds one number for it on the way (batch normalisation), and the columns of all layers that read it. Units that are
-added or multiplied entry by entry go together, as one group.
+A unit is an output feature of a linear layer, an output channel of a convolution, or a hidden unit of an LSTM. With it
+go the rows that make it, whatever holds one number for it on the way (batch normalisation), and the columns of all
+layers that read it. Units that are added or multiplied entry by entry go together, as one group.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import operator
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,23 +20,28 @@ import torch.nn.functional as F
 from torch.nn.utils import rnn
 
 from meprop import nn
+from meprop.convert import Layer, features, is_converted
 
 Layout = tuple[int, ...]
-"""The groups that a dimension of a tensor consists of, one after the other: of an LSTM's gates four times the same."""
+"""The groups that a dimension of a tensor consists of, one after the other: of an LSTM's gates four times the same.
+
+Where the dimension is longer, each unit has equally many adjacent entries: the positions of a flattened channel.
+"""
 
 _LINEARS = (torch.nn.Linear, nn.Linear)
 _LSTMS = (torch.nn.LSTM, nn.LSTM)
+_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, nn.Conv1d, nn.Conv2d)
 _ELEMENTWISE_MODULES = {
     *(torch.nn.ReLU, torch.nn.ReLU6, torch.nn.LeakyReLU, torch.nn.RReLU, torch.nn.ELU, torch.nn.SELU, torch.nn.CELU),
     *(torch.nn.GELU, torch.nn.SiLU, torch.nn.Mish, torch.nn.Softplus, torch.nn.Softsign, torch.nn.Threshold),
     *(torch.nn.Tanh, torch.nn.Sigmoid, torch.nn.LogSigmoid, torch.nn.Hardtanh, torch.nn.Hardsigmoid),
     *(torch.nn.Hardswish, torch.nn.Hardshrink, torch.nn.Softshrink, torch.nn.Tanhshrink),
-    *(torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.Identity),
+    *(torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.AlphaDropout, torch.nn.Identity),
 }
 _ELEMENTWISE_FUNCTIONS = {
     *(torch.relu, torch.relu_, torch.tanh, torch.sigmoid, torch.abs, torch.neg, torch.square, operator.neg),
     *(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
-    *(F.tanh, F.sigmoid, F.logsigmoid, F.hardtanh, F.hardsigmoid, F.hardswish, F.dropout),
+    *(F.tanh, F.sigmoid, F.logsigmoid, F.hardtanh, F.hardsigmoid, F.hardswish, F.dropout, F.dropout1d, F.dropout2d),
 }
 _ELEMENTWISE_METHODS = {"relu", "relu_", "tanh", "sigmoid", "abs", "neg", "square", "contiguous", "clone", "float"}
 _BINARY = {
@@ -45,6 +50,15 @@ _BINARY = {
 }
 _BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_"}
 _SCALED = {operator.truediv, operator.itruediv, torch.div}
+# Of the positions of each channel by itself, with the number of spatial dimensions that they are for.
+_POOLING: dict[Any, int] = {
+    **dict.fromkeys((torch.nn.MaxPool1d, torch.nn.AvgPool1d, torch.nn.AdaptiveAvgPool1d), 1),
+    **dict.fromkeys((torch.nn.MaxPool2d, torch.nn.AvgPool2d, torch.nn.AdaptiveAvgPool2d), 2),
+    **dict.fromkeys((torch.nn.AdaptiveMaxPool1d, F.adaptive_max_pool1d), 1),
+    **dict.fromkeys((torch.nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d), 2),
+    **dict.fromkeys((F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d), 1),
+    **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d), 2),
+}
 _PACKING = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
 
 
@@ -53,7 +67,7 @@ class Producer:
     """A set of units where they are made.
 
     Attributes:
-        layer: The name of a linear layer or an LSTM.
+        layer: The name of a linear layer, a convolution or an LSTM.
         index: Which layer and direction of an LSTM, in the order of its states; else 0.
         label: A name for the set: the layer's, of an LSTM with several with e.g. ".l1_reverse".
         width: How many units there are.
@@ -65,10 +79,10 @@ class Producer:
     width: int
 
 
-def producers(name: str, layer: torch.nn.Linear | torch.nn.LSTM) -> list[Producer]:
+def producers(name: str, layer: Layer) -> list[Producer]:
     """The sets of units that a layer of this name makes."""
-    if isinstance(layer, torch.nn.Linear):
-        return [Producer(name, 0, name, layer.out_features)]
+    if not isinstance(layer, torch.nn.LSTM):
+        return [Producer(name, 0, name, features(layer)[1])]
     places = [f"l{i}{suffix}" for i in range(layer.num_layers) for suffix in _suffixes(layer)]
     labels = [f"{name}.{place}" for place in places] if len(places) > 1 else [name]
     return [Producer(name, index, label, layer.hidden_size) for index, label in enumerate(labels)]
@@ -175,7 +189,7 @@ class _Tracer(torch.fx.Tracer):
         self._autowrap_search.append(rnn)  # also where they are called as rnn.pack_padded_sequence
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, torch.nn.Linear | torch.nn.LSTM) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Layer) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> torch.fx.Graph:
@@ -200,12 +214,24 @@ class _Value:
     """What is known of a tensor.
 
     Attributes:
-        groups: The groups whose units its last dimension has, one after the other; none: no units that we follow.
+        groups: The groups whose units a dimension has, one after the other; none: no units that we follow.
+        dim: Which dimension that is, counted from the last one: behind a convolution, not the last one.
+        rank: The number of dimensions, if known.
+        blocks: Each unit has several adjacent entries: a channel's positions, flattened.
         states: It is instead an LSTM's last states, with those of one group in each entry of the first dimension.
     """
 
     groups: Layout = ()
+    dim: int = -1
+    rank: int | None = None
+    blocks: bool = False
     states: bool = False
+
+    def place(self, dim: Any) -> int | None:
+        """A dimension as an argument names it, counted from the last one, if that is known."""
+        if not isinstance(dim, int) or (dim >= 0 and self.rank is None):
+            return None
+        return dim if dim < 0 else dim - (self.rank or 0)
 
 
 _NOTHING = _Value()
@@ -239,7 +265,7 @@ class _Finder:
         inputs = sum(node.op == "placeholder" for node in graph.nodes)
         _Walk(self, graph).run(*[_NOTHING] * inputs, enable_io_processing=False)
 
-    def made_by(self, name: str, layer: torch.nn.Linear | torch.nn.LSTM) -> Layout:
+    def made_by(self, name: str, layer: Layer) -> Layout:
         """The groups of the units that a layer makes."""
         made = producers(name, layer)
         if made[0] not in self._producers:
@@ -308,7 +334,7 @@ class _Finder:
         self._block_shared_tensors()
         self._block_for_unseen(seen)
         for number in range(len(self._producers)):
-            if not isinstance(self._layer(number), nn.Linear | nn.LSTM):
+            if not is_converted(self._layer(number)):
                 self.block([number], "it is not converted, so that nothing is counted")
         for number, producer in enumerate(self._producers):  # an LSTM has one width
             if number in self._reasons:
@@ -365,6 +391,8 @@ class _Walk(torch.fx.Interpreter):
         return self._not_understood(args, "it is the model's output")
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "flatten":
+            return self._flatten(".flatten()", args, kwargs)
         return self._apply(f".{target}()", target in _ELEMENTWISE_METHODS, target in _BINARY_METHODS, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -376,10 +404,17 @@ class _Walk(torch.fx.Interpreter):
             return self._apply("pad_packed_sequence", True, False, args, kwargs), _NOTHING
         if target is getattr and args[1] in ("batch_sizes", "sorted_indices", "unsorted_indices"):
             return _NOTHING
-        if target is torch.cat and (kwargs.get("dim", 0) if len(args) < 2 else args[1]) == -1:
+        if target is torch.cat:
+            dim = kwargs.get("dim", 0) if len(args) < 2 else args[1]
             parts = list(_values(args[0] if args else kwargs["tensors"]))
-            if all(part.groups and not part.states for part in parts):
-                return _Value(tuple(group for part in parts for group in part.groups))
+            if all(part.groups and not part.states and not part.blocks for part in parts) and {
+                (part.dim, part.place(dim)) for part in parts
+            } == {(parts[0].dim, parts[0].dim)}:
+                return replace(parts[0], groups=tuple(group for part in parts for group in part.groups))
+        if target is torch.flatten and args:
+            return self._flatten("'flatten'", args, kwargs)
+        if target in _POOLING and args and not kwargs.get("return_indices"):
+            return self._pool("pooling", _POOLING[target], args[0])
         number = len(args) > 1 and isinstance(args[1], int | float)
         elementwise = target in _ELEMENTWISE_FUNCTIONS or (target in _SCALED and number)
         elementwise = elementwise or target is rnn.pack_padded_sequence or (target is getattr and args[1] == "data")
@@ -395,7 +430,7 @@ class _Walk(torch.fx.Interpreter):
             return followed[0]
         if understood and binary and len(values) == 1:  # and a number
             return followed[0]
-        if understood and binary and len(followed) == 2:
+        if understood and binary and len(followed) == 2 and _same_place(*followed):
             self._finder.join(followed[0].groups, followed[1].groups, f"{name!r}")
             return followed[0]
         return self._not_understood(values, f"{name!r} reads it, which is not understood")
@@ -408,11 +443,17 @@ class _Walk(torch.fx.Interpreter):
             x = self._not_understood(x, f"{name!r} reads all of an LSTM's last states")
         if kind in _LINEARS:
             return self._linear(name, module, x)
+        if kind in _CONVOLUTIONS:
+            return self._convolution(name, module, x)
         if kind in _LSTMS and module.proj_size == 0:
             return self._lstm(name, module, x, others)
+        if kind is torch.nn.Flatten and not _is_hooked(module):
+            return self._flatten(repr(name), (x, module.start_dim, module.end_dim), {})
+        if kind in _POOLING and not _is_hooked(module) and not getattr(module, "return_indices", False):
+            return self._pool(repr(name), _POOLING[kind], x)
         if kind in _ELEMENTWISE_MODULES and not _is_hooked(module):
             return x
-        if kind is torch.nn.BatchNorm1d and x.groups:
+        if kind in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d) and x.groups:
             return self._batch_norm(name, module, x)
         why = "which is not understood"
         if kind is torch.nn.LayerNorm:
@@ -426,20 +467,55 @@ class _Walk(torch.fx.Interpreter):
             groups = [group for dims in tensors.values() for layout in dims.values() for group in layout]
             self._finder.block(groups, f"{name!r} has forward hooks or a forward of its own, which may do anything")
 
+    def _read(self, name: str, x: _Value, dim: int) -> _Value:
+        """What a layer reads that takes its inputs from this dimension."""
+        if x.groups and x.dim != dim:
+            return self._not_understood(x, f"{name!r} reads it along another dimension than that of its units")
+        return x
+
     def _linear(self, name: str, layer: torch.nn.Linear, x: _Value) -> _Value:
         (group,) = self._finder.made_by(name, layer)
+        x = self._read(name, x, -1)
         tensors: dict[str, dict[int, Layout]] = {"weight": {0: (group,), 1: x.groups}}
         if layer.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             tensors["bias"] = {0: (group,)}
         self._lay_out(name, layer, tensors)
         return _Value((group,))
 
+    def _convolution(self, name: str, layer: torch.nn.Conv1d | torch.nn.Conv2d, x: _Value) -> _Value:
+        (group,) = self._finder.made_by(name, layer)
+        dim = 1 - layer.weight.dim()
+        x = self._read(name, x, dim)
+        if layer.groups > 1:
+            self._not_understood([x, made := _Value((group,), dim)], f"{name!r} is a convolution in groups")
+            return made
+        tensors: dict[str, dict[int, Layout]] = {"weight": {0: (group,), 1: x.groups}}
+        if layer.bias is not None:
+            tensors["bias"] = {0: (group,)}
+        self._lay_out(name, layer, tensors)
+        return _Value((group,), dim, self._finder.ranks.get(name))
+
+    def _pool(self, name: str, spatial: int, x: _Value) -> _Value:
+        if x.groups and x.dim != -1 - spatial:
+            return self._not_understood(x, f"{name} pools along the dimension of its units")
+        return x
+
+    def _flatten(self, name: str, args: Any, kwargs: Any) -> _Value:
+        x: _Value = args[0]
+        start, end = (*args[1:], *(0, -1)[len(args) - 1 :])
+        start, end = kwargs.get("start_dim", start), kwargs.get("end_dim", end)
+        if x.dim < -1 and x.rank is None:
+            return self._not_understood(x, f"{name} flattens it, or another dimension: give example_inputs")
+        if x.dim == -1 or x.states or (x.place(start), x.place(end)) != (x.dim, -1):
+            return self._not_understood(x, f"{name} flattens it otherwise than from the channels on")
+        return _Value(x.groups, blocks=True)
+
     def _lstm(
         self, name: str, lstm: torch.nn.LSTM, x: _Value, states: list[_Value]
     ) -> tuple[_Value, tuple[_Value, _Value]]:
         every, directions = self._finder.made_by(name, lstm), len(_suffixes(lstm))
         tensors: dict[str, dict[int, Layout]] = {}
-        inputs = x.groups
+        inputs = (self._not_understood(x, f"{name!r} reads channels") if x.blocks else self._read(name, x, -1)).groups
         for layer in range(lstm.num_layers):
             outputs = every[layer * directions : (layer + 1) * directions]
             for group, suffix in zip(outputs, _suffixes(lstm), strict=True):
@@ -455,16 +531,22 @@ class _Walk(torch.fx.Interpreter):
             self._finder.block(every, "it gets initial states, which have its width")
         return _Value(inputs), (_Value(every, states=True), _Value(every, states=True))
 
-    def _batch_norm(self, name: str, norm: torch.nn.BatchNorm1d, x: _Value) -> _Value:
-        rank = self._finder.ranks.get(name)
-        if rank != 2:
+    def _batch_norm(self, name: str, norm: torch.nn.BatchNorm1d | torch.nn.BatchNorm2d, x: _Value) -> _Value:
+        rank, needed = self._finder.ranks.get(name), 1 - x.dim
+        if isinstance(norm, torch.nn.BatchNorm1d) and rank != needed:
             found = (
                 "takes 2-D and 3-D inputs differently: give example_inputs" if rank is None else f"gets {rank}-D input"
             )
             return self._not_understood(x, f"{name!r} (BatchNorm1d) {found}")
+        x = self._read(name, x, x.dim if isinstance(norm, torch.nn.BatchNorm1d) else -3)
         tensors = ("weight", "bias", "running_mean", "running_var")
         self._lay_out(name, norm, {tensor: {0: x.groups} for tensor in tensors if getattr(norm, tensor) is not None})
         return x
+
+
+def _same_place(one: _Value, other: _Value) -> bool:
+    """Whether two values have their units in the same dimension."""
+    return (one.dim, one.blocks) == (other.dim, other.blocks)
 
 
 def _full_name(module: str, tensor: str) -> str:
@@ -481,17 +563,19 @@ def _is_hooked(module: torch.nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
-def entries(layout: Layout, widths: Sequence[int], kept: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Which entries stay of a dimension [sum of its groups' widths], when of some groups only some units are kept.
+def entries(layout: Layout, widths: Sequence[int], kept: dict[int, torch.Tensor], size: int) -> torch.Tensor:
+    """Which entries stay of a dimension, when of some groups only some units are kept.
 
     Args:
         layout: The dimension's groups.
         widths: Of all groups.
         kept: The units [n] that stay of a group, int64, ascending; all of those that are not in it.
+        size: Of the dimension, a multiple of the sum of its groups' widths.
     """
     parts: list[torch.Tensor] = []
     start = 0
     for group in layout:
         parts.append(start + kept.get(group, torch.arange(widths[group])))
         start += widths[group]
-    return torch.cat(parts)
+    positions = size // start
+    return (torch.cat(parts)[:, None] * positions + torch.arange(positions)).flatten()

@@ -19,15 +19,21 @@ def selections(dtype):
 def test_operators_pass_opcheck(dtype):
     grad, rows, columns = selections(dtype)
     weight, x = gradient("normal", O, I, dtype), gradient("normal", N, I, dtype)
+    channels = gradient("normal", N, O * 6, dtype).view(N, O, 2, 3)
     cases = {
         "topk_rows": (grad, K),
         "topk_columns": (grad, K),
+        "topk_channels": (channels, K),
         "grad_input": (*rows, weight),
         "grad_weight": (*rows, x, O),
         "grad_weight_rows": (columns[0], x),
     }
-    column_cases = {"grad_input": (*columns, weight), "grad_weight": (*columns, x, O)}
-    for name, arguments in [*cases.items(), *column_cases.items()]:
+    more = {
+        "grad_input": (*columns, weight),
+        "grad_weight": (*columns, x, O),
+        "topk_channels": (channels.contiguous(memory_format=torch.channels_last), K),
+    }
+    for name, arguments in [*cases.items(), *more.items()]:
         report = torch.library.opcheck(getattr(torch.ops.meprop, name).default, arguments)
         assert set(report.values()) == {"SUCCESS"}, (name, report)
 

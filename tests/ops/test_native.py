@@ -92,6 +92,41 @@ def test_column_scores_of_any_memory_layout(level, poisoned, layout):
     assert torch.equal(native.column_scores(grad), reference.column_scores(grad))
 
 
+CHANNEL_LAYOUTS = {
+    "contiguous": lambda grad: grad.contiguous(),
+    "channels last": lambda grad: grad.contiguous(memory_format=torch.channels_last),
+    "neither": lambda grad: grad.transpose(1, 3).contiguous().transpose(1, 3),
+    "negative": lambda grad: torch._neg_view(-grad),
+}
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", CHANNEL_LAYOUTS)
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize(
+    ("examples", "width", "sizes", "k"), [(3, 37, (5, 7), 6), (0, 9, (1, 2), 9), (1, 2, (1, 1), 1)]
+)
+def test_topk_channels(level, poisoned, examples, width, sizes, k, kind, layout, dtype):
+    matrix = gradient(kind, examples * sizes[0] * sizes[1], width, dtype)
+    grad = CHANNEL_LAYOUTS[layout](matrix.view(examples, *sizes, width).movedim(-1, 1))
+    values, indices = native.topk_channels(grad, k)
+    expected_values, expected_indices = reference.topk_channels(grad, k)
+    assert torch.equal(indices, expected_indices)
+    assert torch.equal(bits(values), bits(expected_values))
+    assert reference.memory_format(values) == reference.memory_format(expected_values)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_threads_do_not_change_the_channels(level, threads, dtype):
+    grad = gradient("rows of all scales", 4 * 600, 90, dtype).view(4, 600, 90).movedim(-1, 1)
+    results = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(native.topk_channels(grad, 20)[1])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 # ---------------------------------------------------------------- products
 
 # (rows N, inputs I, output features O, kept k): empty, single, odd, narrower and wider than a panel, everything kept
@@ -358,6 +393,30 @@ def test_impossible_sizes_raise_before_memory_is_touched(function, wrong):
 def test_impossible_matrices_raise_before_memory_is_touched(wrong):
     with pytest.raises(ValueError, match="out of range"):
         native._extension.linear_backward(*(BACKWARD | wrong).values())
+
+
+CHANNELS = {"dtype": 0, "grad": 0, "examples": 2, "channels": 8, "positions": 4, "k": 3, "indices": 0, "threads": 1}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"examples": -1},
+        {"channels": 0},
+        {"positions": -1},
+        {"k": 0},
+        {"k": 9},
+        {"threads": 0},
+        {"dtype": 2},
+        {"channels": 2**31 - 1, "k": 1},
+        {"positions": 2**61},
+        {"examples": 2**30, "positions": 2**40},
+    ],
+    ids=str,
+)
+def test_impossible_channels_raise_before_memory_is_touched(wrong):
+    with pytest.raises(ValueError, match=r"out of range|unknown dtype"):
+        native._extension.topk_channels(*(CHANNELS | wrong).values())
 
 
 def test_integers_beyond_64_bits_and_missing_arguments_raise():

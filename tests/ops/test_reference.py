@@ -50,6 +50,17 @@ def test_topk_columns_keeps_the_largest_sums(rows, width, k, kind):
     torch.testing.assert_close(values, grad[:, indices.long()], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_topk_channels_keeps_the_largest_sums(kind):
+    """Those of the columns of a matrix with a row for each position."""
+    matrix = gradient(kind, 12, 17, torch.float32)
+    grad = matrix.view(2, 3, 2, 17).movedim(-1, 1)
+    values, indices = reference.topk_channels(grad, 5)
+    expected, expected_indices = reference.topk_columns(matrix, 5)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(values, expected.view(2, 3, 2, 5).movedim(-1, 1), rtol=0, atol=0, equal_nan=True)
+
+
 def test_products_equal_sums_over_scalars():
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(3, 6, generator=generator, dtype=torch.float64)

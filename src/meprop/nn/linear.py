@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,9 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
-        compiling = torch.compiler.is_compiling()
-        dense = self.decision is not None and not self.decision.sparse
-        if dense and self.compute_dtype is None and (compiling or not _saved_tensors_are_hooked()):
+        own, asks = standing(self)
+        if own:
             return F.linear(input, self.weight, self.bias)
-        asks = self.when == "auto" and not compiling and (dense or self.decision is None)
         decide = self._decide if asks else None
         return functional.apply_linear(
             input, self.weight, self.bias, self.rule, self.sparse_grad, decide, self.compute_dtype, self.activity
@@ -87,9 +85,18 @@ class Linear(torch.nn.Linear):
 
     def extra_repr(self) -> str:
         """As torch's, and the rule."""
-        sparse_grad = ", sparse_grad=True" if self.sparse_grad else ""
-        compute_dtype = f", compute_dtype={self.compute_dtype}" if self.compute_dtype is not None else ""
-        return f"{super().extra_repr()}, rule={self.rule}{sparse_grad}{compute_dtype}"
+        return super().extra_repr() + sparse_repr(self)
+
+
+class SparseLayer(Protocol):
+    """What each layer of `meprop.nn` has beside a plain one."""
+
+    rule: Rule
+    sparse_grad: bool
+    compute_dtype: torch.dtype | None
+    when: When
+    decision: speed.Decision | None
+    activity: Any
 
 
 SPARSE_STATE = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
@@ -101,6 +108,21 @@ def sparse_state(rule: Rule, sparse_grad: bool, compute_dtype: torch.dtype | Non
     # there is nothing to decide.
     when = "always" if sparse_grad or rule.communicates else when
     return dict(zip(SPARSE_STATE, (rule, sparse_grad, compute_dtype, when, None, None), strict=True))
+
+
+def standing(layer: SparseLayer) -> tuple[bool, bool]:
+    """Whether a call of a layer is to be torch's own, and if not, whether its backward pass asks if to be sparse."""
+    compiling = torch.compiler.is_compiling()
+    dense = layer.decision is not None and not layer.decision.sparse
+    own = dense and layer.compute_dtype is None and (compiling or not _saved_tensors_are_hooked())
+    return own, layer.when == "auto" and not compiling and (dense or layer.decision is None)
+
+
+def sparse_repr(layer: SparseLayer) -> str:
+    """What `extra_repr` says beside torch's."""
+    sparse_grad = ", sparse_grad=True" if layer.sparse_grad else ""
+    compute_dtype = f", compute_dtype={layer.compute_dtype}" if layer.compute_dtype is not None else ""
+    return f", rule={layer.rule}{sparse_grad}{compute_dtype}"
 
 
 def _saved_tensors_are_hooked() -> bool:

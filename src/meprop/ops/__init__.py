@@ -14,11 +14,14 @@ from meprop.ops.dispatch import (
     lstm_backward,
     lstm_forward,
     narrow_agrees,
+    row_sparse_tensor,
     sgd_rows,
+    topk_channels,
     topk_columns,
     topk_linear_backward,
     topk_rows,
 )
+from meprop.ops.reference import memory_format
 
 __all__ = [
     "Gradients",
@@ -32,8 +35,11 @@ __all__ = [
     "linear_backward",
     "lstm_backward",
     "lstm_forward",
+    "memory_format",
     "narrow_agrees",
+    "row_sparse_tensor",
     "sgd_rows",
+    "topk_channels",
     "topk_columns",
     "topk_linear_backward",
     "topk_rows",

@@ -57,6 +57,11 @@ def column_scores(grad: Tensor) -> Tensor:
     return serve("column_scores", grad)
 
 
+def topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`reference.topk_channels`; requires 1 <= k <= O."""
+    return _call("topk_channels", grad, k)
+
+
 def grad_input(selection: Selection, weight: Tensor) -> Tensor:
     """The selection [N, O] times weight [O, I]: the gradient of a linear map's input, [N, I]."""
     result = _call("grad_input", selection.values, selection.indices, weight)
@@ -79,7 +84,7 @@ def grad_weight(selection: Selection, x: Tensor, *, row_sparse: bool = False) ->
         shared = _shared(selection)
         return result if shared is None else result.addr_(shared, x.sum(dim=0))
     rows = _call("grad_weight_rows", selection.values, x)
-    return _row_sparse(selection.indices, rows, selection.width)
+    return row_sparse_tensor(selection.indices, rows, selection.width)
 
 
 def _shared(selection: Selection) -> Tensor | None:
@@ -108,7 +113,7 @@ def topk_linear_backward(
     results = native.topk_linear_backward(grad, k, scope, weight, x, needs_bias, rows_only)
     input_gradient, weight_gradient, bias_gradient, indices = results
     if weight_gradient is not None and indices is not None:
-        weight_gradient = _row_sparse(indices, weight_gradient, grad.shape[1])
+        weight_gradient = row_sparse_tensor(indices, weight_gradient, grad.shape[1])
     return input_gradient, weight_gradient, bias_gradient
 
 
@@ -223,8 +228,9 @@ def _rows_backend(weight: Tensor, rows: AwakeRows, *state: Tensor | None) -> Any
     return native if plain and native.declines_rows(weight, *tensors) is None else reference
 
 
-def _row_sparse(indices: Tensor, rows: Tensor, width: int) -> Tensor:
-    shape = (width, rows.shape[1])
+def row_sparse_tensor(indices: Tensor, rows: Tensor, width: int) -> Tensor:
+    """A sparse COO tensor [width, *] with these rows [k, *] at these ascending indices [k], coalesced."""
+    shape = (width, *rows.shape[1:])
     return torch.sparse_coo_tensor(indices.long()[None], rows, shape, is_coalesced=True, check_invariants=False)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from meprop.ops.dispatch import serve
+from meprop.ops.reference import memory_format
 
 library = torch.library.Library("meprop", "DEF")
 
@@ -35,6 +36,12 @@ def _fake_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return grad.new_empty(grad.shape[0], k), grad.new_empty(k, dtype=torch.int32)
 
 
+def _fake_topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (grad.shape[0], k, *grad.shape[2:])
+    channels = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
+    return channels, grad.new_empty(k, dtype=torch.int32)
+
+
 def _fake_grad_input(values: Tensor, _indices: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty(values.shape[0], weight.shape[1])
 
@@ -49,6 +56,7 @@ def _fake_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
 
 _define("topk_rows(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_rows)
 _define("topk_columns(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_columns)
+_define("topk_channels(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_channels)
 _define("grad_input(Tensor values, Tensor indices, Tensor weight) -> Tensor", _fake_grad_input)
 _define("grad_weight(Tensor values, Tensor indices, Tensor x, SymInt width) -> Tensor", _fake_grad_weight)
 _define("grad_weight_rows(Tensor values, Tensor x) -> Tensor", _fake_grad_weight_rows)

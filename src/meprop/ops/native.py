@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from meprop.ops.reference import memory_format
 from meprop.selection import AwakeRows, ColumnSelection, RowSelection
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -120,6 +122,28 @@ def column_scores(grad: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return scores
+
+
+def topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `reference.topk_channels`."""
+    assert _extension is not None
+    examples, channels, *sizes = grad.shape
+    if memory_format(grad) == torch.channels_last:
+        values, indices = topk_columns(grad.movedim(1, -1).flatten(0, -2), k)
+        return values.view(examples, *sizes, k).movedim(-1, 1), indices
+    grad = grad.resolve_neg().contiguous()
+    indices = torch.empty(k, dtype=torch.int32)
+    _extension.topk_channels(
+        _DTYPE_CODES[grad.dtype],
+        grad.data_ptr(),
+        examples,
+        channels,
+        math.prod(sizes),
+        k,
+        indices.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad.index_select(1, indices), indices
 
 
 def grad_input(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:

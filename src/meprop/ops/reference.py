@@ -1,8 +1,9 @@
 """The operations, as literally as the mathematics: any floating dtype, any device. The oracle of every other backend.
 
-Shapes: grad [N, O], weight [O, I], x [N, I]. A selection is values [N, k] with indices [N, k] (k entries of each row)
-or with indices [k] (k columns); indices are int32 and ascending. Products are summed in float32, those of float64
-inputs in float64. The paper is meProp (Sun et al., ICML 2017).
+Shapes: grad [N, O], weight [O, I], x [N, I]; of a convolution grad [N, O, *S], with S its sizes in space. A selection
+is values [N, k] with indices [N, k] (k entries of each row) or with indices [k] (k columns); indices are int32 and
+ascending. Products are summed in float32, those of float64 inputs in float64. The paper is meProp (Sun et al., ICML
+2017).
 """
 
 from __future__ import annotations
@@ -35,9 +36,28 @@ def column_scores(grad: Tensor) -> Tensor:
 
 def topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k columns with the largest sum of |g| over the batch, summed in float64: simple unified top-k."""
-    by_score = column_scores(grad).sort(descending=True, stable=True).indices
-    indices = by_score[:k].sort().values
+    indices = _largest(column_scores(grad), k)
     return grad[:, indices], indices.int()
+
+
+def topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k channels of grad [N, O, *S] with the largest sum of |g| over batch and positions, summed in float64.
+
+    The channels [N, k, *S] come in the memory format of grad: see `memory_format`.
+    """
+    indices = _largest(grad.abs().double().sum(dim=[0, *range(2, grad.dim())]), k)
+    return grad[:, indices].contiguous(memory_format=memory_format(grad)), indices.int()
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """torch.channels_last, of a tensor that is nothing but that; else torch.contiguous_format."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last and not tensor.is_contiguous() else torch.contiguous_format
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """The places of the k largest scores, ascending; of equals the lower place; NaN is the largest."""
+    return scores.sort(descending=True, stable=True).indices[:k].sort().values
 
 
 def grad_input(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""bench conv: what is timed is right, what is wrong is not timed, and the record says what was done."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from meprop import cli, functional
+from meprop.bench import conv
+from meprop.reporting import bench_conv as report
+
+SMALL = conv.Case("batch", 2, 2, 3, 40, 5, 3, 5, channels_last=True)
+
+
+def test_names_are_read_back_and_choose():
+    for case in conv.default_cases():
+        assert conv.Case.parse(case.name) == case
+    assert all(case.channels_last for case in conv.choose_cases(["*-last"]))
+    assert conv.choose_cases([SMALL.name]) == [SMALL]
+    for name in (
+        "linear",
+        "batch-conv2d-0x3x40-size5-kernel3-k5",
+        "batch-conv2d-2x3x40-size5-kernel2-k5",
+        "batch-conv2d-2x3x40-size5-kernel3-k41",
+        "example-conv2d-2x3x40-size5-kernel3-k5",
+        "batch-conv1d-2x3x40-size5-kernel3-k5-last",
+    ):
+        with pytest.raises(ValueError, match="case"):
+            conv.choose_cases([name])
+
+
+@pytest.mark.parametrize(
+    "case", [SMALL, conv.Case("batch", 1, 2, 3, 40, 9, 5, 5), conv.Case("example", 2, 2, 3, 40, 4, 1, 5)]
+)
+def test_a_case_is_timed_and_its_ratios_are_those_of_its_times(case):
+    result = conv.run_case(case, seconds=0.01)
+    assert result.wrong is None
+    assert set(result.times) == {"sparse", "dense_fp32", "dense_bf16"}
+    for side, ratio in result.ratios.items():
+        assert ratio.p20 == result.times[side].p20 / result.times["sparse"].p20
+
+
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_a_wrong_case_is_not_timed(monkeypatch, what):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output * (1.1 if what == "output" else 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.1 * grad
+
+    monkeypatch.setitem(conv._SPARSE, 2, lambda *args, **options: Wrong.apply(functional.conv2d(*args, **options)))
+    result = conv.run_case(SMALL, seconds=0.01)
+    assert what in result.wrong
+    assert not result.times
+    assert "WRONG" in report.table([result])
+
+
+def test_the_command_writes_its_record_and_its_section_of_a_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n<!-- {report.SECTION}: begin -->\n<!-- {report.SECTION}: end -->\nafter\n")
+    options = ["--cases", SMALL.name, "--seconds", "0.01", "--out", str(tmp_path / "out"), "--page", str(page)]
+    assert cli.main(["bench", "conv", *options]) == 0
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["task"] == "bench-conv"
+    assert record["cases"][0]["case"] == asdict(SMALL)
+    assert "2 x 3 x 40, 5 x 5, kernel 3 x 3" in page.read_text()
+    assert page.read_text().endswith("end -->\nafter\n")
+    assert "channels last" in capsys.readouterr().out
+    assert cli.main(["bench", "conv", "--seconds", "-1"]) == 2
