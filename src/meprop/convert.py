@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 
 from meprop import copies, nn
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.functional import check_rule
-from meprop.nn.linear import SPARSE_STATE, When, sparse_state
+from meprop.nn.linear import SPARSE_STATE, SparseLayer, When, sparse_state
 from meprop.rules import Rule
 
 Filter = Callable[[str, torch.nn.Module], bool]
-Layer = torch.nn.Linear | torch.nn.LSTM
-"""What can be converted."""
-
 # Plain class -> the class that takes over its instances. A layer keeps its identity: only its class changes, so that
 # parameters, buffers, hooks and references to it stay what they are, and a root module can be converted too.
 _SPARSE_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Linear: nn.Linear,
     torch.nn.LSTM: nn.LSTM,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
 }
-_PLAIN_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    sparse: plain for plain, sparse in _SPARSE_CLASSES.items()
-}
+_TRANSFORMERS = "transformers.pytorch_utils"
+
+
+def _sparse_classes() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    """With those for libraries that are imported already: a model cannot have layers of others."""
+    if _TRANSFORMERS not in sys.modules:
+        return _SPARSE_CLASSES
+    from meprop.nn.huggingface import Conv1D, PlainConv1D
+
+    return {**_SPARSE_CLASSES, PlainConv1D: Conv1D}
+
+
+def _plain_classes() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    return {sparse: plain for plain, sparse in _sparse_classes().items()}
+
 
 # A wrapper holds references into the model that a change of class would pass by.
 _WRAPPERS = {
@@ -51,7 +63,8 @@ class LayerReport:
         name: Its name in the model, "" for the model itself.
         kind: The plain class's name, e.g. "Linear".
         in_features: I.
-        out_features: O, among which the rule chooses; of an LSTM, the hidden units H, as it chooses within each gate.
+        out_features: O, among which the rule chooses; of an LSTM, the hidden units H, as it chooses within each gate;
+            of attention E, as it chooses within each projection.
         status: "sparse" or "dense".
         k: How many of them are kept; None if dense.
         density: k / O; 1.0 if dense.
@@ -75,14 +88,21 @@ class ConversionReport:
     """What was done to each layer of a model; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer and each LSTM, in the model's order.
+        layers: One record for each linear layer, LSTM and multi-head attention, in the model's order.
     """
 
     layers: tuple[LayerReport, ...]
 
+    @property
+    def density(self) -> float:
+        """The share of the output gradients that is kept: the layers' mean, weighted by I x O; 1.0 without layers."""
+        sizes = [layer.in_features * layer.out_features for layer in self.layers]
+        kept = sum(size * layer.density for size, layer in zip(sizes, self.layers, strict=True))
+        return kept / sum(sizes) if any(sizes) else 1.0
+
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layers and no LSTMs"
+            return "no linear layers, no LSTMs and no attention"
         head = ("layer", "kind", "in x out", "backward", "kept", "why")
         rows = [
             (
@@ -96,7 +116,11 @@ class ConversionReport:
             for layer in self.layers
         ]
         sparse = sum(layer.status == "sparse" for layer in self.layers)
-        return f"{table([head, *rows])}\n{sparse} of {len(self.layers)} layers back-propagate sparsely"
+        text = f"{table([head, *rows])}\n{sparse} of {len(self.layers)} layers back-propagate sparsely"
+        last = self.layers[-1]
+        if last.status == "sparse" and last.out_features > last.in_features:
+            text += f"\nIf the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter"
+        return text
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -116,24 +140,26 @@ def convert(
     compute_dtype: torch.dtype | None = None,
     when: When = "auto",
 ) -> ConversionReport:
-    """Lets the linear layers and LSTMs of a model back-propagate only what `rule` keeps. In place.
+    """Lets the linear layers, LSTMs and attention of a model back-propagate only what `rule` keeps. In place.
 
-    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, each `torch.nn.LSTM` a `meprop.nn.LSTM`: the same object with
+    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, and so do `LSTM`, `MultiheadAttention` (which
+    `TransformerEncoderLayer` and its like consist of) and the `Conv1D` of Hugging Face's GPT-2: the same object with
     the same Parameters, so that optimizers, hooks and checkpoints go on as before. A layer that is already converted
     takes the new rule. What stays dense is in the report with the reason: narrow layers, subclasses (whose own forward
-    pass would be lost), LSTMs with projections, layers whose weight is tied to a module of another kind, and what
-    `filter` refuses.
+    pass would be lost), LSTMs with projections, layers whose weight is tied to a module of another kind, the output
+    layer of Hugging Face's models (to have it sparse, convert it by itself), and what `filter` refuses.
 
     Args:
         model: Any module; it may itself be a Linear.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         filter: Called with (name, layer) for each layer that could be converted; those with a false answer stay as they
             are.
-        min_features: Layers with fewer output features (LSTMs: hidden units) stay dense: among few there is little to
-            leave out, and the output layer of a classifier is best kept exact.
+        min_features: Layers with fewer output features (LSTMs: hidden units; attention: embed_dim) stay dense: among
+            few there is little to leave out, and the output layer of a classifier is best kept exact. That of a
+            language model is wide: keep it exact by `filter`.
         sparse_grad: Make each weight.grad a sparse tensor of the kept rows; for rules with scope "batch". Such layers
             are always sparse, as their optimizer counts on it. LSTMs stay dense then: they choose anew at each time
-            step, so that most rows of their weights get a gradient.
+            step, so that most rows of their weights get a gradient; so does Conv1D, of which features are columns.
         compute_dtype: torch.bfloat16: linear layers form their forward product in bfloat16, from a copy of the weight
             that is kept from step to step; weights, gradients and activations stay what they are. See
             `meprop.functional.linear`. LSTMs take no part.
@@ -162,19 +188,21 @@ def convert(
     if min_features < 1:
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 
-    foreign = _owners_of_other_kinds(model)
+    classes, foreign, heads = _sparse_classes(), _owners_of_other_kinds(model), _output_layers(model)
     for name, layer in named_layers(model):
-        reason = _reason_to_skip(layer, foreign, min_features, sparse_grad)
+        reason = _reason_to_skip(layer, rule, foreign, min_features, sparse_grad)
+        if reason is None and layer in heads and layer is not model:
+            reason = "it gives the model's outputs"
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
         if reason is not None:
-            if not isinstance(layer, nn.Linear | nn.LSTM):
+            if not _is_converted(layer):
                 vars(layer)[_REASON] = reason
             continue
         vars(layer).pop(_REASON, None)
         layer_dtype = None if isinstance(layer, torch.nn.LSTM) else compute_dtype
         vars(layer).update(sparse_state(rule, sparse_grad, layer_dtype, when))
-        _become(layer, _SPARSE_CLASSES.get(type(layer), type(layer)))
+        _become(layer, classes.get(type(layer), type(layer)))
 
     result = report(model)
     if not any(layer.status == "sparse" for layer in result.layers):
@@ -189,19 +217,20 @@ def revert(model: torch.nn.Module) -> None:
 
     Raises:
         TypeError: `model` is not a module.
-        NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a subclass of
-            meprop.nn.Linear or LSTM, as parametrizations make.
+        NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a subclass of one of
+            meprop.nn's, as parametrizations make.
     """
     check_model(model)
+    classes = _plain_classes()
     for name, layer in named_layers(model):
         vars(layer).pop(_REASON, None)
-        if type(layer) in _PLAIN_CLASSES:
+        if type(layer) in classes:
             for attribute in SPARSE_STATE:
                 vars(layer).pop(attribute)
-            _become(layer, _PLAIN_CLASSES[type(layer)])
-            for parameter in layer.parameters(recurse=False):
+            _become(layer, classes[type(layer)])
+            for parameter in layer.parameters():
                 copies.forget(parameter)
-        elif isinstance(layer, nn.Linear | nn.LSTM):
+        elif _is_converted(layer):
             raise NotSupportedError(
                 f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "
                 "Remove what was added to it (parametrizations) first."
@@ -224,31 +253,56 @@ def _become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
     object.__setattr__(layer, "__class__", cls)
 
 
-def named_layers(model: torch.nn.Module) -> list[tuple[str, Layer]]:
+def named_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """What could be converted, by name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
+    classes, modules = tuple(_sparse_classes()), dict(model.named_modules())
+    # Attention reads the weight of its last projection, and never calls the layer.
+    parts = {module.out_proj for module in modules.values() if isinstance(module, torch.nn.MultiheadAttention)}
+    return [(name, module) for name, module in modules.items() if isinstance(module, classes) and module not in parts]
 
 
-def _features(layer: Layer) -> tuple[int, int]:
+def _is_converted(layer: torch.nn.Module) -> TypeGuard[SparseLayer]:
+    return isinstance(layer, tuple(_plain_classes()))
+
+
+def _output_layers(model: torch.nn.Module) -> set[torch.nn.Module | None]:
+    """Those that models in Hugging Face's manner, of which `model` may consist, say that they have."""
+    found: set[torch.nn.Module | None] = set()
+    for module in model.modules():
+        with suppress(NotImplementedError):
+            found.add(getattr(module, "get_output_embeddings", lambda: None)())
+    return found
+
+
+def _kind(layer: torch.nn.Module) -> type[torch.nn.Module]:
+    """The plain class that it is of, or a subclass of."""
+    return next(cls for cls in _sparse_classes() if isinstance(layer, cls))
+
+
+def _features(layer: Any) -> tuple[int, int]:
     """Of its input, and those among which a rule chooses."""
     if isinstance(layer, torch.nn.LSTM):
         return layer.input_size, layer.hidden_size
-    return layer.in_features, layer.out_features
+    if isinstance(layer, torch.nn.MultiheadAttention):
+        return layer.embed_dim, layer.embed_dim
+    if isinstance(layer, torch.nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.nx, layer.nf
 
 
-def _describe(name: str, layer: Layer) -> LayerReport:
-    rule = layer.rule if isinstance(layer, nn.Linear | nn.LSTM) else None
-    kind = _PLAIN_CLASSES.get(type(layer), type(layer)).__name__
+def _describe(name: str, layer: torch.nn.Module) -> LayerReport:
+    kind = _plain_classes().get(type(layer), type(layer)).__name__
     inputs, width = _features(layer)
-    if rule is None or rule.count(width) >= width:
-        reason = vars(layer).get(_REASON, "not converted") if rule is None else f"{rule} keeps everything"
-        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, reason)
-    assert isinstance(layer, nn.Linear | nn.LSTM)
-    k = rule.count(width)
+    if not _is_converted(layer):
+        reason = vars(layer).get(_REASON, "not converted")
+        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, None, reason)
+    rule, k = layer.rule, layer.rule.count(width)
+    if k >= width:
+        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, f"{rule} keeps everything")
     if layer.decision is not None:
         reason = str(layer.decision)
     elif layer.when == "auto":
-        reason = f"to be measured at its first {'backward' if kind == 'Linear' else 'forward'} pass"
+        reason = f"to be measured at its first {'forward' if kind == 'LSTM' else 'backward'} pass"
     else:
         reason = "always"
     if layer.decision is not None and not layer.decision.sparse:
@@ -270,18 +324,21 @@ def check_model(model: torch.nn.Module, remedy: str | None = None) -> None:
 
 def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
     """Parameters that modules other than such layers hold (an embedding, say), and a name for the holder."""
+    kinds = tuple(_sparse_classes())
     return {
         parameter: f"{type(module).__name__} {name!r}"
         for name, module in model.named_modules()
-        if not isinstance(module, Layer)
+        if not isinstance(module, kinds)
         for parameter in module.parameters(recurse=False)
     }
 
 
-def _reason_to_skip(layer: Layer, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool) -> str | None:
-    if type(layer) not in _SPARSE_CLASSES and type(layer) not in _PLAIN_CLASSES:
-        kind = "LSTM" if isinstance(layer, torch.nn.LSTM) else "Linear"
-        return f"{type(layer).__name__} is a subclass of {kind} with a forward pass of its own"
+def _reason_to_skip(
+    layer: torch.nn.Module, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool
+) -> str | None:
+    kind = _kind(layer)
+    if type(layer) is not kind and type(layer) not in _plain_classes():
+        return f"{type(layer).__name__} is a subclass of {kind.__name__} with a forward pass of its own"
     for parameter in layer.parameters():
         if not parameter.is_floating_point():
             return f"its weight is of dtype {parameter.dtype}"
@@ -293,8 +350,13 @@ def _reason_to_skip(layer: Layer, foreign: dict[torch.Tensor, str], min_features
             return f"it has projections (proj_size={layer.proj_size})"
         if sparse_grad:
             return "sparse_grad: an LSTM chooses anew at each time step"
-        if width < min_features:
-            return f"narrow: {width} hidden units, min_features={min_features}"
+    if sparse_grad and kind.__name__ == "Conv1D":
+        return "sparse_grad: the output features of its weight are columns, not rows"
     if width < min_features:
-        return f"narrow: {width} output features, min_features={min_features}"
+        what = "hidden units" if isinstance(layer, torch.nn.LSTM) else "output features"
+        return f"narrow: {width} {what}, min_features={min_features}"
+    try:
+        rule.count(width)
+    except ValueError as error:  # it does not fit this width
+        return str(error)
     return None

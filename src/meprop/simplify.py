@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meprop import nn, units
-from meprop.convert import check_model, named_layers, plain_copy, table
+from meprop.convert import check_model, named_layers, plain_copy, report, table
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.selection import Activity
 
@@ -312,7 +312,11 @@ class Simplifier:
         number = self._group_of.get(label)
         return torch.arange(len(self._activities[label].hits)) if number is None else self._alive[number]
 
-    def _describe(self, name: str, layer: torch.nn.Linear | torch.nn.LSTM) -> LayerWidth:
+    def _describe(self, name: str, layer: torch.nn.Module) -> LayerWidth:
+        if not isinstance(layer, torch.nn.Linear | torch.nn.LSTM):
+            known = report(layer).layers[0]
+            width = known.out_features
+            return LayerWidth(name, known.kind, width, width, "only linear layers and LSTMs are")
         made = units.producers(name, layer)[0]
         number = self._group_of.get(made.label)
         kind = "LSTM" if isinstance(layer, torch.nn.LSTM) else "Linear"

@@ -175,7 +175,8 @@ class _Tracer(torch.fx.Tracer):
         self._autowrap_search.append(rnn)  # also where they are called as rnn.pack_padded_sequence
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, torch.nn.Linear | torch.nn.LSTM) or super().is_leaf_module(m, module_qualified_name)
+        layers = torch.nn.Linear | torch.nn.LSTM | torch.nn.MultiheadAttention
+        return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> torch.fx.Graph:

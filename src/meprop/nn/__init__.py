@@ -1,6 +1,7 @@
 """Layers: subclasses of torch's, with the same constructors, parameters and state_dict keys."""
 
+from meprop.nn.attention import MultiheadAttention
 from meprop.nn.linear import Linear
 from meprop.nn.lstm import LSTM
 
-__all__ = ["LSTM", "Linear"]
+__all__ = ["LSTM", "Linear", "MultiheadAttention"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,30 +67,24 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
-        compiling = torch.compiler.is_compiling()
-        dense = self.decision is not None and not self.decision.sparse
-        if dense and self.compute_dtype is None and (compiling or not _saved_tensors_are_hooked()):
-            return F.linear(input, self.weight, self.bias)
-        asks = self.when == "auto" and not compiling and (dense or self.decision is None)
-        decide = self._decide if asks else None
-        return functional.apply_linear(
-            input, self.weight, self.bias, self.rule, self.sparse_grad, decide, self.compute_dtype, self.activity
-        )
-
-    def _decide(self, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]) -> bool:
-        rows, outputs = grad_NO.shape
-        if rows == 0:  # says nothing about the batches to come
-            return True
-        if self.decision is None:  # else an earlier call of this layer in the same step has decided
-            shape = speed.LayerShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs)
-            self.decision = speed.decide(self.rule, shape)
-        return self.decision.sparse
+        return sparse_linear(self, input, self.weight, self.bias, self.rule)
 
     def extra_repr(self) -> str:
         """As torch's, and the rule."""
         sparse_grad = ", sparse_grad=True" if self.sparse_grad else ""
         compute_dtype = f", compute_dtype={self.compute_dtype}" if self.compute_dtype is not None else ""
         return f"{super().extra_repr()}, rule={self.rule}{sparse_grad}{compute_dtype}"
+
+
+class SparseLayer(Protocol):
+    """What each layer of `meprop.nn` has beside a plain one."""
+
+    rule: Rule
+    sparse_grad: bool
+    compute_dtype: torch.dtype | None
+    when: When
+    decision: speed.Decision | None
+    activity: Any
 
 
 SPARSE_STATE = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
@@ -100,6 +95,31 @@ def sparse_state(rule: Rule, sparse_grad: bool, compute_dtype: torch.dtype | Non
     # The optimizer of row-sparse gradients counts on their layout, so there is nothing to decide.
     when = "always" if sparse_grad else when
     return dict(zip(SPARSE_STATE, (rule, sparse_grad, compute_dtype, when, None, None), strict=True))
+
+
+def sparse_linear(layer: SparseLayer, x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule) -> Tensor:
+    """A product of a layer, x [*, I] to [*, O]: sparse or dense as the layer has decided, or decides in this call."""
+    compiling = torch.compiler.is_compiling()
+    dense = layer.decision is not None and not layer.decision.sparse
+    if dense and layer.compute_dtype is None and (compiling or not _saved_tensors_are_hooked()):
+        return F.linear(x, weight, bias)
+    asks = layer.when == "auto" and not compiling and (dense or layer.decision is None)
+    decide = partial(_decide, layer, rule, weight.t().is_contiguous() and not weight.is_contiguous()) if asks else None
+    return functional.apply_linear(
+        x, weight, bias, rule, layer.sparse_grad, decide, layer.compute_dtype, layer.activity
+    )
+
+
+def _decide(
+    layer: SparseLayer, rule: Rule, transposed: bool, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]
+) -> bool:
+    rows, outputs = grad_NO.shape
+    if rows == 0:  # says nothing about the batches to come
+        return True
+    if layer.decision is None:  # else an earlier product of this layer in the same step has decided
+        shape = speed.LayerShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs, transposed)
+        layer.decision = speed.decide(rule, shape)
+    return layer.decision.sparse
 
 
 def _saved_tensors_are_hooked() -> bool:
