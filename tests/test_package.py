@@ -50,7 +50,8 @@ def test_import_needs_only_torch_and_under_50_ms_of_its_own():
         "import sys, time, torch\n"
         "before = set(sys.modules)\n"
         "start = time.perf_counter(); import meprop; seconds = time.perf_counter() - start\n"
-        "extras = {'numpy', 'tyro', 'rich', 'pooch', 'matplotlib', 'lightning_fabric', 'tensorboard'}\n"
+        "extras = {'numpy', 'tyro', 'rich', 'pooch', 'matplotlib', 'lightning_fabric', 'tensorboard', 'lightning'}\n"
+        "extras |= {'transformers', 'accelerate'}\n"
         "print(seconds, *sorted(extras & (set(sys.modules) - before)))"
     )
     # As a user has it: the first run leaves the modules compiled, unless the environment forbids that.
