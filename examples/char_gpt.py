@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -137,7 +138,7 @@ def train(name: str, text: Text, options: argparse.Namespace) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **decay)
 
     generator = torch.Generator().manual_seed(options.seed)
-    spent: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
+    spent: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": [], "step": []}
     curve: list[dict[str, float]] = []
     progress, step, seconds = 0.0, 0, 0.0
     while progress < 1:
@@ -152,9 +153,9 @@ def train(name: str, text: Text, options: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         moments.append(time.perf_counter())
-        for part, start, end in zip(spent.values(), moments, moments[1:], strict=False):
-            part.append(end - start)
-        step, seconds = step + 1, seconds + moments[-1] - moments[0]
+        for times, (start, end) in zip(spent.values(), [*pairwise(moments), (moments[0], moments[-1])], strict=True):
+            times.append(end - start)
+        step, seconds = step + 1, seconds + spent["step"][-1]
         progress = step / options.steps if options.seconds is None else seconds / options.seconds
         if step % options.evaluate_every == 0 or progress >= 1:
             curve.append({"step": step, "seconds": seconds, "train": loss.item(), "dev": evaluate(model, text)})
@@ -168,14 +169,14 @@ def train(name: str, text: Text, options: argparse.Namespace) -> dict[str, Any]:
         "density": report.density,
         "layers": {layer.name: layer.density for layer in report.layers},
         "dev": {"loss": curve[-1]["dev"]},
-        "seconds": {part: sum(times) for part, times in spent.items()} | {"step": seconds},
-        "milliseconds": {part: 1000 * median(times) for part, times in spent.items()} | {"step": 1000 * seconds / step},
+        "seconds": {part: sum(times) for part, times in spent.items()},
+        "milliseconds": {part: 1000 * median(times) for part, times in spent.items()},
         "curve": curve,
     }
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    lines = ["          dev loss    steps   ms: forward  backward  optimizer  whole step   kept"]
+    lines = ["          dev loss    steps   forward, ms  backward  optimizer  whole step   kept"]
     for run in runs:
         ms = run["milliseconds"]
         parts = f"{ms['forward']:15.1f}{ms['backward']:10.1f}{ms['optimizer']:11.1f}{ms['step']:12.1f}"

@@ -33,10 +33,9 @@ def train(name: str, options: argparse.Namespace, folder: str) -> str:
         report_to=[],
         disable_tqdm=True,
     )
-    # GPT-2's c_attn makes query, key and value in one layer: there the rule chooses within each of the three.
     callbacks = [MePropCallback(meprop.TopK(options.k), when=options.when)] if name == "sparse" else []
     trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
-    if name == "sparse":
+    if name == "sparse":  # c_attn makes query, key and value in one product: there the rule is to choose within each
         rule = meprop.InBlocks(meprop.TopK(options.k), 3)
         meprop.convert(model, rule, filter=lambda layer_name, _: layer_name.endswith("c_attn"), when=options.when)
     result = trainer.train()

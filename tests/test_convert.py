@@ -331,3 +331,20 @@ def test_lstms_that_stay_dense_say_why():
     report = convert(mixed, meprop.TopK(0.05, scope="batch"), sparse_grad=True)
     assert statuses(report) == {"0": "dense", "1": "sparse"}
     assert "each time step" in reasons(report)["0"]
+
+
+def test_a_sparse_last_layer_that_widens_is_questioned():
+    """As the output layer of a language model does; the narrow one of a classifier stays dense."""
+    head = nn.Sequential(nn.Linear(30, 200), nn.ReLU(), nn.Linear(200, 5000))
+    assert "If the last one, '2', gives the model's outputs" in str(convert(head))
+    meprop.revert(head)
+    assert "If the last one" not in str(convert(head, filter=lambda name, _: name != "2"))
+    assert "If the last one" not in str(convert(nn.Sequential(nn.Linear(30, 200), nn.Linear(200, 200))))
+
+
+def test_the_density_is_weighted_by_the_layers_sizes():
+    report = convert(mlp())
+    sizes, densities = [30 * 200, 200 * 150, 150 * 10], [10 / 200, 8 / 150, 1.0]
+    expected = sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
+    assert report.density == pytest.approx(expected)
+    assert meprop.report(nn.ReLU()).density == 1.0

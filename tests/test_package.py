@@ -60,6 +60,11 @@ def test_import_needs_only_torch_and_under_50_ms_of_its_own():
     assert min(float(run[0]) for run in runs) < 0.05
 
 
+def test_converting_imports_no_library_that_the_model_does_not_come_from():
+    code = "import sys, meprop, torch; meprop.convert(torch.nn.Linear(7, 200), meprop.TopK(5)); print(*sys.modules)"
+    assert not {"transformers", "lightning"} & set(python(code).split())
+
+
 def test_every_public_name_exists_and_is_documented():
     for name in meprop.__all__:
         assert getattr(meprop, name).__doc__, name

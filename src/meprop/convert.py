@@ -196,7 +196,7 @@ def convert(
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
         if reason is not None:
-            if not _is_converted(layer):
+            if not is_converted(layer):
                 vars(layer)[_REASON] = reason
             continue
         vars(layer).pop(_REASON, None)
@@ -230,7 +230,7 @@ def revert(model: torch.nn.Module) -> None:
             _become(layer, classes[type(layer)])
             for parameter in layer.parameters():
                 copies.forget(parameter)
-        elif _is_converted(layer):
+        elif is_converted(layer):
             raise NotSupportedError(
                 f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "
                 "Remove what was added to it (parametrizations) first."
@@ -261,7 +261,8 @@ def named_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return [(name, module) for name, module in modules.items() if isinstance(module, classes) and module not in parts]
 
 
-def _is_converted(layer: torch.nn.Module) -> TypeGuard[SparseLayer]:
+def is_converted(layer: torch.nn.Module) -> TypeGuard[SparseLayer]:
+    """Whether it is one of `meprop.nn`'s layers, or of a subclass of one."""
     return isinstance(layer, tuple(_plain_classes()))
 
 
@@ -274,12 +275,12 @@ def _output_layers(model: torch.nn.Module) -> set[torch.nn.Module | None]:
     return found
 
 
-def _kind(layer: torch.nn.Module) -> type[torch.nn.Module]:
-    """The plain class that it is of, or a subclass of."""
-    return next(cls for cls in _sparse_classes() if isinstance(layer, cls))
+def kind_of(layer: torch.nn.Module) -> str:
+    """The name of the plain class that it is of, or of a subclass of."""
+    return next(cls.__name__ for cls in _sparse_classes() if isinstance(layer, cls))
 
 
-def _features(layer: Any) -> tuple[int, int]:
+def features(layer: Any) -> tuple[int, int]:
     """Of its input, and those among which a rule chooses."""
     if isinstance(layer, torch.nn.LSTM):
         return layer.input_size, layer.hidden_size
@@ -292,8 +293,8 @@ def _features(layer: Any) -> tuple[int, int]:
 
 def _describe(name: str, layer: torch.nn.Module) -> LayerReport:
     kind = _plain_classes().get(type(layer), type(layer)).__name__
-    inputs, width = _features(layer)
-    if not _is_converted(layer):
+    inputs, width = features(layer)
+    if not is_converted(layer):
         reason = vars(layer).get(_REASON, "not converted")
         return LayerReport(name, kind, inputs, width, "dense", None, 1.0, None, reason)
     rule, k = layer.rule, layer.rule.count(width)
@@ -336,21 +337,21 @@ def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
 def _reason_to_skip(
     layer: torch.nn.Module, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool
 ) -> str | None:
-    kind = _kind(layer)
-    if type(layer) is not kind and type(layer) not in _plain_classes():
-        return f"{type(layer).__name__} is a subclass of {kind.__name__} with a forward pass of its own"
+    kind = kind_of(layer)
+    if type(layer) not in _sparse_classes() and type(layer) not in _plain_classes():
+        return f"{type(layer).__name__} is a subclass of {kind} with a forward pass of its own"
     for parameter in layer.parameters():
         if not parameter.is_floating_point():
             return f"its weight is of dtype {parameter.dtype}"
         if parameter.dim() == 2 and parameter in foreign:
             return f"its weight is tied to {foreign[parameter]}"
-    _, width = _features(layer)
+    _, width = features(layer)
     if isinstance(layer, torch.nn.LSTM):
         if layer.proj_size > 0:
             return f"it has projections (proj_size={layer.proj_size})"
         if sparse_grad:
             return "sparse_grad: an LSTM chooses anew at each time step"
-    if sparse_grad and kind.__name__ == "Conv1D":
+    if sparse_grad and kind == "Conv1D":
         return "sparse_grad: the output features of its weight are columns, not rows"
     if width < min_features:
         what = "hidden units" if isinstance(layer, torch.nn.LSTM) else "output features"

@@ -201,8 +201,8 @@ class RandomK(_KeepK):
 class InBlocks(Rule):
     """Applies a rule within each of several equal blocks of the output features.
 
-    For layers that are several side by side, such as query, key and value of attention in one product: chosen among all
-    of their features, those of the values, whose gradients are the largest, would leave the others little.
+    For layers that are several side by side, such as query, key and value of attention in one product: where the rule
+    chooses among all of their features, some get hardly any (the keys, when training begins).
 
     Args:
         rule: What to keep of each block, e.g. `meprop.TopK(0.05)`.

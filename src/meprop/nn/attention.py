@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meprop import functional, speed
-from meprop.nn.linear import When, sparse_linear, sparse_state
+from meprop.nn.linear import When, sparse_linear, sparse_repr, sparse_state
 from meprop.rules import InBlocks, Rule
 
 
@@ -210,7 +210,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """Sizes and rule."""
-        return f"{self.embed_dim}, num_heads={self.num_heads}, rule={self.rule}"
+        return f"{self.embed_dim}, num_heads={self.num_heads}" + sparse_repr(self)
 
 
 def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D as PlainConv1D
 
 from meprop import functional, speed
-from meprop.nn.linear import When, sparse_linear, sparse_state
+from meprop.nn.linear import When, sparse_linear, sparse_repr, sparse_state
 from meprop.rules import Rule
 
 
@@ -45,4 +45,4 @@ class Conv1D(PlainConv1D):
         return sparse_linear(self, x, self.weight.t(), self.bias, self.rule)
 
     def __repr__(self) -> str:
-        return f"Conv1D(nf={self.nf}, nx={self.nx}, rule={self.rule})"
+        return f"Conv1D(nf={self.nf}, nx={self.nx}{sparse_repr(self)})"

@@ -71,9 +71,7 @@ class Linear(torch.nn.Linear):
 
     def extra_repr(self) -> str:
         """As torch's, and the rule."""
-        sparse_grad = ", sparse_grad=True" if self.sparse_grad else ""
-        compute_dtype = f", compute_dtype={self.compute_dtype}" if self.compute_dtype is not None else ""
-        return f"{super().extra_repr()}, rule={self.rule}{sparse_grad}{compute_dtype}"
+        return super().extra_repr() + sparse_repr(self)
 
 
 class SparseLayer(Protocol):
@@ -120,6 +118,13 @@ def _decide(
         shape = speed.LayerShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs, transposed)
         layer.decision = speed.decide(rule, shape)
     return layer.decision.sparse
+
+
+def sparse_repr(layer: SparseLayer) -> str:
+    """What `extra_repr` says beside torch's."""
+    sparse_grad = ", sparse_grad=True" if layer.sparse_grad else ""
+    compute_dtype = f", compute_dtype={layer.compute_dtype}" if layer.compute_dtype is not None else ""
+    return f", rule={layer.rule}{sparse_grad}{compute_dtype}"
 
 
 def _saved_tensors_are_hooked() -> bool:
