@@ -160,6 +160,9 @@ def test_row_sparse_gradients_are_the_dense_ones(form):
     assert sum(gradient.layout == torch.sparse_coo for gradient in found) == 2  # in_proj_weight and out_proj.weight
     for one, other in zip(found, dense, strict=True):
         torch.testing.assert_close(one.to_dense(), other)
+    layer.in_proj_weight.grad, start = found[-4], layer.in_proj_weight.detach().clone()
+    meprop.optim.SGD(layer.parameters(), lr=0.5).step()
+    torch.testing.assert_close(layer.in_proj_weight.detach(), start - 0.5 * dense[-4])
 
 
 def test_where_nothing_is_left_out_torchs_own_forward_runs(monkeypatch):

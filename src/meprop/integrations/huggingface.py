@@ -35,24 +35,23 @@ class MePropCallback(TrainerCallback):
         if rule is None and options:
             raise ValueError(f"{', '.join(options)} without a rule: a model that is converted already has its options")
         self.rule, self.options = rule, options
-        self._model: torch.nn.Module | None = None
+        self._converted: torch.nn.Module | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Converts."""
-        self._model = kwargs["model"]
         if self.rule is not None:
+            self._converted = kwargs["model"]
             convert(kwargs["model"], self.rule, **self.options)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuses a model that has not been converted."""
-        if self.rule is not None and kwargs["model"] is not self._model:
+        if self.rule is not None and kwargs["model"] is not self._converted:
             raise NotSupportedError(
                 "the Trainer trains another model than the one that was converted: model_init has made a new one; call "
                 "meprop.convert in model_init, and give MePropCallback no rule"
             )
-        self._model = kwargs["model"]
 
     def on_log(
         self,

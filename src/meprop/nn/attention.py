@@ -28,8 +28,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         *args: As `torch.nn.MultiheadAttention`: embed_dim, num_heads, dropout, bias, and so on.
         rule: What to keep of the E entries, e.g. `meprop.TopK(0.05)`.
         sparse_grad: Make the gradients of the weights sparse tensors of the kept rows; see `meprop.functional.linear`.
-        compute_dtype: torch.bfloat16: form the projections' forward products in bfloat16; see there. Where query, key
-            and value are not one tensor, the weights are cast anew in each call.
+        compute_dtype: torch.bfloat16: form the projections' forward products in bfloat16; see there. Not where torch's
+            own forward runs. Where query, key and value are not one tensor, their weight is cast anew in each call.
         **kwargs: As `torch.nn.MultiheadAttention`.
 
     Attributes:
