@@ -43,12 +43,6 @@ Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_
 template <class T>
 Status column_scores(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, double* scores, int threads);
 
-// The k channels of a contiguous grad [examples, channels, positions] with the largest sums of magnitudes (formed in
-// float64, for each position over the examples, then over the positions), as topk_columns chooses. indices [k].
-template <class T>
-Status topk_channels(const Kernels& kernels, const T* grad, int64_t examples, int64_t channels, int64_t positions,
-                     int64_t k, int32_t* indices, int threads);
-
 enum class Scope { kRows, kColumns };
 
 // The backward pass of a linear map whose output gradient is replaced by a selection of k entries of each row, or of k

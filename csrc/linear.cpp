@@ -2,8 +2,6 @@
 #include "selected.h"
 #include "team.h"
 
-#include <numeric>
-
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -294,30 +292,6 @@ Status column_scores(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64
 }
 
 template <class T>
-Status topk_channels(const Kernels& kernels, const T* grad, int64_t examples, int64_t channels, int64_t positions,
-                     int64_t k, int32_t* indices, int threads) {
-  int64_t columns = 0;
-  if (positions < 0 || __builtin_mul_overflow(channels, positions, &columns) ||
-      !valid_selection(Matrix<T>{grad, columns}, examples, channels, k, threads))
-    return Status::kBadSize;
-  threads = team_size(threads, examples * columns, 0);
-  const Scratch<double> magnitudes(kMagnitudes, channels), of_positions(kSums, threads * positions);
-  const Scratch<Scored> scores(kScores, channels);
-  if (!magnitudes || !of_positions || !scores) return Status::kNoMemory;
-  run_team(threads, [&](Team team) {
-    const Range own = team.part(channels);
-    double* sums = of_positions.get() + team.id * positions;
-    for (int64_t channel = own.begin; channel < own.end; ++channel) {
-      std::fill_n(sums, positions, 0.0);
-      typed<T>(kernels).add_columns(grad + channel * positions, columns, examples, positions, nullptr, sums);
-      magnitudes.get()[channel] = std::accumulate(sums, sums + positions, 0.0);
-    }
-  });
-  choose_largest(magnitudes.get(), channels, k, scores.get(), indices);
-  return Status::kOk;
-}
-
-template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
   const TrimAtEnd trim;
   int64_t work = 0;
@@ -347,7 +321,6 @@ Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
   template Status topk_rows(const Kernels&, Matrix<T>, int64_t, int64_t, int64_t, T*, int32_t*, int);               \
   template Status topk_columns(const Kernels&, Matrix<T>, int64_t, int64_t, int64_t, T*, int32_t*, int);            \
   template Status column_scores(const Kernels&, Matrix<T>, int64_t, int64_t, double*, int);                         \
-  template Status topk_channels(const Kernels&, const T*, int64_t, int64_t, int64_t, int64_t, int32_t*, int);       \
   template Status linear_backward(const Kernels&, LinearBackward<T>);
 MEPROP_INSTANTIATE(float)
 MEPROP_INSTANTIATE(Bf16)

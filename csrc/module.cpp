@@ -95,12 +95,6 @@ Status scores(Scope, const int64_t* a) {
 }
 
 template <class T>
-Status channels(const int64_t* a) {
-  return topk_channels(*active, address<const T>(a[0]), a[1], a[2], a[3], a[4], address<int32_t>(a[5]),
-                       thread_count(a[6]));
-}
-
-template <class T>
 Status backward(Scope scope, const int64_t* a) {
   LinearBackward<T> call;
   call.scope = scope;
@@ -139,20 +133,6 @@ PyObject* py_topk(PyObject*, PyObject* const* args, Py_ssize_t given) {
 
 PyObject* py_column_scores(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return run(args, given, 6, scores<float>, scores<Bf16>);
-}
-
-PyObject* py_topk_channels(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[8];
-  if (!read_integers(args, given, 8, a)) return nullptr;
-  if (a[0] != kFloat32 && a[0] != kBfloat16) {
-    PyErr_SetString(PyExc_ValueError, "unknown dtype code");
-    return nullptr;
-  }
-  Status status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = (a[0] == kFloat32 ? channels<float> : channels<Bf16>)(a + 1);
-  Py_END_ALLOW_THREADS;
-  return finish(status);
 }
 
 PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -327,8 +307,6 @@ PyMethodDef methods[] = {
      "topk(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads)"},
     {"column_scores", as_method(py_column_scores), METH_FASTCALL,
      "column_scores(dtype, scope, grad, grad_ld, rows, outputs, scores, threads)"},
-    {"topk_channels", as_method(py_topk_channels), METH_FASTCALL,
-     "topk_channels(dtype, grad, examples, channels, positions, k, indices, threads)"},
     {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,
      "linear_backward(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads, inputs, weight, weight_ld, "
      "x, x_ld, grad_input, grad_weight, grad_bias, select, weight_rows_only)"},

@@ -187,7 +187,7 @@ def test_subclasses_keep_their_own_forward():
     model = nn.Sequential(Scaled(30, 200), nn.Linear(200, 200), nn.MultiheadAttention(200, 4))
     report = convert(model)
     assert type(model[0]) is Scaled
-    assert statuses(report) == {"0": "dense", "1": "sparse", "2.out_proj": "dense"}
+    assert statuses(report) == {"0": "dense", "1": "sparse", "2": "sparse"}
     assert "Scaled is a subclass" in reasons(report)["0"]
 
 
@@ -377,3 +377,20 @@ def test_convolutions_take_sparse_grad_and_compute_dtype():
         assert layer.compute_dtype == torch.bfloat16
         assert layer.weight.grad.is_sparse
         assert layer.weight.grad._values().shape == (5, *layer.weight.shape[1:])
+
+
+def test_a_sparse_last_layer_that_widens_is_questioned():
+    """As the output layer of a language model does; the narrow one of a classifier stays dense."""
+    head = nn.Sequential(nn.Linear(30, 200), nn.ReLU(), nn.Linear(200, 5000))
+    assert "If the last one, '2', gives the model's outputs" in str(convert(head))
+    meprop.revert(head)
+    assert "If the last one" not in str(convert(head, filter=lambda name, _: name != "2"))
+    assert "If the last one" not in str(convert(nn.Sequential(nn.Linear(30, 200), nn.Linear(200, 200))))
+
+
+def test_the_density_is_weighted_by_the_layers_sizes():
+    report = convert(mlp())
+    sizes, densities = [30 * 200, 200 * 150, 150 * 10], [10 / 200, 8 / 150, 1.0]
+    expected = sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
+    assert report.density == pytest.approx(expected)
+    assert meprop.report(nn.ReLU()).density == 1.0

@@ -50,13 +50,19 @@ def test_import_needs_only_torch_and_under_50_ms_of_its_own():
         "import sys, time, torch\n"
         "before = set(sys.modules)\n"
         "start = time.perf_counter(); import meprop; seconds = time.perf_counter() - start\n"
-        "extras = {'numpy', 'tyro', 'rich', 'pooch', 'matplotlib', 'lightning_fabric', 'tensorboard'}\n"
+        "extras = {'numpy', 'tyro', 'rich', 'pooch', 'matplotlib', 'lightning_fabric', 'tensorboard', 'lightning'}\n"
+        "extras |= {'transformers', 'accelerate'}\n"
         "print(seconds, *sorted(extras & (set(sys.modules) - before)))"
     )
     # As a user has it: the first run leaves the modules compiled, unless the environment forbids that.
     runs = [python(code, PYTHONDONTWRITEBYTECODE="").split() for _ in range(4)]
     assert all(len(run) == 1 for run in runs), f"import meprop also imports {runs[0][1:]}"
     assert min(float(run[0]) for run in runs) < 0.05
+
+
+def test_converting_imports_no_library_that_the_model_does_not_come_from():
+    code = "import sys, meprop, torch; meprop.convert(torch.nn.Linear(7, 200), meprop.TopK(5)); print(*sys.modules)"
+    assert not {"transformers", "lightning"} & set(python(code).split())
 
 
 def test_every_public_name_exists_and_is_documented():

@@ -211,3 +211,32 @@ def test_compensated_top_k_in_an_lstm_and_under_compile():
     eager, linear.weight.grad = linear.weight.grad, None
     torch.compile(linear, backend="aot_eager", fullgraph=True)(y).pow(2).sum().backward()
     torch.testing.assert_close(linear.weight.grad, eager)
+
+
+# ---------------------------------------------------------------- within blocks
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [meprop.TopK(2), meprop.TopK(2, scope="batch"), meprop.CompensatedTopK(2)],
+    ids=["example", "batch", "compensated"],
+)
+def test_in_blocks_is_the_rule_of_each_block_side_by_side(rule):
+    grad = gradient("ties", 5, 21, torch.float64)
+    selection = meprop.InBlocks(rule, 3).select(grad)
+    expected = torch.cat([rule.select(block).to_dense() for block in grad.chunk(3, dim=1)], dim=1)
+    assert torch.equal(selection.to_dense(), expected)
+    assert selection.indices.shape[-1] == meprop.InBlocks(rule, 3).count(21) == 6
+    assert (selection.indices.diff() > 0).all()
+
+
+def test_in_blocks_refuses_what_it_cannot_split():
+    with pytest.raises(ValueError, match="22 output features are not 3 equal blocks"):
+        meprop.InBlocks(meprop.TopK(2), 3).select(torch.zeros(5, 22))
+    for blocks, error in ((0, ValueError), (True, TypeError), (1.5, TypeError)):
+        with pytest.raises(error, match=f"blocks={blocks}"):
+            meprop.InBlocks(meprop.TopK(2), blocks)
+    with pytest.raises(TypeError, match=r"rule=0\.05"):
+        meprop.InBlocks(0.05, 3)
+    with pytest.raises(ValueError, match="scope='batch'"):
+        meprop.nn.Linear(7, 21, rule=meprop.InBlocks(meprop.TopK(2), 3), sparse_grad=True)

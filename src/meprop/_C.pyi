@@ -25,17 +25,6 @@ def topk(
 def column_scores(
     dtype: int, scope: int, grad: int, grad_ld: int, rows: int, outputs: int, scores: int, threads: int, /
 ) -> None: ...
-def topk_channels(
-    dtype: int,
-    grad: int,
-    examples: int,
-    channels: int,
-    positions: int,
-    k: int,
-    indices: int,
-    threads: int,
-    /,
-) -> None: ...
 def linear_backward(
     dtype: int,
     scope: int,

@@ -8,7 +8,7 @@ from meprop import errors, functional, nn, optim
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
-from meprop.rules import CompensatedTopK, RandomK, Rule, TopK
+from meprop.rules import CompensatedTopK, InBlocks, RandomK, Rule, TopK
 from meprop.selection import ColumnSelection, RowSelection
 from meprop.simplify import Simplifier
 
@@ -22,6 +22,7 @@ __all__ = [
     "CompensatedTopK",
     "ConversionReport",
     "DataError",
+    "InBlocks",
     "MepropError",
     "NoEffectWarning",
     "NotSupportedError",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 
@@ -14,15 +16,11 @@ from meprop import copies, nn
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.functional import check_rule
 from meprop.nn.conv import why_not_sparse
-from meprop.nn.linear import SPARSE_STATE, When, sparse_state
+from meprop.nn.linear import SPARSE_STATE, SparseLayer, When, sparse_state
 from meprop.rules import Rule
 
 Filter = Callable[[str, torch.nn.Module], bool]
 Convolution = torch.nn.Conv1d | torch.nn.Conv2d
-Layer = torch.nn.Linear | torch.nn.LSTM | Convolution
-"""What can be converted."""
-Converted = nn.Linear | nn.LSTM | nn.Conv1d | nn.Conv2d
-"""What it becomes."""
 
 # Plain class -> the class that takes over its instances. A layer keeps its identity: only its class changes, so that
 # parameters, buffers, hooks and references to it stay what they are, and a root module can be converted too.
@@ -31,10 +29,23 @@ _SPARSE_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LSTM: nn.LSTM,
     torch.nn.Conv1d: nn.Conv1d,
     torch.nn.Conv2d: nn.Conv2d,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
 }
-_PLAIN_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    sparse: plain for plain, sparse in _SPARSE_CLASSES.items()
-}
+_TRANSFORMERS = "transformers.pytorch_utils"
+
+
+def _sparse_classes() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    """With those for libraries that are imported already: a model cannot have layers of others."""
+    if _TRANSFORMERS not in sys.modules:
+        return _SPARSE_CLASSES
+    from meprop.nn.huggingface import Conv1D, PlainConv1D
+
+    return {**_SPARSE_CLASSES, PlainConv1D: Conv1D}
+
+
+def _plain_classes() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    return {sparse: plain for plain, sparse in _sparse_classes().items()}
+
 
 # A wrapper holds references into the model that a change of class would pass by.
 _WRAPPERS = {
@@ -58,7 +69,7 @@ class LayerReport:
         kind: The plain class's name, e.g. "Linear".
         in_features: I; of a convolution, its input channels.
         out_features: O, among which the rule chooses; of a convolution, its output channels; of an LSTM, the hidden
-            units H, as it chooses within each gate.
+            units H, as it chooses within each gate; of attention E, as it chooses within each projection.
         status: "sparse" or "dense".
         k: How many of them are kept; None if dense.
         density: k / O; 1.0 if dense.
@@ -82,14 +93,21 @@ class ConversionReport:
     """What was done to each layer of a model; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer, convolution and LSTM, in the model's order.
+        layers: One record for each linear layer, convolution, LSTM and multi-head attention, in the model's order.
     """
 
     layers: tuple[LayerReport, ...]
 
+    @property
+    def density(self) -> float:
+        """The share of the output gradients that is kept: the layers' mean, weighted by I x O; 1.0 without layers."""
+        sizes = [layer.in_features * layer.out_features for layer in self.layers]
+        kept = sum(size * layer.density for size, layer in zip(sizes, self.layers, strict=True))
+        return kept / sum(sizes) if any(sizes) else 1.0
+
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layers, convolutions or LSTMs"
+            return "no linear layers, no convolutions, no LSTMs and no attention"
         head = ("layer", "kind", "in x out", "backward", "kept", "why")
         rows = [
             (
@@ -103,7 +121,11 @@ class ConversionReport:
             for layer in self.layers
         ]
         sparse = sum(layer.status == "sparse" for layer in self.layers)
-        return f"{table([head, *rows])}\n{sparse} of {len(self.layers)} layers back-propagate sparsely"
+        text = f"{table([head, *rows])}\n{sparse} of {len(self.layers)} layers back-propagate sparsely"
+        last = self.layers[-1]
+        if last.status == "sparse" and last.out_features > last.in_features:
+            text += f"\nIf the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter"
+        return text
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -123,25 +145,28 @@ def convert(
     compute_dtype: torch.dtype | None = None,
     when: When = "auto",
 ) -> ConversionReport:
-    """Lets the linear layers, convolutions and LSTMs of a model back-propagate only what `rule` keeps. In place.
+    """Lets linear layers, convolutions, LSTMs and attention of a model back-propagate only what `rule` keeps. In place.
 
-    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, and so do `LSTM`, `Conv1d` and `Conv2d`: the same object with
-    the same Parameters, so that optimizers, hooks and checkpoints go on as before. A layer that is already converted
-    takes the new rule. What stays dense is in the report with the reason: narrow layers, subclasses (whose own forward
-    pass would be lost), LSTMs with projections, convolutions with groups and, with scope "example", those that are not
-    pointwise, layers whose weight is tied to a module of another kind, and what `filter` refuses.
+    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, and so do `Conv1d`, `Conv2d`, `LSTM`, `MultiheadAttention`
+    (which `TransformerEncoderLayer` and its like consist of) and the `Conv1D` of Hugging Face's GPT-2: the same object
+    with the same Parameters, so that optimizers, hooks and checkpoints go on as before. A layer that is already
+    converted takes the new rule. What stays dense is in the report with the reason: narrow layers, subclasses (whose
+    own forward pass would be lost), LSTMs with projections, convolutions with groups and, with scope "example", those
+    that are not pointwise, layers whose weight is tied to a module of another kind, the output layer of Hugging Face's
+    models (to have it sparse, convert it by itself), and what `filter` refuses.
 
     Args:
         model: Any module; it may itself be a Linear.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         filter: Called with (name, layer) for each layer that could be converted; those with a false answer stay as they
             are.
-        min_features: Layers with fewer output features (LSTMs: hidden units) stay dense: among few there is little to
-            leave out, and the output layer of a classifier is best kept exact. Of convolutions, which repeat the work
-            of each output channel at every position, those with fewer than half as many channels.
+        min_features: Layers with fewer output features (LSTMs: hidden units; attention: embed_dim) stay dense: among
+            few there is little to leave out, and the output layer of a classifier is best kept exact. That of a
+            language model is wide: keep it exact by `filter`. Of convolutions, which repeat the work of each output
+            channel at every position, those with fewer than half as many channels.
         sparse_grad: Make each weight.grad a sparse tensor of the kept rows; for rules with scope "batch". Such layers
             are always sparse, as their optimizer counts on it. LSTMs stay dense then: they choose anew at each time
-            step, so that most rows of their weights get a gradient.
+            step, so that most rows of their weights get a gradient; so does Conv1D, of which features are columns.
         compute_dtype: torch.bfloat16: linear layers form their forward product in bfloat16, from a copy of the weight
             that is kept from step to step; weights, gradients and activations stay what they are. See
             `meprop.functional.linear`. Convolutions do so too, without keeping the copy. LSTMs take no part.
@@ -171,9 +196,11 @@ def convert(
     if min_features < 1:
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 
-    foreign = _owners_of_other_kinds(model)
+    classes, foreign, heads = _sparse_classes(), _owners_of_other_kinds(model), _output_layers(model)
     for name, layer in named_layers(model):
         reason = _reason_to_skip(layer, rule, foreign, min_features, sparse_grad)
+        if reason is None and layer in heads and layer is not model:
+            reason = "it gives the model's outputs"
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
         if reason is not None:
@@ -183,7 +210,7 @@ def convert(
         vars(layer).pop(_REASON, None)
         layer_dtype = None if isinstance(layer, torch.nn.LSTM) else compute_dtype
         vars(layer).update(sparse_state(rule, sparse_grad, layer_dtype, when))
-        _become(layer, _SPARSE_CLASSES.get(type(layer), type(layer)))
+        _become(layer, classes.get(type(layer), type(layer)))
 
     result = report(model)
     if not any(layer.status == "sparse" for layer in result.layers):
@@ -202,13 +229,14 @@ def revert(model: torch.nn.Module) -> None:
             meprop.nn's, as parametrizations make.
     """
     check_model(model)
+    classes = _plain_classes()
     for name, layer in named_layers(model):
         vars(layer).pop(_REASON, None)
-        if type(layer) in _PLAIN_CLASSES:
+        if type(layer) in classes:
             for attribute in SPARSE_STATE:
                 vars(layer).pop(attribute)
-            _become(layer, _PLAIN_CLASSES[type(layer)])
-            for parameter in layer.parameters(recurse=False):
+            _become(layer, classes[type(layer)])
+            for parameter in layer.parameters():
                 copies.forget(parameter)
         elif is_converted(layer):
             raise NotSupportedError(
@@ -233,32 +261,48 @@ def _become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
     object.__setattr__(layer, "__class__", cls)
 
 
-def named_layers(model: torch.nn.Module) -> list[tuple[str, Layer]]:
+def named_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """What could be converted, by name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
+    classes, modules = tuple(_sparse_classes()), dict(model.named_modules())
+    # Attention reads the weight of its last projection, and never calls the layer.
+    parts = {module.out_proj for module in modules.values() if isinstance(module, torch.nn.MultiheadAttention)}
+    return [(name, module) for name, module in modules.items() if isinstance(module, classes) and module not in parts]
 
 
-def is_converted(layer: torch.nn.Module) -> TypeGuard[Converted]:
+def is_converted(layer: torch.nn.Module) -> TypeGuard[SparseLayer]:
     """Whether it is one of `meprop.nn`'s layers, or of a subclass of one."""
-    return isinstance(layer, Converted)
+    return isinstance(layer, tuple(_plain_classes()))
 
 
-def kind_of(layer: Layer) -> str:
+def _output_layers(model: torch.nn.Module) -> set[torch.nn.Module | None]:
+    """Those that models in Hugging Face's manner, of which `model` may consist, say that they have."""
+    found: set[torch.nn.Module | None] = set()
+    for module in model.modules():
+        with suppress(NotImplementedError):
+            found.add(getattr(module, "get_output_embeddings", lambda: None)())
+    return found
+
+
+def kind_of(layer: torch.nn.Module) -> str:
     """The name of the plain class that it is of, or of a subclass of."""
-    return next(kind.__name__ for kind in _SPARSE_CLASSES if isinstance(layer, kind))
+    return next(cls.__name__ for cls in _sparse_classes() if isinstance(layer, cls))
 
 
-def features(layer: Layer) -> tuple[int, int]:
+def features(layer: Any) -> tuple[int, int]:
     """Of its input, and those among which a rule chooses."""
     if isinstance(layer, torch.nn.LSTM):
         return layer.input_size, layer.hidden_size
+    if isinstance(layer, torch.nn.MultiheadAttention):
+        return layer.embed_dim, layer.embed_dim
     if isinstance(layer, Convolution):
         return layer.in_channels, layer.out_channels
-    return layer.in_features, layer.out_features
+    if isinstance(layer, torch.nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.nx, layer.nf
 
 
-def _describe(name: str, layer: Layer) -> LayerReport:
-    kind = _PLAIN_CLASSES.get(type(layer), type(layer)).__name__
+def _describe(name: str, layer: torch.nn.Module) -> LayerReport:
+    kind = _plain_classes().get(type(layer), type(layer)).__name__
     inputs, width = features(layer)
     if not is_converted(layer):
         reason = vars(layer).get(_REASON, "not converted")
@@ -291,19 +335,21 @@ def check_model(model: torch.nn.Module, remedy: str | None = None) -> None:
 
 def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
     """Parameters that modules other than such layers hold (an embedding, say), and a name for the holder."""
+    kinds = tuple(_sparse_classes())
     return {
         parameter: f"{type(module).__name__} {name!r}"
         for name, module in model.named_modules()
-        if not isinstance(module, Layer)
+        if not isinstance(module, kinds)
         for parameter in module.parameters(recurse=False)
     }
 
 
 def _reason_to_skip(
-    layer: Layer, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool
+    layer: torch.nn.Module, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool
 ) -> str | None:
-    if type(layer) not in _SPARSE_CLASSES and type(layer) not in _PLAIN_CLASSES:
-        return f"{type(layer).__name__} is a subclass of {kind_of(layer)} with a forward pass of its own"
+    kind = kind_of(layer)
+    if type(layer) not in _sparse_classes() and type(layer) not in _plain_classes():
+        return f"{type(layer).__name__} is a subclass of {kind} with a forward pass of its own"
     for parameter in layer.parameters():
         if not parameter.is_floating_point():
             return f"its weight is of dtype {parameter.dtype}"
@@ -319,8 +365,17 @@ def _reason_to_skip(
             return "sparse_grad: an LSTM chooses anew at each time step"
         if rule.communicates:
             return "the rule would have to wait for other processes at each time step"
-    elif isinstance(layer, Convolution):
+    if sparse_grad and kind == "Conv1D":
+        return "sparse_grad: the output features of its weight are columns, not rows"
+    if isinstance(layer, Convolution):
         if 2 * width < min_features:
             return f"narrow: {width} output channels, less than half of min_features={min_features}"
-        return why_not_sparse(layer, rule)
-    return f"narrow: {width} {what}, min_features={min_features}" if width < min_features else None
+        if (reason := why_not_sparse(layer, rule)) is not None:
+            return reason
+    elif width < min_features:
+        return f"narrow: {width} {what}, min_features={min_features}"
+    try:
+        rule.count(width)
+    except ValueError as error:  # it does not fit this width
+        return str(error)
+    return None

@@ -10,7 +10,7 @@ not zero in some process are sent, and the average is right whatever was selecte
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,8 +59,6 @@ class SynchronizedTopK(TopK):
         [1]
     """
 
-    communicates: ClassVar[bool] = True
-
     scope: Scope = field(default="batch", init=False)
     group: dist.ProcessGroup | None = field(default=None, repr=False)
 
@@ -68,6 +66,11 @@ class SynchronizedTopK(TopK):
         super().__post_init__()
         if self.group is not None and not isinstance(self.group, dist.ProcessGroup):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"group={self.group!r}; it is a process group that this process is in, or None")
+
+    @property
+    def communicates(self) -> bool:
+        """True: also a single process then asks whenever it would have to among others."""
+        return True
 
     def as_topk(self, features: int) -> tuple[int, Scope] | None:
         """As that of `TopK` in a single process; None of several, as they have to meet in between."""

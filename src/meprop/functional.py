@@ -198,8 +198,8 @@ def apply_linear(
     copy = None
     if dtype is not None and not torch.compiler.is_compiling() and copies.serves(weight, dtype):
         copy = copies.of(weight)
-    elif dtype is not None and not autocast and weight.dtype != torch.float64:
-        copy = weight.detach().to(dtype)
+    elif dtype is not None and weight.dtype != torch.float64 and (not autocast or (is_sparse and sparse_grad)):
+        copy = weight.detach().to(dtype)  # under autocast a cast would not take a sparse gradient back
     if autocast and (copy is None or (needs_gradients and not is_sparse)):
         copy, x, weight, bias = None, _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
     if is_sparse or (needs_gradients and copy is not None):

@@ -6,7 +6,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,13 +18,12 @@ Scope = Literal["example", "batch"]
 
 
 class Rule(ABC):
-    """Answers one question for every linear map: which entries of its output gradient are propagated?
+    """Answers one question for every linear map: which entries of its output gradient are propagated?"""
 
-    Attributes:
-        communicates: Whether several processes choose together, so that each has to ask whenever the others do.
-    """
-
-    communicates: ClassVar[bool] = False
+    @property
+    def communicates(self) -> bool:
+        """Whether several processes choose together, so that each has to ask whenever the others do."""
+        return False
 
     @abstractmethod
     def select(self, grad_output_NO: Tensor) -> Selection:
@@ -201,3 +200,67 @@ class RandomK(_KeepK):
     def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
         indices = ops.topk_columns(torch.rand(1, grad_NO.shape[1], device=grad_NO.device), k).indices
         return ColumnSelection(grad_NO.index_select(1, indices), indices, grad_NO.shape[1])
+
+
+@dataclass(frozen=True)
+class InBlocks(Rule):
+    """Applies a rule within each of several equal blocks of the output features.
+
+    For layers that are several side by side, such as query, key and value of attention in one product: where the rule
+    chooses among all of their features, some get hardly any (the keys, when training begins).
+
+    Args:
+        rule: What to keep of each block, e.g. `meprop.TopK(0.05)`.
+        blocks: How many blocks there are, at least 1; the output features are so many equal parts.
+
+    Raises:
+        TypeError: `rule` is not a Rule, or `blocks` not an int.
+        ValueError: `blocks` is below 1; when it is used, the features are not so many equal parts.
+
+    Example:
+        >>> import torch
+        >>> InBlocks(TopK(1), 2).select(torch.tensor([[9.0, 8.0, 1.0, 2.0]])).indices.tolist()
+        [[0, 3]]
+    """
+
+    rule: Rule
+    blocks: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"rule={self.rule!r} is of type {type(self.rule).__name__}; it is a rule of each block")
+        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"blocks={self.blocks!r} is of type {type(self.blocks).__name__}; it is an int")
+        if self.blocks < 1:
+            raise ValueError(f"blocks={self.blocks}; it must be at least 1")
+
+    @property
+    def scope(self) -> Scope:
+        """That of the rule within the blocks."""
+        return getattr(self.rule, "scope", "batch")
+
+    @property
+    def communicates(self) -> bool:
+        """As the rule within the blocks."""
+        return self.rule.communicates
+
+    def count(self, features: int) -> int:
+        """How many of `features` output features are kept, in all blocks together."""
+        return self.blocks * self.rule.count(self._width(features))
+
+    def select(self, grad_output_NO: Tensor) -> Selection:
+        """What the rule keeps of each block of grad_output_NO [N, O], side by side."""
+        features = grad_output_NO.shape[1]
+        width = self._width(features)
+        parts = [self.rule.select(block) for block in grad_output_NO.split(width, dim=1)]
+        values = torch.cat([part.values for part in parts], dim=1)
+        indices = torch.cat([part.indices + number * width for number, part in enumerate(parts)], dim=-1)
+        if any(isinstance(part, ColumnSelection) for part in parts):
+            return ColumnSelection(values, indices, features)
+        shared = [part.shared for part in parts if isinstance(part, RowSelection) and part.shared is not None]
+        return RowSelection(values, indices, features, torch.cat(shared) if shared else None)
+
+    def _width(self, features: int) -> int:
+        if features % self.blocks != 0:
+            raise ValueError(f"{features} output features are not {self.blocks} equal blocks ({self})")
+        return features // self.blocks

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from meprop import units
-from meprop.convert import Convolution, Layer, check_model, is_converted, kind_of, named_layers, plain_copy, table
+from meprop.convert import (
+    Convolution,
+    check_model,
+    is_converted,
+    kind_of,
+    named_layers,
+    plain_copy,
+    report,
+    table,
+)
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.selection import Activity
 
@@ -298,7 +307,7 @@ class Simplifier:
         """Lets each converted layer count, and so be sparse; returns what they count into, by label."""
         activities: dict[str, Activity] = {}
         for name, layer in named_layers(self.model):
-            if is_converted(layer):
+            if is_converted(layer) and isinstance(layer, units.Prunable):
                 device = next(layer.parameters()).device
                 own = {made.label: Activity.of_units(made.width, device) for made in units.producers(name, layer)}
                 layer.when, layer.decision = "always", None
@@ -310,7 +319,7 @@ class Simplifier:
         watched = {
             id(activity)
             for _, layer in named_layers(self.model)
-            if is_converted(layer)
+            if is_converted(layer) and isinstance(layer, units.Prunable)
             for activity in (layer.activity if isinstance(layer.activity, tuple) else (layer.activity,))
         }
         for label, activity in self._activities.items():
@@ -325,7 +334,11 @@ class Simplifier:
         number = self._group_of.get(label)
         return torch.arange(len(self._activities[label].hits)) if number is None else self._alive[number]
 
-    def _describe(self, name: str, layer: Layer) -> LayerWidth:
+    def _describe(self, name: str, layer: torch.nn.Module) -> LayerWidth:
+        if not isinstance(layer, units.Prunable):
+            known = report(layer).layers[0]
+            width = known.out_features
+            return LayerWidth(name, known.kind, width, width, "only linear layers, convolutions and LSTMs are")
         made = units.producers(name, layer)[0]
         number = self._group_of.get(made.label)
         kind = kind_of(layer)

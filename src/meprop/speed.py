@@ -63,6 +63,7 @@ class LayerShape:
         dtype: Of the output gradient.
         device: Its type, "cpu" or "cuda".
         needs: Whether gradients of input, weight and bias are wanted.
+        transposed: Whether the weight lies in memory as [I, O].
     """
 
     rows: int
@@ -71,15 +72,18 @@ class LayerShape:
     dtype: torch.dtype
     device: str
     needs: tuple[bool, bool, bool]
+    transposed: bool = False
 
     def __str__(self) -> str:
         needs = "".join(name for name, needed in zip("xwb", self.needs, strict=True) if needed)
-        return f"{self.rows}x{self.inputs}x{self.outputs} {needs}"
+        return f"{self.rows}x{self.inputs}x{self.outputs} {needs}{' transposed' if self.transposed else ''}"
 
     def passes(self, rule: Rule) -> Passes:
         """Of such a layer."""
         sizes = ((self.rows, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.rows, self.outputs))
         x, weight, bias, grad_output = random_tensors(self, *sizes)
+        if self.transposed:
+            weight = weight.t().contiguous().t()
         wanted = [tensor.requires_grad_() for tensor, needs in zip((x, weight, bias), self.needs, strict=True) if needs]
         return (
             lambda: torch.autograd.grad(F.linear(x, weight, bias), wanted, grad_output),

@@ -20,13 +20,16 @@ import torch.nn.functional as F
 from torch.nn.utils import rnn
 
 from meprop import nn
-from meprop.convert import Layer, features, is_converted
+from meprop.convert import Convolution, features, is_converted
 
 Layout = tuple[int, ...]
 """The groups that a dimension of a tensor consists of, one after the other: of an LSTM's gates four times the same.
 
 Where the dimension is longer, each unit has equally many adjacent entries: the positions of a flattened channel.
 """
+
+Prunable = torch.nn.Linear | torch.nn.LSTM | Convolution
+"""Layers that make units."""
 
 _LINEARS = (torch.nn.Linear, nn.Linear)
 _LSTMS = (torch.nn.LSTM, nn.LSTM)
@@ -79,7 +82,7 @@ class Producer:
     width: int
 
 
-def producers(name: str, layer: Layer) -> list[Producer]:
+def producers(name: str, layer: Prunable) -> list[Producer]:
     """The sets of units that a layer of this name makes."""
     if not isinstance(layer, torch.nn.LSTM):
         return [Producer(name, 0, name, features(layer)[1])]
@@ -189,7 +192,8 @@ class _Tracer(torch.fx.Tracer):
         self._autowrap_search.append(rnn)  # also where they are called as rnn.pack_padded_sequence
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Layer) or super().is_leaf_module(m, module_qualified_name)
+        layers = Prunable | torch.nn.MultiheadAttention
+        return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> torch.fx.Graph:
@@ -265,7 +269,7 @@ class _Finder:
         inputs = sum(node.op == "placeholder" for node in graph.nodes)
         _Walk(self, graph).run(*[_NOTHING] * inputs, enable_io_processing=False)
 
-    def made_by(self, name: str, layer: Layer) -> Layout:
+    def made_by(self, name: str, layer: Prunable) -> Layout:
         """The groups of the units that a layer makes."""
         made = producers(name, layer)
         if made[0] not in self._producers:

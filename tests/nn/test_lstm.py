@@ -12,23 +12,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import meprop
+from literal import KeepAll, KeepOfGradient
 from meprop import functional, speed
 from meprop.rules import Rule
-from meprop.selection import Activity, ColumnSelection, RowSelection
+from meprop.selection import Activity, ColumnSelection
 
 INPUTS, UNITS = 6, 19
 LENGTHS = [5, 7, 1, 7, 3]  # not sorted, with equals
-
-
-class KeepAll(Rule):
-    """Keeps everything, but does not say so: the sparse path then has to give the dense gradients."""
-
-    def count(self, features: int) -> int:
-        return features - 1
-
-    def select(self, grad_output_NO: Tensor) -> RowSelection:
-        indices = torch.arange(grad_output_NO.shape[1], dtype=torch.int32).expand(grad_output_NO.shape)
-        return RowSelection(grad_output_NO, indices, grad_output_NO.shape[1])
 
 
 class KeepAllByTopK(KeepAll):
@@ -115,19 +105,6 @@ def test_dropout_between_layers_is_torchs():
 
 
 # ---------------------------------------------------------------- sparse gradients
-
-
-class KeepOfGradient(torch.autograd.Function):
-    """The identity, whose gradient is what the rule keeps: the literal meaning of meProp."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rule: Rule) -> Tensor:
-        ctx.rule = rule
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.rule.select(grad).to_dense(), None
 
 
 def step_by_step(

@@ -395,30 +395,6 @@ def test_impossible_matrices_raise_before_memory_is_touched(wrong):
         native._extension.linear_backward(*(BACKWARD | wrong).values())
 
 
-CHANNELS = {"dtype": 0, "grad": 0, "examples": 2, "channels": 8, "positions": 4, "k": 3, "indices": 0, "threads": 1}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"examples": -1},
-        {"channels": 0},
-        {"positions": -1},
-        {"k": 0},
-        {"k": 9},
-        {"threads": 0},
-        {"dtype": 2},
-        {"channels": 2**31 - 1, "k": 1},
-        {"positions": 2**61},
-        {"examples": 2**30, "positions": 2**40},
-    ],
-    ids=str,
-)
-def test_impossible_channels_raise_before_memory_is_touched(wrong):
-    with pytest.raises(ValueError, match=r"out of range|unknown dtype"):
-        native._extension.topk_channels(*(CHANNELS | wrong).values())
-
-
 def test_integers_beyond_64_bits_and_missing_arguments_raise():
     with pytest.raises(OverflowError):
         native._extension.topk(*(TOPK | {"grad": 2**70}).values())

@@ -1,7 +1,8 @@
 """Layers: subclasses of torch's, with the same constructors, parameters and state_dict keys."""
 
+from meprop.nn.attention import MultiheadAttention
 from meprop.nn.conv import Conv1d, Conv2d
 from meprop.nn.linear import Linear
 from meprop.nn.lstm import LSTM
 
-__all__ = ["LSTM", "Conv1d", "Conv2d", "Linear"]
+__all__ = ["LSTM", "Conv1d", "Conv2d", "Linear", "MultiheadAttention"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -66,22 +67,7 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
-        own, asks = standing(self)
-        if own:
-            return F.linear(input, self.weight, self.bias)
-        decide = self._decide if asks else None
-        return functional.apply_linear(
-            input, self.weight, self.bias, self.rule, self.sparse_grad, decide, self.compute_dtype, self.activity
-        )
-
-    def _decide(self, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]) -> bool:
-        rows, outputs = grad_NO.shape
-        if rows == 0:  # says nothing about the batches to come
-            return True
-        if self.decision is None:  # else an earlier call of this layer in the same step has decided
-            shape = speed.LayerShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs)
-            self.decision = speed.decide(self.rule, shape)
-        return self.decision.sparse
+        return sparse_linear(self, input, self.weight, self.bias, self.rule)
 
     def extra_repr(self) -> str:
         """As torch's, and the rule."""
@@ -116,6 +102,29 @@ def standing(layer: SparseLayer) -> tuple[bool, bool]:
     dense = layer.decision is not None and not layer.decision.sparse
     own = dense and layer.compute_dtype is None and (compiling or not _saved_tensors_are_hooked())
     return own, layer.when == "auto" and not compiling and (dense or layer.decision is None)
+
+
+def sparse_linear(layer: SparseLayer, x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule) -> Tensor:
+    """A product of a layer, x [*, I] to [*, O]: sparse or dense as the layer has decided, or decides in this call."""
+    own, asks = standing(layer)
+    if own:
+        return F.linear(x, weight, bias)
+    decide = partial(_decide, layer, rule, weight.t().is_contiguous() and not weight.is_contiguous()) if asks else None
+    return functional.apply_linear(
+        x, weight, bias, rule, layer.sparse_grad, decide, layer.compute_dtype, layer.activity
+    )
+
+
+def _decide(
+    layer: SparseLayer, rule: Rule, transposed: bool, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]
+) -> bool:
+    rows, outputs = grad_NO.shape
+    if rows == 0:  # says nothing about the batches to come
+        return True
+    if layer.decision is None:  # else an earlier product of this layer in the same step has decided
+        shape = speed.LayerShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs, transposed)
+        layer.decision = speed.decide(rule, shape)
+    return layer.decision.sparse
 
 
 def sparse_repr(layer: SparseLayer) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from meprop.ops.reference import memory_format
+from meprop.ops.reference import largest, memory_format
 from meprop.selection import AwakeRows, ColumnSelection, RowSelection
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -126,23 +125,13 @@ def column_scores(grad: Tensor) -> Tensor:
 
 def topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `reference.topk_channels`."""
-    assert _extension is not None
     examples, channels, *sizes = grad.shape
     if memory_format(grad) == torch.channels_last:
         values, indices = topk_columns(grad.movedim(1, -1).flatten(0, -2), k)
         return values.view(examples, *sizes, k).movedim(-1, 1), indices
-    grad = grad.resolve_neg().contiguous()
-    indices = torch.empty(k, dtype=torch.int32)
-    _extension.topk_channels(
-        _DTYPE_CODES[grad.dtype],
-        grad.data_ptr(),
-        examples,
-        channels,
-        math.prod(sizes),
-        k,
-        indices.data_ptr(),
-        torch.get_num_threads(),
-    )
+    grad = grad.contiguous()
+    scores = column_scores(grad.flatten(1)).view(channels, -1).sum(dim=1)
+    indices = largest(scores, k).int()
     return grad.index_select(1, indices), indices
 
 

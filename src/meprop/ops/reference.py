@@ -36,7 +36,7 @@ def column_scores(grad: Tensor) -> Tensor:
 
 def topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k columns with the largest sum of |g| over the batch, summed in float64: simple unified top-k."""
-    indices = _largest(column_scores(grad), k)
+    indices = largest(column_scores(grad), k)
     return grad[:, indices], indices.int()
 
 
@@ -45,7 +45,7 @@ def topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     The channels [N, k, *S] come in the memory format of grad: see `memory_format`.
     """
-    indices = _largest(grad.abs().double().sum(dim=[0, *range(2, grad.dim())]), k)
+    indices = largest(grad.abs().double().sum(dim=[0, *range(2, grad.dim())]), k)
     return grad[:, indices].contiguous(memory_format=memory_format(grad)), indices.int()
 
 
@@ -55,7 +55,7 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last and not tensor.is_contiguous() else torch.contiguous_format
 
 
-def _largest(scores: Tensor, k: int) -> Tensor:
+def largest(scores: Tensor, k: int) -> Tensor:
     """The places of the k largest scores, ascending; of equals the lower place; NaN is the largest."""
     return scores.sort(descending=True, stable=True).indices[:k].sort().values
 

@@ -1,0 +1,75 @@
+"""Hugging Face's Trainer: a callback that converts the model before it is wrapped, and logs how sparse it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from meprop.convert import convert, report
+from meprop.errors import NotSupportedError
+from meprop.rules import Rule
+
+
+class MePropCallback(TrainerCallback):
+    """Converts the model when the Trainer is made, in place, and adds "meprop_density" to whatever is logged.
+
+    The density is that of `meprop.ConversionReport`: below 1 where layers are sparse, and with ``when="auto"`` they
+    decide in the first step. It is in `trainer.state.log_history` and in what is printed; trackers (`report_to`)
+    have been called by then. The report is printed at the end of training.
+
+    Args:
+        rule: What to keep, e.g. `meprop.TopK(0.05)`; None: the model is converted already, only log.
+        **options: As `meprop.convert`.
+
+    Raises:
+        NotSupportedError: When training begins: the model is not the one that was converted, as `model_init` makes new
+            ones. Call `meprop.convert` in `model_init`, and give no rule here.
+
+    Example:
+        ``Trainer(model, arguments, callbacks=[MePropCallback(meprop.TopK(0.05))], ...)``
+    """
+
+    def __init__(self, rule: Rule | None = None, **options: Any) -> None:
+        if rule is None and options:
+            raise ValueError(f"{', '.join(options)} without a rule: a model that is converted already has its options")
+        self.rule, self.options = rule, options
+        self._converted: torch.nn.Module | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Converts."""
+        if self.rule is not None:
+            self._converted = kwargs["model"]
+            convert(kwargs["model"], self.rule, **self.options)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuses a model that has not been converted."""
+        if self.rule is not None and kwargs["model"] is not self._converted:
+            raise NotSupportedError(
+                "the Trainer trains another model than the one that was converted: model_init has made a new one; call "
+                "meprop.convert in model_init, and give MePropCallback no rule"
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the density to what has been logged."""
+        density = report(kwargs["model"]).density
+        state.log_history[-1]["meprop_density"] = density
+        if logs is not None:
+            logs["meprop_density"] = density
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prints what was decided."""
+        if state.is_world_process_zero:
+            print(report(kwargs["model"]))

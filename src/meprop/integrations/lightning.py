@@ -1,0 +1,57 @@
+"""Lightning: a callback that converts the module before the strategy wraps it, and logs how sparse it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from meprop.convert import convert, report
+from meprop.errors import NotSupportedError
+from meprop.rules import Rule
+
+
+class MePropCallback(pl.Callback):
+    """Converts the module when a fit begins, in place, and logs "meprop/density" at the end of each epoch.
+
+    The density is that of `meprop.ConversionReport`, on the first rank: below 1 where layers are sparse, and with
+    ``when="auto"`` they decide in the first step. The report is printed at the end of the fit. Optimizers, checkpoints,
+    precision and strategies see the same Parameters under the same names, and need not know.
+
+    Args:
+        rule: What to keep, e.g. `meprop.TopK(0.05)`; None: the module is converted already, only log.
+        **options: As `meprop.convert`.
+
+    Raises:
+        NotSupportedError: When a fit begins: the module has a `configure_model`, in which layers may be made, or
+            wrapped, after callbacks could convert them. Call `meprop.convert` there, and give no rule here.
+
+    Example:
+        ``lightning.Trainer(callbacks=[MePropCallback(meprop.TopK(0.05))])``
+    """
+
+    def __init__(self, rule: Rule | None = None, **options: Any) -> None:
+        if rule is None and options:
+            raise ValueError(f"{', '.join(options)} without a rule: a module that is converted already has its options")
+        self.rule, self.options = rule, options
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Converts before the strategy wraps the module."""
+        if stage != "fit" or self.rule is None:
+            return
+        if is_overridden("configure_model", pl_module):
+            raise NotSupportedError(
+                f"{type(pl_module).__name__} has a configure_model, which runs after this callback; call "
+                "meprop.convert there, before anything is wrapped, and give MePropCallback no rule"
+            )
+        convert(pl_module, self.rule, **self.options)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs the density."""
+        pl_module.log("meprop/density", report(pl_module).density, rank_zero_only=True)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints what was decided."""
+        rank_zero_info(str(report(pl_module)))

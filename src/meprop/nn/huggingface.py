@@ -1,0 +1,48 @@
+"""The linear layer of GPT-2 in Hugging Face's transformers, which this module needs, with a sparse backward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D as PlainConv1D
+
+from meprop import functional, speed
+from meprop.nn.linear import When, sparse_linear, sparse_repr, sparse_state
+from meprop.rules import Rule
+
+
+class Conv1D(PlainConv1D):
+    """`transformers.pytorch_utils.Conv1D`, a linear layer with weight [I, O], that back-propagates what `rule` keeps.
+
+    In all else as `meprop.nn.Linear`, but that the weight's gradient cannot be row-sparse: selected output features are
+    its columns.
+
+    Args:
+        nf: Size O of each output.
+        nx: Size I of each input.
+        rule: What to keep, e.g. `meprop.TopK(0.05)`.
+        compute_dtype: torch.bfloat16: form the forward product in bfloat16.
+
+    Raises:
+        TypeError: `rule` is not a Rule.
+        ValueError: another compute_dtype.
+    """
+
+    rule: Rule
+    sparse_grad: bool
+    compute_dtype: torch.dtype | None
+    when: When
+    decision: speed.Decision | None
+    activity: None
+
+    def __init__(self, nf: int, nx: int, *, rule: Rule, compute_dtype: torch.dtype | None = None) -> None:
+        functional.check_rule(rule, False, compute_dtype)
+        super().__init__(nf, nx)
+        vars(self).update(sparse_state(rule, False, compute_dtype, "always"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [*, I] to output [*, O]."""
+        return sparse_linear(self, x, self.weight.t(), self.bias, self.rule)
+
+    def __repr__(self) -> str:
+        return f"Conv1D(nf={self.nf}, nx={self.nx}{sparse_repr(self)})"

@@ -1,0 +1,84 @@
+"""The callback for Lightning: converts in time, logs, and leaves checkpoints as they are."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+import meprop
+from meprop.integrations.lightning import MePropCallback
+
+RULE = meprop.TopK(10, scope="batch")
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 2))
+        self.rows: list[int] = []
+
+    def training_step(self, batch, batch_index):
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def on_after_backward(self) -> None:
+        self.rows.append(int((self.model[2].weight.grad.abs().sum(1) > 0).sum()))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+    def train_dataloader(self):
+        data = torch.utils.data.TensorDataset(torch.randn(16, 6), torch.randint(0, 2, (16,)))
+        return torch.utils.data.DataLoader(data, batch_size=8)
+
+
+def trainer(folder, *callbacks: pl.Callback, **options) -> pl.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    return pl.Trainer(max_epochs=1, default_root_dir=folder, callbacks=list(callbacks), **quiet, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fit_is_sparse_and_logs_its_density(tmp_path, precision):
+    module = Module()
+    fit = trainer(tmp_path, MePropCallback(RULE, when="always"), precision=precision)
+    fit.fit(module)
+    assert module.rows == [10, 10]
+    report = meprop.report(module)
+    assert [layer.status for layer in report.layers] == ["sparse", "sparse", "dense"]
+    expected = (0.05 * (6 * 200 + 200 * 200) + 200 * 2) / (6 * 200 + 200 * 200 + 200 * 2)
+    assert report.density == pytest.approx(expected)
+    assert float(fit.callback_metrics["meprop/density"]) == pytest.approx(expected)
+    fit.save_checkpoint(tmp_path / "saved.ckpt")
+    plain = Module()
+    plain.load_state_dict(torch.load(tmp_path / "saved.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(plain.model[2].weight, module.model[2].weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_module_that_makes_its_layers_late_converts_them_itself(tmp_path):
+    class Late(Module):
+        def configure_model(self) -> None:
+            meprop.convert(self, RULE, when="always")
+
+    with pytest.raises(meprop.NotSupportedError, match=r"Late has a configure_model.*call meprop\.convert there"):
+        trainer(tmp_path, MePropCallback(RULE)).fit(Late())
+    module = Late()
+    fit = trainer(tmp_path, MePropCallback())
+    fit.fit(module)
+    assert module.rows == [10, 10]
+    assert float(fit.callback_metrics["meprop/density"]) < 0.1
+
+
+def test_options_need_a_rule():
+    with pytest.raises(ValueError, match="min_features without a rule"):
+        MePropCallback(min_features=7)
+
+
+def test_a_wrapped_part_is_refused_before_training(tmp_path):
+    module = Module()
+    module.model = nn.DataParallel(module.model)
+    with pytest.raises(meprop.NotSupportedError, match="DataParallel"):
+        trainer(tmp_path, MePropCallback(RULE)).fit(module)

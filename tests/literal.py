@@ -1,0 +1,76 @@
+"""Layers as literal as the method: torch's own operations, and between them the gradient of what a rule keeps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meprop import RowSelection, Rule
+
+
+class KeepAll(Rule):
+    """Keeps everything, but does not say so: the sparse path then has to give the dense gradients."""
+
+    def count(self, features: int) -> int:
+        return features - 1
+
+    def select(self, grad_output_NO: Tensor) -> RowSelection:
+        indices = torch.arange(grad_output_NO.shape[1], dtype=torch.int32).expand(grad_output_NO.shape)
+        return RowSelection(grad_output_NO, indices, grad_output_NO.shape[1])
+
+
+class KeepOfGradient(torch.autograd.Function):
+    """The identity, whose gradient is what the rule keeps: the literal meaning of meProp."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rule: Rule) -> Tensor:
+        ctx.rule = rule
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.rule.select(grad.flatten(0, -2)).to_dense().view(grad.shape), None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, blocks: int = 1) -> Tensor:
+    """A linear map; the rule chooses within each block of its output. The bias is outside of what is selected."""
+    parts = F.linear(x, weight).chunk(blocks, dim=-1)
+    kept = torch.cat([KeepOfGradient.apply(part, rule) for part in parts], dim=-1)
+    return F.linear(x.detach(), weight.detach(), bias) + (kept - kept.detach())
+
+
+def convolution(layer: torch.nn.Conv1d, x: Tensor, rule: Rule) -> Tensor:
+    """x [N, I, L] to [N, O, L]; the rule sees a row for each position of each example. The bias as in `linear`."""
+    output = F.conv1d(x, layer.weight, None, padding=layer.padding)
+    kept = KeepOfGradient.apply(output.movedim(1, -1), rule).movedim(-1, 1)
+    bare = F.conv1d(x.detach(), layer.weight.detach(), layer.bias, padding=layer.padding)
+    return bare + (kept - kept.detach())
+
+
+def attention(layer: torch.nn.MultiheadAttention, inputs: tuple[Tensor, ...], rule: Rule) -> Tensor:
+    """Query [L, B, E], key [S, B, kdim] and value [S, B, vdim] to [L, B, E], without masks."""
+    weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    if layer.in_proj_weight is not None:
+        weights = layer.in_proj_weight.chunk(3)
+    projected = map(linear, inputs, weights, layer.in_proj_bias.chunk(3), [rule] * 3)
+    q, k, v = (part.unflatten(-1, (layer.num_heads, -1)).permute(1, 2, 0, 3) for part in projected)
+    attended = F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+    return linear(attended, layer.out_proj.weight, layer.out_proj.bias, rule)
+
+
+def lstm(layer: torch.nn.LSTM, x: Tensor, rule: Rule) -> Tensor:
+    """x [T, B, I] to [T, B, H], of one layer in one direction, from states of zeros; always in float32 or float64."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    weights = (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0)
+    x, weight_ih, weight_hh, *biases = (tensor.to(dtype).to(x.dtype) for tensor in (x, *weights))
+    h = c = x.new_zeros(x.shape[1], layer.hidden_size)
+    outputs = []
+    with torch.autocast("cpu", enabled=False):
+        for x_t in x:
+            both = torch.cat([x_t, h], dim=1), torch.cat([weight_ih, weight_hh], dim=1)
+            i, f, g, o = linear(*both, biases[0] + biases[1], rule, 4).chunk(4, dim=1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h)
+    return torch.stack(outputs).to(dtype)

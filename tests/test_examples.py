@@ -1,0 +1,92 @@
+"""The examples run, on a tiny budget, and print dense beside sparse."""
+
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(monkeypatch, name: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", ["huggingface_encoder.py", "huggingface_trainer.py", "lightning_callback.py"])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_an_example_prints_dense_and_sparse(name, monkeypatch, capsys):
+    run(monkeypatch, name, "--steps", "2", "--k", "0.02")
+    printed = capsys.readouterr().out
+    found = re.findall(r"^(dense|sparse) +loss (\S+) +(\S+) ms a step$", printed, re.MULTILINE)
+    assert [line[0] for line in found] == ["dense", "sparse"]
+    (_, dense, _), (_, sparse, _) = found
+    assert math.isfinite(float(dense))
+    assert dense != sparse
+
+
+TINY = ["--layers", "1", "--width", "128", "--heads", "2", "--context", "8", "--batch", "2", "--evaluate-every", "2"]
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("to be, or not to be: that is the question. " * 20)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--k", "0.1"],
+        ["--k", "6", "--scope", "batch", "--sparse-rows", "decay", "--dense", "linear2,self_attn"],
+        ["--rule", "compensated", "--seconds", "0.01"],
+    ],
+    ids=["per token", "unified", "by time"],
+)
+def test_char_gpt_records_dense_and_sparse(options, text, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "record" / "gpt.json"
+    run(monkeypatch, "char_gpt.py", "--data", text, *TINY, "--steps", "3", *options, "--out", str(out))
+    record = json.loads(out.read_text())
+    assert {"task", "config", "machine", "versions", "commit", "runs"} == set(record)
+    dense, sparse = record["runs"]
+    assert (dense["rule"], dense["density"]) == ("dense", 1.0)
+    assert "TopK" in sparse["rule"]
+    assert 0.05 < sparse["density"] < (0.7 if "--dense" in options else 0.2)
+    assert sparse["layers"]["head"] == 1.0
+    for run_ in record["runs"]:
+        assert run_["curve"][-1]["dev"] == run_["dev"]["loss"]
+        if "--seconds" in options:
+            assert run_["seconds"]["step"] >= 0.01
+        else:
+            assert [point["step"] for point in run_["curve"]] == [2, 3]
+        parts = sum(run_["seconds"][part] for part in ("forward", "backward", "optimizer"))
+        assert run_["seconds"]["step"] == pytest.approx(parts)
+    if "--seconds" not in options:
+        assert dense["dev"]["loss"] != sparse["dev"]["loss"]
+    assert re.search(r"^dense .*100\.0%\nsparse .*%$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_char_gpt_repeats_itself_and_trains_one_side(text, tmp_path, monkeypatch):
+    losses = []
+    out = tmp_path / "gpt.json"
+    for _ in range(2):
+        run(monkeypatch, "char_gpt.py", "--data", text, *TINY, "--steps", "2", "--only", "sparse", "--out", str(out))
+        (found,) = json.loads(out.read_text())["runs"]
+        losses.append(found["dev"]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_char_gpt_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MEPROP_DATA", raising=False)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "char_gpt.py")
+    assert "give --data FILE" in capsys.readouterr().err
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(SystemExit, match="give a longer text"):
+        run(monkeypatch, "char_gpt.py", "--data", str(short))
