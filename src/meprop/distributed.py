@@ -221,7 +221,7 @@ def _average(state: RowSparseState, bucket: "_Bucket") -> None:
                 grad[rows] = part.view(piece.shape)
             bucket.averaged.set_result(bucket.buffer)
         except Exception as error:  # else DistributedDataParallel would wait for ever
-            bucket.averaged.set_exception(error)
+            bucket.averaged.set_exception(error)  # pyright: ignore[reportArgumentType]  (it is for exceptions)
 
     sending.get_future().then(unpack)
 
