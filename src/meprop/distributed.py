@@ -162,8 +162,8 @@ class _Bucket:
 def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook for DistributedDataParallel that sends those rows of each gradient that are not all zero.
 
-    The gradients are those without the hook, bit for bit but for the order of sums. A row is sent where any process
-    has something in it, which one byte per row tells beforehand: with `SynchronizedTopK` these are k rows, with
+    The gradients are those without the hook, but for rounding; of two processes bit for bit. A row is sent where any
+    process has something in it, which a byte per row tells beforehand: with `SynchronizedTopK` these are k rows, with
     ``TopK(k, scope="batch")`` up to k of each process, with choices per example nearly all, and with accumulated
     gradients (`no_sync`) all that were chosen meanwhile. What has no rows, such as biases, is sent as it is.
 
