@@ -126,6 +126,11 @@ def test_what_needs_a_process_group_says_so():
         distributed.average_gradients([torch.nn.Parameter(torch.ones(2))])
 
 
+def test_a_single_tensor_is_not_taken_for_its_rows():
+    with pytest.raises(TypeError, match="parameters is a tensor"):
+        distributed.average_gradients(torch.nn.Parameter(torch.ones(2, 2)))
+
+
 def test_the_example_runs():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(SCRIPT.parents[1] / "examples" / "distributed.py"), "--random", "--steps", "20", "--hidden", "64"]

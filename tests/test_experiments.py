@@ -231,6 +231,18 @@ def test_an_option_that_came_later_had_its_default_then(experiment, tmp_path):
         records.check(replace(experiment, variants=(later,)))
 
 
+def test_so_had_an_option_of_simplifying(experiment, tmp_path):
+    records, simplified = Records(tmp_path), experiment.variant("simplified")
+    records.write(simplified, run(), TinyTask(), [])
+    path = records.path(simplified, 0)
+    content = json.loads(path.read_text())
+    del content["config"]["settings"]["simplify"]["max_removal"]
+    path.write_text(json.dumps(content))
+    assert records.read(simplified, 0) is not None
+    later = replace(simplified, simplify=replace(simplified.simplify, max_removal=0.5))
+    assert records.read(later, 0) is None
+
+
 def test_names_that_begin_alike_are_not_mixed_up(experiment, tmp_path):
     records, dense, other = Records(tmp_path), experiment.variant("dense"), experiment.variant("dense-2")
     records.write(other, run(rule="dense"), TinyTask(), [])

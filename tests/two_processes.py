@@ -242,6 +242,48 @@ def shared_layers_and_parameters_that_are_not_used(rank: int) -> None:
                     torch.testing.assert_close(found.grad, expected.grad)
 
 
+class Optional(nn.Module):
+    """The layer before the converted one is not always used; of several processes some may use it."""
+
+    def __init__(self, rule: meprop.Rule, *, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.body, self.head = nn.Embedding(9, 12, sparse=sparse), nn.Linear(12, 40), nn.Linear(40, 3)
+        self.extra = nn.Linear(12, 12)
+        self.double()
+        meprop.convert(self, rule, min_features=10, when="always", filter=lambda name, _: name == "body")
+
+    def forward(self, words_N: Tensor, use_extra: bool) -> Tensor:
+        inputs_NI = self.words(words_N)
+        return self.head(self.body(self.extra(inputs_NI) if use_extra else inputs_NI).relu())
+
+
+@check
+def a_bucket_that_one_process_has_earlier_does_not_keep_others_from_choosing(rank: int) -> None:
+    words = torch.tensor([[1, 2, 3], [3, 4, 8]])
+    for sparse in (False, True):
+        single = Optional(unified(), sparse=sparse)
+        inputs = single.words(words)
+        outputs = single.head(single.body(torch.cat([single.extra(inputs[0]), inputs[1]])).relu())
+        (sum(map(loss, outputs.split(3))) / 2).backward()
+        options = {"find_unused_parameters": True, "bucket_cap_mb": 0.0001}
+        model = DistributedDataParallel(Optional(SynchronizedTopK(4), sparse=sparse), **options)
+        model.register_comm_hook(RowSparseState(), row_sparse_hook)
+        for _ in range(3):
+            model.zero_grad()
+            loss(model(words[rank], rank == 0)).backward()
+            assert_gradients(model, single)
+
+
+@check
+def groups_of_our_own_have_the_time_out_of_the_first(rank: int) -> None:
+    state = RowSparseState(dist.new_group(timeout=timedelta(seconds=1)))
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            dist.all_reduce(torch.ones(1), group=state.mask_group)
+    dist.barrier()
+
+
 @check
 def half_the_bytes_in_half_precision(rank: int) -> None:
     expected = mlp(unified())

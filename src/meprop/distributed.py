@@ -8,6 +8,7 @@ not zero in some process are sent, and the average is right whatever was selecte
 
 # Not `from __future__ import annotations`: DistributedDataParallel looks at those of a hook.
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -113,7 +114,9 @@ class SynchronizedTopK(TopK):
 def _twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Another group of the same processes, whose collectives do not wait for those of the first."""
     ranks = dist.get_process_group_ranks(group)
-    return cast("dist.ProcessGroup", dist.new_group(ranks, use_local_synchronization=True))
+    backend = group._get_backend(group._device_types[0])
+    timeout = getattr(getattr(backend, "options", None), "_timeout", None)  # else torch's default, which is long
+    return cast("dist.ProcessGroup", dist.new_group(ranks, timeout, use_local_synchronization=True))
 
 
 class RowSparseState:
@@ -133,14 +136,37 @@ class RowSparseState:
             raise ValueError("there is no process group yet; call torch.distributed.init_process_group first")
         self.group = group
         self.mask_group = _twin(group)  # as which rows to send is agreed on while gradients are on their way
+        self.waiting: deque[_Bucket] = deque()  # in the backward pass that is going on
         self.bytes_sent = self.bytes_dense = 0
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """One of DistributedDataParallel's that has not been sent yet.
+
+    Attributes:
+        buffer: All of it, in which the result is put.
+        gradients: Views of it; none of a sparse one.
+        marks: Whether any process has something in it, for each row of those gradients that have rows, uint8.
+        agreeing: What makes the marks those of all processes; None if there are none.
+        averaged: What DistributedDataParallel waits for.
+    """
+
+    buffer: Tensor
+    gradients: Sequence[Tensor]
+    marks: Tensor
+    agreeing: dist.Work | None
+    averaged: torch.futures.Future[Tensor]
+
+    def is_agreed(self) -> bool:
+        return self.agreeing is None or self.agreeing.is_completed()
 
 
 def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook for DistributedDataParallel that sends those rows of each gradient that are not all zero.
 
-    The gradients are those without the hook, bit for bit but for the order of sums. A row is sent where any process
-    has something in it, which one byte per row tells beforehand: with `SynchronizedTopK` these are k rows, with
+    The gradients are those without the hook, but for rounding; of two processes bit for bit. A row is sent where any
+    process has something in it, which a byte per row tells beforehand: with `SynchronizedTopK` these are k rows, with
     ``TopK(k, scope="batch")`` up to k of each process, with choices per example nearly all, and with accumulated
     gradients (`no_sync`) all that were chosen meanwhile. What has no rows, such as biases, is sent as it is.
 
@@ -159,29 +185,48 @@ def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.fut
         >>> model.register_comm_hook(RowSparseState(), row_sparse_hook)  # doctest: +SKIP
     """
     buffer = bucket.buffer()
-    if buffer.is_sparse:  # of an Embedding(sparse=True), which has a bucket of its own
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks  # milliseconds, for few
-
-        return default_hooks.allreduce_hook(state.group, bucket)
-    state.bytes_dense += buffer.nbytes
-    gradients = bucket.gradients()
+    gradients = [] if buffer.is_sparse else bucket.gradients()  # sparse: an Embedding's, in a bucket of its own
     masks = [grad.flatten(1).abs().amax(dim=1) != 0 for grad in gradients if _has_rows(grad)]
-    masks = iter(_largest(masks, state.mask_group))
-    at = [next(masks).nonzero().flatten() if _has_rows(grad) else ... for grad in gradients]
-    pieces = [grad[rows] for grad, rows in zip(gradients, at, strict=True)]
-    shapes = [piece.shape for piece in pieces]
-    payload = torch.cat([piece.flatten() for piece in pieces])
-    state.bytes_sent += sum(len(grad) for grad in gradients if _has_rows(grad)) + payload.nbytes
-    averaging = dist.all_reduce(payload.div_(state.group.size()), group=state.group, async_op=True)
-    assert averaging is not None  # as this process is in the group
+    marks = torch.cat(masks).to(torch.uint8) if masks else buffer.new_empty(0, dtype=torch.uint8)
+    agreeing = dist.all_reduce(marks, dist.ReduceOp.MAX, state.mask_group, async_op=True) if masks else None
+    averaged: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+    if bucket.index() == 0:
+        state.waiting.clear()  # of a backward pass that has failed
+    state.waiting.append(_Bucket(buffer, gradients, marks, agreeing, averaged))
+    # Another process may come here only later, and before that wait, in a converted layer, for what this one chooses
+    # there. So buckets are waited for when all layers have chosen, and sent in their order, the same everywhere.
+    while state.waiting and (bucket.is_last() or state.waiting[0].is_agreed()):
+        _average(state, state.waiting.popleft())
+    return averaged
 
-    def unpack(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        parts = future.value()[0].split([shape.numel() for shape in shapes])
-        for grad, rows, part, shape in zip(gradients, at, parts, shapes, strict=True):
-            grad[rows] = part.view(shape)
-        return buffer
 
-    return averaging.get_future().then(unpack)
+def _average(state: RowSparseState, bucket: "_Bucket") -> None:
+    """Begins to send what was agreed on."""
+    if bucket.agreeing is not None:
+        bucket.agreeing.wait()
+    masks = iter(bucket.marks.split([len(grad) for grad in bucket.gradients if _has_rows(grad)]))
+    at = [next(masks).nonzero().flatten() if _has_rows(grad) else ... for grad in bucket.gradients]
+    pieces = [grad[rows] for grad, rows in zip(bucket.gradients, at, strict=True)]
+    payload = torch.cat([piece.flatten() for piece in pieces]) if pieces else bucket.buffer
+    if pieces:
+        state.bytes_dense += bucket.buffer.nbytes
+        state.bytes_sent += bucket.marks.nbytes + payload.nbytes
+    sending = dist.all_reduce(payload.div_(state.group.size()), group=state.group, async_op=True)
+    assert sending is not None  # as this process is in the group
+
+    def unpack(future: torch.futures.Future[list[Tensor]]) -> None:
+        try:
+            total = future.value()[0]
+            if not pieces:
+                return bucket.averaged.set_result(total)
+            parts = total.split([piece.numel() for piece in pieces])
+            for grad, rows, part, piece in zip(bucket.gradients, at, parts, pieces, strict=True):
+                grad[rows] = part.view(piece.shape)
+            bucket.averaged.set_result(bucket.buffer)
+        except Exception as error:  # else DistributedDataParallel would wait for ever
+            bucket.averaged.set_exception(error)  # pyright: ignore[reportArgumentType]  (it is for exceptions)
+
+    sending.get_future().then(unpack)
 
 
 def _has_rows(grad: Tensor) -> bool:
@@ -218,8 +263,11 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         The bytes that this process has given to collectives.
 
     Raises:
+        TypeError: parameters is a single tensor.
         NotSupportedError: A gradient is sparse in more than its rows, or a DTensor.
     """
+    if isinstance(parameters, Tensor):  # whose rows are tensors without a gradient
+        raise TypeError("parameters is a tensor; it is an iterable of parameters: [tensor]")
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if not parameters:
         return 0

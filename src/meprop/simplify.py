@@ -120,9 +120,10 @@ class Simplifier:
         cycle: Steps of a cycle.
         warmup: Steps before the first cycle, in which nothing is removed: what the units of a model do that has learned
             nothing yet says little of what they will do.
-        max_removal: The largest share of its units that a layer loses at one check, the least active ones. What they no
-            longer take of the k entries goes to the others, so that with a small share the last widths are those at
-            which all units reach the threshold; with 1, the paper's way, a first check may remove far more.
+        max_removal: The largest share of its units that a layer loses at one check, the least active ones; one unit it
+            may always lose. What they no longer take of the k entries goes to the others, so that with a small share
+            the last widths are those at which all units reach the threshold; with 1, the paper's way, a first check may
+            remove far more.
         min_units: Units that a layer keeps at least, the most active ones.
         example_inputs: Arguments for the model. It is run with them once, in evaluation mode, to see how many
             dimensions tensors have; without, units that `torch.nn.BatchNorm1d` reads are not pruned, nor channels that

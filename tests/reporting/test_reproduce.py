@@ -14,7 +14,7 @@ from meprop import experiments
 from meprop.experiments import Records
 from meprop.reporting import pages
 from meprop.reporting import reproduce as report
-from meprop.training.loop import EpochRecord, Run, Seconds
+from meprop.training.loop import EpochRecord, Run, Seconds, SimplifyConfig
 from tiny import TinyConfig, TinyTask
 
 TEXT = """
@@ -247,3 +247,13 @@ def test_a_page_without_sections_is_refused(tmp_path, text):
     (tmp_path / "paper.md").write_text(text)
     with pytest.raises(ValueError, match=r"paper\.md: there must be such a file, with the lines <!-- reproduce "):
         report.experiments_of(tmp_path / "paper.md")
+
+
+def test_a_simplified_run_is_no_point_of_the_curve(experiment, filled, tmp_path):
+    variants = tuple(
+        replace(variant, simplify=SimplifyConfig()) if variant.name == "topk-10" else variant
+        for variant in experiment.variants
+    )
+    simplified = replace(experiment, variants=variants)
+    filled.write(simplified.variant("topk-10"), run(0, [(90, 90)], 4.0, 0.3), TinyTask(), [])
+    assert not report.draw_densities(simplified, filled, tmp_path / "figure.png")

@@ -157,6 +157,11 @@ def test_settings_of_simplifying_are_checked(settings, message):
         SimplifyConfig(**settings)
 
 
+def test_a_warmup_that_takes_all_epochs_is_refused(task):
+    with pytest.raises(ValueError, match=f"--warmup {CONFIG.epochs} must be below --epochs {CONFIG.epochs}"):
+        Trainer(task, CONFIG, CONFIG.rule(), 7, SimplifyConfig(warmup=CONFIG.epochs))
+
+
 def test_a_simplified_run_shrinks_in_its_cycles_and_learns(task):
     trainer = Trainer(task, CONFIG, CONFIG.rule(), 7, SimplifyConfig(checks=4, cycle=1, warmup=1))
     (run,) = fit([trainer], ignore)

@@ -23,8 +23,9 @@ SECTION = "reproduce "
 """What the names of a page's sections begin with; the experiment's name follows."""
 
 LEGEND = (
-    "dev, test: percent, after the epoch with the best dev score, as in the paper; mean and standard deviation over "
-    "seeds. to dense, or to another run: test minus that run's with the same seed. Seconds are totals of training; in "
+    "dev, test: percent, after the epoch with the best dev score, as in the paper, of a simplified run among those "
+    "with its last widths; mean and standard deviation over seeds. width: units of its layers at the end, on average. "
+    "to dense, or to another run: test minus that run's with the same seed. Seconds are totals of training; in "
     "brackets that run's seconds / seconds, above 1 it is faster, of runs that were trained in turns. Paper's "
     "back-prop: the hidden layers' products alone; overall: forward and backward pass."
 )
@@ -257,7 +258,8 @@ _Curve = tuple[str, str]
 def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool:
     """Draw the test score over density into a PNG, ours and the paper's, if density is what the variants differ in.
 
-    That is if the settings of the task are the same in all, and some rule was run with two densities.
+    That is if the settings of the task are the same in all, and some rule was run with two densities. Simplified runs
+    are left out: their models are others.
 
     Args:
         experiment: Variants without finished runs are left out.
@@ -267,7 +269,7 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
     Returns:
         Whether there was something to draw.
     """
-    rows = [row for row in _rows(experiment, records) if row.results]
+    rows = [row for row in _rows(experiment, records) if row.results and row.variant.simplify is None]
     curves: dict[_Curve, list[_Row]] = {}
     for row in sorted(rows, key=_density):
         if row.variant.rule != "dense":

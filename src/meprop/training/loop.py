@@ -245,6 +245,10 @@ class Trainer:
         rule: The sparse rule, or None for a dense run.
         seed: Seed of the initial weights, the order of the data and dropout.
         simplify: How to simplify the model of a sparse run; None: not at all.
+
+    Raises:
+        ValueError: The warm-up of `simplify` takes all epochs.
+        MepropError: There is no such accelerator.
     """
 
     def __init__(
@@ -259,6 +263,8 @@ class Trainer:
 
         if config.accelerator == "cuda" and not torch.cuda.is_available():
             raise MepropError("--accelerator cuda: torch finds no GPU here; give cpu, or auto")
+        if simplify is not None and simplify.warmup >= config.epochs:
+            raise ValueError(f"--warmup {simplify.warmup} must be below --epochs {config.epochs}, to remove anything")
         self.task, self.config, self.rule, self.seed = task, config, rule, seed
         # Fabric chooses device and precision. Its module wrapper would add a tenth to such short steps, so the loop
         # uses the plain module under `autocast`, which is all that these two precisions ask for.

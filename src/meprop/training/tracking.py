@@ -17,7 +17,7 @@ import torch
 
 import meprop
 from meprop import machine
-from meprop.training.loop import Run, Trainer, TrainingConfig
+from meprop.training.loop import Run, SimplifyConfig, Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -105,6 +105,8 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any], task: type[Any]) ->
     """
     defaults = {**plain(task()), **plain(TrainingConfig())}
     then = {**{name: value for name, value in defaults.items() if name in now}, **then}
+    if "simplify" in then:
+        then["simplify"] = {**plain(SimplifyConfig()), **then["simplify"]}
     return ", ".join(
         f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(then.keys() | now.keys())
