@@ -381,6 +381,8 @@ def _pointwise_backward(
     if grad_weight is not None and row_sparse:  # a sparse tensor has no view
         indices, rows = grad_weight.indices()[0], grad_weight.values()
         grad_weight = ops.row_sparse_tensor(indices, rows.reshape(-1, *weight.shape[1:]), len(weight))
+    elif grad_weight is not None and weight.is_contiguous():  # also of a kernel of 1 in channels_last
+        grad_weight = grad_weight.as_strided(weight.shape, weight.stride())
     elif grad_weight is not None:
         grad_weight = grad_weight.reshape(weight.shape)
     return grad_x, grad_weight, grad_bias

@@ -312,6 +312,20 @@ def test_the_memory_format_is_kept(name, frozen):
     assert grad_x.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("scope", ["batch", "example"])
+def test_a_pointwise_gradient_has_the_strides_of_its_weight(scope):
+    """Which DistributedDataParallel asks for, also in dimensions of one entry."""
+    x = torch.randn(3, 5, 4, 5)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        layer = meprop.nn.Conv2d(5, 17, 1, rule=meprop.TopK(3, scope=scope)).to(memory_format=memory_format)
+        layer(x).square().sum().backward()
+        assert layer.weight.grad.stride() == layer.weight.stride()
+    assert layer.weight.stride() == (5, 1, 5, 5)
+    sliced = torch.randn(17, 9, 1, 1)[:, ::2].requires_grad_()
+    functional.conv2d(x, sliced, rule=meprop.TopK(3, scope=scope)).square().sum().backward()
+    assert sliced.grad.shape == sliced.shape
+
+
 @pytest.mark.parametrize("name", ["2d", "pointwise"])
 def test_the_same_inputs_give_the_same_bits(name):
     sizes, kernel, arguments = GEOMETRIES[name]
