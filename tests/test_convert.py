@@ -369,6 +369,20 @@ def test_a_choice_at_each_position_leaves_wide_kernels_dense():
     assert "scope='batch'" in reasons(report)["6"]
 
 
+def test_a_converted_layer_that_cannot_take_a_new_rule_keeps_its_own_and_says_so():
+    model, batch = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 1)), meprop.TopK(5, scope="batch")
+    convert(model, batch)
+    for report in (convert(model, meprop.TopK(7)), meprop.report(model)):
+        wide, pointwise = report.layers
+        assert (wide.rule, pointwise.rule) == (batch, meprop.TopK(7))
+        assert wide.reason.startswith("always; keeps TopK(k=5, scope='batch'): TopK(k=7, scope='example') keeps")
+        assert pointwise.reason == "always"
+    assert reasons(convert(model, batch)) == {"0": "always", "1": "always"}
+    assert "refused by the filter" in reasons(convert(model, batch, filter=lambda *_: False))["0"]
+    meprop.revert(model)
+    assert not any("_meprop" in name for layer in model for name in vars(layer))
+
+
 def test_convolutions_take_sparse_grad_and_compute_dtype():
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 1))
     convert(model, meprop.TopK(5, scope="batch"), sparse_grad=True, compute_dtype=torch.bfloat16)

@@ -445,6 +445,23 @@ def test_channels_are_flattened_to_blocks_of_columns_or_not_at_all(flatten, unde
     assert understood or "flatten" in reason
 
 
+def test_what_is_cut_keeps_its_memory_format():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.ReLU(), nn.Conv2d(WIDTH, 4, 3))
+    model.to(memory_format=torch.channels_last)
+    meprop.convert(model, meprop.TopK(5, scope="batch"), min_features=10, when="always")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    simplifier = meprop.Simplifier(model, 0.9, optimizer=optimizer, check_every=1)
+    model(torch.randn(6, 3, 20, 20).contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    optimizer.step()
+    simplifier.step()
+    assert simplifier.widths["0"] == 5
+    for layer in (model[0], model[2]):
+        for tensor in (layer.weight, layer.weight.grad, optimizer.state[layer.weight]["momentum_buffer"]):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+            assert not tensor.is_contiguous()
+
+
 def test_a_channel_is_kept_for_any_of_its_positions():
     """A share of the examples, however few of an example's positions are not zero."""
     torch.manual_seed(0)

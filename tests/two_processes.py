@@ -79,7 +79,7 @@ def unified(k: float = 4) -> meprop.TopK:
 
 
 def nonzero_rows(weight: Tensor) -> list[int]:
-    return weight.grad.to_dense().abs().sum(dim=1).nonzero().flatten().tolist()
+    return weight.grad.to_dense().flatten(1).abs().sum(dim=1).nonzero().flatten().tolist()
 
 
 @contextlib.contextmanager
@@ -374,6 +374,42 @@ class Checkpointed(nn.Module):
         for layer in self.model:
             inputs_NI = checkpoint(layer, inputs_NI, use_reentrant=False)
         return inputs_NI
+
+
+def convnet(rule: meprop.Rule | None = None, **options) -> nn.Sequential:
+    """Images of [3, 4, 4]: a wide kernel, a pointwise one, and a linear layer that is not converted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 30, 1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(30 * 16, 5)),
+    ).double()
+    if rule is not None:
+        meprop.convert(model, rule, min_features=20, **{"when": "always", **options})
+    return model
+
+
+@check
+def convolutions_choose_their_channels_together(rank: int) -> None:
+    for sizes, memory_format in (((3, 3), torch.contiguous_format), ((4, 0), torch.channels_last)):
+        images = torch.randn(sum(sizes), 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+        batch = images.to(memory_format=memory_format).split(sizes)
+        expected = convnet(unified()).to(memory_format=memory_format)
+        one_process(expected, batch)
+        for sparse_grad in (False, True):
+            model = convnet(SynchronizedTopK(4), sparse_grad=sparse_grad).to(memory_format=memory_format)
+            state, wrapped = RowSparseState(), model
+            if not sparse_grad:
+                wrapped = DistributedDataParallel(model)
+                wrapped.register_comm_hook(state, row_sparse_hook)
+            with counted() as counts:
+                loss(wrapped(batch[rank])).backward()
+            assert counts[:2] == [8 * 30, 8 * 40]  # the scores, of the last layer first
+            sent = average_gradients(model.parameters()) if sparse_grad else state.bytes_sent
+            assert_gradients(model, expected)
+            assert [len(nonzero_rows(model[layer].weight)) for layer in (0, 2)] == [4, 4]
+            whole = 5 * 30 * 16 + 40 + 30 + 5
+            masks = 6 + 40 + 30 if sparse_grad else 40 + 30 + 5
+            assert sent == masks + 8 * (4 * 3 * 9 + 4 * 40 + whole)
 
 
 @check

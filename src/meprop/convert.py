@@ -56,8 +56,8 @@ _WRAPPERS = {
     "OptimizedModule": "before torch.compile",
 }
 
-# On a plain layer that convert left dense: why. Kept on the layer, so that meprop.report can say so later.
-_REASON = "_meprop_left_dense"
+# On a layer that convert left as it was: why. Kept on the layer, so that meprop.report can say so later.
+_REASON = "_meprop_left_alone"
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,11 @@ def convert(
     Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, and so do `Conv1d`, `Conv2d`, `LSTM`, `MultiheadAttention`
     (which `TransformerEncoderLayer` and its like consist of) and the `Conv1D` of Hugging Face's GPT-2: the same object
     with the same Parameters, so that optimizers, hooks and checkpoints go on as before. A layer that is already
-    converted takes the new rule. What stays dense is in the report with the reason: narrow layers, subclasses (whose
-    own forward pass would be lost), LSTMs with projections, convolutions with groups and, with scope "example", those
-    that are not pointwise, layers whose weight is tied to a module of another kind, the output layer of Hugging Face's
-    models (to have it sparse, convert it by itself), and what `filter` refuses.
+    converted takes the new rule, or, where a plain one would stay dense, stays as it is, and the report says why. What
+    stays dense is in the report with the reason: narrow layers, subclasses (whose own forward pass would be lost),
+    LSTMs with projections, convolutions with groups and, with scope "example", those that are not pointwise, layers
+    whose weight is tied to a module of another kind, the output layer of Hugging Face's models (to have it sparse,
+    convert it by itself), and what `filter` refuses.
 
     Args:
         model: Any module; it may itself be a Linear.
@@ -204,8 +205,7 @@ def convert(
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
         if reason is not None:
-            if not is_converted(layer):
-                vars(layer)[_REASON] = reason
+            vars(layer)[_REASON] = reason
             continue
         vars(layer).pop(_REASON, None)
         layer_dtype = None if isinstance(layer, torch.nn.LSTM) else compute_dtype
@@ -316,6 +316,8 @@ def _describe(name: str, layer: torch.nn.Module) -> LayerReport:
         reason = f"to be measured at its first {'forward' if kind == 'LSTM' else 'backward'} pass"
     else:
         reason = "always"
+    if _REASON in vars(layer):
+        reason += f"; keeps {rule}: {vars(layer)[_REASON]}"
     if layer.decision is not None and not layer.decision.sparse:
         return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, reason)
     return LayerReport(name, kind, inputs, width, "sparse", k, k / width, rule, reason)

@@ -317,7 +317,8 @@ class _Convolution(torch.autograd.Function):
         """The forward product is formed in `dtype`, if there is one; under autocast the backward ones as well."""
         ctx.geometry, ctx.rule, ctx.sparse_grad = geometry, rule, sparse_grad
         ctx.decide, ctx.activity = decide, activity
-        ctx.shape, ctx.dtypes = x.shape, [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
+        ctx.shape, ctx.memory_format = x.shape, ops.memory_format(x)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
         operands = (x, weight, bias)
         if dtype is not None:
             operands = (_cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
@@ -332,8 +333,9 @@ class _Convolution(torch.autograd.Function):
         _refuse_second_derivatives()
         x, weight = ctx.saved_tensors
         grad, geometry, needs = grad_outputs[0].to(weight.dtype), ctx.geometry, ctx.needs_input_grad[:3]
-        if x is None:  # only its sizes are asked for
-            x = grad.new_empty(1).expand(ctx.shape)
+        if x is None:  # only its sizes and its memory format are asked for
+            x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
+        x = x.to(grad.dtype)
         outputs = grad.shape[1]
         if ctx.rule.count(outputs) < outputs and (ctx.decide is None or ctx.decide(grad, ctx.shape, geometry, needs)):
             backward = _pointwise_backward if geometry.is_pointwise(weight) else _channels_backward
@@ -379,6 +381,8 @@ def _pointwise_backward(
     if grad_weight is not None and row_sparse:  # a sparse tensor has no view
         indices, rows = grad_weight.indices()[0], grad_weight.values()
         grad_weight = ops.row_sparse_tensor(indices, rows.reshape(-1, *weight.shape[1:]), len(weight))
+    elif grad_weight is not None and weight.is_contiguous():  # also of a kernel of 1 in channels_last
+        grad_weight = grad_weight.as_strided(weight.shape, weight.stride())
     elif grad_weight is not None:
         grad_weight = grad_weight.reshape(weight.shape)
     return grad_x, grad_weight, grad_bias
@@ -528,15 +532,17 @@ def apply_convolution(
         _refuse_distributed(weight, sparse_grad)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
+    unbatched = x.dim() == weight.dim() - 1
+    batch = x[None] if unbatched else x
     if not is_sparse and (autocast or dtype is None):
         if autocast:
-            x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
-        return geometry.output(x, weight, bias)
-    batch = x if x.dim() == weight.dim() else x[None]
-    output: Tensor = _Convolution.apply(  # pyright: ignore[reportAssignmentType]  (apply is untyped)
-        batch, weight, bias, geometry, rule, sparse_grad, decide, dtype, autocast, activity
-    )
-    return output if batch is x else output[0]
+            batch, weight, bias = _autocast(batch), _autocast(weight), None if bias is None else _autocast(bias)
+        output = geometry.output(batch, weight, bias)
+    else:
+        output: Tensor = _Convolution.apply(  # pyright: ignore[reportAssignmentType]  (apply is untyped)
+            batch, weight, bias, geometry, rule, sparse_grad, decide, dtype, autocast, activity
+        )
+    return output[0] if unbatched else output
 
 
 def padded(
@@ -560,7 +566,8 @@ def padded(
 
 def _each(value: _Numbers, kernel: torch.Size) -> tuple[int, ...]:
     """A number for each spatial dimension."""
-    return (value,) * len(kernel) if isinstance(value, int) else tuple(value)
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * len(kernel) if len(numbers) == 1 else numbers
 
 
 class _Lstm(torch.autograd.Function):

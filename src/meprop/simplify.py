@@ -26,6 +26,7 @@ from meprop.convert import (
     table,
 )
 from meprop.errors import NoEffectWarning, NotSupportedError
+from meprop.ops import memory_format
 from meprop.selection import Activity
 
 
@@ -421,9 +422,10 @@ def _cut_tensor(tensor: Tensor, indices: dict[int, Tensor], optimizer: torch.opt
     """Keeps of these dimensions only these entries, in place: also of gradient and optimizer's state."""
 
     def cut(each: Tensor) -> Tensor:
+        form = None if each.is_sparse else memory_format(each)
         for dim, index in indices.items():
             each = each.index_select(dim, index.to(each.device))
-        return each
+        return each if form is None else each.contiguous(memory_format=form)
 
     if optimizer is not None:
         state: dict[str, Any] = optimizer.state.get(tensor, {})

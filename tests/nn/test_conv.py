@@ -31,6 +31,7 @@ GEOMETRIES = {
     "2d, valid": ((6, 7), (3, 2), {"padding": "valid"}),
     "2d, same, uneven": ((5, 6), (2, 4), {"padding": "same", "dilation": (1, 3)}),
     "2d, all arguments": ((9, 8), (3, 2), {"stride": (2, 3), "padding": (2, 1), "dilation": (2, 1)}),
+    "2d, same, one number for both": ((5, 6), (3, 3), {"padding": "same", "dilation": (2,), "stride": (1,)}),
     "2d, a stride that leaves a rest": ((8, 9), (3, 3), {"stride": 3}),
     "one position": ((3, 4), (3, 4), {}),
     "pointwise": ((4, 5), (1, 1), {}),
@@ -289,18 +290,40 @@ def test_unbatched_input(name):
         gradients = torch.autograd.grad(output, (x, weight, bias), random_like(output))
         results.append([output.reshape(-1), *gradients])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert output.shape == DENSE[len(sizes)](x[0], weight, bias, **arguments).shape
+    for k in (3, 17):  # with 17 everything is kept, and the call is torch's
+        for requires_grad in (False, True):
+            for autocast in (False, True):
+                with torch.set_grad_enabled(requires_grad), torch.autocast("cpu", enabled=autocast):
+                    rule = meprop.TopK(k, scope="batch")
+                    ours = SPARSE[len(sizes)](x[0], weight, bias, rule=rule, **arguments)
+                    assert torch.equal(bits(ours), bits(DENSE[len(sizes)](x[0], weight, bias, **arguments)))
 
 
-@pytest.mark.parametrize("name", ["2d", "pointwise"])
-def test_the_memory_format_is_kept(name):
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["2d", "pointwise", "kernel 1 with a stride"])
+def test_the_memory_format_is_kept(name, frozen):
     sizes, kernel, arguments = GEOMETRIES[name]
     x, weight, bias = make(sizes, kernel, dtype=torch.float32, channels_last=True)
+    weight = weight.detach().contiguous().requires_grad_(not frozen)
     output = functional.conv2d(x, weight, bias, rule=BATCH, **arguments)
     grad = random_like(output).contiguous(memory_format=torch.channels_last)
     (grad_x,) = torch.autograd.grad(output, x, grad)
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert grad_x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("scope", ["batch", "example"])
+def test_a_pointwise_gradient_has_the_strides_of_its_weight(scope):
+    """Which DistributedDataParallel asks for, also in dimensions of one entry."""
+    x = torch.randn(3, 5, 4, 5)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        layer = meprop.nn.Conv2d(5, 17, 1, rule=meprop.TopK(3, scope=scope)).to(memory_format=memory_format)
+        layer(x).square().sum().backward()
+        assert layer.weight.grad.stride() == layer.weight.stride()
+    assert layer.weight.stride() == (5, 1, 5, 5)
+    sliced = torch.randn(17, 9, 1, 1)[:, ::2].requires_grad_()
+    functional.conv2d(x, sliced, rule=meprop.TopK(3, scope=scope)).square().sum().backward()
+    assert sliced.grad.shape == sliced.shape
 
 
 @pytest.mark.parametrize("name", ["2d", "pointwise"])
@@ -345,6 +368,25 @@ def test_compute_dtype_is_that_of_the_forward_product_alone(requires_grad):
         gradients = torch.autograd.grad(output, (x, weight, bias), grad)
         for gradient, exact in zip(gradients, expected_gradients(x, weight, bias, BATCH, grad), strict=True):
             torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [3, 17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["2d", "pointwise"])
+def test_compute_dtype_takes_inputs_of_another_dtype_than_the_weights(name, dtype, k):
+    sizes, kernel, arguments = GEOMETRIES[name]
+    x, weight, bias = make(sizes, kernel, dtype=torch.float32)
+    x = x.detach().to(dtype).requires_grad_()
+    rule = meprop.TopK(k, scope="batch")
+    output = functional.conv2d(x, weight, bias, rule=rule, compute_dtype=torch.bfloat16, **arguments)
+    assert output.dtype == dtype
+    grad = random_like(output)
+    gradients = torch.autograd.grad(output, (x, weight, bias), grad)
+    exact = expected_gradients(x, weight, bias, rule, grad, **arguments)
+    for tensor, gradient, expected in zip((x, weight, bias), gradients, exact, strict=True):
+        assert gradient.dtype == tensor.dtype
+        tolerance = 4 * torch.finfo(tensor.dtype).eps + 1e-5
+        torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize(
