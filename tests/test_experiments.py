@@ -149,9 +149,9 @@ def test_an_unknown_experiment_is_refused_with_those_that_are_there(monkeypatch,
 def test_each_shipped_experiment_is_of_existing_settings_and_has_the_papers_figures(name):
     experiment = experiments.load(name, {task: entry.config for task, entry in cli._tasks().items()})
     assert len(experiment.seeds) == 3
-    for variant in experiment.variants:
-        assert (variant.published == Published()) if name.startswith("ours-") else variant.published.test is not None
-        assert variant.rule == "dense" or variant.against is not None
+    if name.startswith(("table-", "figure-")):  # the others are ours, which the paper has little to say of
+        assert all(variant.published.test is not None for variant in experiment.variants)
+    assert all(variant.rule == "dense" or variant.against is not None for variant in experiment.variants)
 
 
 def test_the_shipped_experiments_cover_the_paper():
@@ -164,7 +164,8 @@ def test_the_shipped_experiments_cover_the_paper():
 
 def test_the_page_has_a_section_for_each_experiment_and_task():
     page = experiments.FOLDER.parents[1] / "docs" / "paper.md"
-    assert sorted(report.experiments_of(page)) == experiments.built_in()
+    others = report.experiments_of(page.with_name("simplify.md"))
+    assert sorted([*report.experiments_of(page), *others]) == experiments.built_in()
     for task in cli._tasks():
         pages.check_section(page, bench_layers.section(task))
 
