@@ -408,3 +408,19 @@ def test_the_density_is_weighted_by_the_layers_sizes():
     expected = sum(size * density for size, density in zip(sizes, densities, strict=True)) / sum(sizes)
     assert report.density == pytest.approx(expected)
     assert meprop.report(nn.ReLU()).density == 1.0
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(8, 200), (3, 8)), (nn.Conv1d(8, 200, 3), (2, 8, 9)), (nn.LSTM(8, 200), (3, 2, 8))],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_model_without_memory_tells_its_shapes(layer, shape):
+    """On the meta device, which autocast does not know."""
+    model = layer.to("meta")
+    convert(model, meprop.TopK(5, scope="batch"))
+    output = model(torch.empty(shape, device="meta"))
+    assert (output[0] if isinstance(output, tuple) else output).device.type == "meta"
+    loss = (output[0] if isinstance(output, tuple) else output).sum()
+    loss.backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())

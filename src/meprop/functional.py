@@ -193,7 +193,7 @@ def apply_linear(
     if is_sparse:
         _refuse_what_is_compiled(activity, sparse_grad)
         _refuse_distributed(weight, sparse_grad)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = is_autocast(x)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
     copy = None
     if dtype is not None and not torch.compiler.is_compiling() and copies.serves(weight, dtype):
@@ -235,6 +235,12 @@ def _refuse_what_is_compiled(activity: Activity | None, sparse_grad: bool = Fals
             "a layer that a meprop.Simplifier watches counts in its backward pass, which torch.compile cannot trace; "
             "compile without fullgraph=True, or what Simplifier.compact() returns"
         )
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device, of which there are some that it does not know ("meta")."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -530,7 +536,7 @@ def apply_convolution(
     if is_sparse:
         _refuse_what_is_compiled(activity, sparse_grad)
         _refuse_distributed(weight, sparse_grad)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = is_autocast(x)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else compute_dtype
     unbatched = x.dim() == weight.dim() - 1
     batch = x[None] if unbatched else x
@@ -712,7 +718,7 @@ def apply_lstm(
     if not weights[0].is_floating_point():
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
     tensors = (x, *((None, None) if hx is None else hx), *weights)
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x):
         tensors = tuple(None if tensor is None else _autocast(tensor) for tensor in tensors)
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
     if len(kinds) > 1:

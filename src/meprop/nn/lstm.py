@@ -186,7 +186,7 @@ class LSTM(torch.nn.LSTM):
                 self.hidden_size,
                 self.num_layers,
                 2 if self.bidirectional else 1,
-                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype,
+                torch.get_autocast_dtype(device) if functional.is_autocast(rows) else rows.dtype,
                 device,
                 rows.requires_grad,
             )
