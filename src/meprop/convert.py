@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -238,7 +238,7 @@ def revert(model: torch.nn.Module) -> None:
             _become(layer, classes[type(layer)])
             for parameter in layer.parameters():
                 copies.forget(parameter)
-        elif is_converted(layer):
+        elif isinstance(layer, SparseLayer):
             raise NotSupportedError(
                 f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "
                 "Remove what was added to it (parametrizations) first."
@@ -267,11 +267,6 @@ def named_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     # Attention reads the weight of its last projection, and never calls the layer.
     parts = {module.out_proj for module in modules.values() if isinstance(module, torch.nn.MultiheadAttention)}
     return [(name, module) for name, module in modules.items() if isinstance(module, classes) and module not in parts]
-
-
-def is_converted(layer: torch.nn.Module) -> TypeGuard[SparseLayer]:
-    """Whether it is one of `meprop.nn`'s layers, or of a subclass of one."""
-    return isinstance(layer, tuple(_plain_classes()))
 
 
 def _output_layers(model: torch.nn.Module) -> set[torch.nn.Module | None]:
@@ -304,7 +299,7 @@ def features(layer: Any) -> tuple[int, int]:
 def _describe(name: str, layer: torch.nn.Module) -> LayerReport:
     kind = _plain_classes().get(type(layer), type(layer)).__name__
     inputs, width = features(layer)
-    if not is_converted(layer):
+    if not isinstance(layer, SparseLayer):
         reason = vars(layer).get(_REASON, "not converted")
         return LayerReport(name, kind, inputs, width, "dense", None, 1.0, None, reason)
     rule, k = layer.rule, layer.rule.count(width)

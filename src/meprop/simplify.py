@@ -18,7 +18,6 @@ from meprop import units
 from meprop.convert import (
     Convolution,
     check_model,
-    is_converted,
     kind_of,
     named_layers,
     plain_copy,
@@ -26,6 +25,7 @@ from meprop.convert import (
     table,
 )
 from meprop.errors import NoEffectWarning, NotSupportedError
+from meprop.nn.linear import SparseLayer
 from meprop.ops import memory_format
 from meprop.selection import Activity
 
@@ -309,7 +309,7 @@ class Simplifier:
         """Lets each converted layer count, and so be sparse; returns what they count into, by label."""
         activities: dict[str, Activity] = {}
         for name, layer in named_layers(self.model):
-            if is_converted(layer) and isinstance(layer, units.Prunable):
+            if isinstance(layer, SparseLayer) and isinstance(layer, units.Prunable):
                 device = next(layer.parameters()).device
                 own = {made.label: Activity.of_units(made.width, device) for made in units.producers(name, layer)}
                 layer.when, layer.decision = "always", None
@@ -321,7 +321,7 @@ class Simplifier:
         watched = {
             id(activity)
             for _, layer in named_layers(self.model)
-            if is_converted(layer) and isinstance(layer, units.Prunable)
+            if isinstance(layer, SparseLayer) and isinstance(layer, units.Prunable)
             for activity in (layer.activity if isinstance(layer.activity, tuple) else (layer.activity,))
         }
         for label, activity in self._activities.items():

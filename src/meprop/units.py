@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch.nn.utils import rnn
 
 from meprop import nn
-from meprop.convert import Convolution, features, is_converted
+from meprop.convert import Convolution, features
+from meprop.nn.linear import SparseLayer
 
 Layout = tuple[int, ...]
 """The groups that a dimension of a tensor consists of, one after the other: of an LSTM's gates four times the same.
@@ -338,7 +339,7 @@ class _Finder:
         self._block_shared_tensors()
         self._block_for_unseen(seen)
         for number in range(len(self._producers)):
-            if not is_converted(self._layer(number)):
+            if not isinstance(self._layer(number), SparseLayer):
                 self.block([number], "it is not converted, so that nothing is counted")
         for number, producer in enumerate(self._producers):  # an LSTM has one width
             if number in self._reasons:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meprop import functional, speed
-from meprop.nn.linear import When, sparse_linear, sparse_repr, sparse_state
+from meprop import functional
+from meprop.nn.linear import SparseLayer, sparse_linear, sparse_repr, sparse_state
 from meprop.rules import InBlocks, Rule
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose projections back-propagate only what `rule` keeps of their output gradients.
 
     The rule chooses among the E entries of each projection of each token: of query, key and value, also where torch
@@ -40,13 +40,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         TypeError: `rule` is not a Rule.
         ValueError: `sparse_grad` with a rule whose rows keep entries of their own; another compute_dtype.
     """
-
-    rule: Rule
-    sparse_grad: bool
-    compute_dtype: torch.dtype | None
-    when: When
-    decision: speed.Decision | None
-    activity: None
 
     def __init__(
         self, *args: Any, rule: Rule, sparse_grad: bool = False, compute_dtype: torch.dtype | None = None, **kwargs: Any

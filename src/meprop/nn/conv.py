@@ -13,9 +13,8 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from meprop import functional, ops, speed
 from meprop.errors import NotSupportedError
 from meprop.functional import Geometry
-from meprop.nn.linear import When, sparse_repr, sparse_state, standing
+from meprop.nn.linear import SparseLayer, sparse_repr, sparse_state, standing
 from meprop.rules import Rule
-from meprop.selection import Activity
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,8 @@ class ConvShape:
         return dense, sparse
 
 
-class _Convolution(_ConvNd):
+class _Convolution(SparseLayer, _ConvNd):
     """What the layers have in common: all but the number of spatial dimensions."""
-
-    rule: Rule
-    sparse_grad: bool
-    compute_dtype: torch.dtype | None
-    when: When
-    decision: speed.Decision | None
-    activity: Activity | None
 
     def __init__(
         self,

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D as PlainConv1D
 
-from meprop import functional, speed
-from meprop.nn.linear import When, sparse_linear, sparse_repr, sparse_state
+from meprop import functional
+from meprop.nn.linear import SparseLayer, sparse_linear, sparse_repr, sparse_state
 from meprop.rules import Rule
 
 
-class Conv1D(PlainConv1D):
+class Conv1D(SparseLayer, PlainConv1D):
     """`transformers.pytorch_utils.Conv1D`, a linear layer with weight [I, O], that back-propagates what `rule` keeps.
 
     In all else as `meprop.nn.Linear`, but that the weight's gradient cannot be row-sparse: selected output features are
@@ -27,13 +27,6 @@ class Conv1D(PlainConv1D):
         TypeError: `rule` is not a Rule.
         ValueError: another compute_dtype.
     """
-
-    rule: Rule
-    sparse_grad: bool
-    compute_dtype: torch.dtype | None
-    when: When
-    decision: speed.Decision | None
-    activity: None
 
     def __init__(self, nf: int, nx: int, *, rule: Rule, compute_dtype: torch.dtype | None = None) -> None:
         functional.check_rule(rule, False, compute_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,22 @@ from torch import Tensor
 
 from meprop import functional, speed
 from meprop.rules import Rule
-from meprop.selection import Activity
 
 When = Literal["auto", "always"]
 
 
-class Linear(torch.nn.Linear):
+class SparseLayer:
+    """What each layer of `meprop.nn` has beside a plain one."""
+
+    rule: Rule
+    sparse_grad: bool
+    compute_dtype: torch.dtype | None
+    when: When
+    decision: speed.Decision | None
+    activity: Any
+
+
+class Linear(SparseLayer, torch.nn.Linear):
     """`torch.nn.Linear` that back-propagates only what `rule` keeps of its output gradient.
 
     Parameters, forward pass, state_dict and initialisation are torch's own. A layer made by hand is always sparse; one
@@ -42,13 +52,6 @@ class Linear(torch.nn.Linear):
         ValueError: `sparse_grad` with a rule whose rows keep entries of their own; another compute_dtype.
     """
 
-    rule: Rule
-    sparse_grad: bool
-    compute_dtype: torch.dtype | None
-    when: When
-    decision: speed.Decision | None
-    activity: Activity | None
-
     def __init__(
         self,
         in_features: int,
@@ -72,17 +75,6 @@ class Linear(torch.nn.Linear):
     def extra_repr(self) -> str:
         """As torch's, and the rule."""
         return super().extra_repr() + sparse_repr(self)
-
-
-class SparseLayer(Protocol):
-    """What each layer of `meprop.nn` has beside a plain one."""
-
-    rule: Rule
-    sparse_grad: bool
-    compute_dtype: torch.dtype | None
-    when: When
-    decision: speed.Decision | None
-    activity: Any
 
 
 SPARSE_STATE = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")

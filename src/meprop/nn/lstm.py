@@ -12,9 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from meprop import functional, speed
 from meprop.errors import NotSupportedError
-from meprop.nn.linear import When, sparse_state
+from meprop.nn.linear import SparseLayer, sparse_state
 from meprop.rules import Rule
-from meprop.selection import Activity
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class LstmShape:
         )
 
 
-class LSTM(torch.nn.LSTM):
+class LSTM(SparseLayer, torch.nn.LSTM):
     """`torch.nn.LSTM` that back-propagates only what `rule` keeps of each gate's gradient at each time step.
 
     Parameters, state_dict, initialisation, and the forms of input and output are torch's own: padded, packed or
@@ -91,13 +90,6 @@ class LSTM(torch.nn.LSTM):
         TypeError: `rule` is not a Rule.
         NotSupportedError: `proj_size` is given, or a rule by which several processes choose together.
     """
-
-    rule: Rule
-    sparse_grad: bool
-    compute_dtype: torch.dtype | None
-    when: When
-    decision: speed.Decision | None
-    activity: tuple[Activity, ...] | None
 
     def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
         functional.check_lstm_rule(rule)
