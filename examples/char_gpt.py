@@ -122,21 +122,27 @@ def evaluate(model: nn.Module, text: Text, batches: int = 20) -> float:
     return loss
 
 
-def train(name: str, text: Text, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains one model: "dense" or "sparse"; returns its losses and seconds."""
+def rule_of(name: str, options: argparse.Namespace) -> meprop.Rule | None:
+    return RULES[options.rule](options.k, scope=options.scope) if name == "sparse" else None
+
+
+def prepare(name: str, text: Text, options: argparse.Namespace) -> tuple[GPT, torch.optim.Optimizer]:
+    """A new model, "dense" or "sparse", and its optimizer."""
     torch.manual_seed(options.seed)
     model = GPT(len(text.characters), options)
     decay: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    if name == "sparse":
-        rule = RULES[options.rule](options.k, scope=options.scope)
+    if (rule := rule_of(name, options)) is not None:
         left_dense = ["head", *filter(None, options.dense.split(","))]
         keep = lambda layer_name, _: not any(part in layer_name for part in left_dense)  # noqa: E731
         meprop.convert(model, rule, filter=keep, sparse_grad=options.sparse_rows is not None, when=options.when)
     if name == "sparse" and options.sparse_rows is not None:
-        optimizer = meprop.optim.AdamW(model.parameters(), sparse_rows=options.sparse_rows, **decay)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **decay)
+        return model, meprop.optim.AdamW(model.parameters(), sparse_rows=options.sparse_rows, **decay)
+    return model, torch.optim.AdamW(model.parameters(), fused=True, **decay)
 
+
+def train(name: str, text: Text, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains one model, and returns its losses and seconds."""
+    model, optimizer = prepare(name, text, options)
     generator = torch.Generator().manual_seed(options.seed)
     spent: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": [], "step": []}
     curve: list[dict[str, float]] = []
@@ -163,7 +169,7 @@ def train(name: str, text: Text, options: argparse.Namespace) -> dict[str, Any]:
     report = meprop.report(model)
     return {
         "name": name,
-        "rule": str(rule) if name == "sparse" else "dense",
+        "rule": str(rule_of(name, options) or "dense"),
         "seed": options.seed,
         "steps": step,
         "density": report.density,

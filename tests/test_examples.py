@@ -4,9 +4,11 @@ import json
 import math
 import re
 import runpy
+import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -24,6 +26,24 @@ def test_an_example_prints_dense_and_sparse(name, monkeypatch, capsys):
     printed = capsys.readouterr().out
     found = re.findall(r"^(dense|sparse) +loss (\S+) +(\S+) ms a step$", printed, re.MULTILINE)
     assert [line[0] for line in found] == ["dense", "sparse"]
+    (_, dense, _), (_, sparse, _) = found
+    assert math.isfinite(float(dense))
+    assert dense != sparse
+
+
+def test_the_image_classifier_trains_on_images_of_ones_own(tmp_path, monkeypatch, capsys):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("t10k", 20)):
+        for kind, array in (
+            ("images-idx3", random.integers(0, 256, (count, 8, 9))),
+            ("labels-idx1", np.arange(count) % 4),
+        ):
+            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+            (tmp_path / f"{split}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+    run(monkeypatch, "image_classifier.py", "--data", str(tmp_path), "--steps", "3", "--batch", "20")
+    printed = capsys.readouterr().out
+    assert re.search(r"^4 +Conv2d.* sparse +13 ", printed, re.MULTILINE)
+    found = re.findall(r"^(dense|sparse) +loss (\S+) +\S+ ms a step +(\S+)% of the test images$", printed, re.MULTILINE)
     (_, dense, _), (_, sparse, _) = found
     assert math.isfinite(float(dense))
     assert dense != sparse

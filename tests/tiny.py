@@ -32,6 +32,7 @@ class TinyTask:
         generator = torch.Generator().manual_seed(1)
         self.inputs_NI = torch.randn(80, 6, generator=generator)
         self.classes_N = (self.inputs_NI[:, 0] > 0).long()
+        self.example_inputs = (self.inputs_NI[:1],)
         self.seen: list[torch.Tensor] = []
 
     def build_model(self):

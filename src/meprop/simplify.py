@@ -215,7 +215,7 @@ class Simplifier:
                 its parameter's shape, and cannot be cut. Nothing has been changed then.
 
         Warns:
-            UserWarning: Fewer than `min_units` would be left.
+            UserWarning: Fewer than `min_units` would be left, where that many are now.
         """
         self.steps += 1
         if self.steps % self.check_every != 0:
@@ -366,7 +366,7 @@ class Simplifier:
             width = len(next(iter(of_group.values())))
             least = min(self.min_units, width)
             count = max(wanted, least, width - max(1, int(self.max_removal * width)))
-            if wanted < least == count:
+            if wanted < least == count < width:
                 warnings.warn(
                     f"threshold={self.threshold} would leave {wanted} of {width} units of layer {layer!r}: its "
                     f"min_units={least} most active ones are kept. Take a lower threshold",

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from meprop.errors import DataError
+from meprop.reporting import simplify as report
 from meprop.tasks import files, mnist
 from meprop.tasks.mnist import MnistConfig, MnistTask, load, read_idx
+from meprop.training.loop import SimplifyConfig, Trainer, TrainingConfig, fit
 
 CLASSES, HEIGHT, WIDTH, TRAIN, TEST = 7, 5, 9, 53, 21
 
@@ -151,6 +153,7 @@ def test_a_dev_set_that_leaves_nothing_to_train_on(tmp_path, dev_size):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("channels", (0,)),
         ("hidden", (500, 0)),
         ("dropout", 1.0),
         ("dropout", -0.1),
@@ -279,6 +282,24 @@ def test_the_model_is_plain_torch_of_the_configured_shape(task):
     assert widths == [(HEIGHT * WIDTH, 16), (16, 12), (12, CLASSES)]
 
 
+def test_convolutions_come_before_the_hidden_layers(tmp_path):
+    task = MnistTask(config(write(tmp_path / "own", arrays()), channels=(3, 4), dropout=0.0))
+    model = task.build_model()
+    conv = [nn.Conv2d, nn.ReLU, nn.MaxPool2d]
+    assert [type(layer) for layer in model] == [nn.Unflatten, *conv, *conv, nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+    assert [(m.in_channels, m.out_channels) for m in model if isinstance(m, nn.Conv2d)] == [(1, 3), (3, 4)]
+    assert model[8].in_features == 4 * (HEIGHT // 4) * (WIDTH // 4)
+    assert model(*task.example_inputs).shape == (1, CLASSES)
+    pixels = task.data.train_images[:2]
+    assert torch.equal(model[0](pixels)[:, 0].flatten(1), pixels)
+    assert model(pixels).shape == (2, CLASSES)
+
+
+def test_too_many_convolutions_for_the_images(tmp_path):
+    with pytest.raises(ValueError, match=r"\(5, 9\) pixels are too few for 3"):
+        MnistTask(config(write(tmp_path / "own", arrays()), channels=(3, 4, 5)))
+
+
 def test_an_epoch_shows_each_image_once_in_the_generators_order(task):
     def epoch(seed):
         return list(task.train_batches(torch.Generator().manual_seed(seed)))
@@ -337,3 +358,18 @@ def test_training_fits_the_data(tmp_path):
             loss.backward()
             optimizer.step()
     assert loss.item() < 0.1
+
+
+def test_channels_that_are_flattened_are_removed_while_it_trains(tmp_path):
+    task = MnistTask(config(write(tmp_path / "own", arrays()), channels=(64,), hidden=(128,)))
+    settings = TrainingConfig(epochs=2, k=8, scope="batch", accelerator="cpu")
+    simplify = SimplifyConfig(threshold=0.3, checks=1, cycle=1)
+    trainer = Trainer(task, settings, settings.rule(), 0, simplify)
+    fit([trainer], lambda trainer: None)
+    assert trainer.simplifier is not None
+    plain = trainer.simplifier.compact()
+    channels = plain[1].out_channels
+    assert channels < 64
+    assert plain[5].in_features == channels * (HEIGHT // 2) * (WIDTH // 2)
+    (model,) = report.describe([trainer], seconds=0.01)
+    assert model.width == (channels + plain[5].out_features) / 2

@@ -86,8 +86,10 @@ def describe(trainers: Sequence[Trainer], seconds: float) -> list[ModelRecord]:
 def _width(layer: torch.nn.Module) -> int:
     if isinstance(layer, torch.nn.LSTM):
         return layer.hidden_size
-    assert isinstance(layer, torch.nn.Linear)
-    return layer.out_features
+    if isinstance(layer, torch.nn.Linear):
+        return layer.out_features
+    assert isinstance(layer, torch.nn.Conv1d | torch.nn.Conv2d)
+    return layer.out_channels
 
 
 def model_table(models: Sequence[ModelRecord]) -> Table:

@@ -1,4 +1,4 @@
-"""MNIST, or any images in its file format: a multi-layer perceptron that tells digits apart.
+"""MNIST, or any images in its file format: a perceptron, or a convolutional network, that tells digits apart.
 
 The defaults are the meProp paper's (https://arxiv.org/abs/1706.06197, section 4): two hidden layers of 500 with ReLU,
 batches of 10, the first 5,000 training images as the development set.
@@ -62,6 +62,8 @@ class MnistConfig:
 
     data_dir: Path | None = None
     """Folder of the four idx files, MNIST's or your own. Default: $MEPROP_DATA, then the cache, then a download."""
+    channels: tuple[int, ...] = ()
+    """Output channels of 3 x 3 convolutions before the hidden layers, each with ReLU and max pooling by 2 x 2."""
     hidden: tuple[int, ...] = (500, 500)
     """Widths of the hidden layers."""
     dropout: float = 0.2
@@ -72,8 +74,9 @@ class MnistConfig:
     """How many of the training images, the first ones, are kept apart as the development set."""
 
     def __post_init__(self) -> None:
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"hidden is {self.hidden}: each width must be at least 1")
+        for name, widths in (("channels", self.channels), ("hidden", self.hidden)):
+            if any(width < 1 for width in widths):
+                raise ValueError(f"{name} is {widths}: each width must be at least 1")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
         if self.batch_size < 1:
@@ -260,7 +263,7 @@ class MnistTask:
 
     Raises:
         DataError: see `load`.
-        ValueError: see `load`.
+        ValueError: see `load`; or the images are too small for so many convolutions.
     """
 
     name = "mnist"
@@ -269,6 +272,11 @@ class MnistTask:
     def __init__(self, config: MnistConfig) -> None:
         self.config = config
         self.data = load(config)
+        if min(self.data.image_shape) < 2 ** len(config.channels):
+            raise ValueError(
+                f"channels is {config.channels}: each halves the image, and {self.data.image_shape} pixels are too few "
+                f"for {len(config.channels)}"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -282,13 +290,26 @@ class MnistTask:
     def build_model(self) -> nn.Sequential:
         """Return a new network ``[N, H * W] -> [N, num_classes]`` of plain torch layers, initialized by torch."""
         layers: list[nn.Module] = []
-        width = self.data.train_images.shape[1]
+        height, width = self.data.image_shape
+        channels = 1
+        if self.config.channels:
+            layers.append(nn.Unflatten(1, (1, height, width)))
+            for more in self.config.channels:
+                layers += [nn.Conv2d(channels, more, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+                channels, height, width = more, height // 2, width // 2
+            layers.append(nn.Flatten())
+        width = channels * height * width
         for hidden in self.config.hidden:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
             if self.config.dropout > 0:
                 layers.append(nn.Dropout(self.config.dropout))
             width = hidden
         return nn.Sequential(*layers, nn.Linear(width, self.data.num_classes))
+
+    @property
+    def example_inputs(self) -> tuple[Tensor]:
+        """The first image ``[1, H * W]``."""
+        return (self.data.train_images[:1],)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -321,6 +321,11 @@ class ParsingTask:
         return nn.Sequential(*layers, nn.Linear(width, len(self.data.vocabulary.kinds)))
 
     @property
+    def example_inputs(self) -> tuple[Tensor]:
+        """The features of the first transition ``[1, 48]``."""
+        return (self.data.features[:1],)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch, a smaller last one included."""
         return math.ceil(len(self.data.targets) / self.config.batch_size)

@@ -244,6 +244,11 @@ class TaggingTask:
         return Tagger([1 + len(indices) for indices in self.vocabulary], len(self.tags), self.config)
 
     @property
+    def example_inputs(self) -> tuple[Tensor]:
+        """A sentence of one word ``[1, 1, 8]``."""
+        return (self._words["train"].inputs[:1, None],)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch, a smaller one included."""
         return math.ceil(len(self.data.train) / self.config.batch_size)

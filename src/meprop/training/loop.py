@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import meprop
 from meprop import optim
 from meprop.errors import MepropError
+from meprop.nn.linear import SparseLayer
 from meprop.speed import Decision
 
 RuleName = Literal["topk", "compensated", "random"]
@@ -56,6 +57,11 @@ class Task(Protocol):
     @property
     def fingerprint(self) -> str:
         """A digest of the data, wherever they lie: two runs with different ones are not to be compared."""
+        ...
+
+    @property
+    def example_inputs(self) -> tuple[Any, ...]:
+        """Arguments that the model can be called with, of the ranks that it is trained with; on the CPU."""
         ...
 
     @property
@@ -159,7 +165,9 @@ class SimplifyConfig:
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
-    def simplifier(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> meprop.Simplifier:
+    def simplifier(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, example_inputs: Sequence[Any]
+    ) -> meprop.Simplifier:
         """Return one with these settings."""
         return meprop.Simplifier(
             model,
@@ -170,6 +178,7 @@ class SimplifyConfig:
             warmup=self.warmup * steps_per_epoch,
             max_removal=self.max_removal,
             min_units=self.min_units,
+            example_inputs=example_inputs,
         )
 
 
@@ -279,7 +288,10 @@ class Trainer:
             if rule is not None:
                 meprop.convert(self.model, rule, sparse_grad=config.sparse_rows != "no", when=config.when)
         self.optimizer = _build_optimizer(self.model, config, self.device, sparse=rule is not None)
-        self.simplifier = simplify and simplify.simplifier(self.model, self.optimizer, task.steps_per_epoch)
+        self.simplifier: meprop.Simplifier | None = None
+        if simplify is not None:
+            inputs = [self._fabric.to_device(each) for each in task.example_inputs]
+            self.simplifier = simplify.simplifier(self.model, self.optimizer, task.steps_per_epoch, inputs)
 
         self._order = torch.Generator().manual_seed(seed)
         self._epoch_order = self._order.get_state()  # as it was when the current epoch began
@@ -401,7 +413,7 @@ class Trainer:
             "decisions": {
                 name: asdict(layer.decision)
                 for name, layer in self.model.named_modules()
-                if isinstance(layer, meprop.nn.Linear | meprop.nn.LSTM) and layer.decision is not None
+                if isinstance(layer, SparseLayer) and layer.decision is not None
             },
             "optimizer": self.optimizer.state_dict(),
             "simplifier": self.simplifier and self.simplifier.state_dict(),
