@@ -445,6 +445,78 @@ def test_channels_are_flattened_to_blocks_of_columns_or_not_at_all(flatten, unde
     assert understood or "flatten" in reason
 
 
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: m.head(m.conv(x).mean((2, 3))), None),
+        (lambda m, x: m.head(m.conv(x).amax(dim=[-1, -2])), None),
+        (lambda m, x: m.head(torch.mean(m.conv(x), (2,)).sum(2)), None),
+        (lambda m, x: m.head(torch.mean(m.conv(x), (2, 3), keepdim=True).flatten(1)), None),
+        (lambda m, x: m.head(m.conv(x).mean((2, 3)).view(2, WIDTH)), "'.view\\(\\)' reads it"),
+        (lambda m, x: m.head(m.conv(x).mean((2, 3))) * m.conv(x).mean((1, 2)).sum(), "is over its units"),
+        (lambda m, x: m.head(m.conv(x).mean((2, 3))) * m.conv(x).mean(), "is over its units"),
+        (lambda m, x: m.flat((c := m.conv(x)).view(c.size(0), -1)), None),
+        (lambda m, x: m.flat((c := m.conv(x)).reshape((c.relu().shape[0], -1))), None),
+        (
+            lambda m, x: m.flat((c := m.conv(x)).view(c.shape[0], c.shape[1] * c.shape[2] * c.shape[3])),
+            "size of its units",
+        ),
+        (lambda m, x: m.flat(m.conv(x).view(-1, WIDTH * 4)), "reads it"),
+        (lambda m, x: m.flat(m.conv(x).view(2, -1)), "reads it"),  # any number may be meant for something else
+        (lambda m, x: m.flat(m.conv(x).view(m.conv(x).size(0), -1)), "reads it"),
+        (lambda m, x: m.flat((c := m.conv(x)).view(c.size(0) * 1, -1)), "reads it"),
+        (lambda m, x: m.head((c := m.conv(x)).view(c.size(0), -1, 2, 2).mean((2, 3))), "reads it"),
+    ],
+)
+def test_means_over_positions_and_views_that_flatten_are_understood(forward, reason):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, WIDTH, 3)
+            if "head" in forward.__code__.co_names:
+                self.head = nn.Linear(WIDTH, 3)
+            else:
+                self.flat = nn.Linear(WIDTH * 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 3, 4, 4)
+    meprop.convert(model, meprop.TopK(5, scope="batch"), min_features=10, when="always")
+    simplifier = quietly(model, example_inputs=(x,))
+    found = simplifier.report().layers[0].reason
+    if reason is not None:
+        assert re.search(reason, found)
+        return
+    assert found is None
+    assert "give example_inputs" in (quietly(model).report().layers[0].reason or "give example_inputs")
+    simplifier = meprop.Simplifier(model, 0.9, check_every=1, example_inputs=(x,))
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        model.conv.weight.mul_(kept := model.conv.activity.hits[:, None, None, None] > 0)
+        model.conv.bias.mul_(kept.flatten())
+    masked = model(x)
+    simplifier.step()
+    assert simplifier.widths["conv"] == 5
+    torch.testing.assert_close(model(x), masked)
+    torch.testing.assert_close(simplifier.compact()(x), masked)
+
+
+def test_the_mean_over_time_of_an_lstm_and_a_linear_layer():
+    model = Calls(lambda m, x: m.head(m.lstm(x)[0].mean(0) + m.a(x).mean(1)), lstm=nn.LSTM(6, WIDTH))
+    del model.b
+    x = torch.randn(4, 4, 6)
+    meprop.convert(model, RULE, min_features=10, when="always")
+    reasons = {layer.name: layer.reason for layer in quietly(model, example_inputs=(x,)).report().layers}
+    assert "units of an LSTM with others" in reasons["a"]  # so the means were understood
+    model = Calls(lambda m, x: m.head(m.a(x).mean(1)))
+    del model.b
+    meprop.convert(model, RULE, min_features=10, when="always")
+    assert quietly(model, example_inputs=(x,)).report().layers[0].reason is None
+    assert "give example_inputs" in quietly(model).report().layers[0].reason
+
+
 def test_what_is_cut_keeps_its_memory_format():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.ReLU(), nn.Conv2d(WIDTH, 4, 3))
@@ -980,6 +1052,36 @@ def test_the_compact_model_is_exported_to_onnx(name, tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=0, atol=1e-5)
+
+
+def test_a_compact_lstm_is_exported(tmp_path):
+    """By torch.export, and where its packages are there to ONNX: one that gets tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), Last(nn.LSTM(5, WIDTH)), nn.Linear(WIDTH, 3))
+    x = torch.randn(4, 3, 6)
+    meprop.convert(model, RULE, min_features=10, when="always")
+    simplifier = meprop.Simplifier(model, 0.3, check_every=1)
+    model(x).square().sum().backward()
+    simplifier.step()
+    compact = simplifier.compact().eval()
+    assert compact[1].lstm.hidden_size < WIDTH
+    exported = torch.export.export(compact, (x,)).module()
+    torch.testing.assert_close(exported(x), compact(x), rtol=0, atol=1e-6)
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(compact, (x,), str(tmp_path / "model.onnx"), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), compact(x).detach(), rtol=0, atol=1e-5)
+
+
+class Last(nn.Module):
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
 
 
 def test_the_example_of_the_docstring_holds():

@@ -128,7 +128,7 @@ class Simplifier:
         min_units: Units that a layer keeps at least, the most active ones.
         example_inputs: Arguments for the model. It is run with them once, in evaluation mode, to see how many
             dimensions tensors have; without, units that `torch.nn.BatchNorm1d` reads are not pruned, nor channels that
-            are flattened or concatenated.
+            are flattened, averaged or concatenated.
 
     Attributes:
         model: The model.

@@ -63,6 +63,7 @@ _POOLING: dict[Any, int] = {
     **dict.fromkeys((F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d), 1),
     **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d), 2),
 }
+_REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin, "mean", "sum", "amax", "amin"}
 _PACKING = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
 
 
@@ -171,11 +172,12 @@ def _mode(model: torch.nn.Module, training: bool) -> Generator[None]:
 
 
 def _calls(model: torch.nn.Module, example_inputs: Sequence[Any]) -> dict[str, int | None]:
-    """The modules that a call in evaluation mode reaches, and the rank of each one's first input, if it is a tensor."""
+    """The modules that a call in evaluation mode reaches, and the rank of each one's first input, if it has one."""
     calls: dict[str, int | None] = {}
 
     def remember(name: str, _: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        calls[name] = inputs[0].dim() if inputs and isinstance(inputs[0], torch.Tensor) else None
+        rank = inputs[0].dim() if inputs and isinstance(inputs[0], torch.Tensor) else None
+        calls[name] = rank if calls.get(name, rank) == rank else None
 
     hooks = [module.register_forward_pre_hook(partial(remember, name)) for name, module in model.named_modules()]
     try:
@@ -237,6 +239,20 @@ class _Value:
         if not isinstance(dim, int) or (dim >= 0 and self.rank is None):
             return None
         return dim if dim < 0 else dim - (self.rank or 0)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes of a tensor."""
+
+    of: _Value
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """The size of a tensor's first dimension, which is not that of its units."""
+
+    of: _Value
 
 
 _NOTHING = _Value()
@@ -398,11 +414,21 @@ class _Walk(torch.fx.Interpreter):
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target == "flatten":
             return self._flatten(".flatten()", args, kwargs)
+        if target in _REDUCTIONS:
+            return self._reduce(f".{target}()", args, kwargs)
+        if target in ("view", "reshape"):
+            return self._view(f".{target}()", args, kwargs)
+        if target == "size" and args[0].groups:
+            return self._size(*args) if len(args) > 1 else _Shape(args[0])
         return self._apply(f".{target}()", target in _ELEMENTWISE_METHODS, target in _BINARY_METHODS, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem and isinstance(args[0], tuple):
             return args[0][args[1]]
+        if target is operator.getitem and isinstance(args[0], _Shape):
+            return self._size(args[0].of, args[1])
+        if target is getattr and args[1] == "shape" and args[0].groups:
+            return _Shape(args[0])
         if target is operator.getitem and args[0].states and isinstance(args[1], int):  # of one layer and direction
             return _Value((args[0].groups[args[1]],))
         if target is rnn.pad_packed_sequence:
@@ -418,6 +444,8 @@ class _Walk(torch.fx.Interpreter):
                 return replace(parts[0], groups=tuple(group for part in parts for group in part.groups))
         if target is torch.flatten and args:
             return self._flatten("'flatten'", args, kwargs)
+        if target in _REDUCTIONS and args:
+            return self._reduce(f"{target.__name__!r}", args, kwargs)
         if target in _POOLING and args and not kwargs.get("return_indices"):
             return self._pool("pooling", _POOLING[target], args[0])
         number = len(args) > 1 and isinstance(args[1], int | float)
@@ -485,7 +513,7 @@ class _Walk(torch.fx.Interpreter):
         if layer.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             tensors["bias"] = {0: (group,)}
         self._lay_out(name, layer, tensors)
-        return _Value((group,))
+        return _Value((group,), rank=self._finder.ranks.get(name))
 
     def _convolution(self, name: str, layer: torch.nn.Conv1d | torch.nn.Conv2d, x: _Value) -> _Value:
         (group,) = self._finder.made_by(name, layer)
@@ -513,7 +541,43 @@ class _Walk(torch.fx.Interpreter):
             return self._not_understood(x, f"{name} flattens it, or another dimension: give example_inputs")
         if x.dim == -1 or x.states or (x.place(start), x.place(end)) != (x.dim, -1):
             return self._not_understood(x, f"{name} flattens it otherwise than from the channels on")
-        return _Value(x.groups, blocks=True)
+        return _Value(x.groups, rank=None if x.rank is None else x.rank + x.dim + 1, blocks=True)
+
+    def _reduce(self, name: str, args: Any, kwargs: Any) -> _Value:
+        """The mean over positions, say."""
+        x: _Value = args[0]
+        given = dict(zip(("dim", "keepdim"), args[1:], strict=False)) | kwargs
+        dims = given.get("dim", ())
+        places = [x.place(dim) for dim in (dims if isinstance(dims, list | tuple) else [dims])]
+        if not x.groups or x.states:
+            return self._not_understood(x, f"{name} reads it, which is not understood")
+        if x.rank is None and None in places:
+            return self._not_understood(x, f"{name} is over its units, or another dimension: give example_inputs")
+        if not places or None in places or x.dim in places:
+            return self._not_understood(x, f"{name} is over its units")
+        if given.get("keepdim"):
+            return x
+        behind = sum(place > x.dim for place in places if place is not None)
+        return replace(x, dim=x.dim + behind, rank=None if x.rank is None else x.rank - len(places))
+
+    def _size(self, x: _Value, dim: Any) -> _Value | _Examples:
+        place = x.place(dim)
+        if place is None and x.rank is None:
+            return self._not_understood(x, "the size of its units' dimension is read, or another: give example_inputs")
+        if place is None or place == x.dim or x.states:
+            return self._not_understood(x, "the size of its units' dimension is read, or of several")
+        return _Examples(x) if x.rank is not None and place == -x.rank else _NOTHING
+
+    def _view(self, name: str, args: Any, kwargs: Any) -> _Value:
+        """`x.view(x.size(0), -1)` is a flattening; otherwise numbers of units may be in the sizes."""
+        x, *sizes = args
+        sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
+        if x.dim < -1 and x.rank is None:
+            return self._not_understood(x, f"{name} flattens it, or another dimension: give example_inputs")
+        examples = sizes[0] if len(sizes) == 2 and sizes[1] == -1 else None
+        if x.dim < -1 and x.place(1) == x.dim and isinstance(examples, _Examples) and examples.of is x:
+            return _Value(x.groups, rank=2, blocks=True)
+        return self._apply(name, False, False, args, kwargs)
 
     def _lstm(
         self, name: str, lstm: torch.nn.LSTM, x: _Value, states: list[_Value]
@@ -534,7 +598,8 @@ class _Walk(torch.fx.Interpreter):
         if states:
             self._not_understood(states, f"{name!r} gets it as an initial state")
             self._finder.block(every, "it gets initial states, which have its width")
-        return _Value(inputs), (_Value(every, states=True), _Value(every, states=True))
+        last = _Value(every, states=True)
+        return _Value(inputs, rank=self._finder.ranks.get(name)), (last, last)
 
     def _batch_norm(self, name: str, norm: torch.nn.BatchNorm1d | torch.nn.BatchNorm2d, x: _Value) -> _Value:
         rank, needed = self._finder.ranks.get(name), 1 - x.dim
@@ -551,7 +616,8 @@ class _Walk(torch.fx.Interpreter):
 
 def _same_place(one: _Value, other: _Value) -> bool:
     """Whether two values have their units in the same dimension."""
-    return (one.dim, one.blocks) == (other.dim, other.blocks)
+    same_rank = one.rank is None or other.rank is None or one.rank == other.rank
+    return same_rank and (one.dim, one.blocks) == (other.dim, other.blocks)
 
 
 def _full_name(module: str, tensor: str) -> str:
