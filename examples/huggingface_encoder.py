@@ -34,7 +34,7 @@ def train(name: str, options: argparse.Namespace) -> str:
     )
     model = transformers.BertForSequenceClassification(config)
     if name == "sparse":
-        print(meprop.convert(model, meprop.TopK(options.k), when=options.when))
+        print(meprop.convert(model, meprop.TopK(options.k, scope="batch"), when=options.when))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
     seconds, losses = 0.0, []

@@ -33,11 +33,12 @@ def train(name: str, options: argparse.Namespace, folder: str) -> str:
         report_to=[],
         disable_tqdm=True,
     )
-    callbacks = [MePropCallback(meprop.TopK(options.k), when=options.when)] if name == "sparse" else []
+    rule = meprop.TopK(options.k, scope="batch")
+    callbacks = [MePropCallback(rule, when=options.when)] if name == "sparse" else []
     trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     if name == "sparse":  # c_attn makes query, key and value in one product: there the rule is to choose within each
-        rule = meprop.InBlocks(meprop.TopK(options.k), 3)
-        meprop.convert(model, rule, filter=lambda layer_name, _: layer_name.endswith("c_attn"), when=options.when)
+        apart = meprop.InBlocks(rule, 3)
+        meprop.convert(model, apart, filter=lambda layer_name, _: layer_name.endswith("c_attn"), when=options.when)
     result = trainer.train()
     seconds = result.metrics["train_runtime"]
     loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]

@@ -402,6 +402,15 @@ def test_a_sparse_last_layer_that_widens_is_questioned():
     assert "If the last one" not in str(convert(nn.Sequential(nn.Linear(30, 200), nn.Linear(200, 200))))
 
 
+def test_a_choice_by_example_in_a_model_with_layer_norm_is_questioned():
+    model = nn.Sequential(nn.LayerNorm(30), nn.Linear(30, 200), nn.ReLU(), nn.Linear(200, 10))
+    assert "scope='batch'" in str(convert(model))
+    assert "scope='batch'" not in str(convert(model, meprop.TopK(5, scope="batch")))
+    assert "scope='batch'" not in str(convert(mlp()))
+    meprop.revert(model)
+    assert meprop.report(model).notes == ()
+
+
 def test_the_density_is_weighted_by_the_layers_sizes():
     report = convert(mlp())
     sizes, densities = [30 * 200, 200 * 150, 150 * 10], [10 / 200, 8 / 150, 1.0]

@@ -54,8 +54,8 @@ def test_import_needs_only_torch_and_under_50_ms_of_its_own():
         "extras |= {'transformers', 'accelerate'}\n"
         "print(seconds, *sorted(extras & (set(sys.modules) - before)))"
     )
-    # As a user has it: the first run leaves the modules compiled, unless the environment forbids that. In seconds of the
-    # processor, which other processes do not lengthen.
+    # As a user has it: the first run leaves the modules compiled, unless the environment forbids that. In seconds of
+    # the processor, which other processes do not lengthen.
     runs = [python(code, PYTHONDONTWRITEBYTECODE="").split() for _ in range(4)]
     assert all(len(run) == 1 for run in runs), f"import meprop also imports {runs[0][1:]}"
     assert min(float(run[0]) for run in runs) < 0.05

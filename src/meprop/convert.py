@@ -94,9 +94,11 @@ class ConversionReport:
 
     Attributes:
         layers: One record for each linear layer, convolution, LSTM and multi-head attention, in the model's order.
+        notes: What may go wrong with this model and rule, a sentence each.
     """
 
     layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
@@ -121,11 +123,8 @@ class ConversionReport:
             for layer in self.layers
         ]
         sparse = sum(layer.status == "sparse" for layer in self.layers)
-        text = f"{table([head, *rows])}\n{sparse} of {len(self.layers)} layers back-propagate sparsely"
-        last = self.layers[-1]
-        if last.status == "sparse" and last.out_features > last.in_features:
-            text += f"\nIf the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter"
-        return text
+        count = f"{sparse} of {len(self.layers)} layers back-propagate sparsely"
+        return "\n".join([table([head, *rows]), count, *self.notes])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -254,7 +253,19 @@ def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 def report(model: torch.nn.Module) -> ConversionReport:
     """The table of `convert`, as things are now."""
-    return ConversionReport(tuple(_describe(name, layer) for name, layer in named_layers(model)))
+    layers = named_layers(model)
+    records = tuple(_describe(name, layer) for name, layer in layers)
+    notes: list[str] = []
+    if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
+        notes.append(f"If the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter")
+    rules = [layer.rule for _, layer in layers if isinstance(layer, SparseLayer)]
+    by_example = any(getattr(rule, "scope", None) == "example" for rule in rules)
+    if by_example and any(type(module).__name__.endswith(("LayerNorm", "RMSNorm")) for module in model.modules()):
+        notes.append(
+            "If its layers' outputs are summed, and normalised only where they are read (pre-norm, as in GPT), choose "
+            "with scope='batch': with scope 'example' the sum grows, and it hardly learns (docs/transformers.md)"
+        )
+    return ConversionReport(records, tuple(notes))
 
 
 def _become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:

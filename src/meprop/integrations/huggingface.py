@@ -20,7 +20,7 @@ class MePropCallback(TrainerCallback):
     have been called by then. The report is printed at the end of training.
 
     Args:
-        rule: What to keep, e.g. `meprop.TopK(0.05)`; None: the model is converted already, only log.
+        rule: What to keep, e.g. `meprop.TopK(0.05, scope="batch")`; None: the model is converted already, only log.
         **options: As `meprop.convert`.
 
     Raises:
@@ -28,7 +28,7 @@ class MePropCallback(TrainerCallback):
             ones. Call `meprop.convert` in `model_init`, and give no rule here.
 
     Example:
-        ``Trainer(model, arguments, callbacks=[MePropCallback(meprop.TopK(0.05))], ...)``
+        ``Trainer(model, arguments, callbacks=[MePropCallback(meprop.TopK(0.05, scope="batch"))], ...)``
     """
 
     def __init__(self, rule: Rule | None = None, **options: Any) -> None:
