@@ -949,7 +949,9 @@ def test_wrong_arguments_are_refused(options, message):
 
 def test_arguments_of_the_wrong_kind_are_refused():
     model, x = make(CASES["stack"])
-    for options in ({"check_every": 1.5}, {"min_units": 2.5}, {"cycle": True}, {"example_inputs": x}):
+    kinds = [{"check_every": 1.5}, {"min_units": 2.5}, {"cycle": True}]
+    kinds += [{"example_inputs": wrong} for wrong in (x, {"x": x}, 5)]
+    for options in kinds:
         with pytest.raises(TypeError, match=next(iter(options))):
             meprop.Simplifier(model, **options)
     with pytest.raises(ValueError, match="none of the model's parameters"):
