@@ -157,6 +157,8 @@ def main() -> None:
     parser.add_argument("--longer-seeds", type=int, nargs="*", default=[], help="of the runs at equal time")
     parser.add_argument("--page", type=Path, help="write the table into this page")
     options = parser.parse_args()
+    if not (options.time or options.seeds or options.longer_seeds or options.page):
+        parser.error("nothing to do: give --time, --seeds, --longer-seeds or --page")
     if options.time:
         time_steps(options.seconds)
     for seed in options.seeds:

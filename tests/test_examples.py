@@ -110,3 +110,10 @@ def test_char_gpt_says_what_is_missing(tmp_path, monkeypatch, capsys):
     short.write_text("too short")
     with pytest.raises(SystemExit, match="give a longer text"):
         run(monkeypatch, "char_gpt.py", "--data", str(short))
+
+
+def test_the_benchmark_of_char_gpt_says_that_it_has_nothing_to_do(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["char_gpt.py"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES.parent / "benchmarks" / "char_gpt.py"), run_name="__main__")
+    assert "give --time, --seeds" in capsys.readouterr().err

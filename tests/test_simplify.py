@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import meprop
 from meprop import simplify
@@ -445,6 +445,11 @@ def test_channels_are_flattened_to_blocks_of_columns_or_not_at_all(flatten, unde
     assert understood or "flatten" in reason
 
 
+def flattened_as_unpacked(m: nn.Module, x: Tensor) -> Tensor:
+    n, _, _, _ = (c := m.conv(x)).shape
+    return m.flat(c.view(n, -1))
+
+
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
@@ -452,11 +457,23 @@ def test_channels_are_flattened_to_blocks_of_columns_or_not_at_all(flatten, unde
         (lambda m, x: m.head(m.conv(x).amax(dim=[-1, -2])), None),
         (lambda m, x: m.head(torch.mean(m.conv(x), (2,)).sum(2)), None),
         (lambda m, x: m.head(torch.mean(m.conv(x), (2, 3), keepdim=True).flatten(1)), None),
+        (lambda m, x: m.head(m.conv(x).mean(axis=(2, 3))), None),
+        (lambda m, x: m.head(torch.sum(m.conv(x), axis=2, keepdims=True).mean((-1, -2))), None),
+        (lambda m, x: m.head((c := m.conv(x)).mean((2, 3))) + torch.zeros(3, dtype=c.dtype, device=c.device), None),
+        (lambda m, x: m.head((c := m.conv(x)).mean((2, 3), keepdim=True).view(c.size(0), -1)), None),
+        (lambda m, x: m.head((c := m.conv(x)).mean((2, 3))) * c.mean(3, keepdims=True).size(-3), "size of its units"),
+        (lambda m, x: m.head((c := m.conv(x)).mean((2, 3))) * c.size(dim=1), "size of its units"),
+        (lambda m, x: m.head(torch.ones(m.conv(x).shape).mean((2, 3))), "'ones' reads it"),
+        (
+            lambda m, x: m.head((c := m.conv(x)).mean((2, 3))) * c.mean(0, True).view(c.size(0), -1).sum(),
+            "view.*reads it",
+        ),
         (lambda m, x: m.head(m.conv(x).mean((2, 3)).view(2, WIDTH)), "'.view\\(\\)' reads it"),
         (lambda m, x: m.head(m.conv(x).mean((2, 3))) * m.conv(x).mean((1, 2)).sum(), "is over its units"),
         (lambda m, x: m.head(m.conv(x).mean((2, 3))) * m.conv(x).mean(), "is over its units"),
         (lambda m, x: m.flat((c := m.conv(x)).view(c.size(0), -1)), None),
         (lambda m, x: m.flat((c := m.conv(x)).reshape((c.relu().shape[0], -1))), None),
+        (flattened_as_unpacked, None),
         (
             lambda m, x: m.flat((c := m.conv(x)).view(c.shape[0], c.shape[1] * c.shape[2] * c.shape[3])),
             "size of its units",
@@ -515,6 +532,51 @@ def test_the_mean_over_time_of_an_lstm_and_a_linear_layer():
     meprop.convert(model, RULE, min_features=10, when="always")
     assert quietly(model, example_inputs=(x,)).report().layers[0].reason is None
     assert "give example_inputs" in quietly(model).report().layers[0].reason
+
+
+@pytest.mark.parametrize(
+    ("forward", "name", "shape"),
+    [
+        (lambda m, x: m.head(data := packed(m.a(x)).data) * data.size(1), "a", (4, 3, 6)),
+        (lambda m, x: m.head((s := m.c(x[0]) + m.a(x)) + m.a(x[0])) * s.size(2), "c", (4, 3, 6)),
+        (lambda m, x: m.head(torch.cat([m.conv(x)] * 2, axis=1).mean(1)), "conv", (6, 8)),
+    ],
+    ids=["a packed sequence has a dimension less", "a sum of two ranks", "the axis of cat"],
+)
+def test_no_dimension_is_mistaken_for_another(forward, name, shape):
+    modules = {"c": nn.Linear(6, WIDTH), "conv": nn.Conv1d(6, WIDTH, 3)}
+    called = forward.__code__.co_names
+    model = Calls(forward, **{each: module for each, module in modules.items() if each in called})
+    for each in {"a", "b"} - {*called}:
+        delattr(model, each)
+    meprop.convert(model, meprop.TopK(5, scope="batch"), min_features=10, when="always")
+    report = quietly(model, example_inputs=(torch.randn(shape),)).report()
+    (reason,) = (layer.reason for layer in report.layers if layer.name == name)
+    assert re.search("size of its units|'cat' reads it", reason or "")
+
+
+def packed(x: Tensor) -> PackedSequence:
+    return pack_padded_sequence(x, torch.tensor([4, 4, 2]))
+
+
+def test_last_states_of_both_directions_side_by_side():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        _, (h, _) = m.lstm(x)
+        return m.both(torch.cat([h[-2], h[-1]], dim=1))
+
+    torch.manual_seed(0)
+    model, x = (
+        Calls(forward, lstm=nn.LSTM(6, WIDTH, bidirectional=True), both=nn.Linear(2 * WIDTH, 3)),
+        torch.ones(4, 3, 6),
+    )
+    del model.a, model.b, model.head
+    meprop.convert(model, RULE, min_features=10, when="always")
+    assert re.search("'cat' joins.*count it from the last one", quietly(model).report().layers[0].reason)
+    simplifier = meprop.Simplifier(model, 0.5, check_every=1, example_inputs=(x,))
+    model(x).square().sum().backward()
+    simplifier.step()
+    assert model.both.in_features == 2 * model.lstm.hidden_size < 2 * WIDTH
+    torch.testing.assert_close(simplifier.compact()(x), model(x))
 
 
 def test_what_is_cut_keeps_its_memory_format():
@@ -709,7 +771,11 @@ REFUSALS = {
     "a batch norm of unknown rank": (lambda m, x: m.head(m.batch(m.a(x))), "a", "give example_inputs"),
     "lstm in a sum": (lambda m, x: m.head(m.lstm(x)[0] + m.a(x)), "lstm", "units of an LSTM with others"),
     "flattened, of unknown rank": (lambda m, x: m.head(m.conv(x).flatten(1)), "conv", "give example_inputs"),
-    "concatenated, of unknown rank": (lambda m, x: torch.cat([m.conv(x)] * 2, 1), "conv", "'cat' reads it"),
+    "concatenated, of unknown rank": (
+        lambda m, x: torch.cat([m.conv(x)] * 2, 1),
+        "conv",
+        "'cat' joins.*example_inputs",
+    ),
     "read along its positions": (lambda m, x: m.head(m.conv(x)), "conv", "'head' reads it along another dimension"),
     "pooled over units": (lambda m, x: m.head(F.max_pool1d(m.a(x), 2)), "a", "pools along the dimension of its units"),
     "a convolution of units": (lambda m, x: m.head(m.conv(m.a(x))), "a", "'conv' reads it along another dimension"),
@@ -883,7 +949,9 @@ def test_wrong_arguments_are_refused(options, message):
 
 def test_arguments_of_the_wrong_kind_are_refused():
     model, x = make(CASES["stack"])
-    for options in ({"check_every": 1.5}, {"min_units": 2.5}, {"cycle": True}, {"example_inputs": x}):
+    kinds = [{"check_every": 1.5}, {"min_units": 2.5}, {"cycle": True}]
+    kinds += [{"example_inputs": wrong} for wrong in (x, {"x": x}, 5)]
+    for options in kinds:
         with pytest.raises(TypeError, match=next(iter(options))):
             meprop.Simplifier(model, **options)
     with pytest.raises(ValueError, match="none of the model's parameters"):

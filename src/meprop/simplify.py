@@ -183,8 +183,9 @@ class Simplifier:
                 raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; it is an int")
             if value < bound:
                 raise ValueError(f"{name}={value}; it must be at least {bound}")
-        if isinstance(example_inputs, Tensor):
-            raise TypeError("example_inputs is a tensor; it is a tuple of the model's arguments: (tensor,)")
+        if not isinstance(example_inputs, Sequence | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            kind = type(example_inputs).__name__
+            raise TypeError(f"example_inputs is of type {kind}; it is a tuple of the model's arguments: (tensor,)")
         if optimizer is not None:
             own = {id(parameter) for parameter in model.parameters()}
             if not any(id(each) in own for group in optimizer.param_groups for each in group["params"]):

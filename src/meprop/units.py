@@ -64,6 +64,8 @@ _POOLING: dict[Any, int] = {
     **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d), 2),
 }
 _REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin, "mean", "sum", "amax", "amin"}
+_NO_ENTRIES = {"batch_sizes", "sorted_indices", "unsorted_indices", "device", "dtype"}
+_RANK_UNKNOWN = "count it from the last one, or give example_inputs"
 _PACKING = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
 
 
@@ -236,7 +238,7 @@ class _Value:
 
     def place(self, dim: Any) -> int | None:
         """A dimension as an argument names it, counted from the last one, if that is known."""
-        if not isinstance(dim, int) or (dim >= 0 and self.rank is None):
+        if not isinstance(dim, int) or (dim >= 0 and (self.rank is None or dim >= self.rank)):
             return None
         return dim if dim < 0 else dim - (self.rank or 0)
 
@@ -259,9 +261,11 @@ _NOTHING = _Value()
 
 
 def _values(arguments: Any) -> Generator[_Value]:
-    """All values in arguments, however nested."""
+    """All values in arguments, however nested; of sizes as a whole those that they are of, but not the same object."""
     if isinstance(arguments, _Value):
         yield arguments
+    elif isinstance(arguments, _Shape):
+        yield replace(arguments.of)
     elif isinstance(arguments, dict):
         yield from _values(list(arguments.values()))
     elif isinstance(arguments, slice):
@@ -401,6 +405,11 @@ class _Walk(torch.fx.Interpreter):
         self._finder.block([group for value in _values(arguments) for group in value.groups], reason)
         return _NOTHING
 
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if n.target is operator.getitem and not n.users:  # as of `n, _, height, width = x.shape`
+            return _NOTHING
+        return super().run_node(n)
+
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> _Value:
         return _NOTHING
 
@@ -419,7 +428,7 @@ class _Walk(torch.fx.Interpreter):
         if target in ("view", "reshape"):
             return self._view(f".{target}()", args, kwargs)
         if target == "size" and args[0].groups:
-            return self._size(*args) if len(args) > 1 else _Shape(args[0])
+            return self._size(*args, **kwargs) if kwargs or len(args) > 1 else _Shape(args[0])
         return self._apply(f".{target}()", target in _ELEMENTWISE_METHODS, target in _BINARY_METHODS, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -430,18 +439,21 @@ class _Walk(torch.fx.Interpreter):
         if target is getattr and args[1] == "shape" and args[0].groups:
             return _Shape(args[0])
         if target is operator.getitem and args[0].states and isinstance(args[1], int):  # of one layer and direction
-            return _Value((args[0].groups[args[1]],))
-        if target is rnn.pad_packed_sequence:
-            return self._apply("pad_packed_sequence", True, False, args, kwargs), _NOTHING
-        if target is getattr and args[1] in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+            return _Value((args[0].groups[args[1]],), rank=args[0].rank and args[0].rank - 1)
+        if target in _PACKING:  # what is packed has a dimension less
+            x = replace(self._apply(target.__name__, True, False, args, kwargs), rank=None)
+            return x if target is rnn.pack_padded_sequence else (x, _NOTHING)
+        if target is getattr and args[1] in _NO_ENTRIES:
             return _NOTHING
         if target is torch.cat:
-            dim = kwargs.get("dim", 0) if len(args) < 2 else args[1]
+            dim = kwargs.get("dim", kwargs.get("axis", 0)) if len(args) < 2 else args[1]
             parts = list(_values(args[0] if args else kwargs["tensors"]))
             if all(part.groups and not part.states and not part.blocks for part in parts) and {
                 (part.dim, part.place(dim)) for part in parts
             } == {(parts[0].dim, parts[0].dim)}:
                 return replace(parts[0], groups=tuple(group for part in parts for group in part.groups))
+            if any(part.groups and part.place(dim) is None and part.rank is None for part in parts):
+                return self._not_understood(parts, f"'cat' joins units, or another dimension: {_RANK_UNKNOWN}")
         if target is torch.flatten and args:
             return self._flatten("'flatten'", args, kwargs)
         if target in _REDUCTIONS and args:
@@ -450,7 +462,7 @@ class _Walk(torch.fx.Interpreter):
             return self._pool("pooling", _POOLING[target], args[0])
         number = len(args) > 1 and isinstance(args[1], int | float)
         elementwise = target in _ELEMENTWISE_FUNCTIONS or (target in _SCALED and number)
-        elementwise = elementwise or target is rnn.pack_padded_sequence or (target is getattr and args[1] == "data")
+        elementwise = elementwise or (target is getattr and args[1] == "data")
         name = f".{args[1]}" if target is getattr else getattr(target, "__name__", str(target))
         return self._apply(name, elementwise, target in _BINARY, args, kwargs)
 
@@ -465,7 +477,7 @@ class _Walk(torch.fx.Interpreter):
             return followed[0]
         if understood and binary and len(followed) == 2 and _same_place(*followed):
             self._finder.join(followed[0].groups, followed[1].groups, f"{name!r}")
-            return followed[0]
+            return replace(followed[0], rank=followed[0].rank if followed[0].rank == followed[1].rank else None)
         return self._not_understood(values, f"{name!r} reads it, which is not understood")
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -547,23 +559,23 @@ class _Walk(torch.fx.Interpreter):
         """The mean over positions, say."""
         x: _Value = args[0]
         given = dict(zip(("dim", "keepdim"), args[1:], strict=False)) | kwargs
-        dims = given.get("dim", ())
+        dims = given.get("dim", given.get("axis", ()))  # torch takes NumPy's names, too
         places = [x.place(dim) for dim in (dims if isinstance(dims, list | tuple) else [dims])]
         if not x.groups or x.states:
             return self._not_understood(x, f"{name} reads it, which is not understood")
         if x.rank is None and None in places:
-            return self._not_understood(x, f"{name} is over its units, or another dimension: give example_inputs")
+            return self._not_understood(x, f"{name} is over its units, or another dimension: {_RANK_UNKNOWN}")
         if not places or None in places or x.dim in places:
             return self._not_understood(x, f"{name} is over its units")
-        if given.get("keepdim"):
-            return x
+        if given.get("keepdim") or given.get("keepdims"):
+            return replace(x) if x.rank is None or -x.rank in places else x  # another object: of other examples
         behind = sum(place > x.dim for place in places if place is not None)
         return replace(x, dim=x.dim + behind, rank=None if x.rank is None else x.rank - len(places))
 
     def _size(self, x: _Value, dim: Any) -> _Value | _Examples:
         place = x.place(dim)
-        if place is None and x.rank is None:
-            return self._not_understood(x, "the size of its units' dimension is read, or another: give example_inputs")
+        if place is None and x.rank is None and not x.states:
+            return self._not_understood(x, f"the size of its units' dimension is read, or another: {_RANK_UNKNOWN}")
         if place is None or place == x.dim or x.states:
             return self._not_understood(x, "the size of its units' dimension is read, or of several")
         return _Examples(x) if x.rank is not None and place == -x.rank else _NOTHING
@@ -598,8 +610,9 @@ class _Walk(torch.fx.Interpreter):
         if states:
             self._not_understood(states, f"{name!r} gets it as an initial state")
             self._finder.block(every, "it gets initial states, which have its width")
-        last = _Value(every, states=True)
-        return _Value(inputs, rank=self._finder.ranks.get(name)), (last, last)
+        rank = self._finder.ranks.get(name)
+        last = _Value(every, rank=rank, states=True)
+        return _Value(inputs, rank=rank), (last, last)
 
     def _batch_norm(self, name: str, norm: torch.nn.BatchNorm1d | torch.nn.BatchNorm2d, x: _Value) -> _Value:
         rank, needed = self._finder.ranks.get(name), 1 - x.dim

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 pytest.importorskip("lightning_fabric")
 
@@ -195,6 +196,24 @@ def test_a_resumed_run_keeps_what_its_layers_decided(task, monkeypatch, tmp_path
         each.advance(3)
     for ours, theirs in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_resumed_run_keeps_what_its_convolutions_decided(task, monkeypatch, tmp_path):
+    def build_model():
+        convolution = nn.Conv1d(1, 128, 3)
+        return nn.Sequential(nn.Unflatten(1, (1, 6)), convolution, nn.ReLU(), nn.Flatten(), nn.Linear(512, 2))
+
+    monkeypatch.setenv("MEPROP_CACHE", str(tmp_path))
+    monkeypatch.setattr(task, "build_model", build_model)
+    monkeypatch.setattr(speed, "measure", lambda rule, shape: (10.0, 100.0))
+    config = TrainingConfig(epochs=2, k=5, scope="batch", when="auto")
+    trainer = Trainer(task, config, config.rule(), 7)
+    trainer.advance(1)
+    state = copy.deepcopy(trainer.state_dict())
+    assert state["decisions"]["1"]["sparse"] is False
+    resumed = Trainer(task, config, config.rule(), 7)
+    resumed.load_state_dict(state)
+    assert str(resumed.report) == str(trainer.report)
 
 
 def test_a_metric_that_is_not_finite_stops_the_run_with_the_reason(task, monkeypatch):
