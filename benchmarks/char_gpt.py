@@ -35,6 +35,7 @@ VARIANTS = {
     "unified, 5%": ["--k", "0.05", *UNIFIED],
     "per token, 25%, in linear1 only": ["--k", "0.25", "--dense", "self_attn,linear2"],
     "per token, 25%": ["--k", "0.25"],
+    "per token, 25% at random": ["--k", "0.25", "--rule", "random"],
 }
 LONGER = ["unified, 25%", "unified, 10%", "unified, 5%"]  # trained for dense's time, too
 
