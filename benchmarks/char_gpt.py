@@ -112,10 +112,15 @@ def train(variant: str, steps: int, seed: int) -> None:
     os.replace(unfinished, path)
 
 
+def runs(variant: str, steps: int) -> list[dict[str, Any]]:
+    """The finished runs of a variant."""
+    paths = sorted(RESULTS.glob(f"{stem(variant)}-{steps}-seed*.json"))
+    return [json.loads(path.read_text())["runs"][0] for path in paths]
+
+
 def losses(variant: str, steps: int) -> list[float]:
     """Held-out losses of a variant's finished runs."""
-    paths = sorted(RESULTS.glob(f"{stem(variant)}-{steps}-seed*.json"))
-    return [json.loads(path.read_text())["runs"][0]["dev"]["loss"] for path in paths]
+    return [run["dev"]["loss"] for run in runs(variant, steps)]
 
 
 def markdown() -> str:
@@ -149,6 +154,40 @@ def markdown() -> str:
     return f"{pages.markdown_table(rows)}\n\n{about}"
 
 
+def draw(path: Path) -> None:
+    """Draws the held-out loss of the first seed over steps, and over time in units of dense's."""
+    from matplotlib.figure import Figure
+
+    from meprop.machine import write_atomically
+
+    seconds = median_steps()
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    colors = dict(
+        zip(VARIANTS, ("#000000", "#0072B2", "#56B4E9", "#999999", "#009E73", "#D55E00", "#CC79A7"), strict=True)
+    )
+    for axes, chosen in (
+        (left, dict.fromkeys(VARIANTS, STEPS)),
+        (right, {each: equal_time(each) for each in LONGER}),
+    ):
+        for variant, steps in ({"dense": STEPS} | chosen).items():
+            for run in runs(variant, steps)[:1]:
+                scale = 1.0 if axes is left else seconds[variant] / (STEPS * seconds["dense"])
+                places = [point["step"] * scale for point in run["curve"]]
+                axes.plot(
+                    places, [point["dev"] for point in run["curve"]], color=colors[variant], label=variant, marker="."
+                )
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(1.9, 3.4)
+    left.set_xlabel("steps")
+    left.set_ylabel("held-out loss, nats per character (axis does not start at 0)")
+    left.legend(fontsize=8)
+    right.set_xlabel("time, 1: dense's training; each rate falls to zero at its end")
+    right.legend(fontsize=8)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +210,10 @@ def main() -> None:
     if options.page is not None:
         from meprop.reporting import pages
 
-        pages.write_sections(options.page, {SECTION: markdown()})
+        picture = options.page.with_name(f"{options.page.stem}-{SECTION}.png")
+        draw(picture)
+        alt = "Held-out loss of a character GPT, dense and sparse, over steps and over time"
+        pages.write_sections(options.page, {SECTION: f"![{alt}]({picture.name})\n\n{markdown()}"})
 
 
 if __name__ == "__main__":
