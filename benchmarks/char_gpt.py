@@ -161,7 +161,7 @@ def draw(path: Path) -> None:
     from meprop.machine import write_atomically
 
     seconds = median_steps()
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     colors = dict(
         zip(VARIANTS, ("#000000", "#0072B2", "#56B4E9", "#999999", "#009E73", "#D55E00", "#CC79A7"), strict=True)
@@ -184,9 +184,8 @@ def draw(path: Path) -> None:
     right.set_title("in the same time", fontsize=10)
     left.set_xlabel("steps")
     left.set_ylabel("held-out loss, nats per character\n(axis does not start at 0)")
-    left.legend(fontsize=8)
     right.set_xlabel("share of the time that dense takes")
-    right.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
