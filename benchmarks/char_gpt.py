@@ -80,7 +80,8 @@ def time_steps(seconds: float) -> None:
         "times": {variant: asdict(each) for variant, each in times.items()},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "steps.json").write_text(json.dumps(record, indent=1) + "\n")
+    content = json.dumps(record, indent=1).encode() + b"\n"
+    machine.write_atomically(RESULTS / "steps.json", lambda file: file.write(content))
 
 
 def step_seconds(percentile: str = "p50") -> dict[str, float]:

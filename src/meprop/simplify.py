@@ -15,15 +15,7 @@ import torch
 from torch import Tensor
 
 from meprop import units
-from meprop.convert import (
-    Convolution,
-    check_model,
-    kind_of,
-    named_layers,
-    plain_copy,
-    report,
-    table,
-)
+from meprop.convert import Convolution, check_model, features, kind_of, named_layers, plain_copy, table
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.linear import SparseLayer
 from meprop.ops import memory_format
@@ -338,13 +330,12 @@ class Simplifier:
         return torch.arange(len(self._activities[label].hits)) if number is None else self._alive[number]
 
     def _describe(self, name: str, layer: torch.nn.Module) -> LayerWidth:
+        kind = kind_of(layer)
         if not isinstance(layer, units.Prunable):
-            known = report(layer).layers[0]
-            width = known.out_features
-            return LayerWidth(name, known.kind, width, width, "only linear layers, convolutions and LSTMs are")
+            width = features(layer)[1]
+            return LayerWidth(name, kind, width, width, "only linear layers, convolutions and LSTMs are")
         made = units.producers(name, layer)[0]
         number = self._group_of.get(made.label)
-        kind = kind_of(layer)
         if number is None:
             return LayerWidth(name, kind, made.width, made.width, self._units.unreached)
         group = self._units.groups[number]

@@ -290,7 +290,7 @@ class Trainer:
         self.optimizer = _build_optimizer(self.model, config, self.device, sparse=rule is not None)
         self.simplifier: meprop.Simplifier | None = None
         if simplify is not None:
-            inputs = [self._fabric.to_device(each) for each in task.example_inputs]
+            inputs = self._fabric.to_device(task.example_inputs)
             self.simplifier = simplify.simplifier(self.model, self.optimizer, task.steps_per_epoch, inputs)
 
         self._order = torch.Generator().manual_seed(seed)
