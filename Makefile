@@ -1,7 +1,9 @@
 # The two commands that set everything up: `make demo` and `make test`. The others are for working on meprop.
 PYTHON ?= python3
 BIN := .venv/bin
-READY := .venv/.ready
+# An editable install knows the modules that there were: another list of them is another environment.
+MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
+READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test sanitize env lint format clean
@@ -15,7 +17,7 @@ demo: env  ## set up .venv, train dense and sparse on real MNIST side by side, p
 test: env  ## set up .venv and run all tests
 	$(BIN)/python -m pytest -n 2
 
-env: $(READY)  ## set up .venv only (again, after a change of the build or of the native code)
+env: $(READY)  ## set up .venv only (again, after a change of the build, of the native code or of the list of modules)
 
 sanitize: env  ## the tests of the native code on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/pip install --quiet --disable-pip-version-check 'cmake>=3.26' ninja

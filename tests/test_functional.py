@@ -11,7 +11,7 @@ import meprop
 from cases import LAYOUTS, bits
 from meprop import functional
 from meprop.ops import reference
-from meprop.selection import Activity
+from meprop.policy import Activity
 
 SCOPES = ["example", "batch"]
 

@@ -7,7 +7,7 @@ import meprop
 from cases import GRADIENTS, SELECTIONS, gradient
 from meprop import ops
 from meprop.ops import native, reference
-from meprop.selection import Activity
+from meprop.policy import Activity
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def report(model: torch.nn.Module) -> ConversionReport:
     if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
         notes.append(f"If the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter")
     rules = [layer.rule for _, layer in layers if isinstance(layer, SparseLayer)]
-    by_example = any(getattr(rule, "scope", None) == "example" for rule in rules)
+    by_example = any(rule.scope == "example" for rule in rules)
     if by_example and any(type(module).__name__.endswith(("LayerNorm", "RMSNorm")) for module in model.modules()):
         notes.append(
             "If its layers' outputs are summed, and normalised only where they are read (pre-norm, as in GPT), choose "

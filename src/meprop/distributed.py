@@ -11,7 +11,7 @@ not zero in some process are sent, and the average is right whatever was selecte
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.rules import Scope, TopK
-from meprop.selection import ColumnSelection
+from meprop.selection import ColumnSelection, PlainTopK
 
 # The whole group -> another one of the same processes, made by the first `SynchronizedTopK` that has none of its own.
 _groups_of_rules: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
@@ -60,6 +60,7 @@ class SynchronizedTopK(TopK):
         [1]
     """
 
+    name: ClassVar[str] = ""
     scope: Scope = field(default="batch", init=False)
     group: dist.ProcessGroup | None = field(default=None, repr=False)
 
@@ -73,7 +74,7 @@ class SynchronizedTopK(TopK):
         """True: also a single process then asks whenever it would have to among others."""
         return True
 
-    def as_topk(self, features: int) -> tuple[int, Scope] | None:
+    def as_topk(self, features: int) -> PlainTopK | None:
         """As that of `TopK` in a single process; None of several, as they have to meet in between."""
         return super().as_topk(features) if self._group_of_several() is None else None
 

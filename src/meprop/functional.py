@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meprop import copies, ops
 from meprop.errors import NotSupportedError
+from meprop.policy import Activity
 from meprop.rules import Rule
-from meprop.selection import Activity, ColumnSelection, RowSelection
+from meprop.selection import ColumnSelection, RowSelection
 
 Decide = Callable[[Tensor, int, tuple[bool, bool, bool]], bool]
 """From output gradient [N, O], I, and whether input, weight and bias need gradients: is this pass to be sparse?"""
@@ -107,8 +108,10 @@ def _sparse_backward(
 ) -> ops.Gradients:
     """Rows come as so many positions of each example."""
     topk = rule.as_topk(grad_NO.shape[1]) if activity is None else None
-    if topk is not None:
-        return ops.topk_linear_backward(grad_NO, *topk, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse)
+    if topk is not None and topk.blocks == 1:
+        return ops.topk_linear_backward(
+            grad_NO, topk.k, topk.scope, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse
+        )
     selection = rule.select(grad_NO)
     if activity is not None:
         activity.count(selection, positions)
@@ -293,7 +296,7 @@ def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
             f"groups={groups}: a group's inputs get their gradient from its own outputs alone, so that groups without "
             "a kept channel would pass nothing back"
         )
-    if getattr(rule, "scope", "batch") != "batch" and not pointwise:
+    if rule.scope not in (None, "batch") and not pointwise:
         return (
             f"{rule} keeps entries of their own at each position, for which the input's windows would have to be laid "
             "out one by one; use scope='batch'"
@@ -407,7 +410,7 @@ def _channels_backward(
     """By the smaller convolution that has the kept channels only."""
     outputs = grad.shape[1]
     topk = rule.as_topk(outputs)
-    if topk is not None and topk[1] == "batch":
+    if topk is not None and topk[1:] == ("batch", 1):
         kept, indices = ops.topk_channels(grad, topk[0])
     else:
         selection = rule.select(_positions(grad))
@@ -576,6 +579,11 @@ def _each(value: _Numbers, kernel: torch.Size) -> tuple[int, ...]:
     return numbers * len(kernel) if len(numbers) == 1 else numbers
 
 
+def _plain_topk(rule: Rule, features: int) -> tuple[int, str] | None:
+    topk = rule.as_topk(features)
+    return None if topk is None or topk.blocks > 1 else topk[:2]
+
+
 class _Lstm(torch.autograd.Function):
     """One layer in one direction. Half precision is widened: states and gates are float32."""
 
@@ -622,7 +630,7 @@ class _Lstm(torch.autograd.Function):
             batch_sizes,
             ctx.reverse,
             (grad_output, grad_h, grad_c),
-            ctx.rule.as_topk(weight_hh.shape[1]),
+            _plain_topk(ctx.rule, weight_hh.shape[1]),
             ctx.rule.select,
             needs,
             None if ctx.activity is None else ctx.activity.hits,
@@ -763,5 +771,5 @@ def check_rule(rule: Rule, sparse_grad: bool = False, compute_dtype: torch.dtype
         raise ValueError(f"compute_dtype={compute_dtype!r}; it is torch.bfloat16 or None")
     if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers without a type checker)
         raise TypeError(f"rule={rule!r} is of type {type(rule).__name__}; it must be a rule such as meprop.TopK(0.05)")
-    if sparse_grad and getattr(rule, "scope", "batch") != "batch":
+    if sparse_grad and rule.scope not in (None, "batch"):
         raise ValueError(f"sparse_grad=True with {rule}: rows are kept or left as a whole only by scope='batch'")

@@ -2,19 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+Scope = Literal["example", "batch"]
+"""Whether a rule chooses entries of each row ("example"), or, unified, the same columns for all rows ("batch")."""
+
 
 @dataclass(frozen=True, eq=False)
 class RowSelection:
-    """k entries of each row (example) of an output gradient [N, O].
+    """Some entries of each row of an output gradient [N, O]: k of each, or as many as `starts` says.
 
     Attributes:
-        values: The kept entries [N, k], in the gradient's dtype.
-        indices: Their output features [N, k], int32, ascending in each row.
+        values: The kept entries [N, k], in the gradient's dtype; with `starts` those of all rows in turn [E].
+        indices: Their output features, of the same shape, int32, ascending in each row.
+        width: O, the number of output features.
+        shared: What every row gets in addition [O], in the gradient's dtype; None: nothing.
+        starts: Row n has the entries from starts[n] to starts[n + 1]: [N + 1], int64, from 0 to E, not descending.
+            None: each row has k.
+
+    Raises:
+        ValueError: The shapes do not fit, or the indices are not int32.
+    """
+
+    values: Tensor
+    indices: Tensor
+    width: int
+    shared: Tensor | None = None
+    starts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.starts is None:
+            _check(self.values, self.indices, 2, self.values.shape, "[N, k] with int32 indices [N, k]")
+        else:
+            _check(self.values, self.indices, 1, self.values.shape, "[E] with int32 indices [E] and starts [N + 1]")
+            if self.starts.dim() != 1 or self.starts.dtype != torch.int64 or len(self.starts) == 0:
+                raise ValueError(f"starts is [N + 1], int64, not {list(self.starts.shape)}, {self.starts.dtype}")
+        _check_shared(self.shared, self.width)
+
+    @property
+    def rows(self) -> int:
+        """N, the number of rows."""
+        return len(self.values) if self.starts is None else len(self.starts) - 1
+
+    @property
+    def density(self) -> float:
+        """The share of the gradient that is kept, E / (N O); 0 without rows whose number of entries is their own."""
+        if self.starts is None:
+            return self.indices.shape[1] / self.width
+        return len(self.indices) / max(1, self.rows * self.width)
+
+    def row_numbers(self) -> Tensor:
+        """The row of each entry, in the shape of `indices`, int64."""
+        rows = torch.arange(self.rows, device=self.indices.device)
+        return (
+            rows[:, None].expand(self.indices.shape)
+            if self.starts is None
+            else rows.repeat_interleave(self.starts.diff())
+        )
+
+    def to_dense(self) -> Tensor:
+        """The gradient with everything else zero, but for what is shared: [N, O], in the dtype of `values`."""
+        dense_NO = self.values.new_zeros(self.rows, self.width)
+        dense_NO[self.row_numbers(), self.indices.long()] = self.values
+        return dense_NO if self.shared is None else dense_NO.add_(self.shared)
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnSelection:
+    """k columns (output features) of an output gradient [N, O], the same for the whole batch.
+
+    Attributes:
+        values: The kept columns [N, k], in the gradient's dtype.
+        indices: Their output features [k], int32, ascending.
         width: O, the number of output features.
         shared: What every row gets in addition [O], in the gradient's dtype; None: nothing.
 
@@ -28,104 +92,87 @@ class RowSelection:
     shared: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check(self.values, self.indices, self.values.shape, "[N, k]")
-        if self.shared is not None and self.shared.shape != (self.width,):
-            raise ValueError(f"shared is [O] = [{self.width}], not {list(self.shared.shape)}")
+        _check(self.values, self.indices, 2, self.values.shape[1:], "[N, k] with int32 indices [k]")
+        _check_shared(self.shared, self.width)
+
+    @property
+    def rows(self) -> int:
+        """N, the number of rows."""
+        return len(self.values)
 
     @property
     def density(self) -> float:
         """The share of the gradient that is kept, k / O."""
-        return self.indices.shape[-1] / self.width
+        return len(self.indices) / self.width
 
     def to_dense(self) -> Tensor:
         """The gradient with everything else zero, but for what is shared: [N, O], in the dtype of `values`."""
-        dense_NO = self.values.new_zeros(self.values.shape[0], self.width)
-        dense_NO.scatter_(1, self.indices.long(), self.values)
+        dense_NO = self.values.new_zeros(self.rows, self.width)
+        dense_NO.index_copy_(1, self.indices.long(), self.values)
         return dense_NO if self.shared is None else dense_NO.add_(self.shared)
-
-
-@dataclass(frozen=True, eq=False)
-class ColumnSelection:
-    """k columns (output features) of an output gradient [N, O], the same for the whole batch.
-
-    Attributes:
-        values: The kept columns [N, k], in the gradient's dtype.
-        indices: Their output features [k], int32, ascending.
-        width: O, the number of output features.
-
-    Raises:
-        ValueError: The shapes do not fit, or the indices are not int32.
-    """
-
-    values: Tensor
-    indices: Tensor
-    width: int
-
-    def __post_init__(self) -> None:
-        _check(self.values, self.indices, self.values.shape[1:], "[k]")
-
-    @property
-    def density(self) -> float:
-        """The share of the gradient that is kept, k / O."""
-        return self.indices.shape[-1] / self.width
-
-    def to_dense(self) -> Tensor:
-        """The gradient with everything else zero: [N, O], in the dtype of `values`."""
-        dense_NO = self.values.new_zeros(self.values.shape[0], self.width)
-        return dense_NO.index_copy_(1, self.indices.long(), self.values)
 
 
 Selection = RowSelection | ColumnSelection
 
 
-@dataclass(eq=False)
-class Activity:
-    """How often each unit (output feature) of a layer is selected: the evidence of meSimp (Sun et al., TKDE 2018).
+class PlainTopK(NamedTuple):
+    """A selection that is yet to be made, and is nothing but top-k: a backend may make it and multiply in one call.
 
     Attributes:
-        hits: Examples (rows of the output gradient) in which a unit has a selected entry that is not zero [O], int64. A
-            selected zero is no hit, NaN is one. Of an LSTM a unit [H] is hit where any of its four gates is, and a row
-            is one time step of one sequence. Of a convolution an example hits a channel where any of its positions
-            does.
-        examples: How many rows there were.
+        k: How many entries of each row, or how many columns, are kept: of each block, if there are several.
+        scope: "example" for entries of each row, "batch" for columns.
+        blocks: How many equal blocks the output features are, in each of which k are kept.
     """
 
-    hits: Tensor
-    examples: int = 0
-
-    @classmethod
-    def of_units(cls, units: int, device: torch.device | str | None = None) -> Activity:
-        """Nothing so far, of so many units."""
-        return cls(torch.zeros(units, dtype=torch.int64, device=device))
-
-    def count(self, selection: Selection, positions: int = 1) -> None:
-        """Adds a selection [N, O], whose rows are so many positions of each example, one after the other.
-
-        What it shares among all rows is not selected.
-        """
-        hit, indices = selection.values != 0, selection.indices
-        if positions > 1:
-            if isinstance(selection, RowSelection):
-                nowhere = hit.new_zeros(len(hit), selection.width)
-                hit = nowhere.scatter_(1, indices.long(), hit)
-                indices = torch.arange(selection.width, device=hit.device)
-            hit = hit.reshape(-1, positions, hit.shape[1]).any(dim=1)
-        self.examples += len(hit)
-        hit = hit.long() if indices.dim() == 2 else hit.sum(dim=0)
-        self.hits.index_add_(0, indices.flatten(), hit.flatten())
-
-    def reset(self) -> None:
-        """Begins again."""
-        self.hits.zero_()
-        self.examples = 0
+    k: int
+    scope: Scope
+    blocks: int = 1
 
 
-def _check(values: Tensor, indices: Tensor, shape: torch.Size, form: str) -> None:
-    if values.dim() != 2 or indices.shape != shape or indices.dtype != torch.int32:
+def side_by_side(parts: Sequence[Selection]) -> Selection:
+    """One selection of the parts' features, one part after the other: those of one kind, of the same rows.
+
+    Raises:
+        ValueError: The parts are none, of both kinds, or of different numbers of rows.
+    """
+    if len({(type(part), part.rows) for part in parts}) != 1:
+        found = ", ".join(f"{type(part).__name__} of {part.rows} rows" for part in parts)
+        raise ValueError(f"selections side by side are of one kind and of the same rows, not {found or 'none'}")
+    firsts = [sum(part.width for part in parts[:number]) for number in range(len(parts) + 1)]
+    indices = [part.indices + first for part, first in zip(parts, firsts, strict=False)]
+    shared = None
+    if any(part.shared is not None for part in parts):
+        shared = torch.cat([_shared_or_zeros(part) for part in parts])
+    if isinstance(parts[0], ColumnSelection):
+        values = torch.cat([part.values for part in parts], dim=1)
+        return ColumnSelection(values, torch.cat(indices), firsts[-1], shared)
+    rows_of = [part for part in parts if isinstance(part, RowSelection)]
+    if all(part.starts is None for part in rows_of):
+        values = torch.cat([part.values for part in parts], dim=1)
+        return RowSelection(values, torch.cat(indices, dim=1), firsts[-1], shared)
+    rows = torch.cat([part.row_numbers().flatten() for part in rows_of])
+    order = rows.argsort(stable=True)
+    values = torch.cat([part.values.flatten() for part in parts])[order]
+    starts = torch.zeros(parts[0].rows + 1, dtype=torch.int64, device=rows.device)
+    starts[1:] = rows.bincount(minlength=parts[0].rows).cumsum(0)
+    return RowSelection(values, torch.cat([each.flatten() for each in indices])[order], firsts[-1], shared, starts)
+
+
+def _shared_or_zeros(part: Selection) -> Tensor:
+    return part.values.new_zeros(part.width) if part.shared is None else part.shared
+
+
+def _check(values: Tensor, indices: Tensor, dims: int, shape: torch.Size, form: str) -> None:
+    if values.dim() != dims or indices.shape != shape or indices.dtype != torch.int32:
         raise ValueError(
-            f"a selection is values [N, k] with int32 indices {form}, not values {list(values.shape)} with "
+            f"a selection is values {form}, not values {list(values.shape)} with "
             f"{indices.dtype} indices {list(indices.shape)}"
         )
+
+
+def _check_shared(shared: Tensor | None, width: int) -> None:
+    if shared is not None and shared.shape != (width,):
+        raise ValueError(f"shared is [O] = [{width}], not {list(shared.shape)}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from meprop.convert import Convolution, check_model, features, kind_of, named_la
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.linear import SparseLayer
 from meprop.ops import memory_format
-from meprop.selection import Activity
+from meprop.policy import Activity
 
 
 @dataclass(frozen=True)

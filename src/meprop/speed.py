@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from meprop import functional, machine
+from meprop import machine
 from meprop.ops import native
 from meprop.rules import Rule
 
@@ -81,6 +81,8 @@ class LayerShape:
     def passes(self, rule: Rule) -> Passes:
         """Of such a layer."""
         sizes = ((self.rows, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.rows, self.outputs))
+        from meprop import functional
+
         x, weight, bias, grad_output = random_tensors(self, *sizes)
         if self.transposed:
             weight = weight.t().contiguous().t()

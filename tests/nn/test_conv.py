@@ -16,7 +16,7 @@ import meprop
 from cases import bits
 from meprop import functional
 from meprop.ops import reference
-from meprop.selection import Activity
+from meprop.policy import Activity
 
 BATCH = meprop.TopK(3, scope="batch")
 DENSE = {1: F.conv1d, 2: F.conv2d}

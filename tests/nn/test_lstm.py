@@ -14,16 +14,16 @@ from torch.utils.checkpoint import checkpoint
 import meprop
 from literal import KeepAll, KeepOfGradient
 from meprop import functional, speed
+from meprop.policy import Activity, ColumnSelection
 from meprop.rules import Rule
-from meprop.selection import Activity, ColumnSelection
 
 INPUTS, UNITS = 6, 19
 LENGTHS = [5, 7, 1, 7, 3]  # not sorted, with equals
 
 
 class KeepAllByTopK(KeepAll):
-    def as_topk(self, features: int) -> tuple[int, str]:
-        return features, "example"
+    def as_topk(self, features: int) -> PlainTopK:
+        return PlainTopK(features, "example")
 
 
 def make(dtype: torch.dtype = torch.float64, rule: Rule | None = None, **options) -> meprop.nn.LSTM:

@@ -1,0 +1,10 @@
+"""Rules: which entries of an output gradient are worth propagating. One file a rule; `base` is what they share."""
+
+from meprop.rules.base import Rule, named
+from meprop.rules.blocks import InBlocks
+from meprop.rules.compensated import CompensatedTopK
+from meprop.rules.random import RandomK
+from meprop.rules.topk import TopK
+from meprop.selection import Scope
+
+__all__ = ["CompensatedTopK", "InBlocks", "RandomK", "Rule", "Scope", "TopK", "named"]

@@ -1,0 +1,76 @@
+"""A rule within each of several blocks of the output features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from meprop.rules.base import Rule
+from meprop.selection import PlainTopK, Scope, Selection, side_by_side
+
+
+@dataclass(frozen=True)
+class InBlocks(Rule):
+    """Applies a rule within each of several equal blocks of the output features.
+
+    For layers that are several side by side, such as query, key and value of attention in one product: where the rule
+    chooses among all of their features, some get hardly any (the keys, when training begins).
+
+    Args:
+        rule: What to keep of each block, e.g. `meprop.TopK(0.05)`.
+        blocks: How many blocks there are, at least 1; the output features are so many equal parts.
+
+    Raises:
+        TypeError: `rule` is not a Rule, or `blocks` not an int.
+        ValueError: `blocks` is below 1; when it is used, the features are not so many equal parts.
+
+    Example:
+        >>> import torch
+        >>> InBlocks(TopK(1), 2).select(torch.tensor([[9.0, 8.0, 1.0, 2.0]])).indices.tolist()
+        [[0, 3]]
+    """
+
+    rule: Rule
+    blocks: int
+    scope: Scope | None = field(init=False, repr=False)
+    """That of the rule within the blocks."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"rule={self.rule!r} is of type {type(self.rule).__name__}; it is a rule of each block")
+        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"blocks={self.blocks!r} is of type {type(self.blocks).__name__}; it is an int")
+        if self.blocks < 1:
+            raise ValueError(f"blocks={self.blocks}; it must be at least 1")
+        object.__setattr__(self, "scope", self.rule.scope)
+
+    @property
+    def communicates(self) -> bool:
+        """As the rule within the blocks."""
+        return self.rule.communicates
+
+    def count(self, features: int) -> int | None:
+        """How many of `features` output features are kept, in all blocks together."""
+        count = self.rule.count(self._width(features))
+        return None if count is None else self.blocks * count
+
+    def density(self, features: int) -> float | None:
+        """That of the rule within the blocks."""
+        return self.rule.density(self._width(features))
+
+    def as_topk(self, features: int) -> PlainTopK | None:
+        """The rule's top-k in so many blocks, if it is one."""
+        topk = self.rule.as_topk(self._width(features))
+        return None if topk is None else topk._replace(blocks=self.blocks * topk.blocks)
+
+    def select(self, grad_output_NO: Tensor) -> Selection:
+        """What the rule keeps of each block of grad_output_NO [N, O], side by side."""
+        features = grad_output_NO.shape[1]
+        width = self._width(features)
+        return side_by_side([self.rule.select(block) for block in grad_output_NO.split(width, dim=1)])
+
+    def _width(self, features: int) -> int:
+        if features % self.blocks != 0:
+            raise ValueError(f"{features} output features are not {self.blocks} equal blocks ({self})")
+        return features // self.blocks

@@ -1,0 +1,48 @@
+"""Random-k: the paper's yardstick."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from meprop import ops
+from meprop.rules.base import KeepK
+from meprop.selection import ColumnSelection, RowSelection
+
+
+class RandomK(KeepK):
+    """Keeps k entries drawn uniformly, as they are: the yardstick of the meProp paper's figure 4, not a way to train.
+
+    Every set of k entries is equally likely, whatever their values; nothing is scaled up for what is left out. The
+    numbers come from torch's global generator of the gradient's device: `torch.manual_seed` repeats them. With `k` at
+    or above the number of output features the layer is the dense one, bit for bit.
+
+    Args:
+        k: As of `TopK`.
+        scope: "example" draws anew for every row of the gradient; "batch" draws k features for the whole batch.
+
+    Raises:
+        ValueError: k or scope out of range.
+        TypeError: k is not a number.
+
+    Example:
+        >>> import torch
+        >>> RandomK(2).select(torch.tensor([[0.1, -3.0, 0.0, 2.0]])).indices.shape
+        torch.Size([1, 2])
+    """
+
+    name: ClassVar[str] = "random"
+    label: ClassVar[str] = "random-k"
+    color: ClassVar[str] = "#009E73"
+    marker: ClassVar[str] = "s"
+
+    def _rows(self, grad_NO: Tensor, k: int) -> RowSelection:
+        # The k largest of independent uniform numbers lie at k uniform places.
+        indices = ops.topk_rows(torch.rand(grad_NO.shape, device=grad_NO.device), k).indices
+        return RowSelection(grad_NO.gather(1, indices.long()), indices, grad_NO.shape[1])
+
+    def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
+        indices = ops.topk_columns(torch.rand(1, grad_NO.shape[1], device=grad_NO.device), k).indices
+        return ColumnSelection(grad_NO.index_select(1, indices), indices, grad_NO.shape[1])
