@@ -27,6 +27,7 @@ import meprop
 from cases import gradient
 from meprop import copies
 from meprop.distributed import RowSparseState, SynchronizedTopK, average_gradients, row_sparse_hook
+from meprop.selection import PlainTopK
 
 CHECKS: dict[str, Callable[[int], None]] = {}
 
@@ -119,7 +120,7 @@ def a_rule_may_have_a_group(rank: int) -> None:
     grad = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 0.0]])[rank : rank + 1] + torch.tensor([0.0, 0.0, 2.5])
     assert SynchronizedTopK(1, both).select(grad).indices.tolist() == [2]
     assert SynchronizedTopK(1, alone[rank]).select(grad).indices.tolist() == [0 if rank == 0 else 2]
-    assert SynchronizedTopK(1, alone[rank]).as_topk(3) == (1, "batch")
+    assert SynchronizedTopK(1, alone[rank]).as_topk(3) == PlainTopK(1, "batch")
     rule = SynchronizedTopK(1, both)
     assert copy.deepcopy(mlp(rule))[0].rule is rule
     with pytest.raises(meprop.NotSupportedError, match="cannot be pickled"):

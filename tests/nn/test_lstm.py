@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import meprop
 from literal import KeepAll, KeepOfGradient
 from meprop import functional, speed
-from meprop.policy import Activity, ColumnSelection
+from meprop.policy import Activity
 from meprop.rules import Rule
+from meprop.selection import ColumnSelection, PlainTopK
 
 INPUTS, UNITS = 6, 19
 LENGTHS = [5, 7, 1, 7, 3]  # not sorted, with equals
