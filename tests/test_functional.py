@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import meprop
 from cases import LAYOUTS, bits
-from meprop import functional
+from meprop.functional.linear import linear_with_policy
 from meprop.ops import reference
-from meprop.policy import Activity
+from meprop.policy import Activity, Policy, Record
 
 SCOPES = ["example", "batch"]
 
@@ -194,13 +194,13 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, scope, needed):
     for tensor, needs in zip((x, weight, bias), needed, strict=True):
         tensor.requires_grad_(needs)
     asked = []
-    original = meprop.ops.topk_linear_backward
+    original = meprop.ops.linear_backward
 
-    def record(grad, k, scope, weight, x, **options):
+    def record(choice, grad, weight, x, **options):
         asked.append((weight is not None, x is not None, options["needs_bias"]))
-        return original(grad, k, scope, weight, x, **options)
+        return original(choice, grad, weight, x, **options)
 
-    monkeypatch.setattr(meprop.ops, "topk_linear_backward", record)
+    monkeypatch.setattr(meprop.ops, "linear_backward", record)
     y = meprop.functional.linear(x, weight, bias, rule=meprop.TopK(3, scope=scope))
     saved = [] if y.grad_fn is None or not hasattr(y.grad_fn, "saved_tensors") else y.grad_fn.saved_tensors
     y.backward(grad_output)
@@ -325,9 +325,9 @@ def test_the_backward_pass_counts_what_it_selects_and_is_the_same(scope, sparse_
     x, weight, bias = torch.randn(2, 5, 7), torch.randn(33, 7), torch.randn(33)
     grad = torch.randn(2, 5, 33).relu()
     results = []
-    for counts in (None, activity):
+    for counts in ((), (activity,)):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-        output = functional.apply_linear(*leaves, rule, sparse_grad, None, None, counts)
+        output = linear_with_policy(*leaves, Policy(rule, sparse_grad, record=Record(activities=counts)))
         gradients = torch.autograd.grad(output, leaves, grad)
         results.append([output, *(gradient.to_dense() for gradient in gradients)])
     for one, other in zip(*results, strict=True):
@@ -347,8 +347,10 @@ def test_it_counts_once_a_backward_pass_and_adds_up(checkpointed):
         torch.randn(4, 33, dtype=torch.bfloat16),
     )
 
+    policy = Policy(rule, compute_dtype=torch.bfloat16, record=Record(activities=(activity,)))
+
     def run(x):
-        return functional.apply_linear(x, weight, None, rule, False, None, torch.bfloat16, activity)
+        return linear_with_policy(x, weight, None, policy)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(2):
@@ -364,8 +366,10 @@ def test_compiled_code_counts_through_a_graph_break_or_not_at_all():
     torch._dynamo.reset()
     weight, x, activity = torch.randn(33, 7, requires_grad=True), torch.randn(4, 7), Activity.of_units(33)
 
+    policy = Policy(meprop.TopK(3), record=Record(activities=(activity,)))
+
     def run(x):
-        return functional.apply_linear(2 * x, weight, None, meprop.TopK(3), False, None, None, activity) + 1
+        return linear_with_policy(2 * x, weight, None, policy) + 1
 
     torch.compile(run, backend="aot_eager")(x).sum().backward()
     assert (activity.hits.tolist(), activity.examples) == ([4] * 3 + [0] * 30, 4)

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import meprop
 from meprop import speed
-from meprop.functional import Geometry
-from meprop.nn.conv import ConvShape
+from meprop.functional.conv import ConvShape, Geometry
+from meprop.functional.linear import LinearShape
 from meprop.nn.lstm import LstmShape
 
 RULE = meprop.TopK(5)
@@ -89,7 +89,7 @@ def test_the_question_says_what_the_pass_needs(measured):
     meprop.convert(net, RULE)
     net[0].bias.requires_grad_(False)
     backward(net, rows=9)
-    assert measured.shapes == [speed.LayerShape(9, 20, 200, torch.float32, "cpu", (False, True, False))]
+    assert measured.shapes == [LinearShape(9, 20, 200, torch.float32, "cpu", (False, True, False))]
 
 
 def test_a_forward_pass_alone_decides_nothing(measured):
@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(measured, monkeypatch, tm
 def test_a_real_measurement_leaves_everything_as_it_was(scope):
     rule = meprop.TopK(5, scope=scope)
     state = torch.get_rng_state()
-    shape = speed.LayerShape(16, 64, 300, torch.float32, "cpu", (True, True, True))
+    shape = LinearShape(16, 64, 300, torch.float32, "cpu", (True, True, True))
     dense, sparse = speed.measure(rule, shape)
     assert 0 < dense < 1e6
     assert 0 < sparse < 1e6
@@ -209,7 +209,7 @@ def test_a_real_decision_in_the_middle_of_a_backward_pass(monkeypatch):
 def test_a_large_sparse_layer_is_faster_than_dense_here():
     if not meprop.backend_info()["native"]:
         pytest.skip("without the native kernels it is not")
-    shape = speed.LayerShape(256, 1024, 1024, torch.float32, "cpu", (True, True, True))
+    shape = LinearShape(256, 1024, 1024, torch.float32, "cpu", (True, True, True))
     assert speed.decide(meprop.TopK(0.04), shape).sparse
 
 

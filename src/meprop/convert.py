@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from math import isnan, nan
+from typing import Any, Literal
 
 import torch
 
-from meprop import copies, nn
+from meprop import copies
 from meprop.errors import NoEffectWarning, NotSupportedError
-from meprop.functional import check_rule
-from meprop.nn.conv import why_not_sparse
-from meprop.nn.linear import SPARSE_STATE, SparseLayer, When, sparse_state
+from meprop.nn.base import Descriptor, SparseLayer, descriptor_of
+from meprop.policy import Policy, When
 from meprop.rules import Rule
 
 Filter = Callable[[str, torch.nn.Module], bool]
-Convolution = torch.nn.Conv1d | torch.nn.Conv2d
-
-# Plain class -> the class that takes over its instances. A layer keeps its identity: only its class changes, so that
-# parameters, buffers, hooks and references to it stay what they are, and a root module can be converted too.
-_SPARSE_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.Linear: nn.Linear,
-    torch.nn.LSTM: nn.LSTM,
-    torch.nn.Conv1d: nn.Conv1d,
-    torch.nn.Conv2d: nn.Conv2d,
-    torch.nn.MultiheadAttention: nn.MultiheadAttention,
-}
-_TRANSFORMERS = "transformers.pytorch_utils"
-
-
-def _sparse_classes() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
-    """With those for libraries that are imported already: a model cannot have layers of others."""
-    if _TRANSFORMERS not in sys.modules:
-        return _SPARSE_CLASSES
-    from meprop.nn.huggingface import Conv1D, PlainConv1D
-
-    return {**_SPARSE_CLASSES, PlainConv1D: Conv1D}
-
-
-def _plain_classes() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
-    return {sparse: plain for plain, sparse in _sparse_classes().items()}
-
 
 # A wrapper holds references into the model that a change of class would pass by.
 _WRAPPERS = {
@@ -57,7 +30,7 @@ _WRAPPERS = {
 }
 
 # On a layer that convert left as it was: why. Kept on the layer, so that meprop.report can say so later.
-_REASON = "_meprop_left_alone"
+_REASON = "_meprop_reason"
 
 
 @dataclass(frozen=True)
@@ -71,8 +44,8 @@ class LayerReport:
         out_features: O, among which the rule chooses; of a convolution, its output channels; of an LSTM, the hidden
             units H, as it chooses within each gate; of attention E, as it chooses within each projection.
         status: "sparse" or "dense".
-        k: How many of them are kept; None if dense.
-        density: k / O; 1.0 if dense.
+        k: How many of them are kept; None if dense, or if it depends on the gradient.
+        density: The share of the output gradient that is kept; 1.0 if dense, NaN if it depends on the gradient.
         rule: The rule, None if the layer is a plain one.
         reason: Why it is dense, or what convert did.
     """
@@ -102,7 +75,10 @@ class ConversionReport:
 
     @property
     def density(self) -> float:
-        """The share of the output gradients that is kept: the layers' mean, weighted by I x O; 1.0 without layers."""
+        """The share of the output gradients that is kept: the layers' mean, weighted by I x O.
+
+        1.0 without layers; NaN if that of a layer depends on its gradient.
+        """
         sizes = [layer.in_features * layer.out_features for layer in self.layers]
         kept = sum(size * layer.density for size, layer in zip(sizes, self.layers, strict=True))
         return kept / sum(sizes) if any(sizes) else 1.0
@@ -117,7 +93,7 @@ class ConversionReport:
                 layer.kind,
                 f"{layer.in_features} x {layer.out_features}",
                 layer.status,
-                f"{layer.k} ({layer.density:.1%})" if layer.k is not None else "all",
+                _kept(layer),
                 layer.reason,
             )
             for layer in self.layers
@@ -125,6 +101,13 @@ class ConversionReport:
         sparse = sum(layer.status == "sparse" for layer in self.layers)
         count = f"{sparse} of {len(self.layers)} layers back-propagate sparsely"
         return "\n".join([table([head, *rows]), count, *self.notes])
+
+
+def _kept(layer: LayerReport) -> str:
+    if layer.status == "dense":
+        return "all"
+    share = "by the gradient" if isnan(layer.density) else f"{layer.density:.1%}"
+    return share if layer.k is None else f"{layer.k} ({share})"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -190,15 +173,13 @@ def convert(
         NoEffectWarning: no layer back-propagates sparsely.
     """
     check_model(model)
-    check_rule(rule, sparse_grad, compute_dtype)
-    if when not in get_args(When):
-        raise ValueError(f"when={when!r}; it is 'auto' or 'always'")
+    policy = Policy(rule, sparse_grad, compute_dtype, when)
     if min_features < 1:
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 
-    classes, foreign, heads = _sparse_classes(), _owners_of_other_kinds(model), _output_layers(model)
-    for name, layer in named_layers(model):
-        reason = _reason_to_skip(layer, rule, foreign, min_features, sparse_grad)
+    holders, heads = _holders_of_other_kinds(model), _output_layers(model)
+    for name, layer, descriptor in described_layers(model):
+        reason = _why_left_alone(layer, descriptor, policy, holders, min_features)
         if reason is None and layer in heads and layer is not model:
             reason = "it gives the model's outputs"
         if reason is None and filter is not None and not filter(name, layer):
@@ -207,9 +188,8 @@ def convert(
             vars(layer)[_REASON] = reason
             continue
         vars(layer).pop(_REASON, None)
-        layer_dtype = None if isinstance(layer, torch.nn.LSTM) else compute_dtype
-        vars(layer).update(sparse_state(rule, sparse_grad, layer_dtype, when))
-        _become(layer, classes.get(type(layer), type(layer)))
+        vars(layer)["policy"] = descriptor.policy(policy).of_layer()
+        _become(layer, descriptor.sparse)
 
     result = report(model)
     if not any(layer.status == "sparse" for layer in result.layers):
@@ -228,13 +208,11 @@ def revert(model: torch.nn.Module) -> None:
             meprop.nn's, as parametrizations make.
     """
     check_model(model)
-    classes = _plain_classes()
-    for name, layer in named_layers(model):
+    for name, layer, descriptor in described_layers(model):
         vars(layer).pop(_REASON, None)
-        if type(layer) in classes:
-            for attribute in SPARSE_STATE:
-                vars(layer).pop(attribute)
-            _become(layer, classes[type(layer)])
+        if type(layer) is descriptor.sparse:
+            del vars(layer)["policy"]
+            _become(layer, descriptor.plain)
             for parameter in layer.parameters():
                 copies.forget(parameter)
         elif isinstance(layer, SparseLayer):
@@ -253,13 +231,12 @@ def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 def report(model: torch.nn.Module) -> ConversionReport:
     """The table of `convert`, as things are now."""
-    layers = named_layers(model)
-    records = tuple(_describe(name, layer) for name, layer in layers)
+    layers = described_layers(model)
+    records = tuple(_describe(name, layer, descriptor) for name, layer, descriptor in layers)
     notes: list[str] = []
     if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
         notes.append(f"If the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter")
-    rules = [layer.rule for _, layer in layers if isinstance(layer, SparseLayer)]
-    by_example = any(rule.scope == "example" for rule in rules)
+    by_example = any(layer.rule.scope == "example" for _, layer, _ in layers if isinstance(layer, SparseLayer))
     if by_example and any(type(module).__name__.endswith(("LayerNorm", "RMSNorm")) for module in model.modules()):
         notes.append(
             "If its layers' outputs are summed, and normalised only where they are read (pre-norm, as in GPT), choose "
@@ -272,12 +249,12 @@ def _become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
     object.__setattr__(layer, "__class__", cls)
 
 
-def named_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """What could be converted, by name."""
-    classes, modules = tuple(_sparse_classes()), dict(model.named_modules())
-    # Attention reads the weight of its last projection, and never calls the layer.
-    parts = {module.out_proj for module in modules.values() if isinstance(module, torch.nn.MultiheadAttention)}
-    return [(name, module) for name, module in modules.items() if isinstance(module, classes) and module not in parts]
+def described_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, Descriptor[Any]]]:
+    """What could be converted, or is: each layer by name, with its descriptor."""
+    described = [(name, module, descriptor_of(module)) for name, module in model.named_modules()]
+    layers = [(name, module, descriptor) for name, module, descriptor in described if descriptor is not None]
+    parts = {part for _, layer, descriptor in layers for part in descriptor.parts(layer)}
+    return [(name, layer, descriptor) for name, layer, descriptor in layers if layer not in parts]
 
 
 def _output_layers(model: torch.nn.Module) -> set[torch.nn.Module | None]:
@@ -289,44 +266,33 @@ def _output_layers(model: torch.nn.Module) -> set[torch.nn.Module | None]:
     return found
 
 
-def kind_of(layer: torch.nn.Module) -> str:
-    """The name of the plain class that it is of, or of a subclass of."""
-    return next(cls.__name__ for cls in _sparse_classes() if isinstance(layer, cls))
+def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any]) -> LayerReport:
+    is_known = type(layer) in (descriptor.plain, descriptor.sparse)
+    kind = descriptor.plain.__name__ if is_known else type(layer).__name__
+    inputs, width = descriptor.features(layer)
 
+    def dense(rule: Rule | None, reason: str) -> LayerReport:
+        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, reason)
 
-def features(layer: Any) -> tuple[int, int]:
-    """Of its input, and those among which a rule chooses."""
-    if isinstance(layer, torch.nn.LSTM):
-        return layer.input_size, layer.hidden_size
-    if isinstance(layer, torch.nn.MultiheadAttention):
-        return layer.embed_dim, layer.embed_dim
-    if isinstance(layer, Convolution):
-        return layer.in_channels, layer.out_channels
-    if isinstance(layer, torch.nn.Linear):
-        return layer.in_features, layer.out_features
-    return layer.nx, layer.nf
-
-
-def _describe(name: str, layer: torch.nn.Module) -> LayerReport:
-    kind = _plain_classes().get(type(layer), type(layer)).__name__
-    inputs, width = features(layer)
     if not isinstance(layer, SparseLayer):
-        reason = vars(layer).get(_REASON, "not converted")
-        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, None, reason)
-    rule, k = layer.rule, layer.rule.count(width)
-    if k >= width:
-        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, f"{rule} keeps everything")
-    if layer.decision is not None:
-        reason = str(layer.decision)
+        return dense(None, vars(layer).get(_REASON, "not converted"))
+    rule, decision = layer.rule, layer.decision
+    if rule.keeps_all(width):
+        return dense(rule, f"{rule} keeps everything")
+    if decision is not None:
+        reason = str(decision)
     elif layer.when == "auto":
-        reason = f"to be measured at its first {'forward' if kind == 'LSTM' else 'backward'} pass"
+        reason = f"to be measured at its first {descriptor.decides_in} pass"
     else:
         reason = "always"
     if _REASON in vars(layer):
         reason += f"; keeps {rule}: {vars(layer)[_REASON]}"
-    if layer.decision is not None and not layer.decision.sparse:
-        return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, reason)
-    return LayerReport(name, kind, inputs, width, "sparse", k, k / width, rule, reason)
+    if decision is not None and not decision.sparse:
+        return dense(rule, reason)
+    density = rule.density(width)
+    return LayerReport(
+        name, kind, inputs, width, "sparse", rule.count(width), nan if density is None else density, rule, reason
+    )
 
 
 def check_model(model: torch.nn.Module, remedy: str | None = None) -> None:
@@ -341,49 +307,34 @@ def check_model(model: torch.nn.Module, remedy: str | None = None) -> None:
                 raise NotSupportedError(f"{place} is a {cls.__name__}; {remedy}")
 
 
-def _owners_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
-    """Parameters that modules other than such layers hold (an embedding, say), and a name for the holder."""
-    kinds = tuple(_sparse_classes())
+def _holders_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
+    """Parameters that other modules than such layers hold (an embedding, say), and a name for the holder."""
     return {
         parameter: f"{type(module).__name__} {name!r}"
         for name, module in model.named_modules()
-        if not isinstance(module, kinds)
+        if descriptor_of(module) is None
         for parameter in module.parameters(recurse=False)
     }
 
 
-def _reason_to_skip(
-    layer: torch.nn.Module, rule: Rule, foreign: dict[torch.Tensor, str], min_features: int, sparse_grad: bool
+def _why_left_alone(
+    layer: torch.nn.Module,
+    descriptor: Descriptor[Any],
+    policy: Policy,
+    holders: dict[torch.Tensor, str],
+    min_features: int,
 ) -> str | None:
-    kind = kind_of(layer)
-    if type(layer) not in _sparse_classes() and type(layer) not in _plain_classes():
-        return f"{type(layer).__name__} is a subclass of {kind} with a forward pass of its own"
+    if type(layer) not in (descriptor.plain, descriptor.sparse):
+        return f"{type(layer).__name__} is a subclass of {descriptor.plain.__name__} with a forward pass of its own"
     for parameter in layer.parameters():
         if not parameter.is_floating_point():
             return f"its weight is of dtype {parameter.dtype}"
-        if parameter.dim() >= 2 and parameter in foreign:
-            return f"its weight is tied to {foreign[parameter]}"
-    _, width = features(layer)
-    what = "output features"
-    if isinstance(layer, torch.nn.LSTM):
-        what = "hidden units"
-        if layer.proj_size > 0:
-            return f"it has projections (proj_size={layer.proj_size})"
-        if sparse_grad:
-            return "sparse_grad: an LSTM chooses anew at each time step"
-        if rule.communicates:
-            return "the rule would have to wait for other processes at each time step"
-    if sparse_grad and kind == "Conv1D":
-        return "sparse_grad: the output features of its weight are columns, not rows"
-    if isinstance(layer, Convolution):
-        if 2 * width < min_features:
-            return f"narrow: {width} output channels, less than half of min_features={min_features}"
-        if (reason := why_not_sparse(layer, rule)) is not None:
-            return reason
-    elif width < min_features:
-        return f"narrow: {width} {what}, min_features={min_features}"
+        if parameter.dim() >= 2 and parameter in holders:
+            return f"its weight is tied to {holders[parameter]}"
+    if (reason := descriptor.why_dense(layer, policy) or descriptor.why_narrow(layer, min_features)) is not None:
+        return reason
     try:
-        rule.count(width)
+        policy.rule.count(descriptor.features(layer)[1])
     except ValueError as error:  # it does not fit this width
         return str(error)
     return None

@@ -71,11 +71,11 @@ class Record:
 
     Attributes:
         decision: With ``when="auto"``, whether it is sparse; None before the first pass that decides.
-        activity: What a `meprop.Simplifier` counts: of an LSTM one for each layer and direction; None without one.
+        activities: What a `meprop.Simplifier` counts: one for each of the layer's sets of units; none without one.
     """
 
     decision: speed.Decision | None = None
-    activity: Activity | tuple[Activity, ...] | None = None
+    activities: tuple[Activity, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Policy:
         when: "always" sparse, or "auto": only if measured to be faster. Row-sparse gradients and rules by which several
             processes choose together leave nothing to measure: with them it is "always", as an optimizer counts on the
             one, and processes on each other.
-        record: What was measured and counted.
+        record: What was measured and counted; None for a call without a layer, of which nothing is.
 
     Raises:
         TypeError: `rule` is not a Rule.
@@ -101,7 +101,7 @@ class Policy:
     sparse_grad: bool = False
     compute_dtype: torch.dtype | None = None
     when: When = "always"
-    record: Record = field(default_factory=Record, compare=False, repr=False)
+    record: Record | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.when not in get_args(When):
@@ -118,6 +118,25 @@ class Policy:
         if self.sparse_grad or self.rule.communicates:
             object.__setattr__(self, "when", "always")
 
+    def of_layer(self) -> Policy:
+        """The same for a layer, with a record of its own."""
+        return replace(self, record=Record())
+
+    @property
+    def activities(self) -> tuple[Activity, ...]:
+        """What counts the units of each of the layer's sets of them; none without a `meprop.Simplifier`."""
+        return () if self.record is None else self.record.activities
+
+    @property
+    def activity(self) -> Activity | None:
+        """What counts the units of a layer with one set of them; None without a `meprop.Simplifier`."""
+        return self.activities[0] if self.activities else None
+
+    @property
+    def decision(self) -> speed.Decision | None:
+        """What was measured of the layer; None before that."""
+        return None if self.record is None else self.record.decision
+
     def in_blocks(self, blocks: int) -> Policy:
         """The same for a product whose output features are several equal blocks; it shares the record."""
         return self if blocks == 1 else replace(self, rule=InBlocks(self.rule, blocks))
@@ -126,7 +145,7 @@ class Policy:
 
     def may_be_sparse(self, features: int) -> bool:
         """Whether a backward pass of so many output features has something to select, or to count."""
-        return self.record.activity is not None or not self.rule.keeps_all(features)
+        return bool(self.activities) or not self.rule.keeps_all(features)
 
     def is_settled_dense(self) -> bool:
         """Whether a call is torch's own: it was measured to be dense, and has no other product to form.
@@ -134,7 +153,7 @@ class Policy:
         Not while a forward pass is recorded to be run again (torch.utils.checkpoint), or its tensors are to be moved:
         both passes must then save the same tensors, whatever is decided between them.
         """
-        decision = self.record.decision
+        decision = self.decision
         if decision is None or decision.sparse or self.compute_dtype is not None:
             return False
         return torch.compiler.is_compiling() or not _saved_tensors_are_hooked()
@@ -149,7 +168,7 @@ class Policy:
         """
         if self.rule.keeps_all(features):
             return False
-        if self.when == "always" or rows == 0:  # no rows say nothing about the batches to come
+        if self.when == "always" or self.record is None or rows == 0:  # no rows tell nothing about batches to come
             return True
         if self.record.decision is None and torch.compiler.is_compiling():  # where nothing can be measured
             return True
@@ -172,7 +191,7 @@ class Policy:
             raise NotSupportedError(
                 "sparse_grad=True: torch.compile has no sparse gradients; use sparse_grad=False with it"
             )
-        if self.record.activity is not None:
+        if self.activities:
             raise NotSupportedError(
                 "a layer that a meprop.Simplifier watches counts in its backward pass, which torch.compile cannot "
                 "trace; compile without fullgraph=True, or what Simplifier.compact() returns"

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from meprop import units
-from meprop.convert import Convolution, check_model, features, kind_of, named_layers, plain_copy, table
+from meprop.convert import check_model, described_layers, plain_copy, table
 from meprop.errors import NoEffectWarning, NotSupportedError
-from meprop.nn.linear import SparseLayer
+from meprop.nn.base import SparseLayer, descriptor_of
+
+Convolution = torch.nn.Conv1d | torch.nn.Conv2d
+features = lambda layer: descriptor_of(layer).features(layer)
+kind_of = lambda layer: descriptor_of(layer).plain.__name__
+named_layers = lambda model: [x[:2] for x in described_layers(model)]
 from meprop.ops import memory_format
 from meprop.policy import Activity
 
@@ -306,7 +311,7 @@ class Simplifier:
                 device = next(layer.parameters()).device
                 own = {made.label: Activity.of_units(made.width, device) for made in units.producers(name, layer)}
                 layer.when, layer.decision = "always", None
-                vars(layer)["activity"] = tuple(own.values()) if isinstance(layer, torch.nn.LSTM) else own[name]
+                layer.activity = tuple(own.values())
                 activities |= own
         return activities
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from meprop import machine
 from meprop.ops import native
@@ -50,47 +49,6 @@ class Shape(Protocol):
     def passes(self, rule: Rule) -> Passes:
         """Such a layer's, to be timed."""
         ...
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What the speed of a linear layer's backward pass depends on, beside the machine.
-
-    Attributes:
-        rows: N, the product of the leading dimensions of its input.
-        inputs: I.
-        outputs: O.
-        dtype: Of the output gradient.
-        device: Its type, "cpu" or "cuda".
-        needs: Whether gradients of input, weight and bias are wanted.
-        transposed: Whether the weight lies in memory as [I, O].
-    """
-
-    rows: int
-    inputs: int
-    outputs: int
-    dtype: torch.dtype
-    device: str
-    needs: tuple[bool, bool, bool]
-    transposed: bool = False
-
-    def __str__(self) -> str:
-        needs = "".join(name for name, needed in zip("xwb", self.needs, strict=True) if needed)
-        return f"{self.rows}x{self.inputs}x{self.outputs} {needs}{' transposed' if self.transposed else ''}"
-
-    def passes(self, rule: Rule) -> Passes:
-        """Of such a layer."""
-        sizes = ((self.rows, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.rows, self.outputs))
-        from meprop import functional
-
-        x, weight, bias, grad_output = random_tensors(self, *sizes)
-        if self.transposed:
-            weight = weight.t().contiguous().t()
-        wanted = [tensor.requires_grad_() for tensor, needs in zip((x, weight, bias), self.needs, strict=True) if needs]
-        return (
-            lambda: torch.autograd.grad(F.linear(x, weight, bias), wanted, grad_output),
-            lambda: torch.autograd.grad(functional.linear(x, weight, bias, rule=rule), wanted, grad_output),
-        )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch.nn.utils import rnn
 
 from meprop import nn
-from meprop.convert import Convolution, features
-from meprop.nn.linear import SparseLayer
+
+Convolution = torch.nn.Conv1d | torch.nn.Conv2d
+features = lambda layer: descriptor_of(layer).features(layer)
+from meprop.nn.base import SparseLayer, descriptor_of
 
 Layout = tuple[int, ...]
 """The groups that a dimension of a tensor consists of, one after the other: of an LSTM's gates four times the same.

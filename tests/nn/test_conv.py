@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import meprop
 from cases import bits
 from meprop import functional
+from meprop.functional.conv import Geometry, convolution_with_policy, padded
 from meprop.ops import reference
-from meprop.policy import Activity
+from meprop.policy import Activity, Policy, Record
 
 BATCH = meprop.TopK(3, scope="batch")
 DENSE = {1: F.conv1d, 2: F.conv2d}
@@ -254,18 +255,18 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, name, needed):
     for tensor, needs in zip(tensors, needed, strict=True):
         tensor.requires_grad_(needs)
     asked = []
-    convolve, multiply = functional.Geometry.gradients, meprop.ops.topk_linear_backward
+    convolve, multiply = Geometry.gradients, meprop.ops.linear_backward
 
     def record_convolution(self, grad, x, weight, needs):
         asked.append(needs[:2])
         return convolve(self, grad, x, weight, needs)
 
-    def record_product(grad, k, scope, weight, x, **options):
+    def record_product(choice, grad, weight, x, **options):
         asked.append((weight is not None, x is not None))
-        return multiply(grad, k, scope, weight, x, **options)
+        return multiply(choice, grad, weight, x, **options)
 
-    monkeypatch.setattr(functional.Geometry, "gradients", record_convolution)
-    monkeypatch.setattr(meprop.ops, "topk_linear_backward", record_product)
+    monkeypatch.setattr(Geometry, "gradients", record_convolution)
+    monkeypatch.setattr(meprop.ops, "linear_backward", record_product)
     output = functional.conv2d(*tensors, rule=BATCH, **arguments)
     if needed[:2] == (True, False):
         assert output.grad_fn.saved_tensors[0] is None  # the input of a frozen layer is not kept in memory
@@ -449,10 +450,11 @@ def test_an_example_hits_a_channel_where_any_of_its_positions_does(name, k, scop
     rule, activity = meprop.TopK(k, scope=scope), Activity.of_units(17)
     x, weight, bias = make(sizes, kernel, dtype=torch.float32)
     stride = (1, 1)
-    x_, geometry = functional.padded(x, weight.shape[2:], stride, arguments.get("padding", 0), stride)
+    x_, geometry = padded(x, weight.shape[2:], stride, arguments.get("padding", 0), stride)
     results = []
-    for counts in (None, activity):
-        output = functional.apply_convolution(x_, weight, bias, geometry, rule, False, None, None, counts)
+    for counts in ((), (activity,)):
+        policy = Policy(rule, record=Record(activities=counts))
+        output = convolution_with_policy(x_, weight, bias, geometry, policy)
         grad = random_like(output).relu() * (torch.arange(17) % 4 > 0).view(-1, 1, 1)
         grad[0, 5:] = 0
         results.append(torch.autograd.grad(output, (x, weight, bias), grad))

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import meprop
 from literal import KeepAll, KeepOfGradient
 from meprop import functional, speed
-from meprop.policy import Activity
+from meprop.functional.lstm import lstm_with_policy
+from meprop.policy import Activity, Policy
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, PlainTopK
 
@@ -508,7 +509,7 @@ def count_hits(
     activity = Activity.of_units(units)
     weights = [(torch.randn(4 * units, n, dtype=inputs.dtype) / 4).requires_grad_() for n in (len(inputs), units)]
     batch_sizes = torch.tensor(sizes)
-    output, _ = functional.apply_lstm(inputs, None, (*weights, None, None), batch_sizes, reverse, rule, activity)
+    output, _ = lstm_with_policy(inputs, None, (*weights, None, None), batch_sizes, reverse, Policy(rule), activity)
     kept, _ = torch.autograd.grad(output, weights, grad)
     return activity, kept.view(4, units, -1)
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meprop import functional
-from meprop.nn.linear import SparseLayer, sparse_linear, sparse_repr, sparse_state
-from meprop.rules import InBlocks, Rule
+from meprop.functional.linear import linear_with_policy
+from meprop.nn.base import Descriptor, SparseLayer, register, sparse_repr
+from meprop.policy import Policy
+from meprop.rules import Rule
 
 
 class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
@@ -44,9 +45,9 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
     def __init__(
         self, *args: Any, rule: Rule, sparse_grad: bool = False, compute_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        functional.check_rule(rule, sparse_grad, compute_dtype)
+        policy = Policy(rule, sparse_grad, compute_dtype)
         super().__init__(*args, **kwargs)
-        vars(self).update(sparse_state(rule, sparse_grad, compute_dtype, "always"))
+        self.policy = policy.of_layer()
 
     def forward(
         self,
@@ -100,15 +101,14 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         return output, weights
 
     def _is_sparse(self, *inputs: Tensor) -> bool:
-        if not torch.is_grad_enabled() or self.rule.count(self.embed_dim) >= self.embed_dim:
+        if not torch.is_grad_enabled() or self.rule.keeps_all(self.embed_dim):
             return False
         if any(x.is_nested for x in inputs):  # torch refuses them with gradients
             return False
         return any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int = 1) -> Tensor:
-        rule = self.rule if blocks == 1 else InBlocks(self.rule, blocks)
-        return sparse_linear(self, x, weight, bias, rule)
+        return linear_with_policy(x, weight, bias, self.policy.in_blocks(blocks))
 
     def _project_in(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value [*, E] each: in as few products as the inputs are tensors."""
@@ -212,3 +212,20 @@ def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
     if not mask.is_floating_point():
         raise TypeError(f"{name} is of dtype {mask.dtype}; it is of bools, or floating, to be added to the scores")
     return mask.to(dtype)
+
+
+class AttentionDescriptor(Descriptor[torch.nn.MultiheadAttention]):
+    """Multi-head attention: the rule chooses within each of its projections."""
+
+    plain, sparse = torch.nn.MultiheadAttention, MultiheadAttention
+
+    def features(self, layer: torch.nn.MultiheadAttention) -> tuple[int, int]:
+        """E and E."""
+        return layer.embed_dim, layer.embed_dim
+
+    def parts(self, layer: torch.nn.MultiheadAttention) -> tuple[torch.nn.Module, ...]:
+        """Its last projection, of which it reads the weight, and never calls the layer."""
+        return (layer.out_proj,)
+
+
+register(AttentionDescriptor())

@@ -70,20 +70,24 @@ class SparseLayer:
     @property
     def decision(self) -> Decision | None:
         """With "auto", what was decided; None before that, which is how it is made to decide anew."""
-        return self.policy.record.decision
+        return self.policy.decision
 
     @decision.setter
     def decision(self, decision: Decision | None) -> None:
+        assert self.policy.record is not None
         self.policy.record.decision = decision
 
     @property
     def activity(self) -> Activity | tuple[Activity, ...] | None:
-        """What a Simplifier counts; None without one."""
-        return self.policy.record.activity
+        """What a Simplifier counts: of an LSTM one for each layer and direction; None without one."""
+        activities = self.policy.activities
+        return activities[0] if len(activities) == 1 else activities or None
 
     @activity.setter
     def activity(self, activity: Activity | tuple[Activity, ...] | None) -> None:
-        self.policy.record.activity = activity
+        activities = activity if isinstance(activity, tuple) else () if activity is None else (activity,)
+        assert self.policy.record is not None
+        self.policy.record.activities = activities
 
 
 def sparse_repr(layer: SparseLayer) -> str:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D as PlainConv1D
 
-from meprop import functional
-from meprop.nn.linear import SparseLayer, sparse_linear, sparse_repr, sparse_state
+from meprop.functional.linear import linear_with_policy
+from meprop.nn.base import Descriptor, SparseLayer, register, sparse_repr
+from meprop.policy import Policy
 from meprop.rules import Rule
 
 
@@ -29,13 +30,32 @@ class Conv1D(SparseLayer, PlainConv1D):
     """
 
     def __init__(self, nf: int, nx: int, *, rule: Rule, compute_dtype: torch.dtype | None = None) -> None:
-        functional.check_rule(rule, False, compute_dtype)
+        policy = Policy(rule, False, compute_dtype)
         super().__init__(nf, nx)
-        vars(self).update(sparse_state(rule, False, compute_dtype, "always"))
+        self.policy = policy.of_layer()
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
-        return sparse_linear(self, x, self.weight.t(), self.bias, self.rule)
+        return linear_with_policy(x, self.weight.t(), self.bias, self.policy)
 
     def __repr__(self) -> str:
         return f"Conv1D(nf={self.nf}, nx={self.nx}{sparse_repr(self)})"
+
+
+class Conv1DDescriptor(Descriptor[PlainConv1D]):
+    """A linear layer whose weight is [I, O]."""
+
+    plain, sparse = PlainConv1D, Conv1D
+
+    def features(self, layer: PlainConv1D) -> tuple[int, int]:
+        """I and O."""
+        return layer.nx, layer.nf
+
+    def why_dense(self, layer: PlainConv1D, policy: Policy) -> str | None:
+        """Its weight's gradient cannot be row-sparse."""
+        if policy.sparse_grad:
+            return "sparse_grad: the output features of its weight are columns, not rows"
+        return None
+
+
+register(Conv1DDescriptor())

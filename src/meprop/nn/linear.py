@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Literal
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from meprop import functional, speed
+from meprop.functional.linear import linear_with_policy
+from meprop.nn.base import Descriptor, Layout, SparseLayer, register, sparse_repr
+from meprop.policy import Policy
 from meprop.rules import Rule
-
-When = Literal["auto", "always"]
-
-
-class SparseLayer:
-    """What each layer of `meprop.nn` has beside a plain one."""
-
-    rule: Rule
-    sparse_grad: bool
-    compute_dtype: torch.dtype | None
-    when: When
-    decision: speed.Decision | None
-    activity: Any
 
 
 class Linear(SparseLayer, torch.nn.Linear):
@@ -64,71 +49,40 @@ class Linear(SparseLayer, torch.nn.Linear):
         sparse_grad: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        functional.check_rule(rule, sparse_grad, compute_dtype)
+        policy = Policy(rule, sparse_grad, compute_dtype)
         super().__init__(in_features, out_features, bias, device, dtype)
-        vars(self).update(sparse_state(rule, sparse_grad, compute_dtype, "always"))
+        self.policy = policy.of_layer()
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [*, I] to output [*, O]."""
-        return sparse_linear(self, input, self.weight, self.bias, self.rule)
+        return linear_with_policy(input, self.weight, self.bias, self.policy)
 
     def extra_repr(self) -> str:
-        """As torch's, and the rule."""
+        """What torch's says, and the rule."""
         return super().extra_repr() + sparse_repr(self)
 
 
-SPARSE_STATE = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
+class LinearDescriptor(Descriptor[torch.nn.Linear]):
+    """A linear layer: its units are the rows of its weight."""
+
+    plain, sparse = torch.nn.Linear, Linear
+
+    def features(self, layer: torch.nn.Linear) -> tuple[int, int]:
+        """I and O."""
+        return layer.in_features, layer.out_features
+
+    def unit_sets(self, layer: torch.nn.Linear) -> tuple[str, ...]:
+        """One: its output features."""
+        return ("",)
+
+    def layouts(self, layer: torch.nn.Linear, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
+        """The weight [O, I] and the bias [O]."""
+        bias = {} if layer.bias is None else {"bias": {0: outputs}}  # pyright: ignore[reportUnnecessaryComparison]
+        return {"weight": {0: outputs, 1: inputs}, **bias}
+
+    def resize(self, layer: torch.nn.Linear) -> None:
+        """Takes I and O from the weight."""
+        layer.out_features, layer.in_features = layer.weight.shape
 
 
-def sparse_state(rule: Rule, sparse_grad: bool, compute_dtype: torch.dtype | None, when: When) -> dict[str, Any]:
-    """What a layer has beside a plain one: the attributes that `meprop.convert` gives it, and revert takes."""
-    # The optimizer of row-sparse gradients counts on their layout, and processes that choose together on each other, so
-    # there is nothing to decide.
-    when = "always" if sparse_grad or rule.communicates else when
-    return dict(zip(SPARSE_STATE, (rule, sparse_grad, compute_dtype, when, None, None), strict=True))
-
-
-def standing(layer: SparseLayer) -> tuple[bool, bool]:
-    """Whether a call of a layer is to be torch's own, and if not, whether its backward pass asks if to be sparse."""
-    compiling = torch.compiler.is_compiling()
-    dense = layer.decision is not None and not layer.decision.sparse
-    own = dense and layer.compute_dtype is None and (compiling or not _saved_tensors_are_hooked())
-    return own, layer.when == "auto" and not compiling and (dense or layer.decision is None)
-
-
-def sparse_linear(layer: SparseLayer, x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule) -> Tensor:
-    """A product of a layer, x [*, I] to [*, O]: sparse or dense as the layer has decided, or decides in this call."""
-    own, asks = standing(layer)
-    if own:
-        return F.linear(x, weight, bias)
-    decide = partial(_decide, layer, rule, weight.t().is_contiguous() and not weight.is_contiguous()) if asks else None
-    return functional.apply_linear(
-        x, weight, bias, rule, layer.sparse_grad, decide, layer.compute_dtype, layer.activity
-    )
-
-
-def _decide(
-    layer: SparseLayer, rule: Rule, transposed: bool, grad_NO: Tensor, inputs: int, needs: tuple[bool, bool, bool]
-) -> bool:
-    rows, outputs = grad_NO.shape
-    if rows == 0:  # says nothing about the batches to come
-        return True
-    if layer.decision is None:  # else an earlier product of this layer in the same step has decided
-        shape = speed.LayerShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs, transposed)
-        layer.decision = speed.decide(rule, shape)
-    return layer.decision.sparse
-
-
-def sparse_repr(layer: SparseLayer) -> str:
-    """What `extra_repr` says beside torch's."""
-    sparse_grad = ", sparse_grad=True" if layer.sparse_grad else ""
-    compute_dtype = f", compute_dtype={layer.compute_dtype}" if layer.compute_dtype is not None else ""
-    return f", rule={layer.rule}{sparse_grad}{compute_dtype}"
-
-
-def _saved_tensors_are_hooked() -> bool:
-    """Whether a forward pass is being recorded to be run again (torch.utils.checkpoint), or its tensors to be moved.
-
-    Both passes must then save the same tensors, whatever is decided between them.
-    """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
+register(LinearDescriptor())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from meprop import functional, speed
+from meprop import speed
 from meprop.errors import NotSupportedError
-from meprop.nn.linear import SparseLayer, sparse_state
+from meprop.functional.common import product_dtype
+from meprop.functional.lstm import lstm_policy, lstm_with_policy
+from meprop.nn.base import Descriptor, Layout, SparseLayer, register
+from meprop.policy import Policy
 from meprop.rules import Rule
 
 
@@ -52,7 +55,7 @@ class LstmShape:
         return f"lstm {self.steps}x{self.batch}x{self.inputs}x{self.units} {stack}"
 
     def passes(self, rule: Rule) -> speed.Passes:
-        """Of such an LSTM."""
+        """The passes of such an LSTM."""
         bidirectional = self.directions == 2
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "bidirectional": bidirectional}
         dense = torch.nn.LSTM(self.inputs, self.units, self.layers, **options)
@@ -92,11 +95,11 @@ class LSTM(SparseLayer, torch.nn.LSTM):
     """
 
     def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
-        functional.check_lstm_rule(rule)
+        policy = lstm_policy(Policy(rule))
         super().__init__(*args, **kwargs)
         if self.proj_size > 0:
             raise NotSupportedError(f"proj_size={self.proj_size}: meprop.nn.LSTM has no projections; use torch.nn.LSTM")
-        vars(self).update(sparse_state(rule, False, None, "always"))
+        self.policy = policy.of_layer()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's are overloads)
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
@@ -145,8 +148,9 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             for reverse in (False, True) if self.bidirectional else (False,):
                 initial = None if hx is None else (hx[0][len(last)], hx[1][len(last)])
                 weights = self._weights(f"l{layer}{'_reverse' if reverse else ''}")
-                activity = None if self.activity is None else self.activity[len(last)]
-                output, states = functional.apply_lstm(x, initial, weights, batch_sizes, reverse, self.rule, activity)
+                activities = self.policy.activities
+                activity = activities[len(last)] if activities else None
+                output, states = lstm_with_policy(x, initial, weights, batch_sizes, reverse, self.policy, activity)
                 outputs.append(output)
                 last.append(states)
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
@@ -163,28 +167,88 @@ class LSTM(SparseLayer, torch.nn.LSTM):
         rows, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
         if rows.numel() == 0 or not torch.is_grad_enabled():
             return False
-        if self.activity is None and self.rule.count(self.hidden_size) >= self.hidden_size:
+        if not self.policy.may_be_sparse(self.hidden_size):
             return False
         states = () if hx is None else hx
         if not any(tensor.requires_grad for tensor in (rows, *states, *self.parameters())):
             return False
-        if self.when == "auto" and self.decision is None:
-            steps = len(batch_sizes) if batch_sizes is not None else rows.shape[self.batch_first and rows.dim() == 3]
-            device = rows.device.type
-            shape = LstmShape(
-                steps,
-                round(rows.shape[:-1].numel() / steps),
-                self.input_size,
-                self.hidden_size,
-                self.num_layers,
-                2 if self.bidirectional else 1,
-                torch.get_autocast_dtype(device) if functional.is_autocast(rows) else rows.dtype,
-                device,
-                rows.requires_grad,
-            )
-            self.decision = speed.decide(self.rule, shape)
-        return self.decision is None or self.decision.sparse
+        if self.activity is not None:  # counted in a backward pass of ours, also where everything is kept
+            return True
+        return self.policy.is_sparse(self.hidden_size, rows.shape[:-1].numel(), lambda: self._shape(rows, batch_sizes))
+
+    def _shape(self, rows: Tensor, batch_sizes: Tensor | None) -> LstmShape:
+        steps = len(batch_sizes) if batch_sizes is not None else rows.shape[self.batch_first and rows.dim() == 3]
+        return LstmShape(
+            steps,
+            round(rows.shape[:-1].numel() / steps),
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            2 if self.bidirectional else 1,
+            product_dtype(rows, self.policy) or rows.dtype,
+            rows.device.type,
+            rows.requires_grad,
+        )
 
     def extra_repr(self) -> str:
-        """As torch's, and the rule."""
+        """What torch's says, and the rule."""
         return f"{super().extra_repr()}, rule={self.rule}"
+
+
+class LstmDescriptor(Descriptor[torch.nn.LSTM]):
+    """An LSTM: its units are the hidden units of each layer and direction."""
+
+    plain, sparse = torch.nn.LSTM, LSTM
+    feature_name = "hidden units"
+    decides_in = "forward"
+
+    def features(self, layer: torch.nn.LSTM) -> tuple[int, int]:
+        """I and H, as the rule chooses within each gate."""
+        return layer.input_size, layer.hidden_size
+
+    def why_dense(self, layer: torch.nn.LSTM, policy: Policy) -> str | None:
+        """Projections, and what would need one choice for all time steps."""
+        if layer.proj_size > 0:
+            return f"it has projections (proj_size={layer.proj_size})"
+        if policy.sparse_grad:
+            return "sparse_grad: an LSTM chooses anew at each time step"
+        if policy.rule.communicates:
+            return "the rule would have to wait for other processes at each time step"
+        return None
+
+    def policy(self, policy: Policy) -> Policy:
+        """Its forward pass is in the dtype of its tensors."""
+        return replace(policy, compute_dtype=None)
+
+    def unit_sets(self, layer: torch.nn.LSTM) -> tuple[str, ...]:
+        """One for each layer and direction."""
+        sets = tuple(f"l{i}{suffix}" for i in range(layer.num_layers) for suffix in _directions(layer))
+        return sets if len(sets) > 1 else ("",)
+
+    def layouts(self, layer: torch.nn.LSTM, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
+        """Of each layer and direction the weights [4H, I] and [4H, H], and the biases [4H]: four gates of H units."""
+        tensors: dict[str, dict[int, Layout]] = {}
+        directions = _directions(layer)
+        for number in range(layer.num_layers):
+            groups = outputs[number * len(directions) : (number + 1) * len(directions)]
+            for group, suffix in zip(groups, directions, strict=True):
+                place, gates = f"l{number}{suffix}", (group,) * 4
+                tensors[f"weight_ih_{place}"] = {0: gates, 1: inputs}
+                tensors[f"weight_hh_{place}"] = {0: gates, 1: (group,)}
+                if layer.bias:
+                    tensors |= {f"bias_{part}_{place}": {0: gates} for part in ("ih", "hh")}
+            inputs = groups
+        return tensors
+
+    def resize(self, layer: torch.nn.LSTM) -> None:
+        """Takes I and H from the weights of the first layer."""
+        layer.input_size = layer.get_parameter("weight_ih_l0").shape[1]
+        layer.hidden_size = layer.get_parameter("weight_hh_l0").shape[1]
+        layer.flatten_parameters()
+
+
+def _directions(layer: torch.nn.LSTM) -> tuple[str, ...]:
+    return ("", "_reverse") if layer.bidirectional else ("",)
+
+
+register(LstmDescriptor())

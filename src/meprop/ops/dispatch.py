@@ -163,8 +163,8 @@ def lstm_backward(
 ) -> tuple[Tensor | None, ...]:
     """`reference.lstm_backward`; `topk` is k and scope, where `select` is nothing but top-k."""
     arguments = (trace, x, weight_ih, weight_hh, batch_sizes, reverse, gradients)
-    if topk is not None and _native_lstm(x):
-        return native.topk_lstm_backward(*arguments, topk, needs, hits)
+    if topk is not None and topk[2:] in ((), (1,)) and _native_lstm(x):
+        return native.topk_lstm_backward(*arguments, topk[:2], needs, hits)
     return reference.lstm_backward(*arguments, select, needs, hits)
 
 
@@ -255,3 +255,21 @@ def backend_info() -> dict[str, Any]:
         "triton": False,
         "reasons": reasons,
     }
+
+
+def _linear_backward_temporary(choice, grad, weight, x, *, needs_bias, row_sparse, hits=None):
+    from meprop.selection import PlainTopK, side_by_side
+
+    if isinstance(choice, PlainTopK):
+        if choice.blocks == 1 and hits is None:
+            return topk_linear_backward(
+                grad, choice.k, choice.scope, weight, x, needs_bias=needs_bias, row_sparse=row_sparse
+            )
+        select = topk_rows if choice.scope == "example" else topk_columns
+        choice = side_by_side([select(block, choice.k) for block in grad.split(grad.shape[1] // choice.blocks, dim=1)])
+    if hits is not None:
+        from meprop.policy import Activity
+
+        activity = Activity(hits)
+        activity.count(choice)
+    return linear_backward(choice, grad, weight, x, needs_bias=needs_bias, row_sparse=row_sparse)

@@ -94,7 +94,7 @@ class KeepK(Rule):
     """What the rules that keep k entries share: k, the scope, and the checks of both."""
 
     k: int | float
-    scope: Scope = "example"
+    scope: Scope = "example"  # pyright: ignore[reportIncompatibleVariableOverride]  (narrower, and frozen)
 
     def __post_init__(self) -> None:
         allowed = "an int of at least 1 (a count) or a float above 0 and at most 1 (a share of the output features)"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import meprop
 from meprop import optim
 from meprop.errors import MepropError
-from meprop.nn.linear import SparseLayer
+from meprop.nn.base import SparseLayer
 from meprop.speed import Decision
 
 RuleName = Literal["topk", "compensated", "random"]

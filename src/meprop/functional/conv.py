@@ -1,0 +1,405 @@
+"""Convolutions: exact forwards; backwards with the channels, or the entries of each position, that a rule keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meprop import ops, speed
+from meprop.errors import NotSupportedError
+from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, is_autocast, product_dtype, sparse_backward
+from meprop.policy import Policy, everything, refuse_dtype, refuse_second_derivatives
+from meprop.rules import Rule
+from meprop.selection import ColumnSelection, RowSelection
+
+Numbers = int | tuple[int, ...]
+"""One for all spatial dimensions, or one for each."""
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+    *,
+    rule: Rule,
+    sparse_grad: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.nn.functional.conv1d`, exactly; backwards as `conv2d`, with one spatial dimension."""
+    moves = (stride, padding, dilation)
+    return _convolution(1, input, weight, bias, moves, groups, Policy(rule, sparse_grad, compute_dtype))
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+    *,
+    rule: Rule,
+    sparse_grad: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.nn.functional.conv2d`, exactly; backwards, only what `rule` keeps of the output gradient g is propagated.
+
+    A row of the matrix from which a rule selects is one position of one example, a column an output channel. With
+    scope "batch" the k channels with the largest sums of |g| over batch and positions are kept: the gradients of input
+    and weight are those of the smaller convolution that has these channels only (meProp's simple unified top-k, section
+    3.4, where a feature is a channel). With scope "example" k entries are kept at each position, for pointwise
+    convolutions: kernel 1, stride 1, no padding. The bias gets the sum of the whole g. In `channels_last` the pass
+    stays in `channels_last`.
+
+    Args:
+        input: Input [N, I, H, W] or [I, H, W].
+        weight: Weight [O, I, KH, KW].
+        bias: Bias [O], or None.
+        stride: As torch's.
+        padding: As torch's: numbers, "same" or "valid".
+        dilation: As torch's.
+        groups: 1.
+        rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")`.
+        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows; see `linear`.
+        compute_dtype: torch.bfloat16: form the forward product in bfloat16; see `linear`. No copy of the weight is
+            kept: casting it is little beside the product.
+
+    Returns:
+        Output [N, O, *, *] or [O, *, *], bit for bit torch's of the same dtypes.
+
+    Raises:
+        NotSupportedError: groups above 1, or scope "example" for a convolution that is not pointwise
+            (docs/convolution.md says why); in the backward pass, with create_graph=True; under torch.compile, with
+            sparse_grad.
+        TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
+        ValueError: sparse_grad with a rule whose rows keep entries of their own; another compute_dtype; another
+            number of dimensions; a padding that torch does not know.
+    """
+    moves = (stride, padding, dilation)
+    return _convolution(2, input, weight, bias, moves, groups, Policy(rule, sparse_grad, compute_dtype))
+
+
+def _convolution(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    moves: tuple[Numbers, Numbers | str, Numbers],
+    groups: int,
+    policy: Policy,
+) -> Tensor:
+    if weight.dim() != dims + 2:
+        raise ValueError(f"weight is {list(weight.shape)}; that of a conv{dims}d has {dims + 2} dimensions")
+    x, geometry = padded(x, weight.shape[2:], *moves)
+    reason = why_not_sparse(policy.rule, geometry.is_pointwise(weight), groups)
+    if reason is not None:
+        raise NotSupportedError(reason)
+    return convolution_with_policy(x, weight, bias, geometry, policy)
+
+
+def convolution_with_policy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, policy: Policy
+) -> Tensor:
+    """`conv2d` of any number of dimensions, as a policy says: of a layer, it may be measured first, or be dense.
+
+    Args:
+        x: Input [N, I, *S] or [I, *S].
+        weight: Weight [O, I, *K].
+        bias: Bias [O], or None.
+        geometry: How the convolution moves.
+        policy: That of the layer.
+
+    Returns:
+        Output [N, O, *T] or [O, *T].
+    """
+    refuse_dtype(weight)
+    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    is_sparse = needs_gradients and policy.may_be_sparse(len(weight))
+    if is_sparse:
+        policy.refuse(weight)
+    autocast, dtype = is_autocast(x), product_dtype(x, policy)
+    unbatched = x.dim() == weight.dim() - 1
+    batch = x[None] if unbatched else x
+    if is_sparse or (dtype is not None and not autocast):
+        output: Tensor = _Convolution.apply(batch, weight, bias, geometry, policy, dtype, autocast)  # pyright: ignore[reportAssignmentType]  (apply is untyped)
+    elif dtype is not None:
+        output = geometry.output(*cast_operands(dtype, batch, weight, bias))
+    else:
+        output = geometry.output(batch, weight, bias)
+    return output[0] if unbatched else output
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        policy: Policy,
+        dtype: torch.dtype | None,
+        autocast: bool,
+    ) -> Tensor:
+        """The forward product is formed in `dtype`, if there is one; under autocast the backward ones as well."""
+        ctx.geometry, ctx.policy = geometry, policy
+        ctx.shape, ctx.memory_format = x.shape, ops.memory_format(x)
+        ctx.dtypes = dtypes_of(x, weight, bias)
+        operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
+        output = geometry.output(*operands)
+        if autocast:
+            x, weight, _ = operands
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return output if autocast else output.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        x, weight = ctx.saved_tensors
+        grad, geometry, policy = grad_outputs[0].to(weight.dtype), ctx.geometry, ctx.policy
+        if x is None:  # only its sizes and its memory format are asked for
+            x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
+        call = _Backward(geometry, grad, x.to(grad.dtype), weight, ctx.needs_input_grad[:3], policy)
+        return *in_dtypes(call.gradients(), ctx.dtypes), None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """One backward pass of a convolution.
+
+    Attributes:
+        geometry: How it moves.
+        grad: Output gradient [N, O, *T].
+        x: Input [N, I, *S].
+        weight: [O, I, *K].
+        needs: Whether gradients of input, weight and bias are wanted.
+        policy: That of the layer.
+    """
+
+    geometry: Geometry
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    needs: tuple[bool, bool, bool]
+    policy: Policy
+
+    def gradients(self) -> ops.Gradients:
+        """Sparse or dense, as the gate of the policy says."""
+        rows = len(self.grad) * self._positions
+        if self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
+            is_pointwise = self.geometry.is_pointwise(self.weight)
+            return self._of_entries() if is_pointwise else self._of_channels()
+        if self.policy.activity is not None:
+            self.policy.activity.count(everything(_rows(self.grad)), self._positions)
+        return self.geometry.gradients(self.grad, self.x, self.weight, self.needs)
+
+    @property
+    def _positions(self) -> int:
+        return self.grad.shape[2:].numel()
+
+    def _shape(self) -> ConvShape:
+        return ConvShape(
+            self.x.shape,
+            len(self.weight),
+            tuple(self.weight.shape[2:]),
+            self.geometry,
+            self._positions,
+            ops.memory_format(self.grad) == torch.channels_last,
+            self.grad.dtype,
+            self.grad.device.type,
+            self.needs,
+        )
+
+    def _of_entries(self) -> ops.Gradients:
+        """Of a convolution that is a linear map of each position."""
+        needs_x, needs_weight, needs_bias = self.needs
+        weight, x, policy = self.weight, self.x, self.policy
+        weight_OI, x_NI = weight.flatten(1) if needs_x else None, _rows(x) if needs_weight else None
+        grad_x, grad_weight, grad_bias = sparse_backward(
+            _rows(self.grad), weight_OI, x_NI, needs_bias, policy, self._positions
+        )
+        if grad_x is not None:
+            grad_x = grad_x.reshape(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        if grad_weight is not None and policy.sparse_grad:  # a sparse tensor has no view
+            indices, rows = grad_weight.indices()[0], grad_weight.values()
+            grad_weight = ops.row_sparse_tensor(indices, rows.reshape(-1, *weight.shape[1:]), len(weight))
+        elif grad_weight is not None and weight.is_contiguous():  # also of a kernel of 1 in channels_last
+            grad_weight = grad_weight.as_strided(weight.shape, weight.stride())
+        elif grad_weight is not None:
+            grad_weight = grad_weight.reshape(weight.shape)
+        return grad_x, grad_weight, grad_bias
+
+    def _of_channels(self) -> ops.Gradients:
+        """By the smaller convolution that has the kept channels only."""
+        grad, weight, outputs = self.grad, self.weight, len(self.weight)
+        kept, indices = self._select_channels()
+        if self.policy.activity is not None:
+            self.policy.activity.count(ColumnSelection(_rows(kept), indices, outputs), self._positions)
+        needs = (self.needs[0], self.needs[1], False)
+        grad_x, grad_rows, _ = self.geometry.gradients(kept, self.x, weight.index_select(0, indices), needs)
+        grad_weight = grad_rows
+        if grad_rows is not None and self.policy.sparse_grad:
+            grad_weight = ops.row_sparse_tensor(indices, grad_rows, outputs)
+        elif grad_rows is not None:
+            grad_weight = torch.zeros_like(weight).index_copy_(0, indices.long(), grad_rows)
+        return grad_x, grad_weight, grad.sum(dim=[0, *range(2, grad.dim())]) if self.needs[2] else None
+
+    def _select_channels(self) -> tuple[Tensor, Tensor]:
+        """The kept channels of the output gradient [N, k, *T], and which they are [k]."""
+        grad, rule = self.grad, self.policy.rule
+        topk = rule.as_topk(grad.shape[1])
+        if topk is not None and topk.scope == "batch" and topk.blocks == 1:
+            return ops.topk_channels(grad, topk.k)
+        selection = rule.select(_rows(grad))
+        if isinstance(selection, RowSelection):
+            raise NotSupportedError(f"{rule} chooses anew at each position, which goes for pointwise convolutions only")
+        if selection.shared is not None:
+            raise NotSupportedError(
+                f"{rule} gives all rows something in addition, which goes for pointwise convolutions only"
+            )
+        kept = selection.values.reshape(len(grad), *grad.shape[2:], len(selection.indices)).movedim(-1, 1)
+        return kept, selection.indices
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[N, C, *S] as a matrix with a row for each position of each example."""
+    return tensor.movedim(1, -1).flatten(0, -2)
+
+
+def padded(
+    x: Tensor, kernel: torch.Size, stride: Numbers, padding: Numbers | str, dilation: Numbers
+) -> tuple[Tensor, Geometry]:
+    """What a convolution moves over, and how; padded already where one side gets more than the other."""
+    stride, dilation = _each(stride, kernel), _each(dilation, kernel)
+    if padding == "same":
+        if {*stride} != {1}:
+            raise ValueError(f"padding='same' with stride={stride}; it is for a stride of 1")
+        both = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        if any(total % 2 for total in both):
+            x = F.pad(x, [side for total in reversed(both) for side in (0, total % 2)])
+        padding = tuple(total // 2 for total in both)
+    elif padding == "valid":
+        padding = 0
+    elif isinstance(padding, str):
+        raise ValueError(f"padding={padding!r}; it is 'same', 'valid', or numbers")
+    return x, Geometry(stride, _each(padding, kernel), dilation)
+
+
+def _each(value: Numbers, kernel: torch.Size) -> tuple[int, ...]:
+    """A number for each spatial dimension."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * len(kernel) if len(numbers) == 1 else numbers
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves over its input: a number for each spatial dimension. It pads with zeros."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution's output, torch's own."""
+        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, self._zeros, 1)
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> ops.Gradients:
+        """Of input, weight and bias, where they are needed: torch's own."""
+        bias_sizes = [grad.shape[1]]
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, bias_sizes, self.stride, self.padding, self.dilation, False, self._zeros, 1, needs
+        )
+
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Whether it is a linear map of each position."""
+        return is_pointwise(weight.shape[2:], self.stride, self.padding)
+
+    @property
+    def _zeros(self) -> tuple[int, ...]:
+        return (0,) * len(self.stride)
+
+
+def is_pointwise(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a convolution is a linear map of each position."""
+    return {*kernel, *stride} == {1} and not any(padding)
+
+
+def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
+    """Why a convolution cannot back-propagate what this rule keeps; None if it can."""
+    if groups != 1:
+        return (
+            f"groups={groups}: a group's inputs get their gradient from its own outputs alone, so that groups without "
+            "a kept channel would pass nothing back"
+        )
+    if rule.scope not in (None, "batch") and not pointwise:
+        return (
+            f"{rule} keeps entries of their own at each position, for which the input's windows would have to be laid "
+            "out one by one; use scope='batch'"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """What the speed of a convolution's backward pass depends on, beside the machine.
+
+    Attributes:
+        input: Its shape [N, I, *S].
+        outputs: O.
+        kernel: Its sizes.
+        geometry: Stride, padding and dilation.
+        positions: Of the output, the product of its sizes in space.
+        channels_last: Whether the output gradient is in that memory format.
+        dtype: Of the output gradient.
+        device: Its type, "cpu" or "cuda".
+        needs: Whether gradients of input, weight and bias are wanted.
+    """
+
+    input: torch.Size
+    outputs: int
+    kernel: tuple[int, ...]
+    geometry: Geometry
+    positions: int
+    channels_last: bool
+    dtype: torch.dtype
+    device: str
+    needs: tuple[bool, bool, bool]
+
+    @property
+    def rows(self) -> int:
+        """Positions of all examples."""
+        return self.input[0] * self.positions
+
+    def __str__(self) -> str:
+        moves = (self.kernel, self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        sizes = " ".join("x".join(map(str, each)) for each in (self.input, *moves))
+        needs = "".join(name for name, needed in zip("xwb", self.needs, strict=True) if needed)
+        return f"conv {sizes} to {self.outputs} {needs}" + (" channels_last" if self.channels_last else "")
+
+    def passes(self, rule: Rule) -> speed.Passes:
+        """The passes of such a convolution."""
+        geometry, weight_shape = self.geometry, (self.outputs, self.input[1], *self.kernel)
+        x, weight, bias = speed.random_tensors(self, self.input, weight_shape, (self.outputs,))
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        wanted = [tensor.requires_grad_() for tensor, needs in zip((x, weight, bias), self.needs, strict=True) if needs]
+        grad_output = torch.randn_like(geometry.output(x, weight, bias))
+
+        def dense() -> object:
+            return torch.autograd.grad(geometry.output(x, weight, bias), wanted, grad_output)
+
+        def sparse() -> object:
+            output = convolution_with_policy(x, weight, bias, geometry, Policy(rule))
+            return torch.autograd.grad(output, wanted, grad_output)
+
+        return dense, sparse

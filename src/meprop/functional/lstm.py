@@ -1,0 +1,217 @@
+"""The LSTM: one layer in one direction, exact forwards; backwards with what a rule keeps of each gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meprop import ops
+from meprop.errors import NotSupportedError
+from meprop.functional.common import as_matrix, cast, is_autocast
+from meprop.policy import Activity, Policy, refuse_second_derivatives
+from meprop.rules import Rule
+
+
+def lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    rule: Rule,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One layer of an LSTM in one direction, exactly; backwards, only what `rule` keeps of each gate is propagated.
+
+    At each time step `rule` chooses among the H entries of each of the four gates' gradients (before the activation):
+    of each sequence, or, with scope "batch", for all sequences of the time step. With S the kept parts [n, 4H], the
+    earlier output's gradient is S W_hh, dx = S W_ih, dW_ih = S^T x and dW_hh = S^T h (meProp, section 3; the choice per
+    gate is ours, as the paper does not name the gates). The cells' own gradients are exact, a bias gets the sum of the
+    whole gates' gradients. Arithmetic is float32 (float64 for float64 tensors). With k at or above H the gradients are
+    the dense ones up to rounding. The output may not be changed in place, as the backward pass reads it.
+
+    Args:
+        x: Input [T, B, I], or, with `batch_sizes`, the packed rows [N, I] of sequences of different lengths, as in
+            `torch.nn.utils.rnn.PackedSequence.data`.
+        hx: Initial output and cell state, each [B, H]; None for zeros.
+        weight_ih: Weight of the input [4H, I]; gates in torch's order: input, forget, cell, output.
+        weight_hh: Weight of the earlier output [4H, H].
+        bias_ih: Bias [4H], or None.
+        bias_hh: Bias [4H], or None.
+        rule: What to keep of each gate, e.g. `meprop.TopK(20)`.
+        batch_sizes: Rows of each time step [T], int64 on the CPU, not increasing: `PackedSequence.batch_sizes`.
+        reverse: Walk from the last time step to the first.
+
+    Returns:
+        Output [T, B, H] or [N, H], and the last output and cell state of each sequence, [B, H] each.
+
+    Raises:
+        NotSupportedError: In the backward pass, with create_graph=True; a rule by which several processes choose
+            together.
+        TypeError: `rule` is not a Rule, or the weights are not of a floating dtype.
+        ValueError: A shape, dtype or device does not fit, or `batch_sizes` is not as said above.
+    """
+    policy = lstm_policy(Policy(rule))
+    parameters = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
+    _check_shapes(x, hx, parameters, batch_sizes)
+    return lstm_with_policy(x, hx, (weight_ih, weight_hh, bias_ih, bias_hh), batch_sizes, reverse, policy)
+
+
+def lstm_with_policy(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    policy: Policy,
+    activity: Activity | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`lstm` with checked arguments; `activity`, where given, counts what the backward pass selects."""
+    policy.refuse(weights[0])
+    if not weights[0].is_floating_point():
+        raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
+    tensors = (x, *((None, None) if hx is None else hx), *weights)
+    if is_autocast(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = tuple(None if tensor is None else cast(tensor, dtype) for tensor in tensors)
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"x, states, weights and biases must be of one dtype and on one device; they are {found}")
+    rows, *others = tensors
+    assert rows is not None
+    sizes = torch.full((x.shape[0],), x.shape[1], device="cpu") if batch_sizes is None else batch_sizes.contiguous()
+    output, h_n, c_n = _Lstm.apply(as_matrix(rows), *others, sizes, _Call(reverse, policy.rule, activity))  # pyright: ignore[reportGeneralTypeIssues]
+    return output if batch_sizes is not None else output.view(*x.shape[:2], -1), (h_n, c_n)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is no tensor in a call: the direction, what to keep of each gate, and what counts it."""
+
+    reverse: bool
+    rule: Rule
+    activity: Activity | None
+
+
+class _Lstm(torch.autograd.Function):
+    """One layer in one direction. Half precision is widened: states and gates are float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        batch_sizes: Tensor,
+        call: _Call,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.call, ctx.dtype = call, x.dtype
+        ctx.set_materialize_grads(False)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, weight_ih, weight_hh = x.to(dtype), weight_ih.to(dtype), weight_hh.to(dtype)
+        h0, c0 = None if h0 is None else h0.to(dtype), None if c0 is None else c0.to(dtype)
+        biases = [bias.to(dtype) for bias in (bias_ih, bias_hh) if bias is not None]
+        bias = sum(biases[1:], biases[0]) if biases else None
+        trace = ops.lstm_forward(x, weight_ih, weight_hh, bias, (h0, c0), batch_sizes, call.reverse)
+        h, c, gates, h_n, c_n = trace
+        ctx.save_for_backward(x, weight_ih, weight_hh, batch_sizes, h, c, gates)
+        output = h[int(batch_sizes[0]) :]
+        return output.to(ctx.dtype), h_n.to(ctx.dtype), c_n.to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        x, weight_ih, weight_hh, batch_sizes, *trace = ctx.saved_tensors
+        grad_output, grad_h, grad_c = (None if grad is None else grad.to(x.dtype) for grad in grads)
+        needs_x, needs_h0, needs_c0, needs_ih, needs_hh, *needs_biases = ctx.needs_input_grad[:7]
+        needs = (needs_x, needs_ih, needs_hh, any(needs_biases), needs_h0, needs_c0)
+        call: _Call = ctx.call
+        results = ops.lstm_backward(
+            tuple(trace),
+            x,
+            weight_ih,
+            weight_hh,
+            batch_sizes,
+            call.reverse,
+            (grad_output, grad_h, grad_c),
+            call.rule.as_topk(weight_hh.shape[1]),
+            call.rule.select,
+            needs,
+            None if call.activity is None else call.activity.hits,
+        )
+        if call.activity is not None:
+            call.activity.examples += len(x)
+        grad_x, grad_ih, grad_hh, grad_bias, grad_h0, grad_c0 = (
+            None if result is None else result.to(ctx.dtype) for result in results
+        )
+        # The two biases have the same gradient, but may not share its memory.
+        grad_biases = [grad_bias if needed else None for needed in needs_biases]
+        if all(needs_biases) and grad_bias is not None:
+            grad_biases[1] = grad_bias.clone()
+        return grad_x, grad_h0, grad_c0, grad_ih, grad_hh, *grad_biases, None, None
+
+
+def lstm_policy(policy: Policy) -> Policy:
+    """The policy, if an LSTM can have it.
+
+    Raises:
+        NotSupportedError: A rule by which several processes choose together.
+    """
+    if policy.rule.communicates:
+        raise NotSupportedError(
+            f"{policy.rule} of an LSTM would have to wait for other processes at each time step; use meprop.TopK for it"
+        )
+    return policy
+
+
+def _check_shapes(
+    x: Tensor, hx: tuple[Tensor, Tensor] | None, parameters: dict[str, Tensor | None], batch_sizes: Tensor | None
+) -> None:
+    """Raises the errors of `lstm` that concern shapes."""
+    weight_hh = parameters["weight_hh"]
+    assert weight_hh is not None
+    if hx is not None and (not isinstance(hx, tuple) or len(hx) != 2):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError("hx is a tuple of two tensors [B, H], the initial output and cell state, or None")
+    if x.dim() != (3 if batch_sizes is None else 2):
+        raise ValueError(f"x is {list(x.shape)}; it is [T, B, I] without batch_sizes, and [N, I] with them")
+    if batch_sizes is not None:
+        _check_batch_sizes(batch_sizes, len(x))
+    elif x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"x is {list(x.shape)} [T, B, I]; an LSTM needs at least one time step and one sequence")
+    units, inputs, batch = weight_hh.shape[-1], x.shape[-1], x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    shapes = {"weight_ih": (4 * units, inputs), "weight_hh": (4 * units, units)}
+    expected = [(name, tensor, shapes.get(name, (4 * units,))) for name, tensor in parameters.items()]
+    expected += [("hx", state, (batch, units)) for state in (() if hx is None else hx)]
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}; for H = {units}, I = {inputs}, B = {batch} it is {list(shape)}"
+            )
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    valid = (
+        batch_sizes.dim() == 1
+        and batch_sizes.dtype == torch.int64
+        and batch_sizes.is_cpu
+        and len(batch_sizes) > 0
+        and bool((batch_sizes > 0).all())
+        and bool((batch_sizes.diff() <= 0).all())
+        and int(batch_sizes.sum()) == rows
+    )
+    if not valid:
+        raise ValueError(
+            f"batch_sizes is {batch_sizes!r}; it is [T], int64, on the CPU, positive, not increasing, with the sum "
+            f"{rows}, the rows of x"
+        )
