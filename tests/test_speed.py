@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import meprop
 from meprop import speed
-from meprop.functional.conv import ConvShape, Geometry
+from meprop.functional.conv import ConvShape
+from meprop.functional.geometry import Geometry
 from meprop.functional.linear import LinearShape
 from meprop.nn.lstm import LstmShape
 
@@ -172,6 +175,22 @@ def test_a_damaged_memory_is_measured_anew_and_mended(measured, cache, content):
     backward(net)
     assert len(measured.shapes) == 2
     assert len(json.loads(file.read_text())) == 1
+
+
+def test_measurements_of_several_at_once_are_all_remembered(measured, monkeypatch, cache):
+    """Each reads the file, adds a line and writes it: one after the other."""
+    write = speed.machine.write_atomically
+
+    def slow_write(*args):
+        time.sleep(0.01)
+        write(*args)
+
+    monkeypatch.setattr(speed.machine, "write_atomically", slow_write)
+    shapes = [LinearShape(rows, 3, 4, torch.float32, "cpu", (True, True, True)) for rows in range(1, 17)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda shape: speed.decide(RULE, shape), shapes))
+    (file,) = (cache / "speed").iterdir()
+    assert len(json.loads(file.read_text())) == len(shapes)
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(measured, monkeypatch, tmp_path):

@@ -23,6 +23,8 @@ _LEAST_GAIN = 1.05
 # Each side is timed at least so often, and then until so many seconds are spent.
 _LEAST_REPEATS, _MOST_REPEATS, _SECONDS = 5, 40, 0.1
 
+# Seconds to wait for another process that writes its measurement.
+_LONGEST_WAIT = 5.0
 
 Passes = tuple[Callable[[], object], Callable[[], object]]
 """A forward and backward pass on random data, dense and sparse."""
@@ -154,10 +156,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _remember(path: Path, key: str, microseconds: tuple[float, float]) -> None:
-    """Adds a measurement to the file. Where it cannot be written, the next process measures again."""
+    """Adds a measurement to the file, which other processes may be adding to as well.
+
+    Where the file cannot be written, or another process holds it for long, the next process measures again.
+    """
+    from filelock import FileLock, Timeout  # torch needs it, so that it is there; importing it takes milliseconds
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({**_read(path), key: microseconds}, indent=1).encode()
-        machine.write_atomically(path, lambda file: file.write(content))
-    except OSError:
+        with FileLock(path.parent.with_suffix(".lock"), timeout=_LONGEST_WAIT):
+            content = json.dumps({**_read(path), key: microseconds}, indent=1).encode()
+            machine.write_atomically(path, lambda file: file.write(content))
+    except (OSError, Timeout):
         pass

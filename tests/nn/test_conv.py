@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import meprop
 from cases import bits
 from meprop import functional
-from meprop.functional.conv import Geometry, convolution_with_policy, padded
+from meprop.functional.conv import convolution_with_policy
+from meprop.functional.geometry import Geometry, padded
 from meprop.ops import reference
 from meprop.policy import Activity, Policy, Record
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from meprop import ops, speed
 from meprop.errors import NotSupportedError
 from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, is_autocast, product_dtype, sparse_backward
+from meprop.functional.geometry import Geometry, Numbers, padded
 from meprop.policy import Policy, everything, refuse_dtype, refuse_second_derivatives
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, RowSelection
-
-Numbers = int | tuple[int, ...]
-"""One for all spatial dimensions, or one for each."""
 
 
 def conv1d(
@@ -274,64 +270,6 @@ class _Backward:
 def _rows(tensor: Tensor) -> Tensor:
     """[N, C, *S] as a matrix with a row for each position of each example."""
     return tensor.movedim(1, -1).flatten(0, -2)
-
-
-def padded(
-    x: Tensor, kernel: torch.Size, stride: Numbers, padding: Numbers | str, dilation: Numbers
-) -> tuple[Tensor, Geometry]:
-    """What a convolution moves over, and how; padded already where one side gets more than the other."""
-    stride, dilation = _each(stride, kernel), _each(dilation, kernel)
-    if padding == "same":
-        if {*stride} != {1}:
-            raise ValueError(f"padding='same' with stride={stride}; it is for a stride of 1")
-        both = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-        if any(total % 2 for total in both):
-            x = F.pad(x, [side for total in reversed(both) for side in (0, total % 2)])
-        padding = tuple(total // 2 for total in both)
-    elif padding == "valid":
-        padding = 0
-    elif isinstance(padding, str):
-        raise ValueError(f"padding={padding!r}; it is 'same', 'valid', or numbers")
-    return x, Geometry(stride, _each(padding, kernel), dilation)
-
-
-def _each(value: Numbers, kernel: torch.Size) -> tuple[int, ...]:
-    """A number for each spatial dimension."""
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * len(kernel) if len(numbers) == 1 else numbers
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a convolution moves over its input: a number for each spatial dimension. It pads with zeros."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution's output, torch's own."""
-        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, self._zeros, 1)
-
-    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> ops.Gradients:
-        """Of input, weight and bias, where they are needed: torch's own."""
-        bias_sizes = [grad.shape[1]]
-        return torch.ops.aten.convolution_backward(
-            grad, x, weight, bias_sizes, self.stride, self.padding, self.dilation, False, self._zeros, 1, needs
-        )
-
-    def is_pointwise(self, weight: Tensor) -> bool:
-        """Whether it is a linear map of each position."""
-        return is_pointwise(weight.shape[2:], self.stride, self.padding)
-
-    @property
-    def _zeros(self) -> tuple[int, ...]:
-        return (0,) * len(self.stride)
-
-
-def is_pointwise(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
-    """Whether a convolution is a linear map of each position."""
-    return {*kernel, *stride} == {1} and not any(padding)
 
 
 def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:

@@ -27,6 +27,8 @@ of a flattened channel."""
 class SparseLayer:
     """What each layer of `meprop.nn` has beside a plain one: a policy.
 
+    Its options can be read and set as attributes of the layer. They are checked as when it was made.
+
     Attributes:
         policy: All of it.
         rule: What the backward pass keeps.
@@ -53,10 +55,18 @@ class SparseLayer:
         """Whether the weight's gradient is a sparse tensor of the kept rows."""
         return self.policy.sparse_grad
 
+    @sparse_grad.setter
+    def sparse_grad(self, sparse_grad: bool) -> None:
+        self.policy = replace(self.policy, sparse_grad=sparse_grad)
+
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """In which the forward product is formed; None: in that of the tensors."""
         return self.policy.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, compute_dtype: torch.dtype | None) -> None:
+        self.policy = replace(self.policy, compute_dtype=compute_dtype)
 
     @property
     def when(self) -> When:

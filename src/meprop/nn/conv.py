@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]  (what Conv1d and Conv2d have in common)
 
 from meprop.errors import NotSupportedError
-from meprop.functional.conv import convolution_with_policy, is_pointwise, padded, why_not_sparse
+from meprop.functional.conv import convolution_with_policy, why_not_sparse
+from meprop.functional.geometry import is_pointwise, padded
 from meprop.nn.base import Descriptor, Layout, SparseLayer, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule

@@ -10,7 +10,6 @@ from meprop.ops.dispatch import (
     column_scores,
     grad_input,
     grad_weight,
-    _linear_backward_temporary as linear_backward,
     lstm_backward,
     lstm_forward,
     narrow_agrees,
@@ -20,6 +19,9 @@ from meprop.ops.dispatch import (
     topk_columns,
     topk_linear_backward,
     topk_rows,
+)
+from meprop.ops.dispatch import (
+    _linear_backward_temporary as linear_backward,
 )
 from meprop.ops.reference import memory_format
 
