@@ -107,15 +107,15 @@ def _sparse_backward(
     positions: int = 1,
 ) -> ops.Gradients:
     """Rows come as so many positions of each example."""
-    topk = rule.as_topk(grad_NO.shape[1]) if activity is None else None
-    if topk is not None and topk.blocks == 1:
-        return ops.topk_linear_backward(
-            grad_NO, topk.k, topk.scope, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse
-        )
-    selection = rule.select(grad_NO)
-    if activity is not None:
-        activity.count(selection, positions)
-    return ops.linear_backward(selection, grad_NO, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse)
+    if activity is None or positions == 1:
+        choice, hits = rule.as_topk(grad_NO.shape[1]) or rule.select(grad_NO), None
+        if activity is not None:
+            hits = activity.hits
+            activity.examples += len(grad_NO)
+    else:
+        choice, hits = rule.select(grad_NO), None
+        activity.count(choice, positions)
+    return ops.linear_backward(choice, grad_NO, weight, x_NI, needs_bias=needs_bias, row_sparse=row_sparse, hits=hits)
 
 
 def _everything(grad_NO: Tensor) -> ColumnSelection:
@@ -579,11 +579,6 @@ def _each(value: _Numbers, kernel: torch.Size) -> tuple[int, ...]:
     return numbers * len(kernel) if len(numbers) == 1 else numbers
 
 
-def _plain_topk(rule: Rule, features: int) -> tuple[int, str] | None:
-    topk = rule.as_topk(features)
-    return None if topk is None or topk.blocks > 1 else topk[:2]
-
-
 class _Lstm(torch.autograd.Function):
     """One layer in one direction. Half precision is widened: states and gates are float32."""
 
@@ -630,7 +625,7 @@ class _Lstm(torch.autograd.Function):
             batch_sizes,
             ctx.reverse,
             (grad_output, grad_h, grad_c),
-            _plain_topk(ctx.rule, weight_hh.shape[1]),
+            ctx.rule.as_topk(weight_hh.shape[1]),
             ctx.rule.select,
             needs,
             None if ctx.activity is None else ctx.activity.hits,

@@ -254,18 +254,18 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, name, needed):
     for tensor, needs in zip(tensors, needed, strict=True):
         tensor.requires_grad_(needs)
     asked = []
-    convolve, multiply = functional.Geometry.gradients, meprop.ops.topk_linear_backward
+    convolve, multiply = functional.Geometry.gradients, meprop.ops.linear_backward
 
     def record_convolution(self, grad, x, weight, needs):
         asked.append(needs[:2])
         return convolve(self, grad, x, weight, needs)
 
-    def record_product(grad, k, scope, weight, x, **options):
+    def record_product(choice, grad, weight, x, **options):
         asked.append((weight is not None, x is not None))
-        return multiply(grad, k, scope, weight, x, **options)
+        return multiply(choice, grad, weight, x, **options)
 
     monkeypatch.setattr(functional.Geometry, "gradients", record_convolution)
-    monkeypatch.setattr(meprop.ops, "topk_linear_backward", record_product)
+    monkeypatch.setattr(meprop.ops, "linear_backward", record_product)
     output = functional.conv2d(*tensors, rule=BATCH, **arguments)
     if needed[:2] == (True, False):
         assert output.grad_fn.saved_tensors[0] is None  # the input of a frozen layer is not kept in memory
