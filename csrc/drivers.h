@@ -45,25 +45,34 @@ Status column_scores(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64
 
 enum class Scope { kRows, kColumns };
 
-// The backward pass of a linear map whose output gradient is replaced by a selection of k entries of each row, or of k
+// The backward pass of a linear map whose output gradient is replaced by a selection: of entries of each row, or of
 // columns.
 template <class T>
 struct LinearBackward {
   Scope scope;
-  int64_t rows, outputs, inputs, k;
+  int64_t rows, outputs, inputs;
   Matrix<T> grad;  // read for the selection, where `select`, and for grad_bias
-  // Whether to make the selection, into values and indices where those are not null; otherwise they hold it.
+  // Whether to make the selection, into values and indices where those are not null; otherwise they hold it. It is made
+  // by exact top-k within each of so many equal blocks of the outputs.
   bool select;
-  T* values;         // [rows, k]
-  int32_t* indices;  // [rows, k] or [k]
-  Matrix<T> weight;  // read for grad_input
-  Matrix<T> x;       // read for grad_weight
+  int64_t k, blocks;      // of each row K = k * blocks entries, or K columns; blocks is 1 of a given selection
+  const int64_t* starts;  // [rows + 1], or null. Of given rows: row r has the entries from starts[r] to starts[r + 1]
+  int64_t entries;        // how many there are with starts
+  T* values;              // [rows, K], or, with starts, [entries]
+  int32_t* indices;       // [rows, K] or [K], or, with starts, [entries]
+  const T* shared;        // [outputs], or null: what a given selection adds to every row, of all outputs
+  Matrix<T> weight;       // read for grad_input
+  Matrix<T> x;            // read for grad_weight
   // What is null is not computed.
-  T* grad_input;        // [rows, inputs]
-  T* grad_weight;       // [outputs, inputs], or, of a selection of columns, [k, inputs] where weight_rows_only
-  T* grad_bias;         // [outputs], from the whole of grad, not from the selection
-  bool weight_rows_only;
+  T* grad_input;   // [rows, inputs]
+  T* grad_weight;  // [outputs, inputs], or, of a selection of columns, [K, inputs] where weight_rows_only
+  T* grad_bias;    // [outputs], from the whole of grad, not from the selection
+  int64_t* hits;   // [outputs]: gets added in how many rows an output is selected with what is not zero (NaN is not)
+  bool weight_rows_only;  // not with a shared part
   int threads;
+
+  int64_t kept() const { return k * blocks; }
+  int64_t selected() const { return starts != nullptr ? entries : rows * kept(); }
 };
 
 template <class T>
@@ -130,15 +139,15 @@ struct LstmBackward {
 
 Status lstm_backward(const Kernels& kernels, LstmBackward call);
 
-// One step of an optimizer on a parameter [rows, width] whose gradient has `count` rows that are not zero, the others
-// being asleep. All float32 and contiguous.
+// One step of an optimizer on a parameter [rows, width] whose gradient has `count` rows; the others are zero. All float32
+// and contiguous.
 struct SparseRows {
   int64_t rows, width, count;
   const int64_t* indices;  // [count], ascending
   const float* grad;       // [count, width]
   float* weight;
-  Bf16* narrow;     // [rows, width], or null: gets what becomes of the weights, as bfloat16
-  bool every_row;   // whether sleeping rows move too, with a gradient of zeros
+  Bf16* bf16_copy;     // [rows, width], or null: gets what becomes of the weights, as bfloat16
+  bool every_row;   // whether the other rows move too, with a gradient of zeros
   float* row_step;  // [rows], or null: the step until which a row's state is up to date; what it missed is made up first
   double step;      // the number of this step, from 1
   int threads;
@@ -167,7 +176,7 @@ Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagra
 // Whether indices ascend, within [0, rows).
 bool ascending(const int64_t* indices, int64_t count, int64_t rows);
 
-// Whether `narrow` has what becomes of `weight` as bfloat16, at about `samples` entries of all `size`, evenly spread.
-bool narrow_agrees(const float* weight, const Bf16* narrow, int64_t size, int64_t samples);
+// Whether `bf16_copy` has what becomes of `weight` as bfloat16, at about `samples` entries of all `size`, evenly spread.
+bool copy_agrees(const float* weight, const Bf16* bf16_copy, int64_t size, int64_t samples);
 
 }  // namespace meprop

@@ -33,6 +33,13 @@ struct Terms {
   const T* coefficients;
 };
 
+// What the sums of output row r begin with: `row`, times factors[r], or as it is where factors is null. Null: zeros.
+template <class T>
+struct Base {
+  const float* row;
+  const T* factors;
+};
+
 template <class T>
 struct TypedKernels {
   // Exact top-k of rows [row_begin, row_end) of grad [rows, width].
@@ -46,6 +53,10 @@ struct TypedKernels {
   // Adds grad [rows, columns] to `sums` [columns], and its magnitudes to `magnitudes`, row after row. Either may be null.
   void (*add_columns)(const T* grad, int64_t grad_ld, int64_t rows, int64_t columns, double* sums, double* magnitudes);
 
+  // Adds the rows of source [rows, columns], each times its factor, to `sums` [columns], row after row.
+  void (*add_scaled_rows)(const T* source, int64_t source_ld, const T* factors, int64_t rows, int64_t columns,
+                          double* sums);
+
   // How many columns dense_product and gather_product compute at once, in elements: the second is a multiple of the
   // first.
   int panel_width;
@@ -57,17 +68,18 @@ struct TypedKernels {
   void (*pack)(const T* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, T* packed,
                int64_t packed_ld);
 
-  // out[r, :width] = sum over the terms of row r of coefficient * source[term's row, :width], for r in [row_begin,
-  // row_end). Summed in float32 in the order of the terms, then rounded to T.
+  // out[r, :width] = base of r + sum over the terms of row r of coefficient * source[term's row, :width], for r in
+  // [row_begin, row_end). Summed in float32 in the order of the terms, then rounded to T.
   // requires: 1 <= width <= gather_width; readable elements in each row of the source: width, rounded up to panel_width.
-  void (*gather_product)(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
-                         int64_t width, T* out, int64_t out_ld);
+  void (*gather_product)(const T* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
+                         int64_t row_end, int64_t width, T* out, int64_t out_ld);
 
-  // out[r, :width] = sum over d < depth of coefficients[r * row_stride + d * depth_stride] * source[d, :width], for r in
-  // [row_begin, row_end). Summed in float32 by ascending d, then rounded to T.
+  // out[r, :width] = base of r + sum over d < depth of coefficients[r * row_stride + d * depth_stride] *
+  // source[d, :width], for r in [row_begin, row_end). Summed in float32 by ascending d, then rounded to T.
   // requires: 1 <= width <= panel_width <= readable elements in each row of the source.
   void (*dense_product)(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
-                        int64_t depth_stride, int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld);
+                        int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
+                        int64_t out_ld);
 };
 
 // The cells of an LSTM. Its units are computed in blocks of `block`; a unit has four gates, in torch's order: input,
@@ -104,7 +116,7 @@ struct LstmKernels {
 };
 
 // What an optimizer does to one row of a parameter, whose gradient is g (zeros, where the gradient is null): first
-// g += l2 * w. Where `narrow` is not null, it gets the new weights rounded to bfloat16.
+// g += l2 * w. Where `bf16_copy` is not null, it gets the new weights rounded to bfloat16.
 struct SgdStep {
   float l2, lr, momentum;
   float keep, add;  // buffer = keep * buffer + add * g
@@ -122,10 +134,10 @@ struct AdagradStep {
 };
 
 struct OptimizerKernels {
-  void (*sgd)(const SgdStep& step, int64_t width, const float* grad, float* weight, float* buffer, Bf16* narrow);
+  void (*sgd)(const SgdStep& step, int64_t width, const float* grad, float* weight, float* buffer, Bf16* bf16_copy);
   void (*adam)(const AdamStep& step, int64_t width, const float* grad, float* weight, float* first, float* second,
-               Bf16* narrow);
-  void (*adagrad)(const AdagradStep& step, int64_t width, const float* grad, float* weight, float* sum, Bf16* narrow);
+               Bf16* bf16_copy);
+  void (*adagrad)(const AdagradStep& step, int64_t width, const float* grad, float* weight, float* sum, Bf16* bf16_copy);
 };
 
 struct Kernels {

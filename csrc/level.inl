@@ -18,9 +18,14 @@ constexpr int kPanelLines = 4;
 #include "optimizer.inl"
 
 template <class T>
-constexpr TypedKernels<T> kTyped = {topk_rows<T>,  add_columns<T>,    kPanelLines * Line<T>::kEntries,
+constexpr TypedKernels<T> kTyped = {topk_rows<T>,
+                                    add_columns<T>,
+                                    add_scaled_rows<T>,
+                                    kPanelLines * Line<T>::kEntries,
                                     kGatherLines<T> * Line<T>::kEntries,
-                                    pack<T>,       gather_product<T>, dense_product<T>};
+                                    pack<T>,
+                                    gather_product<T>,
+                                    dense_product<T>};
 
 constexpr LstmKernels kLstm = {kBlock, pack_block, dot_block, spread_gates, step_cells, step_cells_gradient};
 

@@ -17,26 +17,131 @@ bool valid_selection(Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, i
          fits<T>(rows, outputs, grad.ld);
 }
 
-// Moves the first k rows of out [outputs, width] to their places, and clears all others; each thread some columns. From
-// the last to the first, so that no row is overwritten before it has moved: its place is never before it.
+float rounded(double value, float*) { return static_cast<float>(value); }
+Bf16 rounded(double value, Bf16*) { return rounded_to_bf16(static_cast<float>(value)); }
+float widened(float value) { return value; }
+float widened(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// What all rows share adds a matrix of rank one to each product: shared W to every row of the input's gradient, and to row
+// o of the weight's shared[o] times the sum of the inputs. Summed in float64.
 template <class T>
-void spread_rows(Team team, const int32_t* indices, int64_t k, int64_t outputs, int64_t width, T* out) {
+class SharedBases {
+ public:
+  SharedBases(const TypedKernels<T>& kernels, const LinearBackward<T>& call)
+      : kernels_(kernels),
+        call_(call),
+        of_input_(kBases, has_input() ? call.inputs : 0),
+        of_weight_(kWeightBase, has_weight() ? call.inputs : 0),
+        sums_(kSharedSums, call.shared != nullptr ? call.inputs : 0) {}
+
+  explicit operator bool() const { return of_input_ && of_weight_ && sums_; }
+
+  // Every thread: its columns of both. Before the products, and a wait.
+  void read(Team team) const {
+    const Range columns = team.part(call_.inputs, 64);
+    if (call_.shared == nullptr || columns.size() <= 0) return;
+    double* sums = sums_.get() + columns.begin;
+    if (has_input()) {
+      std::fill_n(sums, columns.size(), 0.0);
+      kernels_.add_scaled_rows(call_.weight.data + columns.begin, call_.weight.ld, call_.shared, call_.outputs,
+                               columns.size(), sums);
+      round(columns, of_input_.get());
+    }
+    if (has_weight()) {
+      std::fill_n(sums, columns.size(), 0.0);
+      kernels_.add_columns(call_.x.data + columns.begin, call_.x.ld, call_.rows, columns.size(), sums, nullptr);
+      round(columns, of_weight_.get());
+    }
+  }
+
+  // From a column on; null without a shared part. `factors` holds what is shared of each row of the product.
+  Base<T> of_input(int64_t column) const { return {has_input() ? of_input_.get() + column : nullptr, nullptr}; }
+  Base<T> of_weight(int64_t column, const T* factors) const {
+    return {has_weight() ? of_weight_.get() + column : nullptr, factors};
+  }
+
+ private:
+  bool has_input() const { return call_.shared != nullptr && call_.grad_input != nullptr; }
+  bool has_weight() const { return call_.shared != nullptr && call_.grad_weight != nullptr; }
+  void round(Range columns, float* to) const {
+    for (int64_t c = columns.begin; c < columns.end; ++c) to[c] = static_cast<float>(sums_.get()[c]);
+  }
+
+  const TypedKernels<T>& kernels_;
+  const LinearBackward<T>& call_;
+  Scratch<float> of_input_, of_weight_;
+  Scratch<double> sums_;
+};
+
+// Moves the first rows of the weight's gradient, those of the selected columns, to their places, and fills all others
+// with what is shared, or zeros; each thread some columns. From the last to the first, so that no row is overwritten before
+// it has moved: its place is never before it.
+template <class T>
+void spread_rows(Team team, const LinearBackward<T>& call, const SharedBases<T>& bases) {
+  const int64_t width = call.inputs;
   const Range columns = team.part(width, 64);
-  if (columns.begin >= columns.end) return;
-  const size_t bytes = static_cast<size_t>(columns.end - columns.begin) * sizeof(T);
-  out += columns.begin;
-  int64_t next = outputs;
-  for (int64_t j = k - 1; j >= 0; --j) {
-    const int64_t place = indices[j];
-    for (int64_t o = place + 1; o < next; ++o) std::memset(out + o * width, 0, bytes);
+  if (columns.size() <= 0) return;
+  const size_t bytes = static_cast<size_t>(columns.size()) * sizeof(T);
+  const float* base = bases.of_weight(columns.begin, nullptr).row;
+  T* out = call.grad_weight + columns.begin;
+  const auto fill = [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      T* row = out + o * width;
+      if (base == nullptr) {
+        std::memset(row, 0, bytes);
+        continue;
+      }
+      const float factor = widened(call.shared[o]);
+      for (int64_t c = 0; c < columns.size(); ++c) row[c] = rounded(factor * base[c], row);
+    }
+  };
+  int64_t next = call.outputs;
+  for (int64_t j = call.kept() - 1; j >= 0; --j) {
+    const int64_t place = call.indices[j];
+    fill(place + 1, next);
     if (place != j) std::memcpy(out + place * width, out + j * width, bytes);
     next = place;
   }
-  for (int64_t o = 0; o < next; ++o) std::memset(out + o * width, 0, bytes);
+  fill(0, next);
 }
 
-float rounded(double value, float*) { return static_cast<float>(value); }
-Bf16 rounded(double value, Bf16*) { return rounded_to_bf16(static_cast<float>(value)); }
+// In how many rows each output is selected with what is not zero. Each thread counts a part of the rows.
+template <class T>
+class Hits {
+ public:
+  Hits(const LinearBackward<T>& call, int threads)
+      : total_(call.hits), outputs_(call.outputs), counts_(kHits, total_ != nullptr ? threads * outputs_ : 0) {}
+
+  explicit operator bool() const { return bool{counts_}; }
+
+  // First: every thread, when its part of the rows is selected.
+  void count(Team team, const ByRow<T>& from) const {
+    if (total_ == nullptr) return;
+    int32_t* counts = counts_.get() + team.id * outputs_;
+    std::fill_n(counts, outputs_, 0);
+    const Range rows = team.row_part(from.rows);
+    const int64_t end = from.first(rows.end);
+    for (int64_t i = from.first(rows.begin); i < end; ++i) counts[from.terms.rows[i]] += !is_zero(from.terms.coefficients[i]);
+  }
+
+  // Second: every thread, when all have counted.
+  void add_up(Team team) const {
+    if (total_ == nullptr) return;
+    const Range own = team.part(outputs_);
+    for (int64_t output = own.begin; output < own.end; ++output)
+      for (int thread = 0; thread < team.size; ++thread) total_[output] += counts_.get()[thread * outputs_ + output];
+  }
+
+ private:
+  int64_t* total_;
+  int64_t outputs_;
+  Scratch<int32_t> counts_;
+};
 
 // One pass over the output gradient for exact top-k of its rows, and for the sums of its columns, the bias's gradient.
 template <class T>
@@ -54,17 +159,16 @@ class RowsPass {
 
   explicit operator bool() const { return candidates_ && sums_; }
 
-  // Every thread: its part of the rows, in chunks that are still in the cache when they are summed.
-  void read(Team team, bool select, int64_t k, T* values, int32_t* indices) {
+  // Every thread: its part of the rows, in chunks that are still in the cache when they are summed. Top-k is within each of
+  // so many blocks of the outputs; k of 0: none.
+  void read(Team team, int64_t k, int64_t blocks, T* values, int32_t* indices) {
     const Range part = team.row_part(rows_);
     if (wants_sums_)
       for (int64_t row = part.begin; row < part.end; row += block_) std::fill_n(block_sums(row), outputs_, 0.0);
     const int64_t chunk = std::max<int64_t>(8, kPackedBytes / (outputs_ * static_cast<int64_t>(sizeof(T))));
     for (int64_t begin = part.begin; begin < part.end; begin += chunk) {
       const int64_t end = std::min(begin + chunk, part.end);
-      if (select)
-        kernels_.topk_rows(grad_.data, grad_.ld, begin, end, outputs_, k, values, indices,
-                           candidates_.get() + team.id * candidate_words());
+      if (k > 0) select(team, begin, end, k, blocks, values, indices);
       if (wants_sums_) sum(begin, end);
     }
   }
@@ -80,6 +184,23 @@ class RowsPass {
   }
 
  private:
+  // A block of a row is a row of its own.
+  void select(Team team, int64_t begin, int64_t end, int64_t k, int64_t blocks, T* values, int32_t* indices) {
+    uint32_t* candidates = candidates_.get() + team.id * candidate_words();
+    const int64_t width = outputs_ / blocks, kept = k * blocks;
+    if (blocks == 1)
+      return kernels_.topk_rows(grad_.data, grad_.ld, begin, end, width, k, values, indices, candidates);
+    if (grad_.ld == outputs_)
+      kernels_.topk_rows(grad_.data, width, begin * blocks, end * blocks, width, k, values, indices, candidates);
+    else
+      for (int64_t row = begin; row < end; ++row)
+        kernels_.topk_rows(grad_.data + row * grad_.ld, width, 0, blocks, width, k, values + row * kept,
+                           indices + row * kept, candidates);
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t block = 1; block < blocks; ++block)
+        for (int64_t j = 0; j < k; ++j) indices[row * kept + block * k + j] += static_cast<int32_t>(block * width);
+  }
+
   void sum(int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t block_end = std::min(end, (begin / block_ + 1) * block_);
@@ -132,16 +253,20 @@ class ColumnsPass {
       for (int64_t c = 0; c < count; ++c) sums_out[begin + c] = rounded(sums[c], sums_out);
   }
 
-  // One thread, when all have read.
-  void choose(int64_t k, int32_t* indices) {
-    choose_largest(magnitudes_.get(), outputs_, k, scores_.get(), indices);
+  // One thread, when all have read: k of each of so many blocks of the columns.
+  void choose(int64_t k, int64_t blocks, int32_t* indices) {
+    const int64_t width = outputs_ / blocks;
+    for (int64_t block = 0; block < blocks; ++block, indices += k) {
+      choose_largest(magnitudes_.get() + block * width, width, k, scores_.get(), indices);
+      for (int64_t j = 0; j < k; ++j) indices[j] += static_cast<int32_t>(block * width);
+    }
   }
 
-  // Every thread, when the columns are chosen: the values [rows, k] of its rows.
-  void gather(Team team, int64_t k, const int32_t* indices, T* values) const {
+  // Every thread, when the columns are chosen: the values [rows, kept] of its rows.
+  void gather(Team team, int64_t kept, const int32_t* indices, T* values) const {
     const Range part = team.part(rows_);
     for (int64_t row = part.begin; row < part.end; ++row)
-      for (int64_t j = 0; j < k; ++j) values[row * k + j] = grad_.data[row * grad_.ld + indices[j]];
+      for (int64_t j = 0; j < kept; ++j) values[row * kept + j] = grad_.data[row * grad_.ld + indices[j]];
   }
 
  private:
@@ -157,87 +282,139 @@ template <class T>
 Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads) {
   const bool needs_input = call.grad_input != nullptr, needs_weight = call.grad_weight != nullptr;
   const bool needs_bias = call.grad_bias != nullptr;
-  const int64_t terms = call.rows * call.k;
+  const int64_t selected = call.selected();
   const Packing<T> weight(kernels, {call.weight, nullptr, call.outputs, call.inputs},
-                          terms >= kUsesWorthPacking * call.outputs);
-  const Packing<T> x(kernels, {call.x, nullptr, call.rows, call.inputs}, call.k >= kUsesWorthPacking);
+                          selected >= kUsesWorthPacking * call.outputs);
+  const Packing<T> x(kernels, {call.x, nullptr, call.rows, call.inputs}, selected >= kUsesWorthPacking * call.rows);
   const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
   const Scratch<T> packed(kPacked, threads * packed_size);
   RowsPass<T> pass(kernels, call.grad, call.rows, call.outputs, needs_bias, threads);
-  Transposed<T> transposed(call.rows, call.outputs, needs_weight ? call.k : 0, threads);
-  if (!packed || !pass || !transposed) return Status::kNoMemory;
+  Transposed<T> transposed(call.outputs, needs_weight ? selected : 0, threads);
+  const SharedBases<T> bases(kernels, call);
+  const Hits<T> hits(call, threads);
+  if (!packed || !pass || !transposed || !bases || !hits) return Status::kNoMemory;
 
-  const Terms<T> by_row = {nullptr, call.k, call.indices, call.values}, by_output = transposed.terms();
-  const auto gather = [&](const Terms<T>& from) {
-    return [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width, T* out) {
-      kernels.gather_product(source, source_ld, from, begin, end, width, out, call.inputs);
-    };
-  };
+  const ByRow<T> selection = {call.rows, {call.starts, call.kept(), call.indices, call.values}};
+  const Terms<T> by_output = transposed.terms();
   run_team(threads, [&](Team team) {
     T* own = packed.get() + team.id * packed_size;
-    if (call.select || needs_bias) pass.read(team, call.select, call.k, call.values, call.indices);
-    if (needs_weight) transposed.count(team, call.indices);
+    if (call.select || needs_bias) pass.read(team, call.select ? call.k : 0, call.blocks, call.values, call.indices);
+    if (needs_weight) transposed.count(team, selection);
+    hits.count(team, selection);
+    bases.read(team);
     team.wait();
     if (needs_bias) pass.write_sums(team, call.grad_bias);
+    hits.add_up(team);
     if (needs_weight && team.id == 0) transposed.allot(team);
-    if (needs_input) weight.multiply(team, own, call.rows, kernels.gather_width, call.grad_input, gather(by_row));
+    if (needs_input)
+      weight.multiply(team, own, call.rows, kernels.gather_width,
+                      [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {
+                        kernels.gather_product(source, source_ld, selection.terms, bases.of_input(column), begin, end,
+                                               columns, call.grad_input + column, call.inputs);
+                      });
     if (!needs_weight) return;
     team.wait();
-    transposed.fill(team, call.values, call.indices);
+    transposed.fill(team, selection);
     team.wait();
-    x.multiply(team, own, call.outputs, kernels.gather_width, call.grad_weight, gather(by_output));
+    x.multiply(team, own, call.outputs, kernels.gather_width,
+               [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {
+                 kernels.gather_product(source, source_ld, by_output, bases.of_weight(column, call.shared), begin, end,
+                                        columns, call.grad_weight + column, call.inputs);
+               });
   });
   return Status::kOk;
+}
+
+// Adds in how many rows each of the kept columns has what is not zero; each thread some columns.
+template <class T>
+void count_columns(Team team, const LinearBackward<T>& call) {
+  const int64_t kept = call.kept();
+  const Range own = team.part(kept);
+  for (int64_t row = 0; row < call.rows; ++row)
+    for (int64_t j = own.begin; j < own.end; ++j) call.hits[call.indices[j]] += !is_zero(call.values[row * kept + j]);
 }
 
 template <class T>
 Status columns_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads) {
   const bool needs_input = call.grad_input != nullptr, needs_weight = call.grad_weight != nullptr;
   const bool needs_bias = call.grad_bias != nullptr;
-  const Packing<T> weight(kernels, {call.weight, call.indices, call.k, call.inputs}, true);
+  const int64_t kept = call.kept();
+  const Packing<T> weight(kernels, {call.weight, call.indices, kept, call.inputs}, true);
   const Packing<T> x(kernels, {call.x, nullptr, call.rows, call.inputs}, true);
   const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
   const Scratch<T> packed(kPacked, threads * packed_size);
+  const Scratch<T> factors(kFactors, call.shared != nullptr ? kept : 0);  // what is shared of each kept column
   ColumnsPass<T> pass(kernels, call.grad, call.rows, call.outputs, needs_bias);
-  if (!packed || !pass) return Status::kNoMemory;
+  const SharedBases<T> bases(kernels, call);
+  if (!packed || !factors || !pass || !bases) return Status::kNoMemory;
+  if (call.shared != nullptr)
+    for (int64_t j = 0; j < kept; ++j) factors.get()[j] = call.shared[call.indices[j]];
 
   run_team(threads, [&](Team team) {
     T* own = packed.get() + team.id * packed_size;
     if (call.select || needs_bias) pass.read(team, call.select, call.grad_bias);
     if (call.select) {
       team.wait();
-      if (team.id == 0) pass.choose(call.k, call.indices);
+      if (team.id == 0) pass.choose(call.k, call.blocks, call.indices);
       team.wait();
-      pass.gather(team, call.k, call.indices, call.values);
+      pass.gather(team, kept, call.indices, call.values);
+      team.wait();
+    }
+    if (call.hits != nullptr) count_columns(team, call);
+    if (call.shared != nullptr) {
+      bases.read(team);
       team.wait();
     }
     if (needs_input)
-      weight.multiply(team, own, call.rows, kernels.panel_width, call.grad_input,
-                      [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width, T* out) {
-                        kernels.dense_product(source, source_ld, call.k, call.values, call.k, 1, begin, end, width, out,
-                                              call.inputs);
+      weight.multiply(team, own, call.rows, kernels.panel_width,
+                      [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {
+                        kernels.dense_product(source, source_ld, kept, call.values, kept, 1, bases.of_input(column),
+                                              begin, end, columns, call.grad_input + column, call.inputs);
                       });
     if (!needs_weight) return;
-    x.multiply(team, own, call.k, kernels.panel_width, call.grad_weight,
-               [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width, T* out) {
-                 kernels.dense_product(source, source_ld, call.rows, call.values, 1, call.k, begin, end, width, out,
-                                       call.inputs);
+    x.multiply(team, own, kept, kernels.panel_width,
+               [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {
+                 kernels.dense_product(source, source_ld, call.rows, call.values, 1, kept,
+                                       bases.of_weight(column, factors.get()), begin, end, columns,
+                                       call.grad_weight + column, call.inputs);
                });
     if (call.weight_rows_only) return;
     team.wait();
-    spread_rows(team, call.indices, call.k, call.outputs, call.inputs, call.grad_weight);
+    spread_rows(team, call, bases);
   });
   return Status::kOk;
 }
 
-// Whether the indices of each row are within the outputs and ascend.
-bool valid_indices(const int32_t* indices, int64_t rows, int64_t k, int64_t outputs) {
+// Whether a given selection's starts and indices are what they must be: those of each row ascend, within the outputs.
+template <class T>
+bool valid_indices(const LinearBackward<T>& call) {
+  const int64_t rows = call.scope == Scope::kRows ? call.rows : 1;
+  if (call.starts != nullptr) {
+    if (call.starts[0] != 0 || call.starts[rows] != call.entries) return false;
+    bool valid = true;
+    for (int64_t row = 0; row < rows; ++row) valid &= call.starts[row] <= call.starts[row + 1];
+    if (!valid) return false;
+  }
+  const ByRow<T> selection = {rows, {call.starts, call.k, call.indices, call.values}};
   bool valid = true;
-  for (int64_t row = 0; row < rows; ++row, indices += k) {
-    valid &= indices[0] >= 0 && indices[k - 1] < outputs;
-    for (int64_t j = 1; j < k; ++j) valid &= indices[j - 1] < indices[j];
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t begin = selection.first(row), end = selection.first(row + 1);
+    if (begin == end) continue;
+    valid &= call.indices[begin] >= 0 && call.indices[end - 1] < call.outputs;
+    for (int64_t i = begin + 1; i < end; ++i) valid &= call.indices[i - 1] < call.indices[i];
   }
   return valid;
+}
+
+// Whether it says how many entries are selected in one of the ways that there are.
+template <class T>
+bool valid_count(const LinearBackward<T>& call) {
+  if (call.weight_rows_only && (call.scope == Scope::kRows || call.shared != nullptr)) return false;
+  if (call.select)
+    return call.blocks >= 1 && call.outputs % call.blocks == 0 && 1 <= call.k && call.k <= call.outputs / call.blocks &&
+           call.starts == nullptr && call.shared == nullptr;
+  if (call.blocks != 1 || call.k < 0 || call.k > call.outputs) return false;
+  return call.starts == nullptr || (call.scope == Scope::kRows && fits<int64_t>(1, call.entries, 0));
 }
 
 }  // namespace
@@ -258,7 +435,7 @@ Status topk_rows(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t o
   threads = team_size(threads, rows * outputs, 0);
   RowsPass<T> pass(typed<T>(kernels), grad, rows, outputs, false, threads);
   if (!pass) return Status::kNoMemory;
-  run_team(threads, [&](Team team) { pass.read(team, true, k, values, indices); });
+  run_team(threads, [&](Team team) { pass.read(team, k, 1, values, indices); });
   return Status::kOk;
 }
 
@@ -271,7 +448,7 @@ Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_
   run_team(team_size(threads, rows * outputs, 0), [&](Team team) {
     pass.read(team, true, nullptr);
     team.wait();
-    if (team.id == 0) pass.choose(k, indices);
+    if (team.id == 0) pass.choose(k, 1, indices);
     team.wait();
     pass.gather(team, k, indices, values);
   });
@@ -295,22 +472,21 @@ template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
   const TrimAtEnd trim;
   int64_t work = 0;
-  if (!valid_selection(call.grad, call.rows, call.outputs, call.k, call.threads) ||
+  if (!valid_selection(call.grad, call.rows, call.outputs, 1, call.threads) || !valid_count(call) ||
       !fits<T>(call.outputs, call.inputs, call.weight.ld) || !fits<T>(call.rows, call.inputs, call.x.ld) ||
-      !fits<int64_t>(call.rows, call.k, 0) || __builtin_mul_overflow(call.rows * call.k, call.inputs, &work))
+      !fits<int64_t>(call.rows, call.kept(), 0) || __builtin_mul_overflow(call.selected(), call.inputs, &work))
     return Status::kBadSize;
 
-  const int64_t index_rows = call.scope == Scope::kRows ? call.rows : 1;
-  const bool keep_selection = call.indices != nullptr;
-  const Scratch<T> values(kValues, keep_selection ? 0 : call.rows * call.k);
-  const Scratch<int32_t> indices(kIndices, keep_selection ? 0 : index_rows * call.k);
+  const bool own_selection = call.select && call.indices == nullptr;
+  const Scratch<T> values(kValues, own_selection ? call.rows * call.kept() : 0);
+  const Scratch<int32_t> indices(kIndices, own_selection ? (call.scope == Scope::kRows ? call.rows : 1) * call.kept() : 0);
   if (!values || !indices) return Status::kNoMemory;
-  if (!keep_selection) call.values = values.get(), call.indices = indices.get();
-  if (!call.select && !valid_indices(call.indices, index_rows, call.k, call.outputs)) return Status::kBadIndex;
+  if (own_selection) call.values = values.get(), call.indices = indices.get();
+  if (!call.select && !valid_indices(call)) return Status::kBadIndex;
 
   if (call.inputs == 0) call.grad_input = call.grad_weight = nullptr;
   const size_t row_bytes = static_cast<size_t>(call.inputs) * sizeof(T);
-  const int64_t weight_rows = call.weight_rows_only ? call.k : call.outputs;
+  const int64_t weight_rows = call.weight_rows_only ? call.kept() : call.outputs;
   if (call.grad_input != nullptr) prefer_large_pages(call.grad_input, static_cast<size_t>(call.rows) * row_bytes);
   if (call.grad_weight != nullptr) prefer_large_pages(call.grad_weight, static_cast<size_t>(weight_rows) * row_bytes);
   const int threads = team_size(call.threads, call.rows * call.outputs, work);

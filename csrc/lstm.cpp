@@ -91,7 +91,7 @@ class BlockProduct {
   void multiply(Matrix<float> rows, int64_t count, float* sums) const {
     const int64_t width = 4 * kernels_.lstm.block;
     if (packed_ != nullptr)
-      return kernels_.f32.dense_product(packed_, width, depth_, rows.data, rows.ld, 1, 0, count, width, sums, width);
+      return kernels_.f32.dense_product(packed_, width, depth_, rows.data, rows.ld, 1, {}, 0, count, width, sums, width);
     for (int64_t row = 0; row < count; ++row)
       kernels_.lstm.dot(weight_.data, weight_.ld, units_, count_, rows.data + row * rows.ld, depth_, sums + row * width);
   }
@@ -200,14 +200,14 @@ class WalkBack {
         gate_gradients_(kGateGradients, walk.batch() * 4 * units_),
         grad_output_(kGradOutput, walk.batch() * units_),
         grad_cells_(kGradCells, walk.batch() * units_),
-        narrow_(kNarrow, in_place_ ? 0 : 4 * units_ * panel_),
+        padded_(kPadded, in_place_ ? 0 : 4 * units_ * panel_),
         candidates_(kCandidates, threads * candidate_words()),
         sums_(kBias, (walk.batch() / block_ + 1) * 4 * units_),
         magnitudes_(kMagnitudes, 4 * units_),
         scores_(kScores, units_) {}
 
   explicit operator bool() const {
-    return values_ && indices_ && gate_gradients_ && grad_output_ && grad_cells_ && narrow_ && candidates_ && sums_ &&
+    return values_ && indices_ && gate_gradients_ && grad_output_ && grad_cells_ && padded_ && candidates_ && sums_ &&
            magnitudes_ && scores_;
   }
 
@@ -220,7 +220,7 @@ class WalkBack {
     const Range own = team.part(walk_.batch(), block_), gates = team.part(4 * units_);
     if (!in_place_)
       kernels_.f32.pack(call_.weight_hh.data + gates.begin * call_.weight_hh.ld, call_.weight_hh.ld, nullptr,
-                        gates.size(), units_, narrow_.get() + gates.begin * panel_, panel_);
+                        gates.size(), units_, padded_.get() + gates.begin * panel_, panel_);
     const int64_t count = own.size() * units_;
     copy_or_clear(at_row(call_.grad_last_h, own.begin, units_), count, grad_output(own.begin));
     copy_or_clear(at_row(call_.grad_last_c, own.begin, units_), count, grad_cells(own.begin));
@@ -306,11 +306,11 @@ class WalkBack {
     const Terms<float> terms = {nullptr, kept_, indices_.get() + first, values_.get() + first};
     if (in_place_)
       for_pieces(units_, panel_, kernels_.f32.gather_width, [&](int64_t column, int64_t columns) {
-        kernels_.f32.gather_product(call_.weight_hh.data + column, call_.weight_hh.ld, terms, rows.begin, rows.end,
+        kernels_.f32.gather_product(call_.weight_hh.data + column, call_.weight_hh.ld, terms, {}, rows.begin, rows.end,
                                     columns, grad_output(0) + column, units_);
       });
     else
-      kernels_.f32.gather_product(narrow_.get(), panel_, terms, rows.begin, rows.end, units_, grad_output(0), units_);
+      kernels_.f32.gather_product(padded_.get(), panel_, terms, {}, rows.begin, rows.end, units_, grad_output(0), units_);
   }
 
   float* grad_output(int64_t row) const { return grad_output_.get() + row * units_; }
@@ -326,7 +326,7 @@ class WalkBack {
   bool in_place_;
   Scratch<float> values_;
   Scratch<int32_t> indices_;
-  Scratch<float> gate_gradients_, grad_output_, grad_cells_, narrow_;
+  Scratch<float> gate_gradients_, grad_output_, grad_cells_, padded_;
   Scratch<uint32_t> candidates_;
   Scratch<float> sums_;
   Scratch<double> magnitudes_;
@@ -407,15 +407,16 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
                                         call.grad_weight_ih != nullptr ? x.size() : 0,
                                         call.grad_weight_hh != nullptr ? h.size() : 0});
   const Scratch<float> packed(kPacked, threads * packed_size);
-  Transposed<float> transposed(rows, outputs, needs_weight ? kept : 0, threads);
+  Transposed<float> transposed(outputs, needs_weight ? rows * kept : 0, threads);
   UnitHits hits(call.hits != nullptr ? units : 0, call.k, threads);
   if (!earlier || !packed || !transposed || !hits) return Status::kNoMemory;
 
-  const Terms<float> by_row = {nullptr, kept, back.indices(), back.values()}, by_output = transposed.terms();
-  const auto gather = [&](const Terms<float>& from, int64_t out_ld) {
-    return [&kernels, from, out_ld](const float* source, int64_t source_ld, int64_t begin, int64_t end, int64_t width,
-                                    float* out) {
-      kernels.f32.gather_product(source, source_ld, from, begin, end, width, out, out_ld);
+  const ByRow<float> selection = {rows, {nullptr, kept, back.indices(), back.values()}};
+  const Terms<float> by_output = transposed.terms();
+  const auto gather = [&](const Terms<float>& from, float* out, int64_t out_ld) {
+    return [&kernels, from, out, out_ld](const float* source, int64_t source_ld, int64_t begin, int64_t end,
+                                         int64_t column, int64_t columns) {
+      kernels.f32.gather_product(source, source_ld, from, {}, begin, end, columns, out + column, out_ld);
     };
   };
   const int64_t step_width = kernels.f32.gather_width;
@@ -429,9 +430,10 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
       hits.add_to(team, call.hits);
     }
     if (call.grad_bias != nullptr) back.write_bias(team);
-    if (call.grad_x != nullptr) weight.multiply(team, own, rows, step_width, call.grad_x, gather(by_row, call.inputs));
+    if (call.grad_x != nullptr)
+      weight.multiply(team, own, rows, step_width, gather(selection.terms, call.grad_x, call.inputs));
     if (!needs_weight) return;
-    transposed.count(team, back.indices());
+    transposed.count(team, selection);
     const Range steps = team.part(walk.steps());
     for (int64_t step = steps.begin; step < steps.end; ++step)
       for (int64_t row = 0; row < walk.size(step); ++row)
@@ -439,12 +441,12 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
     team.wait();
     if (team.id == 0) transposed.allot(team);
     team.wait();
-    transposed.fill(team, back.values(), back.indices());
+    transposed.fill(team, selection);
     team.wait();
     if (call.grad_weight_ih != nullptr)
-      x.multiply(team, own, outputs, step_width, call.grad_weight_ih, gather(by_output, call.inputs));
+      x.multiply(team, own, outputs, step_width, gather(by_output, call.grad_weight_ih, call.inputs));
     if (call.grad_weight_hh != nullptr)
-      h.multiply(team, own, outputs, step_width, call.grad_weight_hh, gather(by_output, units));
+      h.multiply(team, own, outputs, step_width, gather(by_output, call.grad_weight_hh, units));
   });
   return Status::kOk;
 }

@@ -65,7 +65,8 @@ PyObject* finish(Status status) {
     case Status::kNoMemory:
       return PyErr_NoMemory();
     case Status::kBadIndex:
-      PyErr_SetString(PyExc_IndexError, "the indices of a selection must ascend, and lie within the output features");
+      PyErr_SetString(PyExc_IndexError, "the indices of a selection must ascend, and lie within the output features, and its starts go from 0 "
+                      "to the number of its entries without descending");
       return nullptr;
     case Status::kBadSize:
       break;
@@ -99,7 +100,10 @@ Status backward(Scope scope, const int64_t* a) {
   LinearBackward<T> call;
   call.scope = scope;
   call.grad = {address<const T>(a[0]), a[1]};
-  call.rows = a[2], call.outputs = a[3], call.k = a[4];
+  call.rows = a[2], call.outputs = a[3];
+  call.k = a[4], call.blocks = a[18];
+  call.starts = address<const int64_t>(a[19]), call.entries = a[20];
+  call.shared = address<const T>(a[21]), call.hits = address<int64_t>(a[22]);
   call.values = address<T>(a[5]), call.indices = address<int32_t>(a[6]);
   call.threads = thread_count(a[7]);
   call.inputs = a[8];
@@ -113,7 +117,7 @@ Status backward(Scope scope, const int64_t* a) {
 // The arguments of each: dtype, scope, then those of the function, `count` of them.
 template <class Run32, class Run16>
 PyObject* run(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, Run32 run_f32, Run16 run_bf16) {
-  int64_t a[20];
+  int64_t a[25];
   if (!read_integers(args, given, count + 2, a)) return nullptr;
   if ((a[0] != kFloat32 && a[0] != kBfloat16) || (a[1] != kRowsScope && a[1] != kColumnsScope)) {
     PyErr_SetString(PyExc_ValueError, "unknown dtype or scope code");
@@ -136,7 +140,7 @@ PyObject* py_column_scores(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  return run(args, given, 18, backward<float>, backward<Bf16>);
+  return run(args, given, 23, backward<float>, backward<Bf16>);
 }
 
 Sequences sequences(const int64_t* a) { return {a[0], a[1], address<const int64_t>(a[2]), a[3] != 0}; }
@@ -261,10 +265,10 @@ PyObject* py_ascending(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return PyBool_FromLong(ascending(address<const int64_t>(a[0]), a[1], a[2]));
 }
 
-PyObject* py_narrow_agrees(PyObject*, PyObject* const* args, Py_ssize_t given) {
+PyObject* py_copy_agrees(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int64_t a[4];
   if (!read_integers(args, given, 4, a)) return nullptr;
-  return PyBool_FromLong(narrow_agrees(address<const float>(a[0]), address<const Bf16>(a[1]), a[2], a[3]));
+  return PyBool_FromLong(copy_agrees(address<const float>(a[0]), address<const Bf16>(a[1]), a[2], a[3]));
 }
 
 PyObject* py_levels(PyObject*, PyObject*) {
@@ -309,7 +313,7 @@ PyMethodDef methods[] = {
      "column_scores(dtype, scope, grad, grad_ld, rows, outputs, scores, threads)"},
     {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,
      "linear_backward(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads, inputs, weight, weight_ld, "
-     "x, x_ld, grad_input, grad_weight, grad_bias, select, weight_rows_only)"},
+     "x, x_ld, grad_input, grad_weight, grad_bias, select, weight_rows_only, blocks, starts, entries, shared, hits)"},
     {"lstm_forward", as_method(py_lstm_forward), METH_FASTCALL,
      "lstm_forward(rows, steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
      "from_zeros, h, c, gates, last_h, last_c, threads), all float32"},
@@ -318,16 +322,16 @@ PyMethodDef methods[] = {
      "x_ld, h, c, gates, grad_output, grad_last_h, grad_last_c, grad_x, grad_weight_ih, grad_weight_hh, grad_bias, "
      "grad_h0, grad_c0, hits, threads), all float32 but hits"},
     {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
-     "sgd_rows(rows, width, count, indices, grad, weight, narrow, every_row, row_step, threads, buffer, nesterov, step, lr, "
+     "sgd_rows(rows, width, count, indices, grad, weight, bf16_copy, every_row, row_step, threads, buffer, nesterov, step, lr, "
      "momentum, dampening, weight_decay)"},
     {"adam_rows", as_method(py_adam_rows), METH_FASTCALL,
-     "adam_rows(rows, width, count, indices, grad, weight, narrow, every_row, row_step, threads, exp_avg, exp_avg_sq, "
+     "adam_rows(rows, width, count, indices, grad, weight, bf16_copy, every_row, row_step, threads, exp_avg, exp_avg_sq, "
      "decoupled, step, lr, beta1, beta2, eps, weight_decay)"},
     {"adagrad_rows", as_method(py_adagrad_rows), METH_FASTCALL,
-     "adagrad_rows(rows, width, count, indices, grad, weight, narrow, every_row, row_step, threads, sum, step, lr, eps, weight_decay)"},
+     "adagrad_rows(rows, width, count, indices, grad, weight, bf16_copy, every_row, row_step, threads, sum, step, lr, eps, weight_decay)"},
     {"ascending", as_method(py_ascending), METH_FASTCALL, "ascending(indices, count, rows) -> whether they are, int64"},
-    {"narrow_agrees", as_method(py_narrow_agrees), METH_FASTCALL,
-     "narrow_agrees(weight, narrow, size, samples) -> whether some entries are the weight's as bfloat16"},
+    {"copy_agrees", as_method(py_copy_agrees), METH_FASTCALL,
+     "copy_agrees(weight, bf16_copy, size, samples) -> whether some entries are the weight's as bfloat16"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -11,8 +11,8 @@ bool valid(const SparseRows& call) {
   return call.row_step == nullptr || call.step >= 1;
 }
 
-// Calls apply(step, row, grad) for each row that moves: its gradient, null where it has none, and step_of(slept), where
-// `slept` counts the steps that its state has missed. Rows mostly have slept alike, and powers are dear.
+// Calls apply(step, row, grad) for each row that moves: its gradient, null where it has none, and step_of(missed), where
+// `missed` counts the steps that its state has missed. Most rows have missed alike, and powers are dear.
 template <class StepOf, class Apply>
 Status for_rows(const SparseRows& call, StepOf step_of, Apply apply) {
   if (!valid(call)) return Status::kBadSize;
@@ -24,8 +24,8 @@ Status for_rows(const SparseRows& call, StepOf step_of, Apply apply) {
     auto step = step_of(known);
     const auto visit = [&](int64_t row, const float* grad) {
       if (call.row_step != nullptr) {
-        const double slept = call.step - 1 - static_cast<double>(call.row_step[row]);
-        if (slept != known) step = step_of(known = slept);
+        const double missed = call.step - 1 - static_cast<double>(call.row_step[row]);
+        if (missed != known) step = step_of(known = missed);
         call.row_step[row] = static_cast<float>(call.step);
       }
       apply(step, row, grad);
@@ -37,9 +37,9 @@ Status for_rows(const SparseRows& call, StepOf step_of, Apply apply) {
     const int64_t* end = call.indices + call.count;
     const int64_t* next = std::lower_bound(call.indices, end, part.begin);
     for (int64_t row = part.begin; row < part.end; ++row) {
-      const bool awake = next != end && *next == row;
-      visit(row, awake ? call.grad + (next - call.indices) * call.width : nullptr);
-      next += awake;
+      const bool has_gradient = next != end && *next == row;
+      visit(row, has_gradient ? call.grad + (next - call.indices) * call.width : nullptr);
+      next += has_gradient;
     }
   });
   return Status::kOk;
@@ -59,61 +59,61 @@ bool ascending(const int64_t* indices, int64_t count, int64_t rows) {
   return valid;
 }
 
-bool narrow_agrees(const float* weight, const Bf16* narrow, int64_t size, int64_t samples) {
+bool copy_agrees(const float* weight, const Bf16* bf16_copy, int64_t size, int64_t samples) {
   const int64_t stride = std::max<int64_t>(1, size / samples) | 1;  // odd, so that the samples lie in different columns
   for (int64_t i = 0; i < size; i += stride) {
     const bool nan = weight[i] != weight[i];  // has many forms, and torch's casts give others than ours
-    if (nan ? (narrow[i].bits & 0x7fff) <= 0x7f80 : rounded_to_bf16(weight[i]).bits != narrow[i].bits) return false;
+    if (nan ? (bf16_copy[i].bits & 0x7fff) <= 0x7f80 : rounded_to_bf16(weight[i]).bits != bf16_copy[i].bits) return false;
   }
   return true;
 }
 
 Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& options) {
-  SgdStep awake;
-  awake.l2 = static_cast<float>(options.weight_decay);
-  awake.lr = static_cast<float>(options.lr);
-  awake.momentum = static_cast<float>(options.momentum);
-  awake.add = static_cast<float>(1 - options.dampening);
-  awake.nesterov = options.nesterov;
-  const auto step_of = [&](double slept) {
-    SgdStep step = awake;
-    step.keep = static_cast<float>(std::pow(options.momentum, slept + 1));
+  SgdStep up_to_date;
+  up_to_date.l2 = static_cast<float>(options.weight_decay);
+  up_to_date.lr = static_cast<float>(options.lr);
+  up_to_date.momentum = static_cast<float>(options.momentum);
+  up_to_date.add = static_cast<float>(1 - options.dampening);
+  up_to_date.nesterov = options.nesterov;
+  const auto step_of = [&](double missed) {
+    SgdStep step = up_to_date;
+    step.keep = static_cast<float>(std::pow(options.momentum, missed + 1));
     return step;
   };
   return for_rows(call, step_of, [&](const SgdStep& step, int64_t row, const float* grad) {
     kernels.optimizer.sgd(step, call.width, grad, at(call.weight, call, row), at(options.buffer, call, row),
-                          at(call.narrow, call, row));
+                          at(call.bf16_copy, call, row));
   });
 }
 
 Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& options) {
-  AdamStep awake;
-  awake.l2 = options.decoupled ? 0.0f : static_cast<float>(options.weight_decay);
-  awake.first = static_cast<float>(1 - options.beta1);
-  awake.second = static_cast<float>(1 - options.beta2);
-  awake.step_size = static_cast<float>(options.lr / (1 - std::pow(options.beta1, call.step)));
-  awake.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(options.beta2, call.step)));
-  awake.eps = static_cast<float>(options.eps);
+  AdamStep up_to_date;
+  up_to_date.l2 = options.decoupled ? 0.0f : static_cast<float>(options.weight_decay);
+  up_to_date.first = static_cast<float>(1 - options.beta1);
+  up_to_date.second = static_cast<float>(1 - options.beta2);
+  up_to_date.step_size = static_cast<float>(options.lr / (1 - std::pow(options.beta1, call.step)));
+  up_to_date.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(options.beta2, call.step)));
+  up_to_date.eps = static_cast<float>(options.eps);
   const double shrink = options.decoupled ? 1 - options.lr * options.weight_decay : 1;
-  const auto step_of = [&](double slept) {
-    AdamStep step = awake;
-    step.keep_first = static_cast<float>(std::pow(options.beta1, slept + 1));
-    step.keep_second = static_cast<float>(std::pow(options.beta2, slept + 1));
-    step.shrink = static_cast<float>(std::pow(shrink, slept + 1));
+  const auto step_of = [&](double missed) {
+    AdamStep step = up_to_date;
+    step.keep_first = static_cast<float>(std::pow(options.beta1, missed + 1));
+    step.keep_second = static_cast<float>(std::pow(options.beta2, missed + 1));
+    step.shrink = static_cast<float>(std::pow(shrink, missed + 1));
     return step;
   };
   return for_rows(call, step_of, [&](const AdamStep& step, int64_t row, const float* grad) {
     kernels.optimizer.adam(step, call.width, grad, at(call.weight, call, row), at(options.first, call, row),
-                           at(options.second, call, row), at(call.narrow, call, row));
+                           at(options.second, call, row), at(call.bf16_copy, call, row));
   });
 }
 
 Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options) {
-  const AdagradStep awake = {static_cast<float>(options.weight_decay), static_cast<float>(options.lr),
+  const AdagradStep up_to_date = {static_cast<float>(options.weight_decay), static_cast<float>(options.lr),
                              static_cast<float>(options.eps)};
-  return for_rows(call, [&](double) { return awake; }, [&](const AdagradStep& step, int64_t row, const float* grad) {
+  return for_rows(call, [&](double) { return up_to_date; }, [&](const AdagradStep& step, int64_t row, const float* grad) {
     kernels.optimizer.adagrad(step, call.width, grad, at(call.weight, call, row), at(options.sum, call, row),
-                              at(call.narrow, call, row));
+                              at(call.bf16_copy, call, row));
   });
 }
 

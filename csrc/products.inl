@@ -28,6 +28,8 @@ struct Line<float> {
   static Entries load(const float* from) { return {as_float(load_words(from))}; }
 
   F32 all = zero();
+  void begin_with(const float* sums) { all = as_float(load_words(sums)); }
+  void scale(F32 factor) { all = multiply(factor, all); }
   void add_product(F32 coefficient, Entries from) { all = multiply_add(coefficient, from.all, all); }
   void store(float* to) const { store_words(to, as_bits(all)); }
 };
@@ -45,6 +47,12 @@ struct Line<Bf16> {
   }
 
   F32 even = zero(), odd = zero();
+  void begin_with(const float* sums) {
+    float of_even[kLanes], of_odd[kLanes];
+    for (int i = 0; i < kLanes; ++i) of_even[i] = sums[2 * i], of_odd[i] = sums[2 * i + 1];
+    even = as_float(load_words(of_even)), odd = as_float(load_words(of_odd));
+  }
+  void scale(F32 factor) { even = multiply(factor, even), odd = multiply(factor, odd); }
   void add_product(F32 coefficient, Entries from) {
     even = multiply_add(coefficient, from.even, even);
     odd = multiply_add(coefficient, from.odd, odd);
@@ -71,6 +79,17 @@ template <class T, int Lines>
 struct PanelSums {
   static constexpr int kWidth = Lines * Line<T>::kEntries;
   Line<T> lines[Lines];
+
+  void begin_with(const float* sums, int64_t width) {
+    float whole[kWidth] = {};
+    __builtin_memcpy(whole, sums, static_cast<size_t>(width) * sizeof(float));
+    for (int i = 0; i < Lines; ++i) lines[i].begin_with(whole + i * Line<T>::kEntries);
+  }
+
+  void scale(float by) {
+    const F32 factor = broadcast(by);
+    for (int i = 0; i < Lines; ++i) lines[i].scale(factor);
+  }
 
   void add_product(float coefficient, const T* source) {
     const F32 factor = broadcast(coefficient);
@@ -111,12 +130,18 @@ inline int64_t first_term(const Terms<T>& terms, int64_t row) {
   return terms.starts != nullptr ? terms.starts[row] : row * terms.per_row;
 }
 
-template <class T, int Lines>
-inline void gather_lines(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
-                         int64_t width, T* out, int64_t out_ld) {
+template <class T, int Lines, bool HasBase>
+inline void gather_lines(const T* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
+                         int64_t row_end, int64_t width, T* out, int64_t out_ld) {
+  PanelSums<T, Lines> first;
+  if (HasBase) first.begin_with(base.row, width);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t end = first_term(terms, row + 1);
     PanelSums<T, Lines> sums;
+    if (HasBase) {
+      sums = first;
+      if (base.factors != nullptr) sums.scale(to_float(base.factors[row]));
+    }
     for (int64_t i = first_term(terms, row); i < end; ++i)
       sums.add_product(to_float(terms.coefficients[i]), source + terms.rows[i] * source_ld);
     sums.store(out + row * out_ld, width);
@@ -124,17 +149,24 @@ inline void gather_lines(const T* source, int64_t source_ld, const Terms<T>& ter
 }
 
 template <class T>
-void gather_product(const T* source, int64_t source_ld, const Terms<T>& terms, int64_t row_begin, int64_t row_end,
-                    int64_t width, T* out, int64_t out_ld) {
-  const auto gather = width <= kPanelLines * Line<T>::kEntries ? gather_lines<T, kPanelLines> : gather_lines<T, kGatherLines<T>>;
-  gather(source, source_ld, terms, row_begin, row_end, width, out, out_ld);
+void gather_product(const T* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
+                    int64_t row_end, int64_t width, T* out, int64_t out_ld) {
+  const bool narrow = width <= kPanelLines * Line<T>::kEntries;
+  auto gather = narrow ? gather_lines<T, kPanelLines, false> : gather_lines<T, kGatherLines<T>, false>;
+  if (base.row != nullptr) gather = narrow ? gather_lines<T, kPanelLines, true> : gather_lines<T, kGatherLines<T>, true>;
+  gather(source, source_ld, terms, base, row_begin, row_end, width, out, out_ld);
 }
 
 // `Rows` output rows at once, so that each line of the panel is loaded once for all of them.
 template <class T, int Rows>
 inline void dense_rows(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
-                       int64_t depth_stride, int64_t width, T* out, int64_t out_ld) {
+                       int64_t depth_stride, Base<T> base, int64_t width, T* out, int64_t out_ld) {
   PanelSums<T, kPanelLines> sums[Rows];
+  if (base.row != nullptr)
+    for (int r = 0; r < Rows; ++r) {
+      sums[r].begin_with(base.row, width);
+      if (base.factors != nullptr) sums[r].scale(to_float(base.factors[r]));
+    }
   for (int64_t d = 0; d < depth; ++d, source += source_ld, coefficients += depth_stride) {
     typename Line<T>::Entries entries[kPanelLines];
     for (int i = 0; i < kPanelLines; ++i) entries[i] = Line<T>::load(source + i * Line<T>::kEntries);
@@ -148,22 +180,25 @@ inline void dense_rows(const T* source, int64_t source_ld, int64_t depth, const 
 
 template <class T, int Rows>
 inline void dense_rest(int64_t rows, const T* source, int64_t source_ld, int64_t depth, const T* coefficients,
-                       int64_t row_stride, int64_t depth_stride, int64_t width, T* out, int64_t out_ld) {
+                       int64_t row_stride, int64_t depth_stride, Base<T> base, int64_t width, T* out, int64_t out_ld) {
   if (rows == Rows)
-    dense_rows<T, Rows>(source, source_ld, depth, coefficients, row_stride, depth_stride, width, out, out_ld);
+    dense_rows<T, Rows>(source, source_ld, depth, coefficients, row_stride, depth_stride, base, width, out, out_ld);
   else if constexpr (Rows > 1)
-    dense_rest<T, Rows - 1>(rows, source, source_ld, depth, coefficients, row_stride, depth_stride, width, out, out_ld);
+    dense_rest<T, Rows - 1>(rows, source, source_ld, depth, coefficients, row_stride, depth_stride, base, width, out,
+                            out_ld);
 }
 
 template <class T>
 void dense_product(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
-                   int64_t depth_stride, int64_t row_begin, int64_t row_end, int64_t width, T* out, int64_t out_ld) {
+                   int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
+                   int64_t out_ld) {
   // Blocks of nearly equal numbers of rows: a last one of one or two would wait for the panel's lines.
   constexpr int kRows = kSumRegisters / (kPanelLines * Line<T>::kSums);
   for (int64_t row = row_begin, blocks = (row_end - row_begin + kRows - 1) / kRows; blocks > 0; --blocks) {
     const int64_t rows = (row_end - row + blocks - 1) / blocks;
-    dense_rest<T, kRows>(rows, source, source_ld, depth, coefficients + row * row_stride, row_stride, depth_stride, width,
-                         out + row * out_ld, out_ld);
+    const Base<T> of_rows = {base.row, base.factors != nullptr ? base.factors + row : nullptr};
+    dense_rest<T, kRows>(rows, source, source_ld, depth, coefficients + row * row_stride, row_stride, depth_stride,
+                         of_rows, width, out + row * out_ld, out_ld);
     row += rows;
   }
 }
@@ -179,6 +214,19 @@ void add_columns(const T* grad, int64_t grad_ld, int64_t rows, int64_t columns, 
         for (int64_t c = begin; c < end; ++c) sums[c] += static_cast<double>(to_float(row[c]));
       if (magnitudes != nullptr)
         for (int64_t c = begin; c < end; ++c) magnitudes[c] += __builtin_fabs(static_cast<double>(to_float(row[c])));
+    }
+  }
+}
+
+template <class T>
+void add_scaled_rows(const T* source, int64_t source_ld, const T* factors, int64_t rows, int64_t columns, double* sums) {
+  constexpr int64_t kBlock = 512;  // columns whose sums stay in L1
+  for (int64_t begin = 0; begin < columns; begin += kBlock) {
+    const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
+    const T* row = source;
+    for (int64_t n = 0; n < rows; ++n, row += source_ld) {
+      const double factor = static_cast<double>(to_float(factors[n]));
+      for (int64_t c = begin; c < end; ++c) sums[c] += factor * static_cast<double>(to_float(row[c]));
     }
   }
 }

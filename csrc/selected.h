@@ -33,6 +33,9 @@ inline uint64_t order_key(double magnitude) {
   return key;
 }
 
+inline bool is_zero(float value) { return value == 0; }
+inline bool is_zero(Bf16 value) { return (value.bits & 0x7fff) == 0; }
+
 // The k columns with the largest magnitudes, by ascending index; of equals the lower index, NaN the largest.
 inline void choose_largest(const double* magnitudes, int64_t columns, int64_t k, Scored* scores, int32_t* indices) {
   for (int32_t o = 0; o < columns; ++o) scores[o] = {order_key(magnitudes[o]), o};
@@ -41,28 +44,37 @@ inline void choose_largest(const double* magnitudes, int64_t columns, int64_t k,
   std::sort(indices, indices + k);
 }
 
-// The selection [rows, k] by output instead of by row: for each output the rows that selected it, ascending, and their
-// values. A counting sort, in which each thread counts and later places its part of the rows.
+// Which outputs are selected of each row, and with what: as Terms, by row.
+template <class T>
+struct ByRow {
+  int64_t rows;
+  Terms<T> terms;  // their `rows` are outputs
+
+  int64_t first(int64_t row) const { return terms.starts != nullptr ? terms.starts[row] : row * terms.per_row; }
+};
+
+// A selection by output instead of by row: for each output the rows that selected it, ascending, and their values. A
+// counting sort, in which each thread counts and later places its part of the rows.
 template <class T>
 class Transposed {
  public:
-  Transposed(int64_t rows, int64_t outputs, int64_t k, int threads)
-      : rows_(rows),
-        outputs_(outputs),
-        k_(k),
+  // entries: of the selection; 0 where it is not to be used.
+  Transposed(int64_t outputs, int64_t entries, int threads)
+      : outputs_(outputs),
         starts_(kStarts, outputs + 1),
         places_(kPlaces, threads * outputs),
-        source_rows_(kSourceRows, rows * k),
-        values_(kSourceValues, rows * k) {}
+        source_rows_(kSourceRows, entries),
+        values_(kSourceValues, entries) {}
 
   explicit operator bool() const { return starts_ && places_ && source_rows_ && values_; }
 
   // First: every thread, when its part of the rows is selected.
-  void count(Team team, const int32_t* indices) {
+  void count(Team team, const ByRow<T>& from) {
     int64_t* counts = places_.get() + team.id * outputs_;
     std::memset(counts, 0, sizeof(int64_t) * static_cast<size_t>(outputs_));
-    const Range rows = team.row_part(rows_);
-    for (int64_t i = rows.begin * k_; i < rows.end * k_; ++i) ++counts[indices[i]];
+    const Range rows = team.row_part(from.rows);
+    const int64_t end = from.first(rows.end);
+    for (int64_t i = from.first(rows.begin); i < end; ++i) ++counts[from.terms.rows[i]];
   }
 
   // Second: one thread, when all have counted. Turns each count into the place of the first entry.
@@ -81,14 +93,15 @@ class Transposed {
   }
 
   // Third: every thread, when the places are allotted. After it, and a wait, the terms are there.
-  void fill(Team team, const T* values, const int32_t* indices) {
+  void fill(Team team, const ByRow<T>& from) {
     int64_t* places = places_.get() + team.id * outputs_;
-    const Range rows = team.row_part(rows_);
+    const Range rows = team.row_part(from.rows);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      for (int64_t i = row * k_; i < (row + 1) * k_; ++i) {
-        const int64_t to = places[indices[i]]++;
+      const int64_t end = from.first(row + 1);
+      for (int64_t i = from.first(row); i < end; ++i) {
+        const int64_t to = places[from.terms.rows[i]]++;
         source_rows_.get()[to] = static_cast<int32_t>(row);
-        values_.get()[to] = values[i];
+        values_.get()[to] = from.terms.coefficients[i];
       }
     }
   }
@@ -96,7 +109,7 @@ class Transposed {
   Terms<T> terms() const { return {starts_.get(), 0, source_rows_.get(), values_.get()}; }
 
  private:
-  int64_t rows_, outputs_, k_;
+  int64_t outputs_;
   Scratch<int64_t> starts_, places_;
   Scratch<int32_t> source_rows_;
   Scratch<T> values_;
@@ -146,10 +159,10 @@ class Packing {
   // Elements of scratch for each thread.
   int64_t size() const { return in_place_ ? 0 : source_.rows * columns_; }
 
-  // Computes out [rows, width], each thread a part of all (copy, row) pairs. Calls product(source, source_ld, row begin,
-  // row end, width, out) for a block of rows and up to `step` columns, source and out being at the first of them.
+  // Computes a product [rows, width], each thread a part of all (copy, row) pairs. Calls product(source, source_ld, row
+  // begin, row end, first column, columns) for a block of rows and up to `step` columns, source being at the first.
   template <class Product>
-  void multiply(Team team, T* packed, int64_t rows, int64_t step, T* out, Product product) const {
+  void multiply(Team team, T* packed, int64_t rows, int64_t step, Product product) const {
     if (rows == 0) return;
     auto [begin, end] = team.part((source_.width + columns_ - 1) / columns_ * rows);
     while (begin < end) {
@@ -163,11 +176,11 @@ class Packing {
         const int64_t block_end = std::min(row + kRowBlock, row_end);
         if (in_place_)
           for_pieces(width, panel_, step, [&](int64_t column, int64_t columns) {
-            product(source_.matrix.data + column, source_.matrix.ld, row, block_end, columns, out + column);
+            product(source_.matrix.data + column, source_.matrix.ld, row, block_end, column, columns);
           });
         else
           for (int64_t column = 0; column < width; column += step)
-            product(packed + column, columns_, row, block_end, std::min(step, width - column), out + first + column);
+            product(packed + column, columns_, row, block_end, first + column, std::min(step, width - column));
       }
       begin += row_end - row_begin;
     }

@@ -32,7 +32,7 @@ enum Use {
   kSourceValues,
   kPacked,
   kPackedInputs,
-  kNarrow,
+  kPadded,
   kOffsets,
   kSums,
   kEarlier,
@@ -41,6 +41,10 @@ enum Use {
   kGradCells,
   kHits,
   kLastRows,
+  kSharedSums,
+  kBases,
+  kWeightBase,
+  kFactors,
   kUses
 };
 

@@ -301,7 +301,7 @@ def test_inputs_that_torch_does_not_cast_are_refused_as_by_torch(layer, dtype, g
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, -1, -0x400000])
 def test_a_weight_of_nan_is_its_own_copy(layer, bits, backend, monkeypatch):
     if backend == "reference":
-        monkeypatch.setattr("meprop.ops.narrow_agrees", reference.narrow_agrees)
+        monkeypatch.setattr("meprop.ops.copy_agrees", reference.copy_agrees)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(bits, dtype=torch.int32).view(torch.float32).expand(40, 24))
     forward(layer)

@@ -10,8 +10,7 @@ import torch
 import meprop
 from meprop import ops, optim
 from meprop.errors import NotSupportedError
-from meprop.ops import native, reference
-from meprop.selection import AwakeRows
+from meprop.ops import GradientRows, native, reference
 
 ROWS, WIDTH = 37, 19
 
@@ -208,9 +207,10 @@ def test_native_updates_are_the_references_in_float64(level, op, shape, every_ro
         wide = [tensor.double() for tensor in tensors]
         wide_step = None if row_step is None else row_step.clone()
         missing = [None] if name == "sgd_rows" and states == 0 else []
-        getattr(native, name)(*tensors, *missing, AwakeRows(awake, grad, every_row, row_step, narrow), 12.0, **options)
         missing += [None] if name == "adam_rows" else []
-        oracle = AwakeRows(awake, grad.double(), every_row, wide_step)
+        found = GradientRows(awake, grad, every_row, row_step, narrow)
+        getattr(ops.backend("native"), name)(*tensors, *missing, found, 12.0, **options)
+        oracle = GradientRows(awake, grad.double(), every_row, wide_step)
         getattr(reference, name)(*wide, *missing, oracle, 12.0, **options)
         for found, expected in zip(tensors, wide, strict=True):
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
@@ -247,9 +247,9 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize("indices", [[-1, 3], [3, ROWS], [4, 4], [5, 2]])
 def test_native_code_refuses_rows_that_are_not_there(indices):
     weight = torch.zeros(ROWS, WIDTH)
-    rows = AwakeRows(torch.tensor(indices), torch.ones(2, WIDTH))
+    rows = GradientRows(torch.tensor(indices), torch.ones(2, WIDTH))
     with pytest.raises(IndexError, match="ascend"):
-        native.adagrad_rows(weight, weight.clone(), rows, 1.0, lr=1.0, eps=1.0, weight_decay=0.0)
+        ops.backend("native").adagrad_rows(weight, weight.clone(), rows, 1.0, lr=1.0, eps=1.0, weight_decay=0.0)
     assert not weight.any()
 
 
@@ -560,7 +560,7 @@ def test_rows_of_another_shape_are_refused_before_memory_is_touched(what):
         row_step = torch.zeros(3)
     options = {"lr": 1.0, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
     with pytest.raises(ValueError, match=r"do not go with a parameter \[4, 6\]"):
-        ops.sgd_rows(weight, buffer, AwakeRows(torch.tensor([1]), values, row_step=row_step), 1.0, **options)
+        ops.sgd_rows(weight, buffer, GradientRows(torch.tensor([1]), values, row_step=row_step), 1.0, **options)
     assert torch.equal(weight, torch.ones(4, 6))
 
 

@@ -6,7 +6,7 @@ import torch
 import meprop
 from cases import GRADIENTS, SELECTIONS, gradient
 from meprop import ops
-from meprop.ops import native, reference
+from meprop.ops import native
 from meprop.policy import Activity
 
 
@@ -35,7 +35,7 @@ def test_matrices_that_do_not_go_with_the_selection_are_refused():
         ops.grad_weight(selection, torch.randn(3, 5))
     with pytest.raises(IndexError, match="output features"):
         ops.grad_input(
-            meprop.RowSelection(torch.ones(1, 1), torch.tensor([[8]], dtype=torch.int32), 9), torch.ones(8, 5)
+            meprop.RowSelection(torch.ones(1, 1), torch.tensor([[9]], dtype=torch.int32), 9), torch.ones(9, 5)
         )
 
 
@@ -73,4 +73,4 @@ def test_what_is_shared_among_all_rows_is_not_selected():
 
 def test_a_unit_with_several_gates_is_hit_once_a_row():
     gates = [meprop.TopK(1).select(torch.tensor(rows)) for rows in ([[2.0, 1.0], [1.0, 2.0]], [[2.0, 1.0], [2.0, 0.0]])]
-    assert reference.count_hits(gates).tolist() == [2, 1]
+    assert ops.count_hits(gates).tolist() == [2, 1]

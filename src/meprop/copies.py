@@ -67,7 +67,7 @@ def serves(weight: Tensor, dtype: torch.dtype) -> bool:
 def of(weight: Tensor) -> Tensor:
     """The bfloat16 copy of a weight that `serves` says yes to, up to date. Not to be written."""
     copy = _find(weight)
-    if copy is not None and copy.is_of(weight) and ops.narrow_agrees(weight, copy.tensor, _SAMPLES):
+    if copy is not None and copy.is_of(weight) and ops.copy_agrees(weight, copy.tensor, _SAMPLES):
         return copy.tensor
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
         if copy is not None and (copy.tensor.shape, copy.tensor.device) == (weight.shape, weight.device):

@@ -30,7 +30,7 @@ from torch._guards import TracingContext
 
 from meprop import copies, ops
 from meprop.errors import NotSupportedError
-from meprop.selection import AwakeRows
+from meprop.ops import GradientRows
 
 SparseRows = Literal["exact", "decay", "lazy"]
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -112,7 +112,7 @@ class _RowSparse(torch.optim.Optimizer):
     ) -> None:
         self._begin(parameter, group)
         narrow = copies.current(parameter)
-        rows = AwakeRows(indices, -values if group["maximize"] else values, every_row, row_step, narrow)
+        rows = GradientRows(indices, -values if group["maximize"] else values, every_row, row_step, narrow)
         self._update(parameter, rows, self._next_step(parameter), group)
         if narrow is not None:
             copies.rewritten(parameter)
@@ -156,7 +156,7 @@ class _RowSparse(torch.optim.Optimizer):
         """Whether the dense optimizer moves a row whose gradient is zero."""
         raise NotImplementedError
 
-    def _update(self, parameter: Tensor, rows: AwakeRows, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
     # ---- what torch does not know of
@@ -304,7 +304,7 @@ class SGD(_RowSparse, torch.optim.SGD):
     def _moves_asleep(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0 or group["weight_decay"] != 0
 
-    def _update(self, parameter: Tensor, rows: AwakeRows, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         buffer, dampening = None, float(group["dampening"])
         if group["momentum"] != 0:
             state = self.state[parameter]
@@ -399,7 +399,7 @@ class Adam(_RowSparse, torch.optim.Adam):
     def _moves_asleep(self, group: dict[str, Any]) -> bool:
         return True
 
-    def _update(self, parameter: Tensor, rows: AwakeRows, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         beta1, beta2 = group["betas"]
         ops.adam_rows(
@@ -524,7 +524,7 @@ class Adagrad(_RowSparse, torch.optim.Adagrad):
     def _moves_asleep(self, group: dict[str, Any]) -> bool:
         return group["weight_decay"] != 0
 
-    def _update(self, parameter: Tensor, rows: AwakeRows, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         weight_decay, eps = group["weight_decay"], group["eps"]
         ops.adagrad_rows(parameter, self.state[parameter]["sum"], rows, step, lr=lr, weight_decay=weight_decay, eps=eps)

@@ -173,22 +173,3 @@ def _check(values: Tensor, indices: Tensor, dims: int, shape: torch.Size, form: 
 def _check_shared(shared: Tensor | None, width: int) -> None:
     if shared is not None and shared.shape != (width,):
         raise ValueError(f"shared is [O] = [{width}], not {list(shared.shape)}")
-
-
-@dataclass(frozen=True)
-class AwakeRows:
-    """The rows of a parameter [O, *] that an optimizer's step has a gradient for; the others are asleep.
-
-    Attributes:
-        indices: Which they are [k], int64, ascending.
-        values: Their gradients [k, *].
-        every_row: Whether sleeping rows move as well, with a gradient of zeros.
-        row_step: The step until which each row's state is up to date [O], float32, and then made so; None: all are.
-        narrow: A bfloat16 copy of the parameter, that is to get what moves; None: there is none.
-    """
-
-    indices: Tensor
-    values: Tensor
-    every_row: bool = False
-    row_step: Tensor | None = None
-    narrow: Tensor | None = None

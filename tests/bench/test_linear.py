@@ -161,7 +161,7 @@ def test_help_explains_every_option(capsys):
 
 def off_by_a_little(position):
     """The real backward pass, one element of one gradient off by more than rounding explains."""
-    real = ops.topk_linear_backward
+    real = ops.linear_backward
 
     def backward(*args, **options):
         gradients = list(real(*args, **options))
@@ -175,7 +175,7 @@ def off_by_a_little(position):
 @pytest.mark.parametrize(("position", "name"), [(0, "input"), (1, "weight"), (2, "bias")])
 @pytest.mark.parametrize("kind", ["example", "batch"])
 def test_a_wrong_product_shows_no_ratio_and_fails(monkeypatch, capsys, kind, position, name):
-    monkeypatch.setattr(ops, "topk_linear_backward", off_by_a_little(position))
+    monkeypatch.setattr(ops, "linear_backward", off_by_a_little(position))
     page = Path("page.md")
     page.write_text(f"{BEGIN}\n{END}\n")
     assert bench("--page", "page.md", cases=[f"{kind}-fp32-8x16x40-k4", "topk-fp32-8x40-k3"]) == 1
@@ -204,24 +204,24 @@ def test_a_wrong_selection_shows_no_ratio_and_fails(monkeypatch, case):
 
 def test_the_products_of_another_selection_are_wrong(monkeypatch):
     """The fused backward pass makes a selection of its own, which must be the oracle's too."""
-    real = ops.topk_linear_backward
+    real = ops.linear_backward
 
-    def one_less(grad, k, *args, **options):
-        return real(grad, k - 1, *args, **options)
+    def one_less(topk, *args, **options):
+        return real(topk._replace(k=topk.k - 1), *args, **options)
 
-    monkeypatch.setattr(ops, "topk_linear_backward", one_less)
+    monkeypatch.setattr(ops, "linear_backward", one_less)
     assert bench(cases=["example-bf16-8x16x40-k4"]) == 1
 
 
 def test_a_pass_that_varies_is_wrong(monkeypatch):
     """As one whose threads race: right when checked, wrong a little later."""
-    wrong, right, calls = off_by_a_little(1), ops.topk_linear_backward, []
+    wrong, right, calls = off_by_a_little(1), ops.linear_backward, []
 
     def now_and_then(*args, **options):
         calls.append(1)
         return (wrong if len(calls) % 4 == 0 else right)(*args, **options)
 
-    monkeypatch.setattr(ops, "topk_linear_backward", now_and_then)
+    monkeypatch.setattr(ops, "linear_backward", now_and_then)
     assert bench(cases=["example-fp32-8x16x40-k4"]) == 1
     assert "when repeated" in result()["cases"][0]["wrong"]
 

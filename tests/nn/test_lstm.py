@@ -212,7 +212,10 @@ def test_the_number_of_threads_changes_no_bit(level, threads, scope, batch):
         torch.set_num_threads(count)
         trace = meprop.ops.lstm_forward(rows, *weights[:3], (None, None), sizes, False)
         arguments = (trace[:3], rows, *weights[:2], sizes, False, (grad.flatten(0, 1), None, None))
-        return [*trace, *meprop.ops.lstm_backward(*arguments, (20, scope), rule.select, (True,) * 6)]
+        return [
+            *trace,
+            *meprop.ops.lstm_backward(*arguments, rule.as_topk(500), rule.select, (True,) * 6),
+        ]
 
     once = results(1)
     for count in (2, 3, 7):

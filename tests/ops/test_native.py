@@ -15,15 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cases import GRADIENTS, LAYOUTS, NATIVE_DTYPES, SELECTIONS, bits, gradient
+from meprop import ops
 from meprop.ops import native, reference
-from meprop.selection import ColumnSelection, RowSelection
+from meprop.ops.topk import memory_format
+from meprop.selection import ColumnSelection, PlainTopK, RowSelection, Selection
+
+kernels = ops.backend("native")
 
 # Hypothesis runs many examples within one fixture's lifetime, which suits a level.
 shared_fixture = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def assert_same_selection(grad: torch.Tensor, k: int) -> None:
-    values, indices = native.topk_rows(grad, k)
+    values, indices = kernels.topk_rows(grad, k)
     expected_values, expected_indices = reference.topk_rows(grad, k)
     assert values.shape == indices.shape == (grad.shape[0], k)
     assert torch.equal(indices, expected_indices)
@@ -70,8 +74,8 @@ def test_threads_do_not_change_the_selection(level, threads, count):
 def test_neither_the_row_before_nor_the_padding_leaks_into_a_row(level):
     """A row's selection depends on that row alone, though the guess comes from the row before."""
     grad = torch.cat([gradient(kind, 6, 200, torch.float32) for kind in sorted(GRADIENTS)])
-    _, together = native.topk_rows(grad, 11)
-    alone = torch.cat([native.topk_rows(row[None], 11)[1] for row in grad])
+    _, together = kernels.topk_rows(grad, 11)
+    alone = torch.cat([kernels.topk_rows(row[None], 11)[1] for row in grad])
     assert torch.equal(together, alone)
 
 
@@ -81,7 +85,7 @@ def test_column_scores_are_what_topk_columns_chooses_by(level, poisoned, threads
     for number, kind in enumerate(GRADIENTS):
         torch.set_num_threads(1 + 2 * (number % 2))
         grad = gradient(kind, rows, width, dtype)
-        scores = native.column_scores(grad)
+        scores = kernels.column_scores(grad)
         torch.testing.assert_close(scores, reference.column_scores(grad), rtol=1e-14, atol=0, equal_nan=True)
         assert torch.equal(reference.topk_columns(scores[None], k)[1], reference.topk_columns(grad, k)[1])
 
@@ -89,7 +93,7 @@ def test_column_scores_are_what_topk_columns_chooses_by(level, poisoned, threads
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_column_scores_of_any_memory_layout(level, poisoned, layout):
     grad = LAYOUTS[layout](gradient("ties", 9, 61, torch.float32))
-    assert torch.equal(native.column_scores(grad), reference.column_scores(grad))
+    assert torch.equal(kernels.column_scores(grad), reference.column_scores(grad))
 
 
 CHANNEL_LAYOUTS = {
@@ -109,11 +113,11 @@ CHANNEL_LAYOUTS = {
 def test_topk_channels(level, poisoned, examples, width, sizes, k, kind, layout, dtype):
     matrix = gradient(kind, examples * sizes[0] * sizes[1], width, dtype)
     grad = CHANNEL_LAYOUTS[layout](matrix.view(examples, *sizes, width).movedim(-1, 1))
-    values, indices = native.topk_channels(grad, k)
+    values, indices = kernels.topk_channels(grad, k)
     expected_values, expected_indices = reference.topk_channels(grad, k)
     assert torch.equal(indices, expected_indices)
     assert torch.equal(bits(values), bits(expected_values))
-    assert reference.memory_format(values) == reference.memory_format(expected_values)
+    assert memory_format(values) == memory_format(expected_values)
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
@@ -122,7 +126,7 @@ def test_threads_do_not_change_the_channels(level, threads, dtype):
     results = []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
-        results.append(native.topk_channels(grad, 20)[1])
+        results.append(kernels.topk_channels(grad, 20)[1])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -166,36 +170,46 @@ def problem(rows, inputs, width, dtype, kind="normal"):
     )
 
 
+def selection_of(grad: torch.Tensor, k: int, scope: str) -> Selection:
+    if scope == "example":
+        return RowSelection(*reference.topk_rows(grad, k), grad.shape[1])
+    return ColumnSelection(*reference.topk_columns(grad, k), grad.shape[1])
+
+
+def topk_backward(grad, k, scope, weight, x, needs_bias=False, row_sparse=False):
+    """The gradients of input, weight and bias, by one native call that makes the selection as well."""
+    topk = PlainTopK(k, scope)
+    return kernels.linear_backward(topk, grad, weight, x, needs_bias=needs_bias, row_sparse=row_sparse)
+
+
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("scope", ["example", "batch"])
 @pytest.mark.parametrize(("rows", "inputs", "width", "k"), PRODUCTS)
 def test_the_whole_backward_pass(level, poisoned, rows, inputs, width, k, scope, dtype):
     grad, weight, x = problem(rows, inputs, width, dtype)
-    select = reference.topk_rows if scope == "example" else reference.topk_columns
-    values, indices = select(grad, k)
-    selection = (RowSelection if scope == "example" else ColumnSelection)(values, indices, width)
+    selection = selection_of(grad, k, scope)
     selected_NO = selection.to_dense()
 
-    grad_input, grad_weight, grad_bias, _ = native.topk_linear_backward(grad, k, scope, weight, x, True, False)
+    grad_input, grad_weight, grad_bias = topk_backward(grad, k, scope, weight, x, needs_bias=True)
     assert grad_input.dtype == grad_weight.dtype == grad_bias.dtype == dtype
     assert_close_to_exact(grad_input, selected_NO, weight)
     assert_close_to_exact(grad_weight, selected_NO.t(), x)
     torch.testing.assert_close(grad_bias, grad.double().sum(0).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-30)
 
     # each part alone, and with the selection given, is the same to the bit
-    part = native.topk_linear_backward(grad, k, scope, weight, None, False, False)
+    part = topk_backward(grad, k, scope, weight, None)
     assert torch.equal(bits(part[0]), bits(grad_input))
-    assert part[1:] == (None, None, None)
-    part = native.topk_linear_backward(grad, k, scope, None, x, False, False)
+    assert part[1:] == (None, None)
+    part = topk_backward(grad, k, scope, None, x)
     assert torch.equal(bits(part[1]), bits(grad_weight))
     assert part[0] is None
-    assert torch.equal(bits(native.grad_input(values, indices, weight)), bits(grad_input))
-    assert torch.equal(bits(native.grad_weight(values, indices, x, width)), bits(grad_weight))
+    assert torch.equal(bits(kernels.grad_input(selection, weight)), bits(grad_input))
+    assert torch.equal(bits(kernels.grad_weight(selection, x)), bits(grad_weight))
     if scope == "batch":
-        _, rows_only, _, row_indices = native.topk_linear_backward(grad, k, scope, None, x, False, True)
-        assert torch.equal(row_indices, indices)
-        assert torch.equal(bits(rows_only), bits(grad_weight[indices.long()]))
-        assert torch.equal(bits(native.grad_weight_rows(values, x)), bits(rows_only))
+        _, rows_only, _ = topk_backward(grad, k, scope, None, x, row_sparse=True)
+        assert torch.equal(rows_only.indices()[0], selection.indices.long())
+        assert torch.equal(bits(rows_only.values()), bits(grad_weight[selection.indices.long()]))
+        assert torch.equal(bits(kernels.grad_weight_rows(selection.values, x)), bits(rows_only.values()))
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
@@ -203,11 +217,11 @@ def test_the_whole_backward_pass(level, poisoned, rows, inputs, width, k, scope,
 @pytest.mark.parametrize("scope", ["example", "batch"])
 def test_products_of_special_values(level, poisoned, scope, kind, dtype):
     grad, weight, x = problem(9, 20, 50, dtype, kind)
-    expected = reference.topk_rows(grad, 6) if scope == "example" else reference.topk_columns(grad, 6)
-    grad_input, grad_weight, grad_bias, _ = native.topk_linear_backward(grad, 6, scope, weight, x, True, False)
+    expected = selection_of(grad, 6, scope)
+    grad_input, grad_weight, grad_bias = topk_backward(grad, 6, scope, weight, x, needs_bias=True)
     close = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 40 * torch.finfo(dtype).eps, "equal_nan": True}
-    torch.testing.assert_close(grad_input, reference.grad_input(*expected, weight), **close)
-    torch.testing.assert_close(grad_weight, reference.grad_weight(*expected, x, 50), **close)
+    torch.testing.assert_close(grad_input, reference.grad_input(expected, weight), **close)
+    torch.testing.assert_close(grad_weight, reference.grad_weight(expected, x), **close)
     torch.testing.assert_close(grad_bias, grad.double().sum(0).to(dtype), **close)
 
 
@@ -218,7 +232,7 @@ def test_what_is_not_selected_is_not_read(level):
     weight = torch.full((30, 70), float("nan"))
     weight[3:6] = torch.randn(3, 70)
     for scope in ("example", "batch"):
-        grad_input, *_ = native.topk_linear_backward(grad, 3, scope, weight, None, False, False)
+        grad_input, *_ = topk_backward(grad, 3, scope, weight, None)
         assert grad_input.isfinite().all()
 
 
@@ -226,20 +240,18 @@ def test_what_is_not_selected_is_not_read(level):
 def test_expanded_matrices(level, scope):
     """Each row the same memory: a leading dimension of 0."""
     grad, weight, x = (matrix[:1].expand(matrix.shape) for matrix in problem(6, 70, 30, torch.float32))
-    values, indices = (reference.topk_rows if scope == "example" else reference.topk_columns)(grad, 4)
-    grad_input, grad_weight, _, _ = native.topk_linear_backward(grad, 4, scope, weight, x, False, False)
-    torch.testing.assert_close(grad_input, reference.grad_input(values, indices, weight))
-    torch.testing.assert_close(grad_weight, reference.grad_weight(values, indices, x, 30))
+    selection = selection_of(grad, 4, scope)
+    grad_input, grad_weight, _ = topk_backward(grad, 4, scope, weight, x)
+    torch.testing.assert_close(grad_input, reference.grad_input(selection, weight))
+    torch.testing.assert_close(grad_weight, reference.grad_weight(selection, x))
 
 
-def test_negated_views_and_tensors_without_memory():
+def test_negated_views():
     grad, weight, x = problem(6, 70, 30, torch.float32)
-    expected = native.topk_linear_backward(-grad, 4, "example", -weight, -x, True, False)
-    got = native.topk_linear_backward(
-        *(torch._neg_view(grad), 4, "example"), *map(torch._neg_view, (weight, x)), True, False
-    )
-    assert all(torch.equal(a, b) for a, b in zip(expected[:3], got[:3], strict=True))
-    assert "memory" in str(native.declines(torch._efficientzerotensor(2, 3)))
+    expected = topk_backward(-grad, 4, "example", -weight, -x, needs_bias=True)
+    negative = [torch._neg_view(tensor) for tensor in (grad, weight, x)]
+    got = topk_backward(negative[0], 4, "example", *negative[1:], needs_bias=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 @shared_fixture
@@ -253,9 +265,8 @@ def test_products_of_any_shape_and_layout(level, data):
     grad, weight, x = (
         LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](matrix) for matrix in problem(rows, inputs, width, dtype)
     )
-    values, indices = (reference.topk_rows if scope == "example" else reference.topk_columns)(grad, k)
-    selection = (RowSelection if scope == "example" else ColumnSelection)(values, indices, width)
-    grad_input, grad_weight, _, _ = native.topk_linear_backward(grad, k, scope, weight, x, False, False)
+    selection = selection_of(grad, k, scope)
+    grad_input, grad_weight, _ = topk_backward(grad, k, scope, weight, x)
     assert_close_to_exact(grad_input, selection.to_dense(), weight)
     assert_close_to_exact(grad_weight, selection.to_dense().t(), x)
 
@@ -268,7 +279,7 @@ def test_threads_do_not_change_a_bit(level, threads, scope, dtype):
     results = []
     for count in (1, 2, 4, 2):
         torch.set_num_threads(count)
-        results.append(native.topk_linear_backward(grad, 20, scope, weight, x, True, False)[:3])
+        results.append(topk_backward(grad, 20, scope, weight, x, needs_bias=True))
     for other in results[1:]:
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], other, strict=True))
 
@@ -277,7 +288,7 @@ def test_calls_from_several_python_threads_at_once():
     problems = [problem(60, 100 + 30 * i, 200, torch.float32) for i in range(6)]
 
     def run(grad, weight, x):
-        return [native.topk_linear_backward(grad, 9, "example", weight, x, True, False)[:3] for _ in range(20)][-1]
+        return [topk_backward(grad, 9, "example", weight, x, needs_bias=True) for _ in range(20)][-1]
 
     alone = [run(*each) for each in problems]
     with ThreadPoolExecutor(6) as pool:
@@ -289,12 +300,12 @@ def test_calls_from_several_python_threads_at_once():
 def test_a_forked_process_neither_hangs_nor_errs():
     """A fork has none of the OpenMP threads that its parent has started; a DataLoader's worker is one."""
     grad, weight, x = problem(150, 333, 257, torch.float32)
-    expected = native.topk_linear_backward(grad, 20, "example", weight, x, True, False)
+    expected = topk_backward(grad, 20, "example", weight, x, needs_bias=True)
     child = os.fork()
     if child == 0:
-        got = native.topk_linear_backward(grad, 20, "example", weight, x, True, False)
+        got = topk_backward(grad, 20, "example", weight, x, needs_bias=True)
         torch.set_num_threads(1)  # torch's own operations do hang
-        os._exit(0 if all(torch.equal(a, b) for a, b in zip(expected[:3], got[:3], strict=True)) else 1)
+        os._exit(0 if all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)) else 1)
     deadline = time.monotonic() + 30
     while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -310,13 +321,14 @@ def test_a_forked_process_neither_hangs_nor_errs():
 )
 def test_fewer_threads_than_asked_for(limit):
     code = (
-        "import torch\nfrom meprop.ops import native\ntorch.manual_seed(0)\n"
+        "import torch\nfrom meprop import ops\nfrom meprop.selection import PlainTopK\ntorch.manual_seed(0)\n"
         "grad, weight, x = torch.randn(150, 257), torch.randn(257, 333), torch.randn(150, 333)\n"
         "results = []\n"
         "for threads in (1, 4):\n"
         "    torch.set_num_threads(threads)\n"
         "    for scope in ('example', 'batch'):\n"
-        "        results += native.topk_linear_backward(grad, 20, scope, weight, x, True, False)[:3]\n"
+        "        topk = PlainTopK(20, scope)\n"
+        "        results += ops.linear_backward(topk, grad, weight, x, needs_bias=True, row_sparse=False)\n"
         "assert all(torch.equal(a, b) for a, b in zip(results[:6], results[6:]))"
     )
     done = run_python(code, **limit)
@@ -335,7 +347,8 @@ def test_one_openmp_runtime_in_the_process():
 TOPK = dict.fromkeys(["dtype", "scope", "grad"], 0) | {"grad_ld": 8, "rows": 1, "outputs": 8, "k": 2}
 TOPK |= {"values": 0, "indices": 0, "threads": 1}
 BACKWARD = TOPK | {"inputs": 4, "weight": 0, "weight_ld": 4, "x": 0, "x_ld": 4}
-BACKWARD |= dict.fromkeys(["grad_input", "grad_weight", "grad_bias", "select", "weight_rows_only"], 0)
+BACKWARD |= dict.fromkeys(["grad_input", "grad_weight", "grad_bias"], 0) | {"select": 1, "weight_rows_only": 0}
+BACKWARD |= {"blocks": 1} | dict.fromkeys(["starts", "entries", "shared", "hits"], 0)
 
 
 SCORES = dict.fromkeys(["dtype", "scope", "grad"], 0) | {"grad_ld": 8, "rows": 1, "outputs": 8, "scores": 0}
@@ -415,16 +428,11 @@ def test_scratch_beyond_memory_raises():
 def test_a_selection_with_bad_indices_raises(indices):
     values, indices = torch.randn(1, 2), torch.tensor(indices, dtype=torch.int32)
     for selected in (indices, indices[0]):
+        selection = RowSelection(values, selected, 8) if selected.dim() == 2 else ColumnSelection(values, selected, 8)
         with pytest.raises(IndexError, match="ascend"):
-            native.grad_weight(values, selected, torch.randn(1, 4), 8)
+            kernels.grad_weight(selection, torch.randn(1, 4))
         with pytest.raises(IndexError, match="ascend"):
-            native.grad_input(values, selected, torch.randn(8, 4))
-
-
-def test_unserved_tensors_are_declined_with_the_reason():
-    assert "float16" in str(native.declines(torch.zeros(1, dtype=torch.float16)))
-    assert "meta" in str(native.declines(torch.zeros(1, device="meta")))
-    assert native.declines(torch.zeros(1)) is None
+            kernels.grad_input(selection, torch.randn(8, 4))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import torch
 
 from cases import ALL_DTYPES, GRADIENTS, SELECTIONS, gradient
 from meprop.ops import reference
+from meprop.selection import ColumnSelection, RowSelection
 
 
 def larger(a: float, b: float) -> bool:
@@ -73,14 +74,15 @@ def test_products_equal_sums_over_scalars():
             for i in range(4):
                 grad_input[n, i] += v * weight[o, i]
                 grad_weight[o, i] += v * x[n, i]
-    torch.testing.assert_close(reference.grad_input(values, indices, weight), grad_input)
-    torch.testing.assert_close(reference.grad_weight(values, indices, x, 6), grad_weight)
+    selection = RowSelection(values, indices, 6)
+    torch.testing.assert_close(reference.grad_input(selection, weight), grad_input)
+    torch.testing.assert_close(reference.grad_weight(selection, x), grad_weight)
 
 
 def test_an_unselected_row_of_the_weight_is_not_read():
     values, indices = reference.topk_rows(torch.tensor([[0.0, 2.0, 1.0]]), 1)
     weight = torch.tensor([[float("inf")], [3.0], [float("nan")]])
-    assert reference.grad_input(values, indices, weight).tolist() == [[6.0]]
+    assert reference.grad_input(RowSelection(values, indices, 3), weight).tolist() == [[6.0]]
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -91,8 +93,8 @@ def test_column_products_equal_dense_products_of_the_kept_columns(dtype):
     kept = torch.zeros(5, 9, dtype=torch.float64)
     kept[:, indices.long()] = grad[:, indices.long()].double()
     tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
-    grad_input = reference.grad_input(values, indices, weight)
-    grad_weight = reference.grad_weight(values, indices, x, 9)
+    grad_input = reference.grad_input(ColumnSelection(values, indices, 9), weight)
+    grad_weight = reference.grad_weight(ColumnSelection(values, indices, 9), x)
     assert grad_input.dtype == grad_weight.dtype == dtype
     torch.testing.assert_close(grad_input.double(), kept @ weight.double(), **tolerance)
     torch.testing.assert_close(grad_weight.double(), kept.t() @ x.double(), **tolerance)

@@ -1,48 +1,52 @@
-"""Selecting entries of an output gradient, and multiplying with what was selected."""
+"""Selecting entries of an output gradient, and multiplying with what was selected.
 
-from meprop.ops import library as _library  # noqa: F401  # pyright: ignore[reportUnusedImport]  (defines the operators)
-from meprop.ops.dispatch import (
+A file holds one family of operations: the contract of each, its literal reference, and the native call. `registry` says
+which backend serves a call.
+"""
+
+from meprop.ops import native as native  # isort: skip  (backends register in this order)
+from meprop.ops import triton as triton
+from meprop.ops.linear import linear_backward
+from meprop.ops.lstm import lstm_backward, lstm_forward
+from meprop.ops.optimizer import GradientRows, adagrad_rows, adam_rows, ascending, copy_agrees, sgd_rows
+from meprop.ops.products import (
+    Choice,
     Gradients,
-    adagrad_rows,
-    adam_rows,
-    ascending,
-    backend_info,
-    column_scores,
+    count_hits,
     grad_input,
     grad_weight,
-    lstm_backward,
-    lstm_forward,
-    narrow_agrees,
+    grad_weight_rows,
     row_sparse_tensor,
-    sgd_rows,
-    topk_channels,
-    topk_columns,
-    topk_linear_backward,
-    topk_rows,
 )
-from meprop.ops.dispatch import (
-    _linear_backward_temporary as linear_backward,
-)
-from meprop.ops.reference import memory_format
+from meprop.ops.registry import Backend, backend, backend_info, reference, register, remove
+from meprop.ops.topk import column_scores, memory_format, topk_channels, topk_columns, topk_rows
 
 __all__ = [
+    "Backend",
+    "Choice",
+    "GradientRows",
     "Gradients",
     "adagrad_rows",
     "adam_rows",
     "ascending",
+    "backend",
     "backend_info",
     "column_scores",
+    "copy_agrees",
+    "count_hits",
     "grad_input",
     "grad_weight",
+    "grad_weight_rows",
     "linear_backward",
     "lstm_backward",
     "lstm_forward",
     "memory_format",
-    "narrow_agrees",
+    "reference",
+    "register",
+    "remove",
     "row_sparse_tensor",
     "sgd_rows",
     "topk_channels",
     "topk_columns",
-    "topk_linear_backward",
     "topk_rows",
 ]

@@ -1,0 +1,165 @@
+"""A linear map's backward pass with a selection in place of its output gradient.
+
+Shapes: output gradient [N, O], weight [O, I], input x [N, I].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from meprop.ops import native
+from meprop.ops.products import (
+    Choice,
+    Gradients,
+    count_hits,
+    grad_input,
+    grad_weight,
+    grad_weight_rows,
+    native_choice,
+    native_declines,
+    native_products,
+    row_sparse_tensor,
+)
+from meprop.ops.registry import Operation, operation
+from meprop.ops.topk import topk_columns, topk_rows
+from meprop.selection import PlainTopK, RowSelection, Selection, side_by_side
+
+
+def _consist_of(
+    call: Callable[..., Any],
+    choice: Choice,
+    grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    needs_bias: bool,
+    row_sparse: bool,
+    hits: Tensor | None,
+) -> Gradients:
+    """The backward pass by other operations; `call` runs one of them with its arguments."""
+    selection = _selected(call, choice, grad)
+    if x is None:
+        weight_gradient = None
+    elif row_sparse:
+        _refuse_row_sparse(selection)
+        rows = call(grad_weight_rows, selection.values, x)
+        weight_gradient = row_sparse_tensor(selection.indices, rows, selection.width)
+    else:
+        weight_gradient = call(grad_weight, selection, x)
+    if hits is not None:
+        hits += count_hits([selection])
+    return (
+        None if weight is None else call(grad_input, selection, weight),
+        weight_gradient,
+        grad.sum(dim=0) if needs_bias else None,
+    )
+
+
+def _selected(call: Callable[..., Any], choice: Choice, grad: Tensor) -> Selection:
+    if not isinstance(choice, PlainTopK):
+        return choice
+    topk = topk_rows if choice.scope == "example" else topk_columns
+    if choice.blocks == 1:
+        return call(topk, grad, choice.k)
+    if grad.shape[1] % choice.blocks != 0:
+        raise ValueError(f"{grad.shape[1]} output features are not {choice.blocks} equal blocks ({choice})")
+    return side_by_side([call(topk, block, choice.k) for block in grad.chunk(choice.blocks, dim=1)])
+
+
+def _refuse_row_sparse(choice: Choice) -> None:
+    """Raises a ValueError for what makes the weight's gradient more than some rows."""
+    by_row = choice.scope == "example" if isinstance(choice, PlainTopK) else isinstance(choice, RowSelection)
+    if by_row:
+        raise ValueError("entries by row are of any row of the weight, whose gradient is not row-sparse then")
+    if not isinstance(choice, PlainTopK) and choice.shared is not None:
+        raise ValueError("what all rows share gives each row of the weight a gradient, which is not row-sparse then")
+
+
+def _traced_linear_backward(
+    choice: Choice,
+    grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    /,
+    *,
+    needs_bias: bool,
+    row_sparse: bool,
+    hits: Tensor | None = None,
+) -> Gradients:
+    return _consist_of(_call, choice, grad, weight, x, needs_bias, row_sparse, hits)
+
+
+def _call(operation: Operation[..., Any], *args: Any) -> Any:
+    return operation(*args)
+
+
+@operation(traced=_traced_linear_backward, tensor_at=1)
+def linear_backward(
+    choice: Choice,
+    grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    /,
+    *,
+    needs_bias: bool,
+    row_sparse: bool,
+    hits: Tensor | None = None,
+) -> Gradients:
+    """A linear map's backward pass with a selection in place of its output gradient.
+
+    Args:
+        choice: What is kept of the output gradient: a selection, or a PlainTopK, which is then made here.
+        grad: The whole output gradient [N, O].
+        weight: [O, I], where the input's gradient is wanted.
+        x: Input [N, I], where the weight's gradient is wanted.
+        needs_bias: Whether the bias's gradient is wanted: the sum of the whole grad.
+        row_sparse: Give the weight's gradient as a sparse COO tensor of the selected rows only, coalesced. For columns
+            without a shared part.
+        hits: Gets added in how many rows each unit is selected [O], int64: see `count_hits`.
+
+    Returns:
+        The gradients of input [N, I], weight [O, I] and bias [O]; None where it is not wanted.
+
+    Raises:
+        ValueError: The shapes do not go together; row_sparse with entries by row or with a shared part; k or blocks out
+            of range.
+        IndexError: The indices of a given selection do not ascend, or are not output features.
+    """
+    return _consist_of(Operation.literally, choice, grad, weight, x, needs_bias, row_sparse, hits)
+
+
+def _native_linear_backward_declines(
+    choice: Choice,
+    grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    *,
+    needs_bias: bool,
+    row_sparse: bool,
+    hits: Tensor | None = None,
+) -> str | None:
+    del needs_bias, row_sparse
+    return native_declines(choice, grad, weight, x, hits=hits)
+
+
+@native.backend.implements(linear_backward, _native_linear_backward_declines)
+def _native_linear_backward(
+    choice: Choice,
+    grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    *,
+    needs_bias: bool,
+    row_sparse: bool,
+    hits: Tensor | None = None,
+) -> Gradients:
+    if not (row_sparse and x is not None):
+        return native_products(native_choice(choice, grad, False), grad, weight, x, needs_bias, False, hits)
+    _refuse_row_sparse(choice)
+    chosen = native_choice(choice, grad, True)
+    of_input, of_weight, of_bias = native_products(chosen, grad, weight, x, needs_bias, True, hits)
+    assert of_weight is not None
+    assert chosen.indices is not None
+    return of_input, row_sparse_tensor(chosen.indices, of_weight, chosen.width), of_bias

@@ -1,0 +1,296 @@
+"""One layer of an LSTM in one direction: its exact forward pass, and its backward pass with a selection of each gate.
+
+Sequences are packed as by torch.nn.utils.rnn: batch_sizes [T] (int64, on the CPU, not increasing) rows for each time
+step, N in all, row b of a time step belonging to sequence b of B = batch_sizes[0]. In `reverse` the walk begins with
+the last time step. H units; gates in torch's order: input, forget, cell, output. Initial states [B, H] may be None:
+zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from meprop.ops import native
+from meprop.ops.products import count_hits
+from meprop.ops.registry import operation
+from meprop.selection import PlainTopK, Selection
+
+Trace = tuple[Tensor, Tensor, Tensor]
+"""What a backward pass needs of its forward pass: outputs, cell states and gates."""
+
+
+def _steps(batch_sizes: Tensor, reverse: bool) -> Iterator[slice]:
+    """The rows of each time step, in the order of the walk."""
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    steps = [slice(start, start + size) for start, size in zip(starts.tolist(), batch_sizes.tolist(), strict=True)]
+    return reversed(steps) if reverse else iter(steps)
+
+
+def _with_new(state: Tensor, new: Tensor) -> Tensor:
+    """The state of all sequences, when the first ones have a new one."""
+    return torch.cat([new, state[len(new) :]])
+
+
+def _earlier(states: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
+    """For each row the state before it, [N, H] of [B + N, H]: its sequence's at the step before, or the initial one."""
+    batch = int(batch_sizes[0])
+    state, new = states[:batch], states[batch:]
+    earlier = torch.empty_like(new)
+    for rows in _steps(batch_sizes, reverse):
+        earlier[rows] = state[: rows.stop - rows.start]
+        state = _with_new(state, new[rows])
+    return earlier
+
+
+def _or_zeros(state: Tensor | None, batch_sizes: Tensor, weight_hh: Tensor) -> Tensor:
+    return weight_hh.new_zeros(int(batch_sizes[0]), weight_hh.shape[1]) if state is None else state
+
+
+def _native_declines(batch_sizes: Tensor, *tensors: Tensor | None) -> str | None:
+    reason = native.declines(*tensors, dtypes=native.FLOAT32)
+    return native.declines_scattered(batch_sizes, dtypes=native.INT64) if reason is None else reason
+
+
+# ---------------------------------------------------------------- forward
+
+
+@operation()
+def lstm_forward(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    reverse: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer of an LSTM in one direction.
+
+    Args:
+        x: Input [N, I].
+        weight_ih: [4H, I].
+        weight_hh: [4H, H].
+        bias: The sum of torch's two [4H], or None.
+        initial: h0 and c0 [B, H].
+        batch_sizes: [T].
+        reverse: Whether the walk begins with the last time step.
+
+    Returns:
+        Outputs and cell states, each [B + N, H]: the initial ones, then those of all rows; the gates' activations
+        [N, 4H]; and of each sequence the last output and cell state [B, H].
+    """
+    projected = x @ weight_ih.t() if bias is None else x @ weight_ih.t() + bias
+    output, cells = x.new_empty(len(x), weight_hh.shape[1]), x.new_empty(len(x), weight_hh.shape[1])
+    gates = torch.empty_like(projected)
+    h0, c0 = h, c = [_or_zeros(state, batch_sizes, weight_hh) for state in initial]
+    for rows in _steps(batch_sizes, reverse):
+        size = rows.stop - rows.start
+        i, f, g, o = (projected[rows] + h[:size] @ weight_hh.t()).chunk(4, dim=1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        cells[rows] = f * c[:size] + i * g
+        output[rows] = o * cells[rows].tanh()
+        gates[rows] = torch.cat([i, f, g, o], dim=1)
+        h, c = _with_new(h, output[rows]), _with_new(c, cells[rows])
+    return torch.cat([h0, output]), torch.cat([c0, cells]), gates, h, c
+
+
+def _native_forward_declines(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    _reverse: bool,
+) -> str | None:
+    return _native_declines(batch_sizes, x, weight_ih, weight_hh, bias, *initial)
+
+
+@native.backend.implements(lstm_forward, _native_forward_declines)
+def _native_lstm_forward(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    initial: tuple[Tensor | None, Tensor | None],
+    batch_sizes: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    units, batch = weight_hh.shape[1], int(batch_sizes[0])
+    x, weight_ih, weight_hh = (native.readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
+    bias = native.contiguous(bias)
+    h, c = x.new_empty(batch + len(x), units), x.new_empty(batch + len(x), units)
+    for states, first in zip((h, c), initial, strict=True):
+        states[:batch] = 0 if first is None else first
+    gates = x.new_empty(len(x), 4 * units)
+    last_h, last_c = x.new_empty(batch, units), x.new_empty(batch, units)
+    native.extension().lstm_forward(
+        len(x),
+        len(batch_sizes),
+        batch_sizes.data_ptr(),
+        reverse,
+        units,
+        x.shape[1],
+        weight_ih.data_ptr(),
+        weight_ih.stride(0),
+        weight_hh.data_ptr(),
+        weight_hh.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        native.address(bias),
+        initial[0] is None,
+        *map(native.address, (h, c, gates, last_h, last_c)),
+        torch.get_num_threads(),
+    )
+    return h, c, gates, last_h, last_c
+
+
+# ---------------------------------------------------------------- backward
+
+
+@operation()
+def lstm_backward(
+    trace: Trace,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    batch_sizes: Tensor,
+    reverse: bool,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    topk: PlainTopK | None,
+    select: Callable[[Tensor], Selection],
+    needs: tuple[bool, ...],
+    hits: Tensor | None = None,
+    /,
+) -> tuple[Tensor | None, ...]:
+    """Back-propagation through time, with a selection of each gate's gradient at each time step.
+
+    The cells' own gradients are exact. With S the selections of all four gates' gradients (before the activations), for
+    a time step [n, 4H], for all rows [N, 4H]: the earlier output's gradient is S W_hh, dx = S W_ih, dW_ih = S^T x,
+    dW_hh = S^T (the earlier outputs). A bias's gradient is the sum of the whole gates' gradients.
+
+    Args:
+        trace: Outputs, cell states and gates as `lstm_forward` gave them.
+        x: Input [N, I].
+        weight_ih: [4H, I].
+        weight_hh: [4H, H].
+        batch_sizes: [T].
+        reverse: As in the forward pass.
+        gradients: Of output [N, H], last output [B, H] and last cell state [B, H]; None for zeros.
+        topk: What `select` does, if that is nothing but top-k: a backend may do it itself.
+        select: From a gate's gradient at a time step [n, H] to what is propagated of it.
+        needs: Which of the six results are wanted.
+        hits: Gets added in how many rows each unit is selected [H], int64: see `count_hits`.
+
+    Returns:
+        The gradients of x, weight_ih, weight_hh, a bias [4H], h0 and c0; None where it is not wanted.
+    """
+    outputs, cells, gates = trace
+    grad_output, grad_h, grad_c = gradients
+    batch = int(batch_sizes[0])
+    grad_output = torch.zeros_like(outputs[batch:]) if grad_output is None else grad_output
+    grad_h, grad_c = _or_zeros(grad_h, batch_sizes, weight_hh), _or_zeros(grad_c, batch_sizes, weight_hh)
+    earlier_cells, cells = _earlier(cells, batch_sizes, reverse), cells[batch:]
+    whole, kept = torch.empty_like(gates), torch.empty_like(gates)
+    for rows in _steps(batch_sizes, not reverse):
+        size = rows.stop - rows.start
+        grad = grad_output[rows] + grad_h[:size]
+        of_gates, grad_cell = _gate_gradients(gates[rows], cells[rows], earlier_cells[rows], grad, grad_c[:size])
+        whole[rows] = torch.cat(of_gates, dim=1)
+        selections = [select(gate) for gate in of_gates]
+        kept[rows] = torch.cat([selection.to_dense() for selection in selections], dim=1)
+        if hits is not None:
+            hits += count_hits(selections)
+        forget = gates[rows].chunk(4, dim=1)[1]
+        grad_h, grad_c = _with_new(grad_h, kept[rows] @ weight_hh), _with_new(grad_c, grad_cell * forget)
+    return (
+        kept @ weight_ih if needs[0] else None,
+        kept.t() @ x if needs[1] else None,
+        kept.t() @ _earlier(outputs, batch_sizes, reverse) if needs[2] else None,
+        whole.sum(dim=0) if needs[3] else None,
+        grad_h if needs[4] else None,
+        grad_c if needs[5] else None,
+    )
+
+
+def _gate_gradients(
+    gates: Tensor, cells: Tensor, earlier_cells: Tensor, grad: Tensor, grad_c: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of one step's gates before their activations, [n, H] each, and of its cell state [n, H]."""
+    i, f, g, o = gates.chunk(4, dim=1)
+    tanh_c = cells.tanh()
+    grad_cell = grad_c + grad * o * (1 - tanh_c**2)
+    of_gates = [
+        grad_cell * g * i * (1 - i),
+        grad_cell * earlier_cells * f * (1 - f),
+        grad_cell * i * (1 - g**2),
+        grad * tanh_c * o * (1 - o),
+    ]
+    return of_gates, grad_cell
+
+
+def _native_backward_declines(
+    trace: Trace,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    batch_sizes: Tensor,
+    _reverse: bool,
+    gradients: tuple[Tensor | None, ...],
+    topk: PlainTopK | None,
+    _select: Callable[[Tensor], Selection],
+    _needs: tuple[bool, ...],
+    hits: Tensor | None = None,
+) -> str | None:
+    if topk is None or topk.blocks != 1:
+        return "native kernels go through an LSTM with top-k only, within all units of a gate"
+    reason = _native_declines(batch_sizes, x, weight_ih, weight_hh, *gradients)
+    if reason is None:
+        reason = native.declines_scattered(*trace, dtypes=native.FLOAT32)
+    if reason is None and hits is not None:
+        reason = native.declines_scattered(hits, dtypes=native.INT64)
+    return reason
+
+
+@native.backend.implements(lstm_backward, _native_backward_declines)
+def _native_lstm_backward(
+    trace: Trace,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    batch_sizes: Tensor,
+    reverse: bool,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    topk: PlainTopK,
+    _select: Callable[[Tensor], Selection],
+    needs: tuple[bool, ...],
+    hits: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    inputs, units, batch = x.shape[1], weight_hh.shape[1], int(batch_sizes[0])
+    x, weight_ih, weight_hh = (native.readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
+    gradients_ = [native.contiguous(gradient) for gradient in gradients]
+    shapes = [(len(x), inputs), (4 * units, inputs), (4 * units, units), (4 * units,), (batch, units), (batch, units)]
+    results = [x.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=True)]
+    native.extension().lstm_backward(
+        len(x),
+        len(batch_sizes),
+        batch_sizes.data_ptr(),
+        reverse,
+        native.SCOPE_CODES[topk.scope],
+        units,
+        inputs,
+        topk.k,
+        weight_ih.data_ptr(),
+        weight_ih.stride(0),
+        weight_hh.data_ptr(),
+        weight_hh.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        *map(native.address, (*trace, *gradients_, *results, hits)),
+        torch.get_num_threads(),
+    )
+    return tuple(results)

@@ -1,0 +1,158 @@
+"""Top-k: the largest entries of each row of an output gradient [N, O], its largest columns, its largest channels.
+
+Magnitudes are compared; of equals the lower index is taken, and NaN is the largest. Indices are int32 and ascending.
+The paper is meProp (Sun et al., ICML 2017).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from meprop.ops import native
+from meprop.ops.registry import Operator, operation
+from meprop.selection import ColumnSelection, RowSelection
+
+
+def _native_declines(grad: Tensor, _k: int | None = None) -> str | None:
+    return native.declines(grad)
+
+
+# ---------------------------------------------------------------- the largest entries of each row
+
+
+def _fake_topk_rows(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape[0], k), grad.new_empty(grad.shape[0], k, dtype=torch.int32)
+
+
+def _row_selection(found: tuple[Tensor, Tensor], grad: Tensor, _k: int) -> RowSelection:
+    return RowSelection(*found, grad.shape[1])
+
+
+@operation(operator=Operator("(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_rows), result=_row_selection)
+def topk_rows(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
+    """The k largest |g| of each row of grad [N, O], which is the paper's top-k; 1 <= k <= O.
+
+    A call gives a RowSelection, an implementation its values [N, k] and indices [N, k].
+    """
+    by_magnitude = grad.abs().sort(dim=1, descending=True, stable=True).indices
+    indices = by_magnitude[:, :k].sort(dim=1).values
+    return grad.gather(1, indices), indices.int()
+
+
+@native.backend.implements(topk_rows, _native_declines)
+def _native_topk_rows(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _native_topk("example", grad, k, (grad.shape[0], k))
+
+
+# ---------------------------------------------------------------- the largest columns
+
+
+@operation()
+def column_scores(grad: Tensor, /) -> Tensor:
+    """The sum of |g| of each column of grad [N, O], in float64: [O]. By it `topk_columns` chooses."""
+    return grad.abs().double().sum(dim=0)
+
+
+@native.backend.implements(column_scores, _native_declines)
+def _native_column_scores(grad: Tensor) -> Tensor:
+    grad = native.readable(grad, grad.dtype)
+    rows, width = grad.shape
+    scores = torch.empty(width, dtype=torch.float64)
+    native.extension().column_scores(
+        native.DTYPE_CODES[grad.dtype],
+        native.SCOPE_CODES["batch"],
+        grad.data_ptr(),
+        grad.stride(0),
+        rows,
+        width,
+        scores.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return scores
+
+
+def _fake_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape[0], k), grad.new_empty(k, dtype=torch.int32)
+
+
+def _column_selection(found: tuple[Tensor, Tensor], grad: Tensor, _k: int) -> ColumnSelection:
+    return ColumnSelection(*found, grad.shape[1])
+
+
+@operation(operator=Operator("(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_columns), result=_column_selection)
+def topk_columns(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
+    """The k columns of grad [N, O] with the largest `column_scores`: the paper's unified top-k; 1 <= k <= O.
+
+    A call gives a ColumnSelection, an implementation its values [N, k] and indices [k].
+    """
+    indices = largest(column_scores.reference(grad), k)
+    return grad[:, indices], indices.int()
+
+
+@native.backend.implements(topk_columns, _native_declines)
+def _native_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _native_topk("batch", grad, k, (k,))
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """The places of the k largest scores, ascending; of equals the lower place; NaN is the largest."""
+    return scores.sort(descending=True, stable=True).indices[:k].sort().values
+
+
+def _native_topk(scope: str, grad: Tensor, k: int, indices_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    grad = native.readable(grad, grad.dtype)
+    rows, width = grad.shape
+    values = torch.empty((rows, k), dtype=grad.dtype)
+    indices = torch.empty(indices_shape, dtype=torch.int32)
+    native.extension().topk(
+        native.DTYPE_CODES[grad.dtype],
+        native.SCOPE_CODES[scope],
+        grad.data_ptr(),
+        grad.stride(0),
+        rows,
+        width,
+        k,
+        values.data_ptr(),
+        indices.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values, indices
+
+
+# ---------------------------------------------------------------- the largest channels
+
+
+def _fake_topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (grad.shape[0], k, *grad.shape[2:])
+    channels = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
+    return channels, grad.new_empty(k, dtype=torch.int32)
+
+
+@operation(operator=Operator("(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_channels))
+def topk_channels(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
+    """The k channels of grad [N, O, *S] with the largest sum of |g| over batch and positions, in float64; 1 <= k <= O.
+
+    Returns:
+        The channels [N, k, *S], in the `memory_format` of grad, and their indices [k].
+    """
+    indices = largest(grad.abs().double().sum(dim=[0, *range(2, grad.dim())]), k)
+    return grad[:, indices].contiguous(memory_format=memory_format(grad)), indices.int()
+
+
+@native.backend.implements(topk_channels, _native_declines)
+def _native_topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    examples, channels, *sizes = grad.shape
+    if memory_format(grad) == torch.channels_last:
+        values, indices = _native_topk_columns(grad.movedim(1, -1).flatten(0, -2), k)
+        return values.view(examples, *sizes, k).movedim(-1, 1), indices
+    grad = grad.contiguous()
+    scores = _native_column_scores(grad.flatten(1)).view(channels, -1).sum(dim=1)
+    indices = largest(scores, k).int()
+    return grad.index_select(1, indices), indices
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """torch.channels_last, of a tensor that is nothing but that; else torch.contiguous_format."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last and not tensor.is_contiguous() else torch.contiguous_format

@@ -1,0 +1,10 @@
+"""GPU kernels, of which there are none yet: the place for them."""
+
+from __future__ import annotations
+
+from meprop.ops.registry import Backend, register
+
+backend = Backend(
+    "triton", missing="meprop has no Triton kernels yet: CUDA tensors are served by plain torch operations"
+)
+register(backend)
