@@ -9,7 +9,7 @@ import torch
 
 import meprop
 from meprop import copies, optim
-from meprop.ops import reference
+from meprop.ops.reference import narrow_agrees as reference_copy_agrees
 
 SPARSE = meprop.TopK(4, scope="batch")
 
@@ -90,7 +90,7 @@ def test_torchs_optimizers_are_seen(layer, name):
 @pytest.mark.skipif(not meprop.backend_info()["native"], reason="needs the compiled extension")
 @pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
-def test_our_optimizers_write_the_copy_along(layer, name, sparse_rows):
+def test_our_optimizers_write_the_copy_together_with_the_weight(layer, name, sparse_rows):
     options = {"momentum": 0.9} if name == "SGD" else {}
     optimizer = getattr(optim, name)(layer.parameters(), lr=0.1, sparse_rows=sparse_rows, **options)
     for seed in range(5):
@@ -301,7 +301,7 @@ def test_inputs_that_torch_does_not_cast_are_refused_as_by_torch(layer, dtype, g
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, -1, -0x400000])
 def test_a_weight_of_nan_is_its_own_copy(layer, bits, backend, monkeypatch):
     if backend == "reference":
-        monkeypatch.setattr("meprop.ops.narrow_agrees", reference.narrow_agrees)
+        monkeypatch.setattr(copies, "copy_agrees", reference_copy_agrees)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(bits, dtype=torch.int32).view(torch.float32).expand(40, 24))
     forward(layer)
@@ -330,7 +330,7 @@ def test_inputs_in_half_precision_go_with_float32_weights(kept):
 
 @pytest.mark.skipif(not meprop.backend_info()["native"], reason="needs the compiled extension")
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
-def test_our_optimizers_write_the_copy_along_with_dense_gradients_too(name):
+def test_our_optimizers_write_the_copy_of_a_weight_with_a_dense_gradient_too(name):
     layers = [meprop.nn.Linear(24, 40, rule=meprop.TopK(4), compute_dtype=torch.bfloat16) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     options = {"momentum": 0.9, "maximize": True} if name == "SGD" else {"maximize": True}

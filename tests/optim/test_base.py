@@ -1,0 +1,290 @@
+"""Steps against torch's own: dense gradients, row-sparse ones in the three modes, and what users do with them."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import meprop
+from meprop import optim
+from meprop.errors import NotSupportedError
+from optimizer_cases import (
+    KINDS,
+    ROWS,
+    TOLERANCE,
+    WIDTH,
+    assert_alike,
+    make,
+    make_torch,
+    parameters,
+    sparse,
+    train,
+)
+
+IN_ALL_MODES = ["sgd", "adagrad"]
+"""What is exact in all three modes."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_is_what_torch_does_with_dense_gradients(kind, dtype):
+    ours, theirs = parameters(dtype), parameters(dtype)
+    optimizer, expected = make(kind, ours), make_torch(kind, theirs)
+    train(optimizer, ours, range(300))
+    train(expected, theirs, range(300), dense=True)
+    assert_alike(ours, theirs, dtype)
+    for one, other in zip(ours, theirs, strict=True):
+        assert optimizer.state[one].keys() == expected.state[other].keys()
+        for name, value in expected.state[other].items():
+            torch.testing.assert_close(optimizer.state[one][name], value, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("mode", ["decay", "lazy"])
+@pytest.mark.parametrize("kind", IN_ALL_MODES)
+def test_what_is_exact_in_all_modes(kind, mode):
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    train(make(kind, ours, sparse_rows=mode), ours, range(100))
+    train(make_torch(kind, theirs), theirs, range(100), dense=True)
+    assert_alike(ours, theirs, torch.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_gradients_are_torchs_bit_for_bit(kind):
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    train(make(kind, ours), ours, range(20), dense=True)
+    train(make_torch(kind, theirs, fused=True), theirs, range(20), dense=True)
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["momentum", "dampened", "nesterov", "adam", "adam-l2", "amsgrad", "adamw"])
+def test_decay_gives_a_row_the_moments_of_the_dense_optimizer(kind, dtype):
+    """They are those of torch's optimizer, if that leaves the weight where it is in the steps that the row misses."""
+    ours, theirs = parameters(dtype)[:1], parameters(dtype)[:1]
+    optimizer, expected = make(kind, ours, sparse_rows="decay"), make_torch(kind, theirs)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        with_gradient = torch.randperm(ROWS, generator=generator)[: 1 + step % 3].sort().values
+        grad = torch.randn((len(with_gradient), WIDTH), generator=generator, dtype=dtype)
+        before = ours[0].detach().clone()
+        ours[0].grad = sparse(grad, with_gradient.tolist())
+        optimizer.step()
+        without = torch.ones(ROWS, dtype=torch.bool).index_fill_(0, with_gradient, False)
+        assert torch.equal(ours[0][without], before[without])
+
+        theirs[0].grad = ours[0].grad.to_dense()
+        if KINDS[kind][1].get("weight_decay") and kind != "adamw":
+            penalty = KINDS[kind][1]["weight_decay"] * theirs[0].detach()
+            theirs[0].grad[without] = -penalty[without]  # cancels the L2 penalty of missed steps
+        held = theirs[0].detach().clone()
+        expected.step()
+        if kind == "adamw":
+            held *= 1 - 0.01 * 0.1
+        with torch.no_grad():
+            theirs[0][without] = held[without]
+    if kind == "adamw":
+        optimizer.wake()
+    torch.testing.assert_close(ours[0], theirs[0], **TOLERANCE[dtype])
+    optimizer.wake()
+    names = [name for name in expected.state[theirs[0]] if name != "step"]
+    for name in names:
+        torch.testing.assert_close(optimizer.state[ours[0]][name], expected.state[theirs[0]][name], **TOLERANCE[dtype])
+    assert "row_step" not in optimizer.state[ours[0]]
+
+
+@pytest.mark.parametrize("mode", ["decay", "lazy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_a_gradient_are_neither_moved_nor_is_their_state(kind, mode):
+    params = parameters(torch.float32)[:1]
+    optimizer = make(kind, params, sparse_rows=mode)
+    train(optimizer, params, range(8))
+    before, state = params[0].detach().clone(), copy.deepcopy(optimizer.state[params[0]])
+    params[0].grad = sparse(torch.ones(2, WIDTH), [4, 9])
+    optimizer.step()
+    without = torch.ones(ROWS, dtype=torch.bool).index_fill_(0, torch.tensor([4, 9]), False)
+    assert torch.equal(params[0][without], before[without])
+    assert not (params[0][~without] == before[~without]).any()
+    for name, value in optimizer.state[params[0]].items():
+        if value.dim() > 0:
+            assert torch.equal(value[without], state[name][without]), name
+
+
+def test_parameter_groups_have_options_of_their_own():
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    groups = [({"params": p[:1], "lr": 0.5, "momentum": 0.0}, {"params": p[1:]}) for p in (ours, theirs)]
+    train(optim.SGD(groups[0], lr=0.1, momentum=0.9), ours, range(20))
+    train(torch.optim.SGD(groups[1], lr=0.1, momentum=0.9), theirs, range(20), dense=True)
+    assert_alike(ours, theirs, torch.float64)
+
+
+def test_gradients_of_several_backward_passes_add_up():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 30)
+    results = []
+    for sparse_grad in (True, False):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(30, 200)
+        meprop.convert(model, meprop.TopK(10, scope="batch"), sparse_grad=sparse_grad, when="always")
+        optimizer = optim.Adam(model.parameters(), 0.1)
+        for half in (x[:2], x[2:]):
+            for batch in half:
+                model(batch).pow(2).sum().backward()
+            optimizer.step()
+            assert (model.weight.grad.layout == torch.sparse_coo) == sparse_grad
+            optimizer.zero_grad()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_a_learning_rate_schedule_and_hooks_and_closures_work():
+    params = parameters(torch.float64)
+    optimizer = optim.SGD(params, lr=1.0, momentum=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+
+    def closure():
+        params[0].grad = sparse(torch.ones(1, WIDTH, dtype=torch.float64), [3])
+        return torch.tensor(7.0)
+
+    before = params[0].detach().clone()
+    assert optimizer.step(closure) == 7
+    schedule.step()
+    optimizer.step(closure)
+    assert calls == ["after", "after"]
+    torch.testing.assert_close(params[0][3], before[3] - 1.0 - 0.1 * 1.5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_goes_where_it_goes_with_torch(kind, value):
+    ours, theirs = parameters(torch.float32)[:1], parameters(torch.float32)[:1]
+    grad = torch.ones(2, WIDTH)
+    grad[1, 3] = value
+    optimizer, expected = make(kind, ours), make_torch(kind, theirs)
+    for _ in range(2):
+        ours[0].grad = sparse(grad, [4, 9])
+        theirs[0].grad = ours[0].grad.to_dense()
+        optimizer.step()
+        expected.step()
+    torch.testing.assert_close(ours[0], theirs[0], equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_grad_scaler_unscales_and_skips():
+    params = parameters(torch.float32)[:2]
+    optimizer = optim.Adam(params, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, backoff_factor=0.999, growth_interval=10**6)
+    before = [parameter.detach().clone() for parameter in params]
+
+    def step(value):
+        scaler.scale(torch.tensor(1.0))
+        params[0].grad, params[1].grad = sparse(torch.full((1, WIDTH), value), [3]), torch.full((ROWS,), 8.0)
+        scaler.unscale_(optimizer)
+        torch.testing.assert_close(params[1].grad[0], torch.tensor(1.0), rtol=0.01, atol=0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    step(math.inf)
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+    step(8.0)
+    torch.testing.assert_close(params[0][3], before[0][3] - 0.1)
+    scaler.scale(torch.tensor(1.0))
+    params[0].grad, params[1].grad = None, torch.full((ROWS,), math.nan)
+    scaler.step(optimizer)  # unscales by itself
+    assert not params[1].isnan().any()
+
+
+def test_the_version_of_what_is_written_goes_up():
+    params = parameters(torch.float32)[:1]
+    optimizer = optim.Adam(params)
+    y = params[0].pow(2).sum()
+    params[0].grad = sparse(torch.ones(1, WIDTH), [3])
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_uncoalesced_and_empty_gradients():
+    params, twin = parameters(torch.float32)[:1], parameters(torch.float32)[:1]
+    values = torch.arange(3.0)[:, None].expand(3, WIDTH)
+    params[0].grad = torch.sparse_coo_tensor(torch.tensor([[5, 2, 5]]), values, (ROWS, WIDTH))
+    twin[0].grad = params[0].grad.to_dense()
+    for one in (params, twin):
+        optim.Adam(one).step()
+    torch.testing.assert_close(params[0], twin[0])
+    before = params[0].detach().clone()
+    params[0].grad = sparse(torch.empty(0, WIDTH), [])
+    optim.Adam(params).step()
+    assert torch.equal(params[0], before)
+
+
+def test_other_shapes_than_matrices():
+    ours, theirs = (torch.nn.Parameter(torch.ones(6, 2, 3)) for _ in range(2))
+    ours.grad = sparse(torch.full((1, 2, 3), 2.0), [4], 6)
+    theirs.grad = ours.grad.to_dense()
+    for parameter in (ours, theirs):
+        optim.Adam([parameter], sparse_rows="decay").step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{"differentiable": True}, {"capturable": True}])
+def test_what_is_not_for_row_sparse_gradients_is_refused(options):
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    parameter.grad = sparse(torch.ones(1, 2), [1], 3)
+    with pytest.raises(NotSupportedError, match="sparse_grad=False"):
+        optim.Adam([parameter], **options).step()
+
+
+def test_entries_instead_of_rows_are_refused():
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    parameter.grad = torch.eye(3, 2).to_sparse()
+    with pytest.raises(NotSupportedError, match="2 sparse dimensions"):
+        optim.Adam([parameter]).step()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_an_unknown_mode_is_refused(name):
+    with pytest.raises(ValueError, match="sparse_rows='dense'; it is 'exact', 'decay' or 'lazy'"):
+        getattr(optim, name)(parameters(torch.float32), sparse_rows="dense")
+    optimizer = getattr(optim, name)(parameters(torch.float32), sparse_rows="lazy")
+    with pytest.raises(ValueError, match="sparse_rows='dense'"):
+        optimizer.sparse_rows = "dense"
+    assert optimizer.sparse_rows == "lazy"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam", "adagrad"])
+def test_dense_half_precision_is_not_given_to_fused_kernels(kind, dtype):
+    """torch 2.13's fused SGD leaves most entries of such parameters where they are (pytorch#191763)."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(64, dtype=dtype))] for _ in range(2))
+    optimizer, expected = make(kind, ours), make_torch(kind, theirs)
+    for _ in range(3):
+        ours[0].grad, theirs[0].grad = torch.ones_like(ours[0]), torch.ones_like(theirs[0])
+        optimizer.step()
+        expected.step()
+    torch.testing.assert_close(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("choice", [{"foreach": False}, {"foreach": True}, {"fused": False}])
+def test_a_chosen_implementation_stays(choice):
+    (name, value), *_ = choice.items()
+    group = optim.Adam(parameters(torch.float32), **choice).param_groups[0]
+    assert group[name] is value
+    assert not group["fused"]
+
+
+def test_a_mode_of_a_group_is_refused():
+    with pytest.raises(ValueError, match="sparse_rows='lazy' in a parameter group"):
+        optim.Adam([{"params": parameters(torch.float32), "sparse_rows": "lazy"}])
+
+
+def test_a_compiled_step_of_row_sparse_gradients_is_refused():
+    params = parameters(torch.float32)[:1]
+    before = params[0].detach().clone()
+    optimizer = optim.SGD(params, 1.0)
+    params[0].grad = sparse(torch.ones(1, WIDTH), [2])
+    with pytest.raises(RuntimeError, match=r"under torch\.compile; call it outside"):  # torch makes its own of ours
+        torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert torch.equal(params[0], before)
