@@ -102,6 +102,50 @@ def test_our_optimizers_write_the_copy_together_with_the_weight(layer, name, spa
         assert torch.equal(forward(layer, seed), expected(layer, seed))
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"capturable": True}])
+def test_a_dense_step_of_a_weight_with_a_copy_is_torchs(layer, options):
+    """To the bit where torch does it, with these options; and in any memory layout where we do, without."""
+    twin = torch.nn.Parameter(layer.weight.detach().clone())
+    ours, torchs = optim.Adam([layer.weight], **options), torch.optim.Adam([twin], fused=True, **options)
+    for seed in range(3):
+        copies.of(layer.weight)
+        layer.weight.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(seed)).t()
+        twin.grad = layer.weight.grad.contiguous()
+        if options:
+            layer.weight.grad = twin.grad.clone()
+        ours.step()
+        torchs.step()
+        torch.testing.assert_close(layer.weight, twin, rtol=0 if options else 1e-6, atol=0 if options else 1e-7)
+    assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
+
+
+def test_a_compiled_step_leaves_the_copy_to_be_made_anew(layer):
+    optimizer = optim.SGD([layer.weight], lr=1.0)
+    copies.of(layer.weight)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.ones(40, 24)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in (1, 2):
+        step()
+        torch.testing.assert_close(layer.weight, before - number)
+    assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
+
+
+def test_a_frozen_weight_keeps_its_copy(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
+    layer.weight.requires_grad_(False)
+    forward(layer).sum().backward()
+    optimizer.step()
+    assert not made_anew(layer)
+
+
+def test_an_optimizer_that_is_not_fused_leaves_other_copies_as_they_are(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    forward(layer)
+    optimizer.step()  # without gradients
+    assert not made_anew(layer)
+
+
 def test_after_a_change_by_another_our_optimizers_leave_the_copy_to_be_made_anew(layer):
     optimizer = optim.Adam(layer.parameters(), lr=0.1, sparse_rows="lazy")
     forward(layer).pow(2).sum().backward()

@@ -1,13 +1,14 @@
 """Steps against torch's own: dense gradients, row-sparse ones in the three modes, and what users do with them."""
 
 import copy
+import inspect
 import math
 
 import pytest
 import torch
 
 import meprop
-from meprop import optim
+from meprop import ops, optim
 from meprop.errors import NotSupportedError
 from optimizer_cases import (
     KINDS,
@@ -108,6 +109,70 @@ def test_rows_without_a_gradient_are_neither_moved_nor_is_their_state(kind, mode
     for name, value in optimizer.state[params[0]].items():
         if value.dim() > 0:
             assert torch.equal(value[without], state[name][without]), name
+
+
+@pytest.mark.parametrize("kind", ["momentum", "dampened", "adam", "amsgrad", "adamw", "adagrad-l2"])
+def test_a_change_of_mode_begins_with_rows_that_are_up_to_date(kind):
+    found, expected = parameters(torch.float64)[:1], parameters(torch.float64)[:1]
+    optimizers = [make(kind, each, sparse_rows="decay") for each in (found, expected)]
+    for optimizer, params in zip(optimizers, (found, expected), strict=True):
+        train(optimizer, params, [1, 2, 4])
+        if params is expected:
+            optimizer.wake()
+        optimizer.sparse_rows = "exact"
+        train(optimizer, params, [5, 6, 8])
+    assert torch.equal(found[0], expected[0])
+    assert "row_step" not in optimizers[0].state[found[0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes_over_all"),
+    [("sgd", False), ("sgd-l2", True), ("momentum", True), ("adagrad", False), ("adagrad-l2", True), ("adam", True)],
+)
+def test_exact_passes_over_all_rows_only_where_that_changes_some(kind, passes_over_all, monkeypatch):
+    name, found = f"{KINDS[kind][0].lower()}_rows", []
+    update = getattr(ops, name)
+
+    def noted(*args, **options):
+        found.extend(each.every_row for each in args if hasattr(each, "every_row"))
+        update(*args, **options)
+
+    monkeypatch.setattr(ops, name, noted)
+    params = parameters(torch.float32)[:1]
+    params[0].grad = sparse(torch.ones(2, WIDTH), [4, 9])
+    make(kind, params).step()
+    assert found == [passes_over_all]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_arguments_and_their_defaults_are_torchs(name):
+    ours, theirs = (dict(inspect.signature(getattr(each, name)).parameters) for each in (optim, torch.optim))
+    assert ours.pop("sparse_rows").default == "exact"
+    found, expected = ([(each.default, each.kind) for each in side.values()] for side in (ours, theirs))
+    assert list(ours) == list(theirs)
+    assert found == expected
+
+
+OTHER_VALUES = {"betas": (0.5, 0.6)} | dict.fromkeys(
+    ("lr", "momentum", "dampening", "weight_decay", "eps", "lr_decay", "initial_accumulator_value"), 0.5
+)
+"""Other values than the default ones; that of an option that is not here is True."""
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name in ("SGD", "Adam", "AdamW", "Adagrad")
+        for option in inspect.signature(getattr(torch.optim, name)).parameters
+        if option != "params"
+    ],
+)
+def test_every_option_reaches_torchs_optimizer(name, option):
+    options = {option: OTHER_VALUES.get(option, True)} | ({"momentum": 0.5} if option == "nesterov" else {})
+    ours, theirs = (getattr(each, name)(parameters(torch.float32), **options) for each in (optim, torch.optim))
+    assert ours.defaults == theirs.defaults
+    assert ours.defaults[option] == options[option]
 
 
 def test_parameter_groups_have_options_of_their_own():
@@ -220,19 +285,36 @@ def test_uncoalesced_and_empty_gradients():
     assert torch.equal(params[0], before)
 
 
-def test_other_shapes_than_matrices():
-    ours, theirs = (torch.nn.Parameter(torch.ones(6, 2, 3)) for _ in range(2))
-    ours.grad = sparse(torch.full((1, 2, 3), 2.0), [4], 6)
-    theirs.grad = ours.grad.to_dense()
-    for parameter in (ours, theirs):
-        optim.Adam([parameter], sparse_rows="decay").step()
-    torch.testing.assert_close(ours, theirs)
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_other_shapes_than_matrices(shape):
+    ours, theirs = (torch.nn.Parameter(torch.ones(6, *shape)) for _ in range(2))
+    optimizers = [optim.Adam([parameter], sparse_rows="decay") for parameter in (ours, theirs)]
+    for index in (4, 2, 4):
+        ours.grad = sparse(torch.full((1, *shape), 2.0), [index], 6)
+        theirs.grad = ours.grad.to_dense()
+        for optimizer in optimizers:
+            optimizer.step()
+    optimizers[0].wake()
+    for name, value in optimizers[1].state[theirs].items():
+        torch.testing.assert_close(optimizers[0].state[ours][name], value)
 
 
-@pytest.mark.parametrize("options", [{"differentiable": True}, {"capturable": True}])
+def test_values_of_any_memory_layout():
+    ours, theirs = parameters(torch.float32)[:1], parameters(torch.float32)[:1]
+    values = torch.arange(3.0 * WIDTH).view(WIDTH, 3).t()
+    ours[0].grad = sparse(values, [2, 5, 9])
+    assert not ours[0].grad._values().is_contiguous()
+    theirs[0].grad = ours[0].grad.to_dense()
+    for params in (ours, theirs):
+        optim.SGD(params, 0.1).step()
+    torch.testing.assert_close(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("options", [{"differentiable": True}, {"capturable": True}, {}])
 def test_what_is_not_for_row_sparse_gradients_is_refused(options):
-    parameter = torch.nn.Parameter(torch.ones(3, 2))
-    parameter.grad = sparse(torch.ones(1, 2), [1], 3)
+    dtype = torch.float32 if options else torch.complex64
+    parameter = torch.nn.Parameter(torch.ones(3, 2, dtype=dtype))
+    parameter.grad = sparse(torch.ones(1, 2, dtype=dtype), [1], 3)
     with pytest.raises(NotSupportedError, match="sparse_grad=False"):
         optim.Adam([parameter], **options).step()
 
@@ -267,12 +349,24 @@ def test_dense_half_precision_is_not_given_to_fused_kernels(kind, dtype):
     torch.testing.assert_close(ours[0], theirs[0])
 
 
-@pytest.mark.parametrize("choice", [{"foreach": False}, {"foreach": True}, {"fused": False}])
+@pytest.mark.parametrize(
+    "choice",
+    [{"foreach": False}, {"foreach": True}, {"fused": False}, {"differentiable": True}, {"lr": torch.tensor(0.1)}],
+)
 def test_a_chosen_implementation_stays(choice):
+    """So does that of a group that the fused implementation does not take."""
     (name, value), *_ = choice.items()
-    group = optim.Adam(parameters(torch.float32), **choice).param_groups[0]
-    assert group[name] is value
-    assert not group["fused"]
+    optimizer = optim.Adam(parameters(torch.float32), **choice)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    for group in optimizer.param_groups:
+        assert group[name] is value
+        assert not group["fused"]
+
+
+def test_the_fused_implementation_is_chosen_for_every_group():
+    optimizer = optim.Adam(parameters(torch.float32))
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert [group["fused"] for group in optimizer.param_groups] == [True, True]
 
 
 def test_a_mode_of_a_group_is_refused():

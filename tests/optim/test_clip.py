@@ -27,6 +27,32 @@ def test_clipping_by_norm_is_torchs(norm_type, max_norm):
         optim.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_single_parameter_is_clipped(dense):
+    parameter = torch.nn.Parameter(torch.ones(ROWS, WIDTH))
+    grad = sparse(torch.full((2, WIDTH), 3.0), [4, 9])
+    parameter.grad = grad.to_dense() if dense else grad
+    before = parameter.grad.to_dense().clone()
+    norm = optim.clip_grad_norm_(parameter, 1.0)
+    torch.testing.assert_close(norm, before.norm())
+    torch.testing.assert_close(parameter.grad.to_dense(), before / (norm + 1e-6))
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_torchs_implementation_can_be_chosen(foreach, monkeypatch):
+    clip, found = torch.nn.utils.clip_grad_norm_, []
+
+    def noted(parameters, max_norm, norm_type, error_if_nonfinite, foreach=None):
+        found.append(foreach)
+        return clip(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    params = parameters(torch.float32)
+    params[0].grad = sparse(torch.ones(2, WIDTH), [4, 9])
+    optim.clip_grad_norm_(params, 1.0, foreach=foreach)
+    assert found == [foreach]
+
+
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 def test_clipping_takes_gradients_without_rows(norm_type):
     params = parameters(torch.float32)[:2]

@@ -65,6 +65,15 @@ def test_the_layout_of_the_state_dict_is_torchs(kind):
     assert [group.keys() for group in found["param_groups"]] == [group.keys() for group in wanted["param_groups"]]
 
 
+def test_the_fused_implementation_is_chosen_again_where_an_older_state_dict_does_not_choose():
+    params = parameters(torch.float32)
+    expected = torch.optim.SGD(parameters(torch.float32), 0.1)
+    assert expected.param_groups[0]["fused"] is None
+    optimizer = optim.SGD(params, 0.1)
+    optimizer.load_state_dict(expected.state_dict())
+    assert optimizer.param_groups[0]["fused"]
+
+
 def _saved(thing):
     file = io.BytesIO()
     torch.save(thing, file)

@@ -47,7 +47,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
         """Whether the dense optimizer moves the weights of a row whose gradient is zero.
 
-        If so, ``sparse_rows="exact"`` updates all rows.
+        If it does that, or changes the state of the row, ``sparse_rows="exact"`` updates all rows.
         """
 
     @abstractmethod
@@ -116,6 +116,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
             self._make_up_for_missed_steps(parameter, group)
             if _updates_copy(parameter, grad, group):
                 every_index = torch.arange(len(parameter))
+                self._init_state(parameter, group)
                 self._update_with_copy(parameter, group, every_index, grad.contiguous())
             else:
                 left_to_torch.append(parameter)
@@ -124,12 +125,14 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def _row_sparse_step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         self._refuse_unsupported(parameter, group)
         indices, values = _indices_and_values(grad)
+        self._init_state(parameter, group)
         row_step = None
         if self.sparse_rows == "decay" and self._zero_gradient_changes_state(group):
             row_step = self._row_step(parameter, group)
         else:
             self._make_up_for_missed_steps(parameter, group)
-        every_row = self.sparse_rows == "exact" and self._zero_gradient_moves_weights(group)
+        changes = self._zero_gradient_moves_weights(group) or self._zero_gradient_changes_state(group)
+        every_row = self.sparse_rows == "exact" and changes
         self._update_with_copy(parameter, group, indices, values, every_row, row_step)
 
     def _refuse_unsupported(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -154,7 +157,6 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         row_step: Tensor | None = None,
     ) -> None:
         """Updates rows of a parameter, and the same rows of its bfloat16 copy if it has one that is up to date."""
-        self._init_state(parameter, group)
         bf16_copy = copies.current(parameter)
         rows = GradientRows(indices, -values if group["maximize"] else values, every_row, row_step, bf16_copy)
         self._update(parameter, rows, self._count_step(parameter), group)
