@@ -129,6 +129,7 @@ def a_rule_may_have_a_group(rank: int) -> None:
     assert SynchronizedTopK(1, alone[rank]).select(grad).indices.tolist() == [0 if rank == 0 else 2]
     assert SynchronizedTopK(1, alone[rank]).as_topk(3) == PlainTopK(1, "batch")
     rule = SynchronizedTopK(1, both)
+    assert rule._group_of_several() is both
     assert copy.deepcopy(mlp(rule))[0].rule is rule
     with pytest.raises(meprop.NotSupportedError, match="cannot be pickled"):
         pickle.dumps(rule)
@@ -289,6 +290,9 @@ def groups_of_our_own_have_the_time_out_of_the_first(rank: int) -> None:
     state = RowSparseState(group)
     assert state.group is group
     assert state.mask_group is not group
+    choosing = SynchronizedTopK(1)._group_of_several()
+    assert choosing is not dist.group.WORLD
+    assert choosing is SynchronizedTopK(2)._group_of_several()
     if rank == 0:
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             dist.all_reduce(torch.ones(1), group=state.mask_group)

@@ -94,6 +94,7 @@ def test_the_rows_steps_are_loaded_as_they_are_into_half_precision():
         parameter.grad = sparse(torch.ones(1, WIDTH, dtype=torch.bfloat16), [step % ROWS])
         optimizer.step()
     before = optimizer.state[parameter]["row_step"].clone()
+    assert sorted(before.tolist()) == list(range(300 - ROWS + 1, 301))
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     after = optimizer.state[parameter]["row_step"]
     assert after.dtype == torch.float32
