@@ -31,9 +31,10 @@ def expected(layer, seed=0):
 
 def made_anew(layer):
     """Whether the next product casts the whole weight."""
-    before = copies.of(layer.weight)._version
+    kept = copies.current(layer.weight)
+    version = None if kept is None else kept._version
     forward(layer)
-    return copies.of(layer.weight)._version != before
+    return kept is None or copies.of(layer.weight) is not kept or kept._version != version
 
 
 def test_a_copy_is_made_once_and_kept(layer):
@@ -90,7 +91,7 @@ def test_torchs_optimizers_are_seen(layer, name):
 @pytest.mark.skipif(not meprop.backend_info()["native"], reason="needs the compiled extension")
 @pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
-def test_our_optimizers_write_the_copy_along(layer, name, sparse_rows):
+def test_our_optimizers_write_the_copy_together_with_the_weight(layer, name, sparse_rows):
     options = {"momentum": 0.9} if name == "SGD" else {}
     optimizer = getattr(optim, name)(layer.parameters(), lr=0.1, sparse_rows=sparse_rows, **options)
     for seed in range(5):
@@ -100,6 +101,50 @@ def test_our_optimizers_write_the_copy_along(layer, name, sparse_rows):
         assert not made_anew(layer)
         assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
         assert torch.equal(forward(layer, seed), expected(layer, seed))
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"capturable": True}])
+def test_a_dense_step_of_a_weight_with_a_copy_is_torchs(layer, options):
+    """To the bit where torch does it, with these options; and in any memory layout where we do, without."""
+    twin = torch.nn.Parameter(layer.weight.detach().clone())
+    ours, torchs = optim.Adam([layer.weight], **options), torch.optim.Adam([twin], fused=True, **options)
+    for seed in range(3):
+        copies.of(layer.weight)
+        layer.weight.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(seed)).t()
+        twin.grad = layer.weight.grad.contiguous()
+        if options:
+            layer.weight.grad = twin.grad.clone()
+        ours.step()
+        torchs.step()
+        torch.testing.assert_close(layer.weight, twin, rtol=0 if options else 1e-6, atol=0 if options else 1e-7)
+    assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
+
+
+def test_a_compiled_step_leaves_the_copy_to_be_made_anew(layer):
+    optimizer = optim.SGD([layer.weight], lr=1.0)
+    copies.of(layer.weight)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.ones(40, 24)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in (1, 2):
+        step()
+        torch.testing.assert_close(layer.weight, before - number)
+    assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
+
+
+def test_a_frozen_weight_keeps_its_copy(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
+    layer.weight.requires_grad_(False)
+    forward(layer).sum().backward()
+    optimizer.step()
+    assert not made_anew(layer)
+
+
+def test_an_optimizer_that_is_not_fused_leaves_other_copies_as_they_are(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    forward(layer)
+    optimizer.step()  # without gradients
+    assert not made_anew(layer)
 
 
 def test_after_a_change_by_another_our_optimizers_leave_the_copy_to_be_made_anew(layer):
@@ -301,7 +346,7 @@ def test_inputs_that_torch_does_not_cast_are_refused_as_by_torch(layer, dtype, g
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, -1, -0x400000])
 def test_a_weight_of_nan_is_its_own_copy(layer, bits, backend, monkeypatch):
     if backend == "reference":
-        monkeypatch.setattr("meprop.ops.copy_agrees", reference.copy_agrees)
+        monkeypatch.setattr(copies, "copy_agrees", reference.copy_agrees)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(bits, dtype=torch.int32).view(torch.float32).expand(40, 24))
     forward(layer)
@@ -330,7 +375,7 @@ def test_inputs_in_half_precision_go_with_float32_weights(kept):
 
 @pytest.mark.skipif(not meprop.backend_info()["native"], reason="needs the compiled extension")
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
-def test_our_optimizers_write_the_copy_along_with_dense_gradients_too(name):
+def test_our_optimizers_write_the_copy_of_a_weight_with_a_dense_gradient_too(name):
     layers = [meprop.nn.Linear(24, 40, rule=meprop.TopK(4), compute_dtype=torch.bfloat16) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     options = {"momentum": 0.9, "maximize": True} if name == "SGD" else {"maximize": True}

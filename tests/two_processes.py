@@ -26,7 +26,14 @@ from torch.utils.checkpoint import checkpoint
 import meprop
 from cases import gradient
 from meprop import copies
-from meprop.distributed import RowSparseState, SynchronizedTopK, average_gradients, row_sparse_hook
+from meprop.distributed import (
+    RowSparseState,
+    SynchronizedTopK,
+    _average,
+    _Bucket,
+    average_gradients,
+    row_sparse_hook,
+)
 from meprop.selection import PlainTopK
 
 CHECKS: dict[str, Callable[[int], None]] = {}
@@ -122,6 +129,7 @@ def a_rule_may_have_a_group(rank: int) -> None:
     assert SynchronizedTopK(1, alone[rank]).select(grad).indices.tolist() == [0 if rank == 0 else 2]
     assert SynchronizedTopK(1, alone[rank]).as_topk(3) == PlainTopK(1, "batch")
     rule = SynchronizedTopK(1, both)
+    assert rule._group_of_several() is both
     assert copy.deepcopy(mlp(rule))[0].rule is rule
     with pytest.raises(meprop.NotSupportedError, match="cannot be pickled"):
         pickle.dumps(rule)
@@ -278,11 +286,40 @@ def a_bucket_that_one_process_has_earlier_does_not_keep_others_from_choosing(ran
 
 @check
 def groups_of_our_own_have_the_time_out_of_the_first(rank: int) -> None:
-    state = RowSparseState(dist.new_group(timeout=timedelta(seconds=1)))
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    state = RowSparseState(group)
+    assert state.group is group
+    assert state.mask_group is not group
+    choosing = SynchronizedTopK(1)._group_of_several()
+    assert choosing is not dist.group.WORLD
+    assert choosing is SynchronizedTopK(2)._group_of_several()
     if rank == 0:
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             dist.all_reduce(torch.ones(1), group=state.mask_group)
     dist.barrier()
+
+
+@check
+def what_a_failed_backward_pass_left_is_not_sent(rank: int) -> None:
+    expected = mlp(unified())
+    one_process(expected, parts())
+    model, state = DistributedDataParallel(mlp(SynchronizedTopK(4))), RowSparseState()
+    model.register_comm_hook(state, row_sparse_hook)
+    left = _Bucket(torch.ones(3), [torch.ones(3)], torch.empty(0, dtype=torch.uint8), None, torch.futures.Future())
+    state.waiting.append(left)
+    loss(model(parts()[rank])).backward()
+    assert_gradients(model, expected)
+    assert not left.averaged.done()
+
+
+@check
+def an_error_behind_the_hook_ends_the_backward_pass(rank: int) -> None:
+    state, marks = RowSparseState(), torch.ones(4, dtype=torch.uint8)
+    no_memory_of_its_own = torch.zeros(1).expand(4, 3)
+    bucket = _Bucket(torch.zeros(12), [no_memory_of_its_own], marks, None, torch.futures.Future())
+    _average(state, bucket)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        bucket.averaged.wait()
 
 
 @check
@@ -477,6 +514,18 @@ def what_some_have_no_gradient_for_counts_as_zeros(rank: int) -> None:
     assert unused.grad is None
     assert frozen.grad is None
     assert average_gradients([]) == 0
+
+
+@check
+def a_group_averages_on_its_own(rank: int) -> None:
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    weight, bias = nn.Embedding(9, 2, sparse=True).weight, nn.Parameter(torch.ones(3))
+    nn.functional.embedding(torch.tensor([rank, 5]), weight, sparse=True).sum().backward()
+    bias.grad = torch.full((3,), 1.0 + rank)
+    average_gradients([weight, bias], alone)
+    assert nonzero_rows(weight) == [rank, 5]
+    assert torch.equal(weight.grad._values(), torch.ones(2, 2))
+    assert torch.equal(bias.grad, torch.full((3,), 1.0 + rank))
 
 
 @check

@@ -1,14 +1,19 @@
-"""bfloat16 copies of float32 weights, so that a step in bfloat16 need not cast the whole model.
+"""bfloat16 copies of float32 weights, so that a product in bfloat16 need not cast the whole weight each time.
 
-A copy is made when a product first asks for it, and made anew when its weight has changed since: by load_state_dict, by
-an edit in place or an optimizer, which raise the tensor's version, or by other memory under it. `meprop.optim` writes
-the copy along with the rows that it changes, which keeps it up to date. Modules that share a weight share its copy.
-torch's fused optimizers raise no version: after a step of one, copies of its parameters are made anew; nor does
-``fully_shard``, when it gathers weights: after a step on its DTensors all copies are.
+A copy is made when a product first asks for it. It is made anew when its weight has changed since. The version of a
+tensor tells that: it is raised by an edit in place, by load_state_dict and by most optimizers. Other memory under the
+weight tells it as well. `meprop.optim` writes the copy together with the rows of the weight that it changes, so that
+the copy stays up to date. Modules that share a weight share its copy.
 
-An edit through ``weight.data`` or a NumPy view raises no version: it is seen only where it concerns one of some hundred
-entries that are looked at each time, as one of most of the weight does. Edit under `torch.no_grad` instead.
-`torch.utils.swap_tensors` refuses a weight that has a copy, as it refuses all that are weakly referenced.
+Two kinds of change raise no version, and are therefore noticed after each optimizer's step. A step of torch's fused
+optimizers outdates the copies of its parameters. A step on the DTensors of ``fully_shard`` outdates all copies, because
+``fully_shard`` then gathers the new weights into tensors that keep their version.
+
+An edit through ``weight.data`` or a NumPy view raises no version either. Whenever the copy is asked for, about a
+hundred evenly spread entries are compared with the weight. An edit of most of the weight shows there, an edit of a few
+entries may not. Edit under `torch.no_grad` instead.
+
+`torch.utils.swap_tensors` refuses a weight that has a copy, as it refuses every tensor with weak references to it.
 """
 
 from __future__ import annotations
@@ -21,21 +26,29 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from meprop import ops
+from meprop.ops import copy_agrees
 
-_SAMPLES = 128
+_COMPARED_ENTRIES = 128
 
 
 @dataclass
 class _Copy:
+    """The copy of a weight, and what the weight was when the copy was last written.
+
+    Attributes:
+        tensor: The copy, in bfloat16, of the weight's shape.
+        version: The weight's version at that time; -1 if the copy is outdated whatever the weight's version.
+        address: The address of the weight's memory at that time.
+        written_in_step: Whether the optimizer's step that is in progress has written the copy.
+    """
+
     tensor: Tensor
     version: int
     address: int
-    written_along: bool = False
-    """By the step of an optimizer that is just going on."""
+    written_in_step: bool = False
 
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether the weight has not changed since this was written, as far as its version tells."""
+    def is_up_to_date(self, weight: Tensor) -> bool:
+        """Whether the weight has not changed since the copy was written, as far as version and memory tell."""
         return (
             self.version == weight._version
             and self.address == weight.data_ptr()
@@ -45,6 +58,7 @@ class _Copy:
 
 
 _copies = WeakTensorKeyDictionary()
+"""The copy of each weight that has one. A copy is freed with its weight."""
 
 
 def _find(weight: Tensor) -> _Copy | None:
@@ -52,7 +66,7 @@ def _find(weight: Tensor) -> _Copy | None:
 
 
 def serves(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a copy of this weight in this dtype can be kept: of plain float32 leaves, in bfloat16."""
+    """Whether a copy of this weight in this dtype can be kept: the weight a plain float32 leaf, the dtype bfloat16."""
     return (
         dtype == torch.bfloat16
         and weight.dtype == torch.float32
@@ -60,14 +74,14 @@ def serves(weight: Tensor, dtype: torch.dtype) -> bool:
         and type(weight) in (Tensor, torch.nn.Parameter)
         and weight.is_contiguous()
         and not weight.is_inference()  # it has no version
-        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)  # nor this one memory  # pyright: ignore
+        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)  # nor has this memory  # pyright: ignore
     )
 
 
 def of(weight: Tensor) -> Tensor:
-    """The bfloat16 copy of a weight that `serves` says yes to, up to date. Not to be written."""
+    """The bfloat16 copy of a weight that `serves` says yes to, up to date. The caller must not write it."""
     copy = _find(weight)
-    if copy is not None and copy.is_of(weight) and ops.copy_agrees(weight, copy.tensor, _SAMPLES):
+    if copy is not None and copy.is_up_to_date(weight) and copy_agrees(weight, copy.tensor, _COMPARED_ENTRIES):
         return copy.tensor
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
         if copy is not None and (copy.tensor.shape, copy.tensor.device) == (weight.shape, weight.device):
@@ -78,7 +92,29 @@ def of(weight: Tensor) -> Tensor:
     return copy.tensor
 
 
-def _forget_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def current(weight: Tensor) -> Tensor | None:
+    """The copy of a weight, if there is one and it is up to date; else None.
+
+    An optimizer that changes the weight may write it too, and then calls `mark_as_written`.
+    """
+    copy = _find(weight)
+    return copy.tensor if copy is not None and copy.is_up_to_date(weight) else None
+
+
+def mark_as_written(weight: Tensor) -> None:
+    """Says that the `current` copy was written together with its weight, whose version has been raised by that."""
+    copy: _Copy = _copies[weight]
+    copy.version, copy.written_in_step = weight._version, True
+
+
+def forget(weight: Tensor) -> None:
+    """Frees the copy of a weight, if there is one. The next product that asks for a copy gets a new one."""
+    if _find(weight) is not None:
+        del _copies[weight]
+
+
+def _outdate_silent_changes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Runs after the step of every optimizer, and outdates copies of weights that changed without a new version."""
     for group in optimizer.param_groups if _copies else []:
         for parameter in group["params"]:
             if type(parameter) not in (Tensor, torch.nn.Parameter):  # a DTensor, from which layers get other tensors
@@ -87,27 +123,9 @@ def _forget_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             copy = _find(parameter)
             if copy is None:
                 continue
-            if group.get("fused") and parameter.requires_grad and not copy.written_along:
+            if group.get("fused") and parameter.requires_grad and not copy.written_in_step:
                 copy.version = -1
-            copy.written_along = False
+            copy.written_in_step = False
 
 
-register_optimizer_step_post_hook(_forget_fused)
-
-
-def current(weight: Tensor) -> Tensor | None:
-    """The copy, if one is up to date: whoever writes it along with the weight calls `rewritten` then."""
-    copy = _find(weight)
-    return copy.tensor if copy is not None and copy.is_of(weight) else None
-
-
-def rewritten(weight: Tensor) -> None:
-    """Says that the `current` copy has been written along with its weight, whose version has been raised since."""
-    copy: _Copy = _copies[weight]
-    copy.version, copy.written_along = weight._version, True
-
-
-def forget(weight: Tensor) -> None:
-    """Frees the copy, if there is one; whoever asks for it again gets a new one."""
-    if _find(weight) is not None:
-        del _copies[weight]
+register_optimizer_step_post_hook(_outdate_silent_changes)

@@ -1,134 +1,43 @@
-"""Many processes, each with its part of the batch: one selection for all of them, and only its rows are sent.
+"""Training in many processes, each with its part of the batch: only rows that have a gradient are sent.
 
-`SynchronizedTopK` lets all processes keep the same k features, so that k rows of a weight have a gradient anywhere.
-What then sends no other rows is `row_sparse_hook` with `torch.nn.parallel.DistributedDataParallel`, and without it, for
-layers with ``sparse_grad=True``, `average_gradients`. Neither relies on the rule: of any gradient the rows that are
-not zero in some process are sent, and the average is right whatever was selected.
+`SynchronizedTopK` lets all processes keep the same k features. Then the same k rows of a weight have a gradient in
+every process. Two functions send only these rows:
+
+- `row_sparse_hook` is for models in `torch.nn.parallel.DistributedDataParallel`.
+- `average_gradients` is for models without that wrapper, whose layers have ``sparse_grad=True``.
+
+Neither relies on the rule. A row is sent if its gradient is not zero in some process, so the average is right whatever
+was selected.
 """
 
-# Not `from __future__ import annotations`: DistributedDataParallel looks at those of a hook.
+# Not `from __future__ import annotations`: DistributedDataParallel checks the annotations of a hook, as types.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meprop import ops
 from meprop.errors import NotSupportedError
-from meprop.rules import Scope, TopK
-from meprop.selection import ColumnSelection, PlainTopK
+from meprop.rules.synchronized import SynchronizedTopK, second_group
 
-# The whole group -> another one of the same processes, made by the first `SynchronizedTopK` that has none of its own.
-_groups_of_rules: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class SynchronizedTopK(TopK):
-    """Keeps k features for the batch of all processes: the paper's simple unified top-k, over many machines.
-
-    As ``TopK(k, scope="batch")``, but the sums of magnitudes by which features are chosen are summed over all processes
-    (8 bytes for each output feature, in each backward pass of a layer), so that all choose the same. In a single
-    process, or without a process group, it is that rule bit for bit.
-
-    DistributedDataParallel and FSDP average the processes' losses. The features are those that a single process would
-    choose for that average, also where batches differ in size, and where one is empty.
-
-    Every process has to run the same layers in the same order: else one waits for the others until the group's
-    time-out, or, where widths differ, torch ends it. For the same reason nothing is measured: layers are always sparse,
-    as with ``when="always"``. An LSTM, which would choose, and wait, at each time step, is refused.
-
-    Args:
-        k: As of `TopK`.
-        group: The processes that choose together. Make one for that: in the group in which gradients are averaged
-            meanwhile, choices would wait for those. None: all processes, in a group of their own that is made at the
-            first use. A rule with a group cannot be pickled.
-
-    Raises:
-        ValueError: k is out of range.
-        TypeError: k is not a number, or group not a process group that this process is in.
-        NotSupportedError: When it is pickled, with a group; and, within an error of torch's, where several processes
-            compile with fullgraph=True.
-
-    Example:
-        >>> import torch
-        >>> SynchronizedTopK(1).select(torch.tensor([[3.0, 1.0], [0.0, 2.5]])).indices.tolist()
-        [1]
-    """
-
-    name: ClassVar[str] = ""
-    scope: Scope = field(default="batch", init=False)
-    group: dist.ProcessGroup | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"group={self.group!r}; it is a process group that this process is in, or None")
-
-    @property
-    def communicates(self) -> bool:
-        """True: also a single process then asks whenever it would have to among others."""
-        return True
-
-    def as_topk(self, features: int) -> PlainTopK | None:
-        """As that of `TopK` in a single process; None of several, as they have to meet in between."""
-        return super().as_topk(features) if self._group_of_several() is None else None
-
-    def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
-        group = self._group_of_several()
-        if group is None:
-            return super()._columns(grad_NO, k)
-        scores_O = ops.column_scores(grad_NO)
-        dist.all_reduce(scores_O, group=group)
-        indices = ops.topk_columns(scores_O[None], k).indices
-        return ColumnSelection(grad_NO.index_select(1, indices), indices, grad_NO.shape[1])
-
-    def _group_of_several(self) -> dist.ProcessGroup | None:
-        if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
-            return None
-        if torch.compiler.is_compiling():
-            raise NotSupportedError(f"{self} of several processes under torch.compile; leave out fullgraph=True")
-        if self.group is not None:
-            return self.group
-        everyone = dist.group.WORLD
-        assert everyone is not None  # as it is initialized
-        if everyone not in _groups_of_rules:
-            _groups_of_rules[everyone] = _twin(everyone)
-        return _groups_of_rules[everyone]
-
-    def __deepcopy__(self, _: Any) -> "SynchronizedTopK":
-        return self  # which cannot change; and a group cannot be copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.group is not None:
-            raise NotSupportedError(
-                "a SynchronizedTopK with a group cannot be pickled, as the group is of this process; save the model's "
-                "state_dict, or use group=None"
-            )
-        return vars(self)
-
-
-def _twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Another group of the same processes, whose collectives do not wait for those of the first."""
-    ranks = dist.get_process_group_ranks(group)
-    backend = group._get_backend(group._device_types[0])
-    timeout = getattr(getattr(backend, "options", None), "_timeout", None)  # else torch's default, which is long
-    return cast("dist.ProcessGroup", dist.new_group(ranks, timeout, use_local_synchronization=True))
+__all__ = ["RowSparseState", "SynchronizedTopK", "average_gradients", "row_sparse_hook"]
 
 
 class RowSparseState:
-    """What `row_sparse_hook` needs, and counts. To be made in all processes of the group.
+    """What `row_sparse_hook` needs for one model, and what it counts. Make it in all processes of the group.
 
     Args:
-        process_group: In which gradients are averaged, DistributedDataParallel's; None: all processes.
+        process_group: The group in which DistributedDataParallel averages gradients; None: all processes.
 
     Attributes:
-        bytes_sent: What the hook has given to collectives so far, in this process, of dense gradients.
-        bytes_dense: What DistributedDataParallel would have given without it.
+        bytes_sent: The bytes that the hook has given to collectives so far, in this process, for dense gradients.
+        bytes_dense: The bytes that DistributedDataParallel would have given without the hook.
+
+    Raises:
+        ValueError: process_group is None, and there is no process group yet.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -136,26 +45,27 @@ class RowSparseState:
         if group is None:
             raise ValueError("there is no process group yet; call torch.distributed.init_process_group first")
         self.group = group
-        self.mask_group = _twin(group)  # as which rows to send is agreed on while gradients are on their way
-        self.waiting: deque[_Bucket] = deque()  # in the backward pass that is going on
+        self.mask_group = second_group(group)  # processes agree on rows while gradients are on their way
+        self.waiting: deque[_Bucket] = deque()  # buckets of this backward pass that have not been sent yet
         self.bytes_sent = self.bytes_dense = 0
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """One of DistributedDataParallel's that has not been sent yet.
+    """A bucket of DistributedDataParallel that has not been sent yet.
 
     Attributes:
-        buffer: All of it, in which the result is put.
-        gradients: Views of it; none of a sparse one.
-        marks: Whether any process has something in it, for each row of those gradients that have rows, uint8.
-        agreeing: What makes the marks those of all processes; None if there are none.
-        averaged: What DistributedDataParallel waits for.
+        buffer: The whole bucket. The averages are written into it.
+        gradients: Views of the buffer, one for each parameter; none if the buffer is sparse.
+        row_is_sent: 1 for each row that is not zero in some process, else 0, uint8. The rows are those of all gradients
+            that have rows, one gradient after the other.
+        agreeing: The collective that forms `row_is_sent` from what each process has; None if there are no rows.
+        averaged: The future that DistributedDataParallel waits for.
     """
 
     buffer: Tensor
     gradients: Sequence[Tensor]
-    marks: Tensor
+    row_is_sent: Tensor
     agreeing: dist.Work | None
     averaged: torch.futures.Future[Tensor]
 
@@ -164,19 +74,26 @@ class _Bucket:
 
 
 def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A communication hook for DistributedDataParallel that sends those rows of each gradient that are not all zero.
+    """A communication hook for DistributedDataParallel that sends the rows of each gradient that are not all zero.
 
-    The gradients are those without the hook, but for rounding; of two processes bit for bit. A row is sent where any
-    process has something in it, which a byte per row tells beforehand: with `SynchronizedTopK` these are k rows, with
-    ``TopK(k, scope="batch")`` up to k of each process, with choices per example nearly all, and with accumulated
-    gradients (`no_sync`) all that were chosen meanwhile. What has no rows, such as biases, is sent as it is.
+    The averaged gradients are those without the hook, but for rounding. In two processes they are the same bits.
 
-    ``fp16_compress_wrapper(row_sparse_hook)`` of torch.distributed.algorithms.ddp_comm_hooks.default_hooks, or on NCCL
-    ``bf16_compress_wrapper``, halves the bytes again.
+    A row is sent if it is not zero in some process. The processes agree on that beforehand, with a byte per row. What
+    is sent depends on the rule:
+
+    - with `SynchronizedTopK`: k rows;
+    - with ``TopK(k, scope="batch")``: up to k rows of each process;
+    - with scope "example": nearly all rows;
+    - with accumulated gradients (`no_sync`): all rows that were chosen in the meantime.
+
+    A gradient without rows, such as that of a bias, is sent as it is.
+
+    ``fp16_compress_wrapper(row_sparse_hook)`` of torch.distributed.algorithms.ddp_comm_hooks.default_hooks halves the
+    bytes again. On NCCL ``bf16_compress_wrapper`` does so, too.
 
     Args:
-        state: Of this model.
-        bucket: From DistributedDataParallel.
+        state: The state of this model.
+        bucket: The bucket that DistributedDataParallel has filled.
 
     Returns:
         A future of the averaged bucket.
@@ -188,30 +105,30 @@ def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.fut
     buffer = bucket.buffer()
     gradients = [] if buffer.is_sparse else bucket.gradients()  # sparse: an Embedding's, in a bucket of its own
     masks = [grad.flatten(1).abs().amax(dim=1) != 0 for grad in gradients if _has_rows(grad)]
-    marks = torch.cat(masks).to(torch.uint8) if masks else buffer.new_empty(0, dtype=torch.uint8)
-    agreeing = dist.all_reduce(marks, dist.ReduceOp.MAX, state.mask_group, async_op=True) if masks else None
+    row_is_sent = torch.cat(masks).to(torch.uint8) if masks else buffer.new_empty(0, dtype=torch.uint8)
+    agreeing = dist.all_reduce(row_is_sent, dist.ReduceOp.MAX, state.mask_group, async_op=True) if masks else None
     averaged: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
     if bucket.index() == 0:
-        state.waiting.clear()  # of a backward pass that has failed
-    state.waiting.append(_Bucket(buffer, gradients, marks, agreeing, averaged))
-    # Another process may come here only later, and before that wait, in a converted layer, for what this one chooses
-    # there. So buckets are waited for when all layers have chosen, and sent in their order, the same everywhere.
+        state.waiting.clear()  # what is left of a backward pass that has failed
+    state.waiting.append(_Bucket(buffer, gradients, row_is_sent, agreeing, averaged))
+    # Another process may come here later, and wait before that, in a converted layer, for the choice of this process.
+    # So this one waits for a bucket only after its last layer has chosen. All processes send buckets in their order.
     while state.waiting and (bucket.is_last() or state.waiting[0].is_agreed()):
         _average(state, state.waiting.popleft())
     return averaged
 
 
 def _average(state: RowSparseState, bucket: "_Bucket") -> None:
-    """Begins to send what was agreed on."""
+    """Begins to send the rows that the processes have agreed on."""
     if bucket.agreeing is not None:
         bucket.agreeing.wait()
-    masks = iter(bucket.marks.split([len(grad) for grad in bucket.gradients if _has_rows(grad)]))
-    at = [next(masks).nonzero().flatten() if _has_rows(grad) else ... for grad in bucket.gradients]
-    pieces = [grad[rows] for grad, rows in zip(bucket.gradients, at, strict=True)]
+    masks = iter(bucket.row_is_sent.split([len(grad) for grad in bucket.gradients if _has_rows(grad)]))
+    rows_of_each = [next(masks).nonzero().flatten() if _has_rows(grad) else ... for grad in bucket.gradients]
+    pieces = [grad[rows] for grad, rows in zip(bucket.gradients, rows_of_each, strict=True)]
     payload = torch.cat([piece.flatten() for piece in pieces]) if pieces else bucket.buffer
     if pieces:
         state.bytes_dense += bucket.buffer.nbytes
-        state.bytes_sent += bucket.marks.nbytes + payload.nbytes
+        state.bytes_sent += bucket.row_is_sent.nbytes + payload.nbytes
     sending = dist.all_reduce(payload.div_(state.group.size()), group=state.group, async_op=True)
     assert sending is not None  # as this process is in the group
 
@@ -221,10 +138,10 @@ def _average(state: RowSparseState, bucket: "_Bucket") -> None:
             if not pieces:
                 return bucket.averaged.set_result(total)
             parts = total.split([piece.numel() for piece in pieces])
-            for grad, rows, part, piece in zip(bucket.gradients, at, parts, pieces, strict=True):
+            for grad, rows, part, piece in zip(bucket.gradients, rows_of_each, parts, pieces, strict=True):
                 grad[rows] = part.view(piece.shape)
             bucket.averaged.set_result(bucket.buffer)
-        except Exception as error:  # else DistributedDataParallel would wait for ever
+        except Exception as error:  # otherwise DistributedDataParallel would wait for ever
             bucket.averaged.set_exception(error)  # pyright: ignore[reportArgumentType]  (it is for exceptions)
 
     sending.get_future().then(unpack)
@@ -235,7 +152,7 @@ def _has_rows(grad: Tensor) -> bool:
 
 
 def _largest(masks: Sequence[Tensor], group: dist.ProcessGroup | None) -> Sequence[Tensor]:
-    """Element by element the largest that any process has, as uint8; each has masks of the same lengths."""
+    """The largest value of all processes for each element, as uint8; all processes have masks of the same lengths."""
     if not masks:
         return masks
     together = torch.cat(list(masks)).to(torch.uint8)
@@ -247,18 +164,21 @@ _MISSING, _DENSE, _SPARSE = range(3)
 
 
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> int:
-    """Averages gradients over processes, as DistributedDataParallel does, but afterwards; of sparse ones only the rows.
+    """Averages gradients over processes, and sends only the rows of sparse ones.
 
-    For models that are not wrapped: to be called between `backward` (of all batches that are accumulated) and the
-    optimizer's step. DistributedDataParallel does not take the gradients of layers with ``sparse_grad=True``; here, of
-    row-sparse gradients, also those of ``torch.nn.Embedding(sparse=True)``, the rows that any process has are sent.
-    Dense ones are sent whole. Nothing is sent while the backward pass is going on.
+    It is for models without a wrapper. Call it after `backward`, of all batches whose gradients are accumulated, and
+    before the optimizer's step. DistributedDataParallel does not take the gradients of layers with
+    ``sparse_grad=True``.
 
-    A parameter that has a gradient in some processes has one in all afterwards: what is missing counts as zeros.
+    Of row-sparse gradients the rows that some process has are sent. That includes the gradients of
+    ``torch.nn.Embedding(sparse=True)``. Dense gradients are sent whole. DistributedDataParallel sends gradients while
+    the backward pass is going on; here nothing is sent until it is over.
+
+    A parameter that has a gradient in some processes has one in all of them afterwards: a missing one counts as zeros.
 
     Args:
-        parameters: The same in all processes, in the same order.
-        group: The processes; None: all.
+        parameters: The parameters, the same in all processes and in the same order.
+        group: The processes; None: all of them.
 
     Returns:
         The bytes that this process has given to collectives.
@@ -267,7 +187,7 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         TypeError: parameters is a single tensor.
         NotSupportedError: A gradient is sparse in more than its rows, or a DTensor.
     """
-    if isinstance(parameters, Tensor):  # whose rows are tensors without a gradient
+    if isinstance(parameters, Tensor):  # iterating it would give its rows, which have no gradient
         raise TypeError("parameters is a tensor; it is an iterable of parameters: [tensor]")
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if not parameters:
@@ -304,7 +224,7 @@ def _kind(parameter: Tensor) -> int:
 
 
 def _rows_with_gradient(parameter: Tensor) -> Tensor:
-    """A mask [O]."""
+    """Whether each row has a gradient in this process [O], bool."""
     mask = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
     if parameter.grad is not None:
         mask[parameter.grad._indices()[0] if parameter.grad.is_sparse else slice(None)] = True
@@ -312,7 +232,7 @@ def _rows_with_gradient(parameter: Tensor) -> Tensor:
 
 
 def _gradient_of(parameter: Tensor, rows: Tensor | None) -> Tensor:
-    """The whole gradient, or that of ascending rows [k, *]; zeros where there is none."""
+    """The whole gradient [O, *], or that of ascending `rows` [k, *]; zeros where there is none."""
     grad = parameter.grad
     if rows is None:
         return torch.zeros_like(parameter) if grad is None else grad
@@ -326,6 +246,7 @@ def _gradient_of(parameter: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _set_gradient(parameter: Tensor, rows: Tensor | None, grad: Tensor) -> None:
+    """Sets the whole gradient [O, *], or that of ascending `rows` [k, *], as `_gradient_of` gives it."""
     if rows is not None:
         parameter.grad = torch.sparse_coo_tensor(
             rows[None], grad, parameter.shape, is_coalesced=True, check_invariants=False

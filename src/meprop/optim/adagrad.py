@@ -1,0 +1,86 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meprop import ops
+from meprop.ops import GradientRows
+from meprop.optim.base import Parameters, RowSparseOptimizer, SparseRows, no_steps
+
+
+class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
+    """`torch.optim.Adagrad`, in which a row-sparse gradient costs only its rows.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate.
+        lr_decay: How fast the learning rate decays.
+        weight_decay: Factor of the L2 penalty.
+        initial_accumulator_value: The value that the sums of squares begin with.
+        eps: Is added to the root of the sums.
+        foreach: Whether torch's for-each implementation takes dense gradients; None: torch chooses.
+        maximize: Whether the step goes up the gradient instead of down.
+        differentiable: Whether autograd may go through the step. It is for dense gradients only.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters.
+        sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`). The modes
+            differ only where there is weight decay.
+
+    Raises:
+        ValueError: `sparse_rows` is unknown, or what torch raises it for.
+        NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is complex, the
+            gradient is sparse in more than its rows, or torch.compile compiles the step.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        sparse_rows: SparseRows = "exact",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+            sparse_rows=sparse_rows,
+        )
+
+    def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:  # the group was added later: torch makes the state of the others
+            state["step"] = no_steps(parameter, group)
+            state["sum"] = torch.full_like(parameter, self.defaults["initial_accumulator_value"])
+
+    def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
+        return group["weight_decay"] != 0
+
+    def _zero_gradient_changes_state(self, group: dict[str, Any]) -> bool:
+        """False: weight decay does add to the sums of squares, but no mode makes up for that."""
+        return False
+
+    def _make_up_for(self, missed_steps: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
+        raise AssertionError("no row's state falls behind")
+
+    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
+        lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+        weight_decay, eps = group["weight_decay"], group["eps"]
+        ops.adagrad_rows(parameter, self.state[parameter]["sum"], rows, step, lr=lr, weight_decay=weight_decay, eps=eps)

@@ -1,0 +1,148 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meprop import ops
+from meprop.ops import GradientRows
+from meprop.optim.base import Parameters, RowSparseOptimizer, SparseRows, no_steps
+
+
+class Adam(RowSparseOptimizer, torch.optim.Adam):
+    """`torch.optim.Adam`, in which a row-sparse gradient costs only its rows.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate.
+        betas: Decay factors of the first and the second moment.
+        eps: Is added to the root of the second moment.
+        weight_decay: Factor of the L2 penalty; with `decoupled_weight_decay` that of AdamW's weight decay.
+        amsgrad: Whether the largest second moment so far is used (AMSGrad).
+        foreach: Whether torch's for-each implementation takes dense gradients; None: torch chooses.
+        maximize: Whether the step goes up the gradient instead of down.
+        capturable: Whether the step may be captured in a CUDA graph. It is for dense gradients only.
+        differentiable: Whether autograd may go through the step. It is for dense gradients only.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters.
+        decoupled_weight_decay: Whether weights decay as in AdamW.
+        sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
+
+    Raises:
+        ValueError: `sparse_rows` is unknown, or what torch raises it for.
+        NotSupportedError: `step` meets a sparse gradient, and capturable or differentiable is True, the parameter is
+            complex, the gradient is sparse in more than its rows, or torch.compile compiles the step.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        sparse_rows: SparseRows = "exact",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            sparse_rows=sparse_rows,
+        )
+
+    def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = no_steps(parameter, group)
+        for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+
+    def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
+        return True
+
+    def _zero_gradient_changes_state(self, group: dict[str, Any]) -> bool:
+        return True
+
+    def _make_up_for(self, missed_steps: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        state["exp_avg"] *= beta1**missed_steps
+        state["exp_avg_sq"] *= beta2**missed_steps
+        if group["decoupled_weight_decay"]:
+            parameter *= (1 - group["lr"] * group["weight_decay"]) ** missed_steps
+
+    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        beta1, beta2 = group["betas"]
+        ops.adam_rows(
+            parameter,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["max_exp_avg_sq"] if group["amsgrad"] else None,
+            rows,
+            step,
+            lr=float(group["lr"]),
+            betas=(float(beta1), float(beta2)),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"],
+        )
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW`, in which a row-sparse gradient costs only its rows.
+
+    Arguments and errors are those of `Adam`.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        sparse_rows: SparseRows = "exact",
+    ) -> None:
+        # Not that of Adam: after RowSparseOptimizer comes torch's AdamW, which sets decoupled_weight_decay.
+        RowSparseOptimizer.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            sparse_rows=sparse_rows,
+        )

@@ -1,0 +1,45 @@
+"""Clipping gradients by their norm, row-sparse ones among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clips gradients as `torch.nn.utils.clip_grad_norm_` does, and takes sparse gradients as well.
+
+    Sparse gradients are coalesced, and clipped in place.
+
+    Args:
+        parameters: The parameters whose gradients are clipped together.
+        max_norm: The largest norm that is left, of all gradients as one vector.
+        norm_type: p of the norm; inf for the largest magnitude.
+        error_if_nonfinite: Whether a norm that is NaN or infinite is an error.
+        foreach: Whether torch's for-each implementation is used; None: torch chooses.
+
+    Returns:
+        The norm before clipping.
+
+    Raises:
+        RuntimeError: `error_if_nonfinite` is True, and the norm is not finite.
+    """
+    clipped: list[Tensor] = []
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
+        if parameter.grad is None or parameter.grad.layout != torch.sparse_coo:
+            clipped.append(parameter)
+            continue
+        parameter.grad = parameter.grad.coalesce()
+        values = parameter.grad._values()
+        if values.numel() > 0:
+            clipped.append(torch.empty_like(values).requires_grad_())  # a stand-in that has them as its gradient
+            clipped[-1].grad = values
+    return torch.nn.utils.clip_grad_norm_(clipped, max_norm, norm_type, error_if_nonfinite, foreach)

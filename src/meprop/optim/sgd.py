@@ -1,0 +1,96 @@
+"""Stochastic gradient descent, with and without momentum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meprop import ops
+from meprop.ops import GradientRows
+from meprop.optim.base import Parameters, RowSparseOptimizer, SparseRows
+
+
+class SGD(RowSparseOptimizer, torch.optim.SGD):
+    """`torch.optim.SGD`, in which a row-sparse gradient costs only its rows.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate.
+        momentum: Momentum factor.
+        dampening: Share of each gradient that the momentum leaves out.
+        weight_decay: Factor of the L2 penalty.
+        nesterov: Whether the momentum is Nesterov's.
+        maximize: Whether the step goes up the gradient instead of down.
+        foreach: Whether torch's for-each implementation takes dense gradients; None: torch chooses.
+        differentiable: Whether autograd may go through the step. It is for dense gradients only.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters.
+        sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
+
+    Raises:
+        ValueError: `sparse_rows` is unknown, or what torch raises it for.
+        NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is complex, the
+            gradient is sparse in more than its rows, or torch.compile compiles the step.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        sparse_rows: SparseRows = "exact",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            sparse_rows=sparse_rows,
+        )
+
+    def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Makes nothing: `_update` makes the momentum buffer, as the first gradient is treated differently."""
+
+    def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
+        return group["momentum"] != 0 or group["weight_decay"] != 0
+
+    def _zero_gradient_changes_state(self, group: dict[str, Any]) -> bool:
+        return group["momentum"] != 0
+
+    def _make_up_for(self, missed_steps: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
+        self.state[parameter]["momentum_buffer"] *= group["momentum"] ** missed_steps
+
+    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
+        buffer, dampening = None, float(group["dampening"])
+        if group["momentum"] != 0:
+            state = self.state[parameter]
+            buffer = state.get("momentum_buffer")
+            if buffer is None:  # torch does not dampen the first gradient either
+                buffer = state["momentum_buffer"] = torch.zeros_like(parameter)
+                dampening = 0.0
+        ops.sgd_rows(
+            parameter,
+            buffer,
+            rows,
+            step,
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            dampening=dampening,
+            weight_decay=float(group["weight_decay"]),
+            nesterov=group["nesterov"],
+        )

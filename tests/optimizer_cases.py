@@ -1,0 +1,70 @@
+"""The optimizers that tests/optim compares with torch's, and the parameters and gradients that they train with."""
+
+import torch
+
+from meprop import optim
+
+ROWS, WIDTH = 37, 19
+
+KINDS = {
+    "sgd": ("SGD", {"lr": 0.1}),
+    "sgd-l2": ("SGD", {"lr": 0.1, "weight_decay": 0.01}),
+    "momentum": ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    "dampened": ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.01}),
+    "nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "maximize": ("SGD", {"lr": 0.1, "momentum": 0.9, "maximize": True}),
+    "adam": ("Adam", {"lr": 0.01}),
+    "adam-l2": ("Adam", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-5}),
+    "amsgrad": ("Adam", {"lr": 0.01, "amsgrad": True}),
+    "adam-maximize": ("Adam", {"lr": 0.01, "maximize": True}),
+    "adamw": ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+    "adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.01, "initial_accumulator_value": 0.1}),
+    "adagrad-l2": ("Adagrad", {"lr": 0.1, "weight_decay": 0.01}),
+}
+
+TOLERANCE = {torch.float32: {"rtol": 2e-4, "atol": 2e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-11}}
+
+
+def make(kind, params, **more):
+    name, options = KINDS[kind]
+    return getattr(optim, name)(params, **options, **more)
+
+
+def make_torch(kind, params, **more):
+    name, options = KINDS[kind]
+    return getattr(torch.optim, name)(params, **options, **more)
+
+
+def parameters(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((ROWS, WIDTH), (ROWS,), (5, 3))
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+
+
+def sparse(values, indices, rows=ROWS):
+    shape = (rows, *values.shape[1:])
+    return torch.sparse_coo_tensor(torch.tensor(indices, dtype=torch.long)[None], values, shape, is_coalesced=True)
+
+
+def gradients(step, dtype):
+    """Of the three parameters: the first's is row-sparse but in every seventh step, the second has none at times."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    first = torch.randn((ROWS, WIDTH), generator=generator, dtype=dtype)
+    if step % 7 != 3:
+        with_gradient = torch.randperm(ROWS, generator=generator)[: step % 5].sort().values
+        first = sparse(first[with_gradient], with_gradient.tolist())
+    second = None if step % 11 == 5 else torch.randn(ROWS, generator=generator, dtype=dtype)
+    return [first, second, torch.randn((5, 3), generator=generator, dtype=dtype)]
+
+
+def train(optimizer, params, steps, dense=False):
+    dtype = params[0].dtype
+    for step in steps:
+        for parameter, grad in zip(params, gradients(step, dtype), strict=False):
+            parameter.grad = grad.to_dense() if dense and grad is not None else grad
+        optimizer.step()
+
+
+def assert_alike(found, expected, dtype):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE[dtype])
