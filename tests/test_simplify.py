@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import meprop
-from meprop import simplify
+from meprop.pruning import simplifier as simplify
 
 RULE = meprop.TopK(5)
 WIDTH = 24
