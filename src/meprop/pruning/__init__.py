@@ -4,6 +4,7 @@
 """
 
 from meprop.pruning.handlers import NOTHING, Call, Value, handles, remove_handler
+from meprop.pruning.operations import elementwise
 from meprop.pruning.report import Check, LayerWidth, SimplificationReport
 from meprop.pruning.simplifier import Simplifier
 
@@ -15,6 +16,7 @@ __all__ = [
     "SimplificationReport",
     "Simplifier",
     "Value",
+    "elementwise",
     "handles",
     "remove_handler",
 ]

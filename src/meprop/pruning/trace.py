@@ -93,8 +93,9 @@ class _Tracer(torch.fx.Tracer):
     def __init__(self) -> None:
         functions = handled_functions()
         super().__init__(autowrap_functions=tuple(functions))
-        # Functions are also found where they are called as attributes: rnn.pack_padded_sequence.
-        self._autowrap_search += [sys.modules[name] for name in {each.__module__ for each in functions}]
+        # Functions are also found in their own modules, as in a call of rnn.pack_padded_sequence.
+        homes = {each.__module__ for each in functions} & sys.modules.keys()
+        self._autowrap_search += [sys.modules[name] for name in homes]
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return is_handled_as_a_whole(m) or super().is_leaf_module(m, module_qualified_name)
