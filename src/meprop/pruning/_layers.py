@@ -12,25 +12,25 @@ from meprop.nn.base import Descriptor, Layout, descriptors, register
 
 
 class LinearDescriptor(Descriptor[torch.nn.Linear]):
-    """Of `torch.nn.Linear`."""
+    """Describes `torch.nn.Linear`."""
 
     plain, sparse = torch.nn.Linear, nn.Linear
 
     def features(self, layer: torch.nn.Linear) -> tuple[int, int]:
-        """I and O."""
+        """Returns I and O."""
         return layer.in_features, layer.out_features
 
     def unit_sets(self, layer: torch.nn.Linear) -> Sequence[str]:
-        """One."""
+        """Returns the one set that it makes."""
         return ("",)
 
     def layouts(self, layer: torch.nn.Linear, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
-        """Of weight [O, I] and bias [O]."""
+        """Lays out weight [O, I] and bias [O]."""
         bias = {} if layer.bias is None else {"bias": {0: outputs}}  # pyright: ignore[reportUnnecessaryComparison]
         return {"weight": {0: outputs, 1: inputs}, **bias}
 
     def resize(self, layer: torch.nn.Linear) -> None:
-        """To those of the weight."""
+        """Takes the sizes of the weight."""
         layer.out_features, layer.in_features = layer.weight.shape
 
 
@@ -38,50 +38,50 @@ Convolution = torch.nn.Conv1d | torch.nn.Conv2d
 
 
 class ConvDescriptor(Descriptor[Convolution]):
-    """Of `torch.nn.Conv1d` and `torch.nn.Conv2d`."""
+    """Describes `torch.nn.Conv1d` and `torch.nn.Conv2d`."""
 
     def __init__(self, plain: type[Any], sparse: type[Any]) -> None:
         self.plain, self.sparse = plain, sparse
 
     def features(self, layer: Convolution) -> tuple[int, int]:
-        """Channels."""
+        """Returns the numbers of channels."""
         return layer.in_channels, layer.out_channels
 
     def feature_dim(self, layer: Convolution) -> int:
-        """In front of the dimensions of space."""
+        """Returns the dimension of the channels, which is followed by those of space."""
         return 1 - layer.weight.dim()
 
     def unit_sets(self, layer: Convolution) -> Sequence[str]:
-        """One."""
+        """Returns the one set that it makes."""
         return ("",)
 
     def layouts(self, layer: Convolution, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
-        """Of weight [O, I, *kernel] and bias [O]."""
+        """Lays out weight [O, I, *kernel] and bias [O]."""
         bias = {} if layer.bias is None else {"bias": {0: outputs}}
         return {"weight": {0: outputs, 1: inputs}, **bias}
 
     def resize(self, layer: Convolution) -> None:
-        """To those of the weight."""
+        """Takes the sizes of the weight."""
         layer.out_channels, layer.in_channels = layer.weight.shape[:2]
 
 
 class LSTMDescriptor(Descriptor[torch.nn.LSTM]):
-    """Of `torch.nn.LSTM`."""
+    """Describes `torch.nn.LSTM`."""
 
     plain, sparse = torch.nn.LSTM, nn.LSTM
     feature_name = "hidden units"
 
     def features(self, layer: torch.nn.LSTM) -> tuple[int, int]:
-        """I and H."""
+        """Returns I and H."""
         return layer.input_size, layer.hidden_size
 
     def unit_sets(self, layer: torch.nn.LSTM) -> Sequence[str]:
-        """One for each layer and direction, in the order of the states, named as in the names of the weights."""
+        """Returns one for each layer and direction, in the order of the states, with the suffixes of the weights."""
         suffixes = ("", "_reverse") if layer.bidirectional else ("",)
         return [f"l{number}{suffix}" for number in range(layer.num_layers) for suffix in suffixes]
 
     def layouts(self, layer: torch.nn.LSTM, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
-        """Of weights [4 * H, I or H] and biases [4 * H], for the four gates."""
+        """Lays out weights [4 * H, I or H] and biases [4 * H], whose rows are those of four gates."""
         directions = 2 if layer.bidirectional else 1
         layouts: dict[str, dict[int, Layout]] = {}
         for number, (place, group) in enumerate(zip(self.unit_sets(layer), outputs, strict=True)):
@@ -93,19 +93,19 @@ class LSTMDescriptor(Descriptor[torch.nn.LSTM]):
         return layouts
 
     def resize(self, layer: torch.nn.LSTM) -> None:
-        """To those of the first weights."""
+        """Takes the sizes of the first weights."""
         layer.input_size = layer.get_parameter("weight_ih_l0").shape[1]
         layer.hidden_size = layer.get_parameter("weight_hh_l0").shape[1]
         layer.flatten_parameters()
 
 
 class AttentionDescriptor(Descriptor[torch.nn.MultiheadAttention]):
-    """Of `torch.nn.MultiheadAttention`, whose units are not pruned."""
+    """Describes `torch.nn.MultiheadAttention`, whose units are not pruned."""
 
     plain, sparse = torch.nn.MultiheadAttention, nn.MultiheadAttention
 
     def features(self, layer: torch.nn.MultiheadAttention) -> tuple[int, int]:
-        """E and E."""
+        """Returns E twice."""
         return layer.embed_dim, layer.embed_dim
 
 

@@ -94,45 +94,46 @@ def entries(layout: Layout, widths: Sequence[int], kept: dict[int, torch.Tensor]
 
 
 class Finder:
-    """Collects what handlers say about the units of one model, and makes groups of it.
+    """Collects what handlers say about the units of one model.
 
-    Until `result`, each set of units has a number of its own, and layouts consist of these numbers.
+    Each set of units begins as a group with a number of its own. `join` merges groups, which keep their numbers until
+    `result` numbers them anew.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self._producers: list[Producer] = []  # by the number of the set
-        self._joined: list[int] = []  # by the number of the set: another set that it is joined to, or itself
+        self._producers: list[Producer] = []  # by number
+        self._joined: list[int] = []  # by number: another group that it is merged with, or itself
         self._reasons: dict[int, str] = {}
         self._apart: dict[int, str] = {}
         self._layouts: dict[tuple[str, str], dict[int, Layout]] = {}
         self._read_directly: set[str] = set()
 
     def made_by(self, name: str, layer: torch.nn.Module) -> Layout:
-        """The sets of units that a layer makes."""
+        """The groups of the units that a layer makes."""
         made = producers(name, layer)
         if made[0] not in self._producers:
             self._joined += range(len(self._joined), len(self._joined) + len(made))
             self._producers += made
         return tuple(self._producers.index(producer) for producer in made)
 
-    def block(self, units: Iterable[int], reason: str) -> None:
-        """Says why these sets cannot lose a unit. The first reason of a set is kept."""
-        for number in units:
-            self._reasons.setdefault(number, reason)
+    def block(self, groups: Iterable[int], reason: str) -> None:
+        """Says why these groups cannot lose a unit. The first reason of a group is kept."""
+        for group in groups:
+            self._reasons.setdefault(group, reason)
 
     def block_all(self, reason: str) -> None:
-        """Says why no set that is known now can lose a unit."""
+        """Says why no group that is known by now can lose a unit."""
         self.block(range(len(self._producers)), reason)
 
-    def keep_apart(self, units: Iterable[int], what: str) -> None:
-        """Says that sets cannot be joined with others, and what they are called in the reason."""
-        self._apart |= dict.fromkeys(units, what)
+    def keep_apart(self, groups: Iterable[int], what: str) -> None:
+        """Says that these groups cannot lose units once they are joined with others, and what the reason calls them."""
+        self._apart |= dict.fromkeys(groups, what)
 
     def join(self, one: Layout, other: Layout, what: str) -> None:
         """Says that the operation `what` combines units entry by entry."""
         if [self._producers[a].width for a in one] != [self._producers[b].width for b in other]:
-            return self.block([*one, *other], f"{what} combines it with what has other units")
+            return self.block([*one, *other], f"{what} combines it with a tensor that has other units")
         for a, b in zip(one, other, strict=True):
             if self._find(a) != self._find(b):
                 for apart in {a, b} & self._apart.keys():
@@ -181,7 +182,7 @@ class Finder:
         return Units(tuple(groups), layouts, "it is not seen in the traced graph")
 
     def _find(self, number: int) -> int:
-        """The set that stands for all sets that this one is joined to."""
+        """The group that stands for all that are merged with this one."""
         while self._joined[number] != number:
             number = self._joined[number]
         return number
@@ -194,12 +195,12 @@ class Finder:
         names = {name: shared for shared in owners.values() for name in shared}
         for (module, tensor), dims in self._layouts.items():
             name = _full_name(module, tensor)
-            units = [number for layout in dims.values() for number in layout]
+            groups = [group for layout in dims.values() for group in layout]
             others = [other for other in names.get(name, []) if other != name]
             if others:
-                self.block(units, f"{name!r} is tied to {', '.join(map(repr, others))}")
+                self.block(groups, f"{name!r} is tied to {', '.join(map(repr, others))}")
             if {name, *others} & self._read_directly:
-                self.block(units, f"{name!r} is also read outside of its layer")
+                self.block(groups, f"{name!r} is also read outside of its layer")
 
     def _block_for_unseen(self, seen: set[str]) -> None:
         """A layer outside of the graph may read any units, for instance in another method of the model."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ class Value:
     """What is known of a tensor.
 
     Attributes:
-        groups: The sets of units that one dimension consists of, one after the other. It is empty if no units are
+        groups: The groups of units that one dimension consists of, one after the other. It is empty if no units are
             followed in this tensor.
         dim: That dimension, counted from the last one: -1 behind a linear layer, -3 behind a `Conv2d`.
         rank: The number of dimensions. None if it is not known.
@@ -111,7 +112,7 @@ class Call:
 
     def refuse(self, values: Any, reason: str) -> Value:
         """Says that units in these values, however nested, cannot be removed. Returns `NOTHING`."""
-        self.finder.block([number for value in values_in(values) for number in value.groups], reason)
+        self.finder.block([group for value in values_in(values) for group in value.groups], reason)
         return NOTHING
 
     def not_understood(self, why: str = "which is not understood") -> Value:
@@ -149,6 +150,8 @@ class Call:
         return made
 
 
+Operation = type[torch.nn.Module] | Callable[..., Any] | str
+"""The type of a module, a function, or the name of a tensor's method."""
 Handler = Callable[[Call], Any]
 """Takes a call, and returns what it returns: a `Value` for each tensor, nested as the call's result is.
 
@@ -159,19 +162,20 @@ Resize = Callable[[Any], None]
 """Makes a module's attributes those of its tensors, which were cut."""
 _AnyHandler = TypeVar("_AnyHandler", bound=Handler)
 
-_table: dict[Any, tuple[Handler, Resize | None]] = {}
+_table: dict[Operation, tuple[Handler, Resize | None]] = {}
 
 
-def handles(*operations: Any, resize: Resize | None = None) -> Callable[[_AnyHandler], _AnyHandler]:
+def handles(*operations: Operation, resize: Resize | None = None) -> Callable[[_AnyHandler], _AnyHandler]:
     """A decorator: makes a function the handler of these operations.
 
-    A module or function with a handler is one node of the graph: torch.fx does not look into it.
+    A module or a function with a handler is one node of the graph: torch.fx does not look into it. It only finds a
+    function that is called by its name in a module, if that does not begin with an underscore.
 
     Args:
-        *operations: The type of a module, a function, or the name of a tensor's method. A type has its own handler:
-            subclasses do not inherit it. A layer of `meprop.nn` has the handler of the plain class.
-        resize: For modules: called with a module after its tensors were cut, to set attributes such as `num_features`.
-            A layer needs none, as `Descriptor.resize` is called.
+        *operations: The type of a module, a function, or the name of a tensor's method. Subclasses do not inherit the
+            handler of a type. A layer of `meprop.nn` has the handler of the plain class.
+        resize: A function that is called with a module after its tensors were cut, to set attributes such as
+            `num_features`. A layer needs none, as it has `Descriptor.resize`.
 
     Raises:
         ValueError: An operation has a handler already. `remove_handler` removes it.
@@ -203,7 +207,7 @@ def handles(*operations: Any, resize: Resize | None = None) -> Callable[[_AnyHan
     return register
 
 
-def remove_handler(*operations: Any) -> None:
+def remove_handler(*operations: Operation) -> None:
     """Removes the handlers of operations.
 
     Raises:
@@ -216,14 +220,12 @@ def remove_handler(*operations: Any) -> None:
 def handler_of(operation: Any) -> Handler | None:
     """The handler of a module (by its type), a function or a method's name. None if there is none."""
     if not isinstance(operation, torch.nn.Module):
-        found = _table.get(operation)
-        return found and found[0]
-    found, descriptor = _table.get(_plain_type(operation)), descriptor_of(operation)
-    if found is not None:
-        return found[0]
-    if descriptor is None or type(operation) not in (descriptor.plain, descriptor.sparse):
-        return None  # subclasses may do anything
-    return layer if descriptor.unit_sets(operation) else None
+        return _table.get(operation, (None, None))[0]
+    kind, descriptor = _plain_type(operation), descriptor_of(operation)
+    if kind in _table:
+        return _table[kind][0]
+    is_layer = descriptor is not None and kind is descriptor.plain and descriptor.unit_sets(operation)
+    return layer if is_layer else None
 
 
 def is_handled_as_a_whole(module: torch.nn.Module) -> bool:
@@ -232,8 +234,8 @@ def is_handled_as_a_whole(module: torch.nn.Module) -> bool:
 
 
 def handled_functions() -> list[Callable[..., Any]]:
-    """The functions with a handler that torch.fx would look into. Those of `torch.nn.functional` stop it themselves."""
-    return [each for each in _table if hasattr(each, "__code__") and each.__module__ != F.__name__]
+    """The functions with a handler that torch.fx would look into, which it does not with `torch.nn.functional`."""
+    return [each for each in _table if isinstance(each, FunctionType) and each.__module__ != F.__name__]
 
 
 def resize(module: torch.nn.Module) -> None:
@@ -247,7 +249,7 @@ def resize(module: torch.nn.Module) -> None:
 
 
 def layer(call: Call) -> Value:
-    """The handler of layers that make features of their input's features, and get nothing else."""
+    """Follows the units of a layer whose descriptor says all: it turns features of its input into other features."""
     dim = layer_descriptor(call.module).feature_dim(call.module)
     made = call.lay_out_layer(call.read(dim).groups)
     call.refuse(call.values[1:], f"{call.name} reads it, beside its input")

@@ -29,7 +29,7 @@ _RANK_UNKNOWN = "count it from the last one, or give example_inputs"
     *("relu", "relu_", "tanh", "sigmoid", "abs", "neg", "square", "contiguous", "clone", "float"),
 )
 def elementwise(call: Call) -> Value:
-    """Of one tensor."""
+    """Passes on the units of a tensor whose entries are changed one by one."""
     followed = [value for value in call.values if value.groups]
     if len(followed) == 1 and followed[0] is call.x and not call.x.states:
         return call.x
@@ -41,7 +41,7 @@ def elementwise(call: Call) -> Value:
     *(torch.add, torch.sub, torch.mul, "add", "add_", "sub", "sub_", "mul", "mul_"),
 )
 def combine(call: Call) -> Value:
-    """Of two tensors, or of a tensor and a number."""
+    """Joins the units of two tensors, or passes on those of a tensor that meets a number."""
     followed = [value for value in call.values if value.groups]
     if any(value.states for value in followed):
         return call.not_understood()
@@ -62,7 +62,7 @@ def _same_place(one: Value, other: Value) -> bool:
 
 @handles(operator.truediv, operator.itruediv, torch.div)
 def divide(call: Call) -> Value:
-    """By a number."""
+    """Passes on the units of a tensor that is divided by a number."""
     return elementwise(call) if isinstance(call.argument(1), int | float) else call.not_understood()
 
 
@@ -71,7 +71,7 @@ def divide(call: Call) -> Value:
 
 @handles(torch.nn.Conv1d, torch.nn.Conv2d)
 def convolution(call: Call) -> Value:
-    """Without groups."""
+    """Refuses a convolution in groups."""
     if call.module.groups == 1:
         return layer(call)
     made = Value(call.made(), 1 - call.module.weight.dim())
@@ -81,7 +81,7 @@ def convolution(call: Call) -> Value:
 
 @handles(torch.nn.LSTM)
 def lstm(call: Call) -> Any:
-    """Without initial states. It returns its output and the last states."""
+    """Follows output and last states. Refuses initial states, which would have to be cut with the units."""
     if call.module.proj_size > 0:
         return call.not_understood()
     x = call.refuse(call.x, f"{call.name} reads channels") if call.x.flattened else call.read(-1)
@@ -100,7 +100,7 @@ def _resize_batch_norm(norm: torch.nn.BatchNorm1d | torch.nn.BatchNorm2d) -> Non
 
 @handles(torch.nn.BatchNorm1d, resize=_resize_batch_norm)
 def batch_norm_1d(call: Call) -> Value:
-    """Of features, or of the channels of sequences: of dimension 1 in both cases."""
+    """Cuts normalisation of dimension 1, whether it has features or the channels of sequences."""
     x, rank = call.x, call.rank
     if x.groups and rank != 1 - x.dim:
         unknown = "takes 2-D and 3-D inputs differently: give example_inputs"
@@ -110,7 +110,7 @@ def batch_norm_1d(call: Call) -> Value:
 
 @handles(torch.nn.BatchNorm2d, resize=_resize_batch_norm)
 def batch_norm_2d(call: Call) -> Value:
-    """Of the channels of images."""
+    """Cuts normalisation of the channels of images."""
     return _normalise(call, call.read(-3))
 
 
@@ -122,8 +122,8 @@ def _normalise(call: Call, x: Value) -> Value:
 
 @handles(torch.nn.LayerNorm)
 def layer_norm(call: Call) -> Value:
-    """Refused, with a reason of its own."""
-    return call.not_understood("whose mean and variance would be others with fewer units")
+    """Refuses layer normalisation, which combines the units of a row."""
+    return call.not_understood("whose mean and variance depend on the number of units")
 
 
 # ---- channels and their positions
@@ -134,7 +134,7 @@ def layer_norm(call: Call) -> Value:
     *(F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d),
 )
 def pool_1d(call: Call) -> Value:
-    """Of the positions of each channel by itself."""
+    """Passes on channels whose positions are pooled."""
     return _pool(call, -2)
 
 
@@ -143,7 +143,7 @@ def pool_1d(call: Call) -> Value:
     *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
 )
 def pool_2d(call: Call) -> Value:
-    """Of the positions of each channel by itself."""
+    """Passes on channels whose positions are pooled."""
     return _pool(call, -3)
 
 
@@ -157,13 +157,13 @@ def _pool(call: Call, dim: int) -> Value:
 
 @handles(torch.nn.Flatten)
 def flatten_module(call: Call) -> Value:
-    """From the channels on."""
+    """Turns channels into blocks of features."""
     return _flatten(call, call.module.start_dim, call.module.end_dim)
 
 
 @handles(torch.flatten, "flatten")
 def flatten(call: Call) -> Value:
-    """From the channels on."""
+    """Turns channels into blocks of features."""
     if not call.args:
         return call.not_understood()
     return _flatten(call, call.argument(1, "start_dim", default=0), call.argument(2, "end_dim", default=-1))
@@ -180,7 +180,7 @@ def _flatten(call: Call, start: Any, end: Any) -> Value:
 
 @handles("view", "reshape")
 def view(call: Call) -> Value:
-    """Only `x.view(x.size(0), -1)`, which flattens. In other sizes there may be numbers of units."""
+    """Understands `x.view(x.size(0), -1)`, which flattens. Other sizes may contain numbers of units."""
     x, sizes = call.x, call.args[1:]
     if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
         sizes = sizes[0]
@@ -194,7 +194,7 @@ def view(call: Call) -> Value:
 
 @handles(torch.mean, torch.sum, torch.amax, torch.amin, "mean", "sum", "amax", "amin")
 def reduce(call: Call) -> Value:
-    """Over other dimensions than that of the units, such as the positions of a channel."""
+    """Passes units on where other dimensions are reduced, such as the positions of a channel."""
     x, dims = call.x, call.argument(1, "dim", "axis", default=())  # torch also takes NumPy's names
     places = [x.place(dim) for dim in (dims if isinstance(dims, list | tuple) else [dims])]
     if not x.groups or x.states:
@@ -215,7 +215,7 @@ def reduce(call: Call) -> Value:
 
 @handles("size")
 def size(call: Call) -> Any:
-    """All sizes, or one."""
+    """Returns all sizes or one."""
     if not call.x.groups:
         return NOTHING
     dim = call.argument(1, "dim")
@@ -225,15 +225,15 @@ def size(call: Call) -> Any:
 def _size(call: Call, x: Value, dim: Any) -> Value | BatchSize:
     place = x.place(dim)
     if place is None and x.rank is None and not x.states:
-        return call.refuse(x, f"the size of its units' dimension is read, or another: {_RANK_UNKNOWN}")
+        return call.refuse(x, f"the size of its units' dimension is read, or that of another: {_RANK_UNKNOWN}")
     if place is None or place == x.dim or x.states:
-        return call.refuse(x, "the size of its units' dimension is read, or of several")
+        return call.refuse(x, "the size of its units' dimension is read, or several sizes are")
     return BatchSize(x) if place == -(x.rank or 0) else NOTHING
 
 
 @handles(getattr)
 def attribute(call: Call) -> Any:
-    """Of a tensor or of a packed sequence."""
+    """Returns sizes and passes units on, of tensors and of packed sequences."""
     name = call.args[1]
     if name == "shape" and call.x.groups:
         return Sizes(call.x)
@@ -245,37 +245,37 @@ def attribute(call: Call) -> Any:
 
 @handles(operator.getitem)
 def item(call: Call) -> Any:
-    """Of a module's results, of sizes, or of an LSTM's last states."""
+    """Takes one of several results, a size, or the last state of one layer and direction of an LSTM."""
     of, index = call.args
     if isinstance(of, tuple):
         return of[index]
     if isinstance(of, Sizes):
         return _size(call, of.of, index)
-    if call.x.states and isinstance(index, int):  # the state of one layer and direction
+    if call.x.states and isinstance(index, int):
         return Value((call.x.groups[index],), rank=call.x.rank and call.x.rank - 1)
     return call.not_understood()
 
 
 @handles(torch.cat)
 def cat(call: Call) -> Value:
-    """Of units, along their dimension."""
+    """Puts units side by side, along their dimension."""
     dim = call.argument(1, "dim", "axis", default=0)
     parts = list(values_in(call.argument(0, "tensors")))
     joinable = all(part.groups and not part.states and not part.flattened for part in parts)
     if joinable and {(part.dim, part.place(dim)) for part in parts} == {(parts[0].dim, parts[0].dim)}:
         return replace(parts[0], groups=tuple(group for part in parts for group in part.groups))
     if any(part.groups and part.place(dim) is None and part.rank is None for part in parts):
-        return call.refuse(parts, f"{call.name} joins units, or another dimension: {_RANK_UNKNOWN}")
+        return call.refuse(parts, f"{call.name} joins its units, or along another dimension: {_RANK_UNKNOWN}")
     return call.not_understood()
 
 
 @handles(rnn.pack_padded_sequence)
 def pack(call: Call) -> Value:
-    """The sequence's batch and time become one dimension."""
+    """Passes units on. Batch and time become one dimension, so that the rank is another one."""
     return replace(elementwise(call), rank=None)
 
 
 @handles(rnn.pad_packed_sequence)
 def unpack(call: Call) -> tuple[Value, Value]:
-    """The sequences and their lengths."""
+    """Passes units on, beside the lengths of the sequences."""
     return replace(elementwise(call), rank=None), NOTHING

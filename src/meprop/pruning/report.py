@@ -29,7 +29,7 @@ class LayerWidth:
 
     Attributes:
         name: Its name in the model.
-        kind: The name of the plain class: "Linear", "LSTM", "Conv1d" or "Conv2d".
+        kind: The name of the plain class, e.g. "Linear".
         width: How many output features, hidden units or output channels it has now.
         start: How many it began with.
         reason: Why none can be removed. It is None if they can.
