@@ -8,9 +8,9 @@ from meprop import errors, functional, nn, optim
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
+from meprop.pruning import Simplifier
 from meprop.rules import CompensatedTopK, InBlocks, RandomK, Rule, TopK
 from meprop.selection import ColumnSelection, RowSelection
-from meprop.simplify import Simplifier
 
 if _distributed.is_available():
     from meprop import distributed as distributed

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 
@@ -89,9 +89,10 @@ class SparseLayer:
 
     @property
     def activity(self) -> Activity | tuple[Activity, ...] | None:
-        """What a Simplifier counts: of an LSTM one for each layer and direction; None without one."""
+        """What a Simplifier counts: one, or a tuple where the sets of units have names; None without one."""
         activities = self.policy.activities
-        return activities[0] if len(activities) == 1 else activities or None
+        is_one = len(activities) == 1 and layer_descriptor(cast("torch.nn.Module", self)).unit_sets(self) == ("",)
+        return activities[0] if is_one else activities or None
 
     @activity.setter
     def activity(self, activity: Activity | tuple[Activity, ...] | None) -> None:
@@ -149,19 +150,26 @@ class Descriptor(Generic[Layer]):
     # ---- for pruning: what its units are, and how to cut them
 
     def unit_sets(self, layer: Layer) -> Sequence[str]:
-        """The sets of units that a layer makes, each of as many as it has features: what tells them apart in its name.
+        """The names of the sets of units that a layer makes, each with as many units as it has features.
 
-        One set needs no name: (""). None: its units cannot be pruned.
+        Most layers make one set, named "". `SparseLayer.activity` is then one `Activity`, and with other names a tuple
+        of them in this order. A layer without sets is not pruned, and units that it reads are not removed.
         """
         return ()
+
+    def feature_dim(self, layer: Layer) -> int:
+        """The dimension of its input and of its output that has the features, counted from the last one."""
+        return -1
 
     def layouts(self, layer: Layer, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
         """What the dimensions of its tensors consist of: by the tensor's name, then by the dimension.
 
         Args:
             layer: The layer.
-            outputs: The groups of its sets of units, in the order of `unit_sets`.
-            inputs: The groups of its input's features; none if they are nobody's units.
+            outputs: The groups of its sets of units, in the order of `unit_sets`. The features of its output are these
+                units, one set after the other; where they are not, `meprop.pruning.handles` takes a handler for the
+                layer.
+            inputs: The groups of its input's features. It is empty if they are not units that can be removed.
         """
         raise NotImplementedError
 
@@ -204,3 +212,15 @@ def descriptor_of(module: torch.nn.Module) -> Descriptor[Any] | None:
     every = descriptors()
     exact = (each for each in every if type(module) in (each.plain, each.sparse))
     return next(exact, None) or next((each for each in every if isinstance(module, each.plain)), None)
+
+
+def layer_descriptor(layer: torch.nn.Module) -> Descriptor[Any]:
+    """That of a layer.
+
+    Raises:
+        TypeError: The module is no layer that is known.
+    """
+    descriptor = descriptor_of(layer)
+    if descriptor is None:
+        raise TypeError(f"{type(layer).__qualname__} has no descriptor; meprop.nn.base.register makes one known")
+    return descriptor

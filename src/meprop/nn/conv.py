@@ -114,6 +114,10 @@ class ConvolutionDescriptor(Descriptor[Plain]):
             return None
         return f"narrow: {layer.out_channels} output channels, less than half of min_features={min_features}"
 
+    def feature_dim(self, layer: Plain) -> int:
+        """The channels' dimension is before those of space."""
+        return 1 - layer.weight.dim()
+
     def unit_sets(self, layer: Plain) -> tuple[str, ...]:
         """One: its output channels."""
         return ("",)

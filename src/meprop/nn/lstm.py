@@ -221,23 +221,19 @@ class LstmDescriptor(Descriptor[torch.nn.LSTM]):
         return replace(policy, compute_dtype=None)
 
     def unit_sets(self, layer: torch.nn.LSTM) -> tuple[str, ...]:
-        """One for each layer and direction."""
-        sets = tuple(f"l{i}{suffix}" for i in range(layer.num_layers) for suffix in _directions(layer))
-        return sets if len(sets) > 1 else ("",)
+        """One for each layer and direction, with the suffix of its weights, in the order of the states."""
+        return tuple(f"l{number}{suffix}" for number in range(layer.num_layers) for suffix in _directions(layer))
 
     def layouts(self, layer: torch.nn.LSTM, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
         """Of each layer and direction the weights [4H, I] and [4H, H], and the biases [4H]: four gates of H units."""
+        directions = len(_directions(layer))
         tensors: dict[str, dict[int, Layout]] = {}
-        directions = _directions(layer)
-        for number in range(layer.num_layers):
-            groups = outputs[number * len(directions) : (number + 1) * len(directions)]
-            for group, suffix in zip(groups, directions, strict=True):
-                place, gates = f"l{number}{suffix}", (group,) * 4
-                tensors[f"weight_ih_{place}"] = {0: gates, 1: inputs}
-                tensors[f"weight_hh_{place}"] = {0: gates, 1: (group,)}
-                if layer.bias:
-                    tensors |= {f"bias_{part}_{place}": {0: gates} for part in ("ih", "hh")}
-            inputs = groups
+        for number, (place, group) in enumerate(zip(self.unit_sets(layer), outputs, strict=True)):
+            gates, first = (group,) * 4, number // directions * directions  # of this layer's sets
+            tensors[f"weight_ih_{place}"] = {0: gates, 1: outputs[first - directions : first] if first else inputs}
+            tensors[f"weight_hh_{place}"] = {0: gates, 1: (group,)}
+            if layer.bias:
+                tensors |= {f"bias_{part}_{place}": {0: gates} for part in ("ih", "hh")}
         return tensors
 
     def resize(self, layer: torch.nn.LSTM) -> None:

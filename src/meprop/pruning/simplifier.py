@@ -1,0 +1,368 @@
+"""Simplifier: counts which units are selected, chooses those that are removed, and removes them.
+
+Source: Sun et al., "Training Simplification and Model Simplification for Deep Learning: A Minimal Effort Back
+Propagation Method" (TKDE 2018, arXiv 1711.06528). The paper's code masks units. Here they are cut out of parameters,
+gradients and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meprop.convert import check_model, described_layers, plain_copy
+from meprop.errors import NoEffectWarning, NotSupportedError
+from meprop.nn.base import SparseLayer, layer_descriptor
+from meprop.policy import Activity
+from meprop.pruning.cutting import Cut, cut
+from meprop.pruning.groups import entries, producers
+from meprop.pruning.handlers import resize
+from meprop.pruning.report import Check, LayerWidth, SimplificationReport
+from meprop.pruning.trace import find
+
+
+class Simplifier:
+    """Removes units that are rarely among what back-propagation selects, while a converted model trains.
+
+    Counting. A selected entry that is not zero hits its unit. Each converted layer counts in how many examples each
+    unit is hit. In an LSTM each time step of each sequence is an example. A channel of a convolution is hit by an entry
+    at any position.
+
+    Checks. Every `check_every` steps, each unit that was hit in a smaller share of the examples than `threshold` is
+    removed for good. Then the counts begin again. Cycles that prune alternate with cycles that only train. The first
+    cycle follows `warmup` steps, and prunes. Everything is counted in steps, as a training loop may have no epochs. The
+    paper's code checks 8 times per epoch. Its cycles have 5 of 20 epochs.
+
+    Removing. The rows that compute a unit are removed (in an LSTM those of all gates), and the columns of all layers
+    that read it. They are removed from parameters, gradients and the optimizer's state, in place. The smaller model
+    computes what the larger one would if the unit's output, after activation and normalisation, were zero wherever it
+    is read. The output of a saturated sigmoid is not zero, and back-propagation does not select it either: removing it
+    loses something.
+
+    Groups. Units that are added or multiplied entry by entry, as in a residual sum, are removed together: when each of
+    their layers has a share below the threshold. The layers and directions of one LSTM keep one width, the largest that
+    any of them needs, as `torch.nn.LSTM` has one hidden_size. The model's outputs are never pruned. Neither are units
+    that an unknown operation reads: `report` says why, and `meprop.pruning.handles` makes operations known. The graph
+    is that of a call with `example_inputs`, or else with the arguments that have no default.
+
+    Rules. A layer that keeps a share of its entries keeps that share of its new width. A layer that keeps at least as
+    many entries as it has units keeps all, and the units hit by an entry that is not zero are counted.
+
+    Make the Simplifier when the model is on its device. Load its state before the states of model and optimizer, as it
+    cuts them to their size.
+
+    Args:
+        model: A model that `meprop.convert` has converted. Watched layers are always sparse. Their parameters stay the
+            same objects.
+        threshold: A share of the examples, from 0 to 1. With 0 nothing is removed, only counted.
+        optimizer: The optimizer of the model, whose state is cut too. None only if there is none.
+        check_every: Steps between checks.
+        cycle: Steps of a cycle.
+        warmup: Steps before the first cycle, in which nothing is removed. The activity of units in a model that has
+            learned nothing yet says little about their later activity.
+        max_removal: The largest share of its units that a layer loses at one check, the least active ones first. It may
+            always lose one unit. The remaining units then share the k entries, so that their shares rise: with a small
+            `max_removal`, removal ends at the widths where all units reach the threshold. With 1, as in the paper, the
+            first check may remove far more.
+        min_units: The number of units that a layer keeps in any case, the most active ones.
+        example_inputs: Arguments for the model, which is run with them once, in evaluation mode, to see how many
+            dimensions tensors have. Without them some units are not pruned: those that `torch.nn.BatchNorm1d` reads,
+            and channels that are flattened, averaged or concatenated.
+
+    Attributes:
+        model: The model.
+        steps: The number of steps so far.
+        history: A record of each check.
+
+    Raises:
+        TypeError: `model` is not a module, or another argument has the wrong type.
+        ValueError: An argument is out of range, or the optimizer is another model's.
+        NotSupportedError: The model is wrapped (DistributedDataParallel, FSDP, torch.compile), or there are several
+            processes, which would prune differently.
+
+    Warns:
+        NoEffectWarning: Nothing can be pruned.
+
+    Example:
+        >>> import torch, meprop
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 200), torch.nn.ReLU(), torch.nn.Linear(200, 2))
+        >>> report = meprop.convert(model, meprop.TopK(10), when="always")
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> simplifier = meprop.Simplifier(model, 0.1, optimizer=optimizer, check_every=20)
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(32, 8)).square().sum().backward()
+        ...     optimizer.step()
+        ...     simplifier.step()
+        >>> simplifier.compact()[0].out_features == simplifier.history[0].widths["0"] < 200
+        True
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        threshold: float = 0.1,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        check_every: int = 500,
+        cycle: int = 20_000,
+        warmup: int = 0,
+        max_removal: float = 1.0,
+        min_units: int = 1,
+        example_inputs: Sequence[Any] | None = None,
+    ) -> None:
+        check_model(model, "simplify the module inside, unwrapped")
+        _check_shares(threshold, max_removal)
+        _check_counts(check_every=(check_every, 1), cycle=(cycle, 1), warmup=(warmup, 0), min_units=(min_units, 1))
+        if not isinstance(example_inputs, Sequence | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            kind = type(example_inputs).__name__
+            raise TypeError(f"example_inputs is of type {kind}; it is a tuple of the model's arguments: (tensor,)")
+        _check_optimizer(optimizer, model)
+        _check_processes()
+        self.model, self.threshold, self.optimizer = model, threshold, optimizer
+        self.check_every, self.cycle, self.warmup = check_every, cycle, warmup
+        self.max_removal, self.min_units = max_removal, min_units
+        self.steps = 0
+        self.history: list[Check] = []
+        self._units = find(model, example_inputs)
+        self._alive = [torch.arange(group.width) for group in self._units.groups]
+        self._group_of = {
+            producer.label: number for number, group in enumerate(self._units.groups) for producer in group.producers
+        }
+        self._activities = self._watch()
+        self._shares = {label: torch.full((len(a.hits),), torch.nan) for label, a in self._activities.items()}
+        if all(group.reason is not None for group in self._units.groups):
+            warnings.warn(f"nothing can be pruned\n{self.report()}", NoEffectWarning, stacklevel=2)
+
+    def step(self) -> None:
+        """Is to be called after each step of the optimizer. Every `check_every` calls it makes a check.
+
+        Raises:
+            NotSupportedError: A layer has been converted anew or reverted; or the optimizer has a state that is not of
+                its parameter's shape, so that it cannot be cut. Nothing has been changed then.
+
+        Warns:
+            UserWarning: The check would leave fewer than `min_units` units of a layer that has more.
+        """
+        self.steps += 1
+        if self.steps % self.check_every != 0:
+            return
+        self._check_watched()
+        shares = {
+            label: activity.hits.cpu().double() / activity.examples for label, activity in self._activities.items()
+        }
+        prunes = self.steps > self.warmup and (self.steps - self.warmup - 1) // self.cycle % 2 == 0
+        self._cut(kept := self._choose(shares) if prunes else {})
+        for label, activity in self._activities.items():
+            alive, share = self._alive_of(label), shares[label]
+            self._shares[label] = torch.full_like(self._shares[label], torch.nan)
+            self._shares[label][alive] = share[kept.get(self._group_of.get(label, -1), slice(None))].float()
+            activity.reset()
+        self.history.append(Check(self.steps, prunes, self.widths))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The number of units of each set now, by the set's label (see `Check`)."""
+        return {label: len(self._alive_of(label)) for label in self._activities}
+
+    @property
+    def activity(self) -> dict[str, Tensor]:
+        """The share of examples that hit each unit before the last check: float32 [O], by the set's label.
+
+        O counts the units that the set began with. The share is NaN for removed units, and before the first check.
+        """
+        return {label: share.clone() for label, share in self._shares.items()}
+
+    def report(self) -> SimplificationReport:
+        """How wide each layer is now, and for each layer that cannot be pruned, why."""
+        return SimplificationReport(
+            tuple(self._describe(name, layer) for name, layer, _ in described_layers(self.model))
+        )
+
+    def compact(self) -> torch.nn.Module:
+        """A copy of the model as it is now, with plain torch layers.
+
+        Raises:
+            NotSupportedError: A layer cannot be reverted: see `meprop.revert`.
+        """
+        return plain_copy(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue bit for bit, beside the states of model and optimizer.
+
+        It consists of tensors and plain data only.
+        """
+        return {
+            "steps": self.steps,
+            "starts": [group.width for group in self._units.groups],
+            "alive": [alive.clone() for alive in self._alive],
+            "hits": {label: activity.hits.cpu().clone() for label, activity in self._activities.items()},
+            "examples": {label: activity.examples for label, activity in self._activities.items()},
+            "shares": self.activity,
+            "history": [asdict(check) for check in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where the simplifier of an equal model was: cuts model and optimizer to the sizes they had there.
+
+        Load the states of model and optimizer afterwards.
+
+        Raises:
+            ValueError: The state is that of another model, or has units that are removed here, or lacks units that
+                cannot be pruned here.
+            NotSupportedError: For the reasons of `step`.
+        """
+        self._check_watched()
+        if (
+            state["starts"] != [group.width for group in self._units.groups]
+            or state["hits"].keys() != self.widths.keys()
+        ):
+            raise ValueError("the state is that of a simplifier of another model")
+        kept = {number: torch.isin(now, state["alive"][number]) for number, now in enumerate(self._alive)}
+        if any(int(kept[number].sum()) != len(then) for number, then in enumerate(state["alive"])):
+            raise ValueError("the state has units that are removed here; load it into a new model")
+        cut = {number: mask.nonzero().flatten() for number, mask in kept.items() if not mask.all()}
+        for number in cut:
+            if (reason := self._units.groups[number].reason) is not None:
+                label = self._units.groups[number].producers[0].label
+                raise ValueError(f"the state lacks units of {label!r}, which cannot be pruned here: {reason}")
+        self._cut(cut)
+        for label, activity in self._activities.items():
+            activity.hits.copy_(state["hits"][label])
+            activity.examples = state["examples"][label]
+        self._shares = {label: share.clone() for label, share in state["shares"].items()}
+        self.steps, self.history = state["steps"], [Check(**check) for check in state["history"]]
+
+    # ---- counting
+
+    def _watch(self) -> dict[str, Activity]:
+        """Lets each converted layer count, and so be sparse. Returns what they count into, by label."""
+        activities: dict[str, Activity] = {}
+        for name, layer in self._watched_layers():
+            device = next(layer.parameters()).device
+            own = {made.label: Activity.of_units(made.width, device) for made in producers(name, layer)}
+            layer.when, layer.decision = "always", None
+            layer.activity = tuple(own.values())
+            activities |= own
+        return activities
+
+    def _watched_layers(self) -> list[tuple[str, Any]]:
+        """The converted layers that make units."""
+        return [
+            (name, layer)
+            for name, layer, descriptor in described_layers(self.model)
+            if isinstance(layer, SparseLayer) and descriptor.unit_sets(layer)
+        ]
+
+    def _check_watched(self) -> None:
+        watched: list[Activity] = []
+        for _, layer in self._watched_layers():
+            watched += layer.policy.activities
+        for label, activity in self._activities.items():
+            if all(activity is not each for each in watched):
+                raise NotSupportedError(
+                    f"layer {label!r} no longer counts for this Simplifier: it has been converted anew or reverted, or "
+                    "another one was made; go on with that one, or make a new one"
+                )
+
+    def _alive_of(self, label: str) -> Tensor:
+        """The units [n] that are left of a set, by their number at the start."""
+        number = self._group_of.get(label)
+        return torch.arange(len(self._activities[label].hits)) if number is None else self._alive[number]
+
+    def _describe(self, name: str, layer: torch.nn.Module) -> LayerWidth:
+        descriptor = layer_descriptor(layer)
+        kind, width = descriptor.plain.__name__, descriptor.features(layer)[1]
+        made = producers(name, layer)
+        if not made:
+            return LayerWidth(name, kind, width, width, "only linear layers, convolutions and LSTMs are")
+        number = self._group_of.get(made[0].label)
+        if number is None:
+            return LayerWidth(name, kind, width, width, self._units.unreached)
+        group = self._units.groups[number]
+        return LayerWidth(name, kind, width, group.width, group.reason)
+
+    # ---- removing
+
+    def _choose(self, shares: dict[str, Tensor]) -> dict[int, Tensor]:
+        """The places [n] of the units that stay, for each group that loses some."""
+        of_layer: dict[str, dict[int, Tensor]] = {}  # the groups of one LSTM keep one width
+        for number, group in enumerate(self._units.groups):
+            if group.reason is None:
+                share = torch.stack([shares[producer.label] for producer in group.producers]).amax(dim=0)
+                of_layer.setdefault(group.producers[0].layer, {})[number] = share
+        kept: dict[int, Tensor] = {}
+        for layer, of_group in of_layer.items():
+            if any(share.isnan().any() for share in of_group.values()):  # no examples, no evidence
+                continue
+            wanted = max(int((share >= self.threshold).sum()) for share in of_group.values())
+            width = len(next(iter(of_group.values())))
+            least = min(self.min_units, width)
+            count = max(wanted, least, width - max(1, int(self.max_removal * width)))
+            if wanted < least == count < width:
+                warnings.warn(
+                    f"threshold={self.threshold} would leave {wanted} of {width} units of layer {layer!r}: its "
+                    f"min_units={least} most active ones are kept. Take a lower threshold",
+                    stacklevel=3,
+                )
+            if count < width:
+                for number, share in of_group.items():
+                    kept[number] = share.argsort(descending=True, stable=True)[:count].sort().values
+        return kept
+
+    def _cut(self, kept: dict[int, Tensor]) -> None:
+        """Keeps of these groups only the units at these places [n]."""
+        widths = [len(alive) for alive in self._alive]
+        cuts: dict[tuple[str, str], Cut] = {}
+        for (module, name), dims in self._units.layouts.items():
+            tensor: Tensor = getattr(self.model.get_submodule(module), name)
+            indices = {
+                dim: entries(layout, widths, kept, tensor.shape[dim])
+                for dim, layout in dims.items()
+                if not kept.keys().isdisjoint(layout)
+            }
+            if indices:
+                cuts[module, name] = (tensor, indices)
+        cut(list(cuts.values()), self.optimizer)
+        for module in {module for module, _ in cuts}:
+            resize(self.model.get_submodule(module))
+        for number, places in kept.items():
+            self._alive[number] = self._alive[number][places]
+            for producer in self._units.groups[number].producers:
+                activity = self._activities[producer.label]
+                activity.hits = activity.hits[places.to(activity.hits.device)]
+
+
+def _check_shares(threshold: float, max_removal: float) -> None:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}; it is a share of the examples, from 0 to 1")
+    if not 0 < max_removal <= 1:
+        raise ValueError(f"max_removal={max_removal}; it is a share of a layer's units, above 0 and at most 1")
+
+
+def _check_counts(**counts: tuple[int, int]) -> None:
+    """Checks numbers, each with the least that is allowed."""
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; it is an int")
+        if value < least:
+            raise ValueError(f"{name}={value}; it must be at least {least}")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    if optimizer is not None and not any(
+        id(each) in own for group in optimizer.param_groups for each in group["params"]
+    ):
+        raise ValueError("the optimizer has none of the model's parameters; give the one that trains it")
+
+
+def _check_processes() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise NotSupportedError("several processes would count, and prune, differently; simplify in one")
