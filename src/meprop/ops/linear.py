@@ -60,12 +60,16 @@ def _consist_of(
 def _selected(call: Callable[..., Any], choice: Choice, grad: Tensor) -> Selection:
     if not isinstance(choice, PlainTopK):
         return choice
-    topk = topk_rows if choice.scope == "example" else topk_columns
-    if choice.blocks == 1:
-        return call(topk, grad, choice.k)
-    if grad.shape[1] % choice.blocks != 0:
-        raise ValueError(f"{grad.shape[1]} output features are not {choice.blocks} equal blocks ({choice})")
-    return side_by_side([call(topk, block, choice.k) for block in grad.chunk(choice.blocks, dim=1)])
+    k, scope, blocks = choice
+    width = grad.shape[1]
+    if blocks < 1 or width % blocks != 0 or not 1 <= k <= width // blocks:
+        raise ValueError(
+            f"{choice} is out of range: {width} output features are to be {blocks} equal blocks of k or more"
+        )
+    topk = topk_rows if scope == "example" else topk_columns
+    if blocks == 1:
+        return call(topk, grad, k)
+    return side_by_side([call(topk, block, k) for block in grad.chunk(blocks, dim=1)])
 
 
 def _refuse_row_sparse(choice: Choice) -> None:

@@ -108,8 +108,8 @@ class Operation(Generic[P, R]):
 
     def find_backends(self) -> None:
         """Notes who implements it, in order."""
-        found = [(backend, backend.implementations[self.name]) for backend in _order if self.name in backend]
-        self._served_by = tuple((run, declines, backend) for backend, (run, declines) in found)
+        able = [backend for backend in _order if backend.missing is None and self.name in backend]
+        self._served_by = tuple((*backend.implementations[self.name], backend) for backend in able)
 
     def _define(self, operator: Operator) -> Callable[..., Any]:
         """Defines the operator, and returns what calls it with the operation's arguments."""
