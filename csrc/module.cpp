@@ -99,18 +99,19 @@ template <class T>
 Status backward(Scope scope, const int64_t* a) {
   LinearBackward<T> call;
   call.scope = scope;
-  call.grad = {address<const T>(a[0]), a[1]};
-  call.rows = a[2], call.outputs = a[3];
-  call.k = a[4], call.blocks = a[18];
-  call.starts = address<const int64_t>(a[19]), call.entries = a[20];
-  call.shared = address<const T>(a[21]), call.hits = address<int64_t>(a[22]);
-  call.values = address<T>(a[5]), call.indices = address<int32_t>(a[6]);
-  call.threads = thread_count(a[7]);
-  call.inputs = a[8];
-  call.weight = {address<const T>(a[9]), a[10]};
-  call.x = {address<const T>(a[11]), a[12]};
-  call.grad_input = address<T>(a[13]), call.grad_weight = address<T>(a[14]), call.grad_bias = address<T>(a[15]);
-  call.select = a[16] != 0, call.weight_rows_only = a[17] != 0;
+  call.k = a[0], call.blocks = a[1], call.select = a[2] != 0;
+  call.values = address<T>(a[3]), call.indices = address<int32_t>(a[4]);
+  call.starts = address<const int64_t>(a[5]), call.entries = a[6];
+  call.shared = address<const T>(a[7]);
+  call.rows = a[8], call.outputs = a[9];
+  call.grad = {address<const T>(a[10]), a[11]};
+  call.inputs = a[12];
+  call.weight = {address<const T>(a[13]), a[14]};
+  call.x = {address<const T>(a[15]), a[16]};
+  call.grad_input = address<T>(a[17]), call.grad_weight = address<T>(a[18]), call.grad_bias = address<T>(a[19]);
+  call.weight_rows_only = a[20] != 0;
+  call.hits = address<int64_t>(a[21]);
+  call.threads = thread_count(a[22]);
   return linear_backward(*active, call);
 }
 
@@ -312,8 +313,8 @@ PyMethodDef methods[] = {
     {"column_scores", as_method(py_column_scores), METH_FASTCALL,
      "column_scores(dtype, scope, grad, grad_ld, rows, outputs, scores, threads)"},
     {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,
-     "linear_backward(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads, inputs, weight, weight_ld, "
-     "x, x_ld, grad_input, grad_weight, grad_bias, select, weight_rows_only, blocks, starts, entries, shared, hits)"},
+     "linear_backward(dtype, scope, k, blocks, select, values, indices, starts, entries, shared, rows, outputs, grad, "
+     "grad_ld, inputs, weight, weight_ld, x, x_ld, grad_input, grad_weight, grad_bias, weight_rows_only, hits, threads)"},
     {"lstm_forward", as_method(py_lstm_forward), METH_FASTCALL,
      "lstm_forward(rows, steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
      "from_zeros, h, c, gates, last_h, last_c, threads), all float32"},

@@ -2,7 +2,8 @@
 
 Raises:
     ValueError: a size, leading dimension, k, number of threads, dtype or scope code is out of range.
-    IndexError: a given selection's indices do not ascend, or are not within the output features.
+    IndexError: a selection's indices do not ascend, or are not within the output features, or its starts are wrong;
+        the rows of an optimizer's step do not ascend, or are not the parameter's.
     MemoryError: there is not enough memory for scratch.
 """
 
@@ -28,14 +29,18 @@ def column_scores(
 def linear_backward(
     dtype: int,
     scope: int,
-    grad: int,
-    grad_ld: int,
-    rows: int,
-    outputs: int,
     k: int,
+    blocks: int,
+    select: int,
     values: int,
     indices: int,
-    threads: int,
+    starts: int,
+    entries: int,
+    shared: int,
+    rows: int,
+    outputs: int,
+    grad: int,
+    grad_ld: int,
     inputs: int,
     weight: int,
     weight_ld: int,
@@ -44,8 +49,9 @@ def linear_backward(
     grad_input: int,
     grad_weight: int,
     grad_bias: int,
-    select: int,
     weight_rows_only: int,
+    hits: int,
+    threads: int,
     /,
 ) -> None: ...
 def lstm_forward(
@@ -102,3 +108,65 @@ def lstm_backward(
     threads: int,
     /,
 ) -> None: ...
+def sgd_rows(
+    rows: int,
+    width: int,
+    count: int,
+    indices: int,
+    grad: int,
+    weight: int,
+    bf16_copy: int,
+    every_row: int,
+    row_step: int,
+    threads: int,
+    buffer: int,
+    nesterov: int,
+    step: float,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    /,
+) -> None: ...
+def adam_rows(
+    rows: int,
+    width: int,
+    count: int,
+    indices: int,
+    grad: int,
+    weight: int,
+    bf16_copy: int,
+    every_row: int,
+    row_step: int,
+    threads: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    decoupled: int,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    /,
+) -> None: ...
+def adagrad_rows(
+    rows: int,
+    width: int,
+    count: int,
+    indices: int,
+    grad: int,
+    weight: int,
+    bf16_copy: int,
+    every_row: int,
+    row_step: int,
+    threads: int,
+    sum: int,
+    step: float,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    /,
+) -> None: ...
+def ascending(indices: int, count: int, rows: int, /) -> bool: ...
+def copy_agrees(weight: int, bf16_copy: int, size: int, samples: int, /) -> bool: ...

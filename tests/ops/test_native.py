@@ -346,9 +346,11 @@ def test_one_openmp_runtime_in_the_process():
 
 TOPK = dict.fromkeys(["dtype", "scope", "grad"], 0) | {"grad_ld": 8, "rows": 1, "outputs": 8, "k": 2}
 TOPK |= {"values": 0, "indices": 0, "threads": 1}
-BACKWARD = TOPK | {"inputs": 4, "weight": 0, "weight_ld": 4, "x": 0, "x_ld": 4}
-BACKWARD |= dict.fromkeys(["grad_input", "grad_weight", "grad_bias"], 0) | {"select": 1, "weight_rows_only": 0}
-BACKWARD |= {"blocks": 1} | dict.fromkeys(["starts", "entries", "shared", "hits"], 0)
+BACKWARD = dict.fromkeys(["dtype", "scope"], 0) | {"k": 2, "blocks": 1, "select": 1}
+BACKWARD |= dict.fromkeys(["values", "indices", "starts", "entries", "shared"], 0)
+BACKWARD |= {"rows": 1, "outputs": 8, "grad": 0, "grad_ld": 8, "inputs": 4, "weight": 0, "weight_ld": 4}
+BACKWARD |= {"x": 0, "x_ld": 4} | dict.fromkeys(["grad_input", "grad_weight", "grad_bias"], 0)
+BACKWARD |= {"weight_rows_only": 0, "hits": 0, "threads": 1}
 
 
 SCORES = dict.fromkeys(["dtype", "scope", "grad"], 0) | {"grad_ld": 8, "rows": 1, "outputs": 8, "scores": 0}
@@ -400,6 +402,19 @@ def test_impossible_sizes_raise_before_memory_is_touched(function, wrong):
         {"inputs": 2**62},
         {"weight_ld": 2**61},
         {"rows": 2**30, "x_ld": 2**40},
+        {"blocks": 0},
+        {"blocks": -2},
+        {"blocks": 3},  # no equal blocks
+        {"blocks": 8},  # of which none has two features
+        {"k": 9, "select": 0},
+        {"k": -1, "select": 0},
+        {"blocks": 2, "select": 0},
+        {"starts": 8, "entries": -1, "select": 0},
+        {"starts": 8, "entries": 2**62, "select": 0},
+        {"starts": 8},  # of a selection that is yet to be made
+        {"shared": 8},
+        {"weight_rows_only": 1},  # of entries by row
+        {"scope": 1, "weight_rows_only": 1, "shared": 8, "select": 0},
     ],
     ids=str,
 )

@@ -18,8 +18,7 @@ from meprop.ops.products import (
     grad_input,
     grad_weight,
     grad_weight_rows,
-    native_choice,
-    native_declines,
+    native_declines_selection,
     native_products,
     row_sparse_tensor,
 )
@@ -60,12 +59,16 @@ def _consist_of(
 def _selected(call: Callable[..., Any], choice: Choice, grad: Tensor) -> Selection:
     if not isinstance(choice, PlainTopK):
         return choice
-    topk = topk_rows if choice.scope == "example" else topk_columns
-    if choice.blocks == 1:
-        return call(topk, grad, choice.k)
-    if grad.shape[1] % choice.blocks != 0:
-        raise ValueError(f"{grad.shape[1]} output features are not {choice.blocks} equal blocks ({choice})")
-    return side_by_side([call(topk, block, choice.k) for block in grad.chunk(choice.blocks, dim=1)])
+    k, scope, blocks = choice
+    width = grad.shape[1]
+    if blocks < 1 or width % blocks != 0 or not 1 <= k <= width // blocks:
+        raise ValueError(
+            f"{choice} is out of range: {width} output features are to be {blocks} equal blocks of k or more"
+        )
+    topk = topk_rows if scope == "example" else topk_columns
+    if blocks == 1:
+        return call(topk, grad, k)
+    return side_by_side([call(topk, block, k) for block in grad.chunk(blocks, dim=1)])
 
 
 def _refuse_row_sparse(choice: Choice) -> None:
@@ -141,7 +144,10 @@ def _native_linear_backward_declines(
     hits: Tensor | None = None,
 ) -> str | None:
     del needs_bias, row_sparse
-    return native_declines(choice, grad, weight, x, hits=hits)
+    reason = native.declines(grad, weight, x)
+    if reason is None and hits is not None:
+        reason = native.declines_scattered(hits, dtypes=native.INT64)
+    return reason if reason is not None or isinstance(choice, PlainTopK) else native_declines_selection(choice)
 
 
 @native.backend.implements(linear_backward, _native_linear_backward_declines)
@@ -155,11 +161,7 @@ def _native_linear_backward(
     row_sparse: bool,
     hits: Tensor | None = None,
 ) -> Gradients:
-    if not (row_sparse and x is not None):
-        return native_products(native_choice(choice, grad, False), grad, weight, x, needs_bias, False, hits)
-    _refuse_row_sparse(choice)
-    chosen = native_choice(choice, grad, True)
-    of_input, of_weight, of_bias = native_products(chosen, grad, weight, x, needs_bias, True, hits)
-    assert of_weight is not None
-    assert chosen.indices is not None
-    return of_input, row_sparse_tensor(chosen.indices, of_weight, chosen.width), of_bias
+    row_sparse = row_sparse and x is not None
+    if row_sparse:
+        _refuse_row_sparse(choice)
+    return native_products(choice, grad, weight, x, needs_bias, hits, row_sparse)

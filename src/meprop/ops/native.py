@@ -96,17 +96,20 @@ def declines(*tensors: Tensor | None, dtypes: Collection[torch.dtype] = DTYPE_CO
     It can where a tensor is nothing but memory on the CPU, in rows and columns, of one of these dtypes. A subclass may
     have its data elsewhere, and so may a tensor inside of a transform of `torch.func`.
     """
-    if _transform() is not None:
-        return "native kernels read memory, which tensors inside of torch.func transforms do not have"
     for tensor in tensors:
-        if tensor is None or (
-            type(tensor) in PLAIN
-            and tensor.dtype in dtypes
-            and tensor.is_cpu
-            and tensor.layout is torch.strided
-            and tensor.data_ptr()
-        ):
+        if tensor is None:
             continue
+        try:
+            if (
+                type(tensor) in PLAIN
+                and tensor.dtype in dtypes
+                and tensor.is_cpu
+                and tensor.data_ptr()
+                and not _transform()
+            ):
+                continue
+        except RuntimeError:  # a sparse layout, which has no pointer
+            pass
         reason = _why_not(tensor, dtypes)
         if reason is not None:
             return reason
@@ -126,6 +129,8 @@ def declines_scattered(*tensors: Tensor | None, dtypes: Collection[torch.dtype])
 
 def _why_not(tensor: Tensor, dtypes: Collection[torch.dtype]) -> str | None:
     """The reason in words; None of an empty tensor, which needs no memory."""
+    if _transform() is not None:
+        return "native kernels read memory, which tensors inside of torch.func transforms do not have"
     if type(tensor) not in PLAIN:
         return f"native kernels read memory, which a {type(tensor).__name__} may not have"
     if not tensor.is_cpu:

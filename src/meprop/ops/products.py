@@ -7,7 +7,6 @@ are summed in float32, those of float64 tensors in float64.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,28 +193,29 @@ def count_hits(selections: Sequence[Selection]) -> Tensor:
 # ---------------------------------------------------------------- the native call of all of them
 
 
-def native_declines(choice: Choice, *tensors: Tensor | None, hits: Tensor | None = None) -> str | None:
-    """Why native code cannot multiply with this choice and these tensors; None if it can."""
-    reason = native.declines(*tensors)
-    if reason is None and hits is not None:
-        reason = native.declines_scattered(hits, dtypes=native.INT64)
-    if reason is not None or isinstance(choice, PlainTopK):
-        return reason
-    reason = native.declines(choice.values, choice.shared) or native.declines(choice.indices, dtypes=native.INT32)
-    starts = _starts(choice)
+def native_declines_selection(selection: Selection) -> str | None:
+    """Why native code cannot read this selection; None if it can."""
+    reason = native.declines(selection.values, selection.shared)
+    if reason is None:
+        reason = native.declines(selection.indices, dtypes=native.INT32)
+    starts = _starts(selection)
     return native.declines(starts, dtypes=native.INT64) if reason is None and starts is not None else reason
 
 
-@native.backend.implements(grad_input, native_declines)
+def _native_declines(selection: Selection, other: Tensor) -> str | None:
+    return native.declines(other) or native_declines_selection(selection)
+
+
+@native.backend.implements(grad_input, _native_declines)
 def _native_grad_input(selection: Selection, weight: Tensor) -> Tensor:
-    result, *_ = native_products(native_choice(selection), None, weight, None)
+    result, *_ = native_products(selection, None, weight, None)
     assert result is not None
     return result
 
 
-@native.backend.implements(grad_weight, native_declines)
+@native.backend.implements(grad_weight, _native_declines)
 def _native_grad_weight(selection: Selection, x: Tensor) -> Tensor:
-    _, result, _ = native_products(native_choice(selection), None, None, x)
+    _, result, _ = native_products(selection, None, None, x)
     assert result is not None
     return result
 
@@ -226,106 +226,85 @@ def _native_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
     return _native_grad_weight(ColumnSelection(values, torch.arange(k, dtype=torch.int32), k), x)
 
 
-class NativeChoice(NamedTuple):
-    """What is kept, as the native call takes it: see LinearBackward in csrc/drivers.h."""
-
-    scope: int
-    rows: int
-    width: int
-    k: int
-    blocks: int
-    dtype: torch.dtype
-    select: bool
-    values: Tensor | None = None
-    indices: Tensor | None = None
-    shared: Tensor | None = None
-    starts: Tensor | None = None
-
-
-def native_choice(choice: Choice, grad: Tensor | None = None, needs_indices: bool = False) -> NativeChoice:
-    """A choice for the native call; with `needs_indices`, one that is yet to be made is left there."""
-    if isinstance(choice, PlainTopK):
-        assert grad is not None
-        (rows, width), dtype = grad.shape, grad.dtype
-        code, values, indices = native.SCOPE_CODES[choice.scope], None, None
-        if needs_indices:
-            kept = choice.k * choice.blocks
-            values, indices = torch.empty((rows, kept), dtype=dtype), torch.empty(kept, dtype=torch.int32)
-        return NativeChoice(code, rows, width, choice.k, choice.blocks, dtype, True, values, indices)
-    values, indices, dtype = choice.values.resolve_neg().contiguous(), choice.indices.contiguous(), choice.values.dtype
-    shared = None if choice.shared is None else native.contiguous(choice.shared.to(dtype))
-    starts = _starts(choice)
-    if starts is not None:
-        starts = starts.contiguous()
-    code = native.SCOPE_CODES["batch" if isinstance(choice, ColumnSelection) else "example"]
-    k = 0 if starts is not None else indices.shape[-1]
-    return NativeChoice(code, choice.rows, choice.width, k, 1, dtype, False, values, indices, shared, starts)
-
-
 def native_products(
-    chosen: NativeChoice,
+    choice: Choice,
     grad: Tensor | None,
     weight: Tensor | None,
     x: Tensor | None,
     needs_bias: bool = False,
-    rows_only: bool = False,
     hits: Tensor | None = None,
+    row_sparse: bool = False,
 ) -> Gradients:
-    """One native call: the selection, if it is yet to be made, and the gradients that are asked for."""
-    scope, rows, width, k, blocks, dtype, select, values, indices, shared, starts = chosen
-    _check_shapes(rows, width, grad, weight, x, hits)
-    inputs = 0
-    of_input = of_weight = of_bias = None
-    if not (select or needs_bias):
-        grad = None
-    elif grad is not None:
+    """One native call: the selection, where it is yet to be made, and the gradients that are asked for."""
+    if isinstance(choice, PlainTopK):
+        assert grad is not None
+        (rows, width), dtype = grad.shape, grad.dtype
+        arguments, tensors = _of_topk(choice, rows, dtype, row_sparse)
+    else:
+        rows, width, dtype = choice.rows, choice.width, choice.values.dtype
+        arguments, tensors = _of_selection(choice)
+        grad = grad if needs_bias else None
+    fits, of_input, of_weight, of_bias = True, None, None, None
+    inputs = grad_at = grad_ld = weight_at = weight_ld = x_at = x_ld = of_input_at = of_weight_at = of_bias_at = 0
+    if grad is not None:
         grad = native.readable(grad, dtype)
+        grad_at, grad_ld = grad.data_ptr(), grad.stride(0)
+        fits = grad.shape == (rows, width)
     if weight is not None:
-        weight, inputs = native.readable(weight, dtype), weight.shape[1]
+        weight = native.readable(weight, dtype)
+        outputs, inputs = weight.shape
         of_input = torch.empty((rows, inputs), dtype=dtype)
+        weight_at, weight_ld, of_input_at = weight.data_ptr(), weight.stride(0), of_input.data_ptr()
+        fits = fits and outputs == width
     if x is not None:
-        x, inputs = native.readable(x, dtype), x.shape[1]
-        of_weight = torch.empty((k * blocks if rows_only else width, inputs), dtype=dtype)
+        x = native.readable(x, dtype)
+        examples, columns = x.shape
+        of_weight = torch.empty((tensors[1].shape[0] if row_sparse else width, columns), dtype=dtype)
+        x_at, x_ld, of_weight_at = x.data_ptr(), x.stride(0), of_weight.data_ptr()
+        fits = fits and examples == rows and (weight is None or columns == inputs)
+        inputs = columns
     if needs_bias:
         of_bias = torch.empty(width, dtype=dtype)
+        of_bias_at = of_bias.data_ptr()
+    if not fits or (hits is not None and hits.shape != (width,)):  # it would be read or written beyond its end
+        raise _misfit(rows, width, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
     native.extension().linear_backward(
         native.DTYPE_CODES[dtype],
-        scope,
-        0 if grad is None else grad.data_ptr(),
-        0 if grad is None else grad.stride(0),
-        rows,
-        width,
-        k,
-        0 if values is None else values.data_ptr(),
-        0 if indices is None else indices.data_ptr(),
-        torch.get_num_threads(),
-        inputs,
-        0 if weight is None else weight.data_ptr(),
-        0 if weight is None else weight.stride(0),
-        0 if x is None else x.data_ptr(),
-        0 if x is None else x.stride(0),
-        0 if of_input is None else of_input.data_ptr(),
-        0 if of_weight is None else of_weight.data_ptr(),
-        0 if of_bias is None else of_bias.data_ptr(),
-        select,
-        rows_only,
-        blocks,
-        0 if starts is None else starts.data_ptr(),
-        0 if starts is None or values is None else len(values),
-        0 if shared is None else shared.data_ptr(),
+        *arguments,
+        *(rows, width, grad_at, grad_ld, inputs, weight_at, weight_ld, x_at, x_ld),
+        *(of_input_at, of_weight_at, of_bias_at, row_sparse),
         0 if hits is None else hits.data_ptr(),
+        torch.get_num_threads(),
     )
+    if row_sparse and of_weight is not None:
+        of_weight = row_sparse_tensor(tensors[1], of_weight, width)
     return of_input, of_weight, of_bias
 
 
-def _check_shapes(
-    rows: int, width: int, grad: Tensor | None, weight: Tensor | None, x: Tensor | None, hits: Tensor | None
-) -> None:
-    """Raises a ValueError for what would be read or written beyond its end."""
-    fits = (weight is None or weight.shape[0] == width) and (x is None or x.shape[0] == rows)
-    fits = fits and (grad is None or grad.shape == (rows, width)) and (hits is None or hits.shape == (width,))
-    fits = fits and (weight is None or x is None or weight.shape[1] == x.shape[1])
-    if not fits:
-        names = {"output gradient": grad, "weight": weight, "input": x, "hits": hits}
-        shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in names.items() if each is not None)
-        raise ValueError(f"a selection of an output gradient [{rows}, {width}] does not go with {shapes}")
+def _misfit(rows: int, width: int, tensors: dict[str, Tensor | None]) -> ValueError:
+    shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in tensors.items() if each is not None)
+    return ValueError(f"a selection of an output gradient [{rows}, {width}] does not go with {shapes}")
+
+
+def _of_topk(
+    topk: PlainTopK, rows: int, dtype: torch.dtype, needs_indices: bool
+) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """What the native call is told of a selection that it is to make, and where it leaves it: nowhere, if not asked."""
+    k, scope, blocks = topk
+    if not needs_indices:
+        return (native.SCOPE_CODES[scope], k, blocks, 1, 0, 0, 0, 0, 0), ()
+    values, indices = torch.empty((rows, k * blocks), dtype=dtype), torch.empty(k * blocks, dtype=torch.int32)
+    return (native.SCOPE_CODES[scope], k, blocks, 1, values.data_ptr(), indices.data_ptr(), 0, 0, 0), (values, indices)
+
+
+def _of_selection(selection: Selection) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """What the native call is told of a given selection, and the tensors that have to live as long."""
+    values, indices = selection.values.resolve_neg().contiguous(), selection.indices.contiguous()
+    shared, starts = selection.shared, _starts(selection)
+    shared = None if shared is None else native.contiguous(shared.to(values.dtype))
+    starts = None if starts is None else starts.contiguous()
+    scope = native.SCOPE_CODES["batch" if isinstance(selection, ColumnSelection) else "example"]
+    k, entries = (indices.shape[-1], 0) if starts is None else (0, len(indices))
+    addresses = values.data_ptr(), indices.data_ptr(), native.address(starts), entries, native.address(shared)
+    kept = [values, indices, *(each for each in (starts, shared) if each is not None)]
+    return (scope, k, 1, 0, *addresses), tuple(kept)

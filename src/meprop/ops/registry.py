@@ -27,6 +27,7 @@ Declines = Callable[..., str | None]
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that are nothing but their memory: subclasses may be fake, distributed or wrapped."""
 
+_is_compiling = torch.compiler.is_compiling
 _library = torch.library.Library("meprop", "DEF")
 
 
@@ -75,20 +76,13 @@ class Operation(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Serves the call; what implementations give becomes what callers get."""
-        if self._traced is not None and (
-            torch.compiler.is_compiling()
-            or type(args[self._tensor_at]) not in PLAIN  # a fake tensor, a distributed one
-        ):
+        if self._traced is not None and (_is_compiling() or type(args[self._tensor_at]) not in PLAIN):
             found = self._traced(*args, **kwargs)
-        else:
-            found = self.serve(*args, **kwargs)
-        return found if self._result is None else self._result(found, *args, **kwargs)
-
-    def serve(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """What the first backend gives that does not decline."""
+            return found if self._result is None else self._result(found, *args, **kwargs)
         for run, declines, _ in self._served_by:
             if declines is None or declines(*args, **kwargs) is None:
-                return run(*args, **kwargs)
+                found = run(*args, **kwargs)
+                return found if self._result is None else self._result(found, *args, **kwargs)
         raise AssertionError("the reference serves every call")
 
     def literally(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -108,15 +102,19 @@ class Operation(Generic[P, R]):
 
     def find_backends(self) -> None:
         """Notes who implements it, in order."""
-        found = [(backend, backend.implementations[self.name]) for backend in _order if self.name in backend]
-        self._served_by = tuple((run, declines, backend) for backend, (run, declines) in found)
+        able = [backend for backend in _order if backend.missing is None and self.name in backend]
+        self._served_by = tuple((*backend.implementations[self.name], backend) for backend in able)
 
     def _define(self, operator: Operator) -> Callable[..., Any]:
         """Defines the operator, and returns what calls it with the operation's arguments."""
         restore, flatten = operator.restore, operator.flatten
 
         def run(*args: Any) -> Any:
-            return self.serve(*(args if restore is None else restore(*args)))  # pyright: ignore[reportCallIssue]
+            arguments = args if restore is None else restore(*args)
+            for implementation, declines, _ in self._served_by:
+                if declines is None or declines(*arguments) is None:
+                    return implementation(*arguments)
+            raise AssertionError("the reference serves every call")
 
         _library.define(self.name + operator.schema)
         _library.impl(self.name, run, "CompositeExplicitAutograd")
