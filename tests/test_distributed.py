@@ -5,6 +5,7 @@ The checks are in two_processes.py. They run in one pair of processes, as starti
 
 import doctest
 import fcntl
+import inspect
 import os
 import pickle
 import re
@@ -16,12 +17,12 @@ import pytest
 import torch
 
 import meprop
+import two_processes
 from cases import GRADIENTS, bits, gradient
 from meprop import distributed
 from meprop.distributed import SynchronizedTopK
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
-CHECKS = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
+SCRIPT = Path(two_processes.__file__)
 TIMEOUT = 240  # seconds; a deadlock, or an end that nobody wrote down, shows as a check that did not finish
 
 
@@ -57,7 +58,16 @@ def run(folder: Path) -> None:
             process.wait()
 
 
-@pytest.mark.parametrize("name", CHECKS)
+def test_every_function_of_the_rank_alone_is_registered_as_a_check():
+    """A check that is not registered would never run."""
+    functions = inspect.getmembers(two_processes, inspect.isfunction)
+    own = {name: each for name, each in functions if each.__module__ == two_processes.__name__}
+    of_the_rank = {name for name, each in own.items() if [*inspect.signature(each).parameters] == ["rank"]}
+    assert of_the_rank == set(two_processes.CHECKS)
+    assert of_the_rank
+
+
+@pytest.mark.parametrize("name", two_processes.CHECKS)
 def test_in_two_processes(folder, name):
     for rank in range(2):
         result = folder / f"{name}-{rank}"
