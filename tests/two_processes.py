@@ -1,8 +1,8 @@
 """What test_distributed.py runs in each of two processes: `python two_processes.py FOLDER RANK`.
 
 A check is a function of the rank that `check` registers. Both processes run all of them, in this order. Each leaves a
-file for every check in FOLDER: an empty one, or one with the traceback. test_distributed.py takes the names of its tests
-from the same registry.
+file for every check in FOLDER: an empty one, or one with the traceback. test_distributed.py has a test for each entry
+of the same registry.
 """
 
 import contextlib
