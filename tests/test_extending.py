@@ -23,9 +23,7 @@ from meprop.nn.base import Descriptor, SparseLayer, register, sparse_repr, unreg
 from meprop.nn.linear import sparse_linear
 from meprop.policy import Policy
 
-needs_starts = pytest.mark.xfail(
-    reason="products do not take `starts` yet, nor layers a count of None"
-)
+needs_starts = pytest.mark.xfail(reason="products do not take `starts` yet, nor layers a count of None")
 needs_descriptors = pytest.mark.xfail(reason="convert does not look at descriptors yet")
 
 # ---------------------------------------------------------------- the rule

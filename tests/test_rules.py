@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import meprop
 from cases import ALL_DTYPES, GRADIENTS, SELECTIONS, gradient
@@ -87,6 +88,23 @@ def test_select_refuses_what_is_no_matrix(rule, shape):
 def test_select_refuses_integers(rule):
     with pytest.raises(TypeError, match=r"torch\.int64"):
         rule(1).select(torch.zeros(2, 3, dtype=torch.int64))
+
+
+class Own(torch.Tensor):
+    """A tensor of somebody's own, of which nobody may read the memory without asking."""
+
+
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_select_asks_torch_of_tensors_that_are_not_plain(scope):
+    grad, rule = torch.randn(4, 30), meprop.TopK(3, scope=scope)
+    found, expected = rule.select(grad.as_subclass(Own)), rule.select(grad)
+    assert type(found.values) is Own
+    assert torch.equal(found.indices.as_subclass(torch.Tensor), expected.indices)
+    assert torch.equal(found.values.as_subclass(torch.Tensor), expected.values)
+    with FakeTensorMode() as mode:  # without any memory
+        fake = rule.select(mode.from_tensor(grad))
+    assert isinstance(fake.values, FakeTensor)
+    assert (fake.values.shape, fake.indices.shape) == (expected.values.shape, expected.indices.shape)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)

@@ -93,6 +93,14 @@ def test_the_question_says_what_the_pass_needs(measured):
     assert measured.shapes == [speed.LayerShape(9, 20, 200, torch.float32, "cpu", (False, True, False))]
 
 
+def test_a_weight_of_one_input_feature_is_not_transposed(measured):
+    """It is contiguous either way."""
+    layer = torch.nn.Linear(1, 200)
+    meprop.convert(layer, RULE)
+    layer(torch.randn(3, 1)).sum().backward()
+    assert [shape.transposed for shape in measured.shapes] == [False]
+
+
 def test_a_forward_pass_alone_decides_nothing(measured):
     net = model()
     meprop.convert(net, RULE)
