@@ -224,14 +224,14 @@ def test_wrong_types_are_refused():
 
 def test_a_refused_call_changes_nothing():
     model = nn.Sequential(mlp(), nn.DataParallel(mlp()))
-    with pytest.raises(meprop.NotSupportedError):
+    with pytest.raises(meprop.NotSupportedError, match="its part '1' is a DataParallel"):
         convert(model)
     assert not any(isinstance(module, meprop.nn.Linear) for module in model.modules())
 
     def broken(name, layer):
         raise KeyError(name)
 
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="'0'"):
         convert(model[0], filter=broken)
     assert not any(isinstance(module, meprop.nn.Linear) for module in model.modules())
 
@@ -407,8 +407,25 @@ def test_a_choice_by_example_in_a_model_with_layer_norm_is_questioned():
     assert "scope='batch'" in str(convert(model))
     assert "scope='batch'" not in str(convert(model, meprop.TopK(5, scope="batch")))
     assert "scope='batch'" not in str(convert(mlp()))
+    assert "scope='batch'" not in str(convert(model, Columns()))  # it does not say that it chooses by example
     meprop.revert(model)
     assert meprop.report(model).notes == ()
+
+
+class Columns(meprop.Rule):
+    """A rule of somebody's own that does not name its scope."""
+
+    def count(self, features: int) -> int:
+        return 5
+
+    def select(self, grad_output_NO: torch.Tensor) -> meprop.ColumnSelection:
+        return meprop.TopK(5, scope="batch").select(grad_output_NO)
+
+
+def test_a_bias_that_is_shared_with_another_module_is_no_tied_weight():
+    model = nn.Sequential(nn.Linear(30, 200), nn.LayerNorm(200))
+    model[0].bias = model[1].bias
+    assert statuses(convert(model, meprop.TopK(5, scope="batch"))) == {"0": "sparse"}
 
 
 def test_the_density_is_weighted_by_the_layers_sizes():

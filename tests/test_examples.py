@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import re
 import runpy
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,18 +21,29 @@ def run(monkeypatch, name: str, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", ["huggingface_encoder.py", "huggingface_trainer.py", "lightning_callback.py"])
+PRINTING = ["huggingface_encoder.py", "huggingface_trainer.py", "lightning_callback.py"]
+
+
+def losses(printed: str) -> tuple[str, str]:
+    """Of the dense line and of the sparse line below it."""
+    found = re.findall(r"^(dense|sparse) +loss (\S+) +\S+ ms a step", printed, re.MULTILINE)
+    assert [name for name, _ in found] == ["dense", "sparse"]
+    assert all(math.isfinite(float(loss)) for _, loss in found)
+    return found[0][1], found[1][1]
+
+
+@pytest.mark.parametrize("name", PRINTING)
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_an_example_prints_dense_and_sparse(name, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore::meprop.NoEffectWarning")  # of k = 1.0
+def test_an_example_prints_dense_and_sparse_which_differ_by_what_is_left_out(name, monkeypatch, capsys):
     run(monkeypatch, name, "--steps", "2", "--k", "0.02")
-    printed = capsys.readouterr().out
-    found = re.findall(r"^(dense|sparse) +loss (\S+) +(\S+) ms a step$", printed, re.MULTILINE)
-    assert [line[0] for line in found] == ["dense", "sparse"]
-    (_, dense, _), (_, sparse, _) = found
-    assert math.isfinite(float(dense))
+    dense, sparse = losses(capsys.readouterr().out)
     assert dense != sparse
+    run(monkeypatch, name, "--steps", "2", "--k", "1.0")
+    assert losses(capsys.readouterr().out) == (dense, dense)
 
 
+@pytest.mark.filterwarnings("ignore::meprop.NoEffectWarning")  # of k = 1.0
 def test_the_image_classifier_trains_on_images_of_ones_own(tmp_path, monkeypatch, capsys):
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("t10k", 20)):
@@ -40,13 +53,15 @@ def test_the_image_classifier_trains_on_images_of_ones_own(tmp_path, monkeypatch
         ):
             header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
             (tmp_path / f"{split}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
-    run(monkeypatch, "image_classifier.py", "--data", str(tmp_path), "--steps", "3", "--batch", "20")
+    arguments = ("image_classifier.py", "--data", str(tmp_path), "--steps", "3", "--batch", "20")
+    run(monkeypatch, *arguments)
     printed = capsys.readouterr().out
     assert re.search(r"^4 +Conv2d.* sparse +13 ", printed, re.MULTILINE)
-    found = re.findall(r"^(dense|sparse) +loss (\S+) +\S+ ms a step +(\S+)% of the test images$", printed, re.MULTILINE)
-    (_, dense, _), (_, sparse, _) = found
-    assert math.isfinite(float(dense))
+    assert len(re.findall(r"^(?:dense|sparse) .* \d+\.\d\d% of the test images$", printed, re.MULTILINE)) == 2
+    dense, sparse = losses(printed)
     assert dense != sparse
+    run(monkeypatch, *arguments, "--k", "1.0")
+    assert losses(capsys.readouterr().out) == (dense, dense)
 
 
 TINY = ["--layers", "1", "--width", "128", "--heads", "2", "--context", "8", "--batch", "2", "--evaluate-every", "2"]
@@ -117,3 +132,30 @@ def test_the_benchmark_of_char_gpt_says_that_it_has_nothing_to_do(monkeypatch, c
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES.parent / "benchmarks" / "char_gpt.py"), run_name="__main__")
     assert "give --time, --seeds" in capsys.readouterr().err
+
+
+def test_the_distributed_example_says_how_few_bytes_are_sent():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "distributed.py"), "--random", "--steps", "20", "--hidden", "64"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240, env=environment).stdout
+    found = re.findall(r"^(.+?) +loss ([\d.]+) +([\d.]+) MB", output, re.MULTILINE)
+    assert [variant for variant, _, _ in found] == ["dense", "with the hook", "without a wrapper"]
+    dense, hook, unwrapped = (float(sent) * 1e6 for _, _, sent in found)
+    assert dense == 4 * (784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10)
+    rows = 4 * (784 * 6 + 64 + 64 * 6 + 64 + 64 * 10 + 10) + 8 * 128  # k = 6, and the scores
+    assert hook == pytest.approx(rows + 64 + 64 + 10, abs=100)  # and a byte for each row
+    assert unwrapped == pytest.approx(rows + 64 + 64 + 6, abs=100)
+    assert float(found[1][1]) == pytest.approx(float(found[2][1]), abs=0.01)  # the same gradients
+
+
+TESTS = {
+    **dict.fromkeys(PRINTING, test_an_example_prints_dense_and_sparse_which_differ_by_what_is_left_out),
+    "image_classifier.py": test_the_image_classifier_trains_on_images_of_ones_own,
+    "char_gpt.py": test_char_gpt_records_dense_and_sparse,
+    "distributed.py": test_the_distributed_example_says_how_few_bytes_are_sent,
+}
+
+
+def test_every_example_has_a_test_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(TESTS)

@@ -4,6 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import meprop
 from meprop.ops import native
@@ -14,57 +17,76 @@ def python(code: str, **environment: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment).stdout
 
 
+COMPILERS = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+OTHER_BUILD = os.environ.get("MEPROP_TEST_EXTENSION")
+MISSING = native.reason_missing()
+
+
+@pytest.mark.skipif(not COMPILERS, reason="there is no C++ compiler here")
 def test_the_extension_is_built_wherever_there_is_a_compiler():
     """A compile error falls back to the pure-Python wheel; here it would be noticed."""
-    if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-        assert native.reason_missing() is None
-        assert meprop.backend_info()["native"] is True
+    assert native.reason_missing() is None
+    assert meprop.backend_info()["native"] is True
 
 
+@pytest.mark.skipif(OTHER_BUILD is None, reason="MEPROP_TEST_EXTENSION names no other build")
 def test_another_build_is_tested_where_one_is_asked_for():
     """Or `make sanitize` would test the ordinary build."""
-    asked = os.environ.get("MEPROP_TEST_EXTENSION")
-    assert asked is None or native._extension.__file__ == asked
+    assert native.extension_file() == Path(OTHER_BUILD)
 
 
+WITHOUT = """
+import sys; sys.modules['meprop._C'] = None
+import meprop
+assert meprop.backend_info()['native'] is False
+assert 'C++ compiler' in meprop.backend_info()['reasons']['native']
+"""
+GRADIENT_NORMS = """
+import torch, meprop; torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(30, 200), torch.nn.ReLU(), torch.nn.Linear(200, 200))
+for scope in ('example', 'batch'):
+    meprop.convert(model, meprop.TopK(5, scope=scope), when='always')
+    model(torch.randn(4, 30)).square().sum().backward()
+for p in model.parameters(): print(*(f'{v:.3f}' for v in p.grad.norm(dim=-1, keepdim=True).flatten()))
+"""
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f"there is nothing to compare the fallback with: {MISSING}")
 def test_the_fallback_without_the_extension_gives_the_same_results():
-    work = (
-        "import torch, meprop; torch.manual_seed(0)\n"
-        "model = torch.nn.Sequential(torch.nn.Linear(30, 200), torch.nn.ReLU(), torch.nn.Linear(200, 200))\n"
-        "for scope in ('example', 'batch'):\n"
-        "    meprop.convert(model, meprop.TopK(5, scope=scope), when='always')\n"
-        "    model(torch.randn(4, 30)).square().sum().backward()\n"
-        "for p in model.parameters(): print(*(f'{v:.3f}' for v in p.grad.norm(dim=-1, keepdim=True).flatten()))"
-    )
-    without = (
-        "import sys; sys.modules['meprop._C'] = None\n"
-        "import meprop\n"
-        "assert meprop.backend_info()['native'] is False\n"
-        "assert 'C++ compiler' in meprop.backend_info()['reasons']['native']\n"
-    )
-    assert python(without + work) == python(work)
+    found, expected = python(WITHOUT + GRADIENT_NORMS), python(GRADIENT_NORMS)
+    assert found == expected
+    of_rows = expected.splitlines()[0].split()
+    assert len(of_rows) == 200
+    assert 5 <= sum(float(norm) > 0 for norm in of_rows) <= 4 * 5 + 5
 
 
-def test_import_needs_only_torch_and_under_50_ms_of_its_own():
+def test_import_needs_only_torch():
     code = (
-        "import sys, time, torch\n"
+        "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "start = time.perf_counter(); import meprop; seconds = time.perf_counter() - start\n"
-        "extras = {'numpy', 'tyro', 'rich', 'pooch', 'matplotlib', 'lightning_fabric', 'tensorboard', 'lightning'}\n"
-        "extras |= {'transformers', 'accelerate'}\n"
-        "print(seconds, *sorted(extras & (set(sys.modules) - before)))"
+        "import meprop\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
-    # As a user has it: the first run leaves the modules compiled, unless the environment forbids that.
-    runs = [python(code, PYTHONDONTWRITEBYTECODE="").split() for _ in range(4)]
-    assert all(len(run) == 1 for run in runs), f"import meprop also imports {runs[0][1:]}"
-    assert min(float(run[0]) for run in runs) < 0.05
+    assert python(code).split() == ["meprop"]
+
+
+BUSY = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(BUSY, reason="the machine is too busy with other work for a test by the clock")
+def test_import_takes_under_50_ms_beside_torch():
+    code = "import time, torch; start = time.perf_counter(); import meprop; print(time.perf_counter() - start)"
+    seconds: list[float] = []
+    for _ in range(10):  # the fastest counts: what else runs on the machine makes it slower, never faster
+        # As a user has it: the first run leaves the modules compiled, unless the environment forbids that.
+        seconds.append(float(python(code, PYTHONDONTWRITEBYTECODE="")))
+        if seconds[-1] < 0.05:
+            break
+    assert min(seconds) < 0.05
 
 
 def test_converting_imports_no_library_that_the_model_does_not_come_from():
     code = "import sys, meprop, torch; meprop.convert(torch.nn.Linear(7, 200), meprop.TopK(5)); print(*sys.modules)"
-    assert not {"transformers", "lightning"} & set(python(code).split())
-
-
-def test_every_public_name_exists_and_is_documented():
-    for name in meprop.__all__:
-        assert getattr(meprop, name).__doc__, name
+    modules = set(python(code).split())
+    assert {"torch", "meprop"} <= modules
+    assert not {"transformers", "lightning"} & modules

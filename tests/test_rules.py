@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import meprop
 from cases import ALL_DTYPES, GRADIENTS, SELECTIONS, gradient
@@ -87,6 +88,23 @@ def test_select_refuses_what_is_no_matrix(rule, shape):
 def test_select_refuses_integers(rule):
     with pytest.raises(TypeError, match=r"torch\.int64"):
         rule(1).select(torch.zeros(2, 3, dtype=torch.int64))
+
+
+class Own(torch.Tensor):
+    """A tensor of somebody's own, of which nobody may read the memory without asking."""
+
+
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_select_asks_torch_of_tensors_that_are_not_plain(scope):
+    grad, rule = torch.randn(4, 30), meprop.TopK(3, scope=scope)
+    found, expected = rule.select(grad.as_subclass(Own)), rule.select(grad)
+    assert type(found.values) is Own
+    assert torch.equal(found.indices.as_subclass(torch.Tensor), expected.indices)
+    assert torch.equal(found.values.as_subclass(torch.Tensor), expected.values)
+    with FakeTensorMode() as mode:  # without any memory
+        fake = rule.select(mode.from_tensor(grad))
+    assert isinstance(fake.values, FakeTensor)
+    assert (fake.values.shape, fake.indices.shape) == (expected.values.shape, expected.indices.shape)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -175,7 +193,16 @@ def test_compensated_top_k_is_top_k_and_the_mean_of_what_it_leaves_out(dtype):
 
 
 def test_compensated_top_k_of_no_rows():
-    assert meprop.CompensatedTopK(2).select(torch.empty(0, 5)).to_dense().shape == (0, 5)
+    selection = meprop.CompensatedTopK(2).select(torch.empty(0, 5))
+    assert selection.to_dense().shape == (0, 5)
+    assert selection.shared.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compensated_top_k_sums_half_precision_in_single(dtype):
+    """In half precision a sum of so many ones would stop at 256, or at 2048."""
+    grad = torch.ones(4096, 3, dtype=dtype)
+    assert meprop.CompensatedTopK(1).select(grad).shared.tolist() == [0.0, 1.0, 1.0]
 
 
 def test_compensated_top_k_is_for_examples_only():
@@ -186,7 +213,7 @@ def test_compensated_top_k_is_for_examples_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 5)])
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (6,), (2, 5)])
 def test_gradients_of_compensated_top_k_are_those_of_the_dense_form(batch, dtype):
     x, weight = torch.randn(*batch, 9), torch.randn(20, 9)
     bias, grad = torch.randn(20), torch.randn(*batch, 20)
@@ -242,3 +269,79 @@ def test_in_blocks_refuses_what_it_cannot_split():
         meprop.InBlocks(0.05, 3)
     with pytest.raises(ValueError, match="scope='batch'"):
         meprop.nn.Linear(7, 21, rule=meprop.InBlocks(meprop.TopK(2), 3), sparse_grad=True)
+
+
+@pytest.mark.parametrize("inner", [meprop.TopK(1), meprop.TopK(1, scope="batch"), meprop.CompensatedTopK(1)], ids=str)
+def test_blocks_in_blocks_are_smaller_blocks(inner):
+    """Also where a rule that is a plain top-k is not asked for its selection."""
+    nested, flat = meprop.InBlocks(meprop.InBlocks(inner, 2), 3), meprop.InBlocks(inner, 6)
+    assert nested.as_topk(24) == flat.as_topk(24)
+    grad, x = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    assert torch.equal(nested.select(grad).to_dense(), flat.select(grad).to_dense())
+    layer = meprop.nn.Linear(7, 24, rule=nested, dtype=torch.float64)
+    (weight_gradient,) = torch.autograd.grad(layer(x), layer.weight, grad)
+    torch.testing.assert_close(weight_gradient, flat.select(grad).to_dense().t() @ x)
+
+
+# ---------------------------------------------------------------- what every rule says of itself
+
+
+class EveryOther(meprop.Rule):
+    """One that answers `select` and nothing else."""
+
+    def select(self, grad_output_NO: torch.Tensor) -> meprop.ColumnSelection:
+        indices = torch.arange(0, grad_output_NO.shape[1], 2, dtype=torch.int32)
+        return meprop.ColumnSelection(grad_output_NO[:, ::2], indices, grad_output_NO.shape[1])
+
+
+def test_a_rule_that_only_selects_says_nothing_else():
+    rule = EveryOther()
+    assert (rule.scope, rule.count(7), rule.density(7), rule.as_topk(7)) == (None, None, None, None)
+    assert not rule.keeps_all(7)
+    assert not rule.communicates
+    blocks = meprop.InBlocks(rule, 2)
+    assert (blocks.scope, blocks.count(8), blocks.density(8), blocks.as_topk(8)) == (None, None, None, None)
+    assert not blocks.communicates
+
+
+def test_density_is_the_share_that_is_kept():
+    assert meprop.TopK(3).density(12) == 0.25
+    assert meprop.TopK(40).density(12) == 1.0
+    assert meprop.InBlocks(meprop.TopK(1), 3).density(12) == 0.25
+    kept = {features: meprop.TopK(6).keeps_all(features) for features in (5, 6, 7)}
+    assert kept == {5: True, 6: True, 7: False}
+    assert [meprop.InBlocks(meprop.TopK(6), 2).keeps_all(features) for features in (12, 14)] == [True, False]
+
+
+def test_in_blocks_communicates_where_its_rule_does():
+    class Talking(EveryOther):
+        @property
+        def communicates(self) -> bool:
+            return True
+
+    assert meprop.InBlocks(Talking(), 2).communicates
+    assert not meprop.InBlocks(meprop.TopK(1), 2).communicates
+
+
+def test_rules_are_known_by_name():
+    found = rules.named()
+    assert {
+        "topk": meprop.TopK,
+        "compensated": meprop.CompensatedTopK,
+        "random": meprop.RandomK,
+    }.items() <= found.items()
+    for name, rule in found.items():
+        assert rule.name == name
+        assert rule.label
+        assert rule(0.5, scope="example").count(10) == 5
+    found.clear()
+    assert rules.named()  # it is a copy
+
+
+def test_two_rules_cannot_have_one_name():
+    with pytest.raises(ValueError, match=r"rule name 'topk' of .*Impostor is already that of TopK"):
+
+        class Impostor(EveryOther):
+            name = "topk"
+
+    assert rules.named()["topk"] is meprop.TopK

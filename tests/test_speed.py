@@ -19,6 +19,7 @@ from meprop.functional.conv import ConvShape
 from meprop.functional.geometry import Geometry
 from meprop.functional.linear import LinearShape
 from meprop.nn.lstm import LstmShape
+from meprop.ops import native
 
 RULE = meprop.TopK(5)
 
@@ -95,6 +96,14 @@ def test_the_question_says_what_the_pass_needs(measured):
     assert measured.shapes == [LinearShape(9, 20, 200, torch.float32, "cpu", (False, True, False))]
 
 
+def test_a_weight_of_one_input_feature_is_not_transposed(measured):
+    """It is contiguous either way."""
+    layer = torch.nn.Linear(1, 200)
+    meprop.convert(layer, RULE)
+    layer(torch.randn(3, 1)).sum().backward()
+    assert [shape.transposed for shape in measured.shapes] == [False]
+
+
 def test_a_forward_pass_alone_decides_nothing(measured):
     net = model()
     meprop.convert(net, RULE)
@@ -161,6 +170,49 @@ def test_the_answer_is_remembered_on_disk(measured, cache):
     assert json.loads(file.read_text()) == {"TopK(k=5, scope='example') cpu float32 1x20x200 wb": [100.0, 10.0]}
 
 
+def test_measurements_of_other_layers_are_kept(measured, cache):
+    for features in (200, 300, 200, 300):
+        net = model(features)
+        meprop.convert(net, RULE)
+        backward(net)
+    assert [shape.outputs for shape in measured.shapes] == [200, 300]
+    (file,) = (cache / "speed").iterdir()
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_another_number_of_threads_is_measured_anew(measured, threads):
+    for count in (1, 2, 1):
+        torch.set_num_threads(count)
+        net = model()
+        meprop.convert(net, RULE)
+        backward(net)
+    assert len(measured.shapes) == 2
+
+
+@pytest.mark.skipif(len(native.levels()) < 2, reason="there are no two levels of native kernels here")
+def test_other_kernels_are_measured_anew(measured):
+    before, levels = native.level(), native.levels()[:2]
+    try:
+        for level in (*levels, *levels):
+            native.use_level(level)
+            net = model()
+            meprop.convert(net, RULE)
+            backward(net)
+    finally:
+        native.use_level(before)
+    assert len(measured.shapes) == 2
+
+
+def test_row_sparse_gradients_leave_nothing_to_measure(measured):
+    measured.microseconds = (10.0, 100.0)
+    net = model()
+    report = meprop.convert(net, meprop.TopK(5, scope="batch"), sparse_grad=True, when="auto")
+    assert report.layers[0].reason == "always"
+    backward(net)
+    assert measured.shapes == []
+    assert net[0].weight.grad.is_sparse
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b"{\"TopK(k=5, scope='example') cpu float32 1x20x200 wb\": 3}", b"\xff"]
 )
@@ -213,6 +265,36 @@ def test_a_real_measurement_leaves_everything_as_it_was(scope):
     assert torch.equal(state, torch.get_rng_state())
 
 
+class Watched:
+    """A shape whose passes note in which modes they run."""
+
+    rows, dtype, device = 1, torch.float32, "cpu"
+
+    def __init__(self) -> None:
+        self.modes: set[tuple[bool, bool]] = set()
+
+    def passes(self, rule):
+        def run():
+            self.modes.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            torch.ones(2, requires_grad=True).square()  # which saves a tensor
+
+        return run, run
+
+
+def test_the_modes_of_the_pass_that_decides_do_not_matter():
+    packed: list[torch.Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor
+    )
+    shape = Watched()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), hooks:
+        speed.measure(RULE, shape)
+        assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    assert shape.modes == {(True, False)}
+    assert packed == []
+
+
 def test_a_real_decision_in_the_middle_of_a_backward_pass(monkeypatch):
     """The measurement runs backward passes of its own inside a backward pass, under autocast too."""
     monkeypatch.setattr(speed, "_SECONDS", 0.0)
@@ -239,6 +321,19 @@ def test_compiled_before_it_decided_a_layer_is_sparse(measured):
     torch.compile(net, fullgraph=True, backend="aot_eager")(torch.randn(1, 20)).square().sum().backward()
     assert measured.shapes == []
     assert nonzero_rows(net[0]) == 5
+
+
+def test_compiled_after_it_decided_a_layer_does_as_decided(measured):
+    measured.microseconds = (10.0, 100.0)
+    net, plain, x = model(), model(), torch.randn(1, 20)
+    meprop.convert(net, RULE)
+    backward(net)
+    for each in (net, plain):
+        torch._dynamo.reset()
+        each.zero_grad()
+        torch.compile(each, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    torch.testing.assert_close(net[0].weight.grad, plain[0].weight.grad)
+    assert nonzero_rows(net[0]) > 5
 
 
 @pytest.mark.parametrize("microseconds", [(100.0, 10.0), (10.0, 100.0)], ids=["sparse", "dense"])
@@ -286,17 +381,18 @@ def test_a_rule_that_cannot_be_known_again_is_not_remembered(measured, cache):
 
 
 @pytest.mark.parametrize(("microseconds", "sparse"), [((100.0, 10.0), True), ((10.0, 9.9), False)])
-@pytest.mark.parametrize("form", ["padded", "batch first", "packed", "unbatched"])
+@pytest.mark.parametrize("form", ["padded", "batch first", "packed", "unbatched", "unbatched, batch first"])
 def test_an_lstm_decides_at_its_first_forward_pass_with_gradients(measured, microseconds, sparse, form):
     measured.microseconds = microseconds
     torch.manual_seed(0)
-    net = torch.nn.LSTM(20, 200, batch_first=form == "batch first")
+    net = torch.nn.LSTM(20, 200, batch_first="batch first" in form)
     assert "first forward pass" in meprop.convert(net, RULE).layers[0].reason
     x = {
         "padded": torch.randn(6, 4, 20),
         "batch first": torch.randn(4, 6, 20),
         "packed": pack_sequence([torch.randn(length, 20) for length in (6, 6, 5, 5)]),
         "unbatched": torch.randn(6, 20),
+        "unbatched, batch first": torch.randn(6, 20),
     }[form]
     with torch.no_grad():
         net(x)
@@ -306,7 +402,7 @@ def test_an_lstm_decides_at_its_first_forward_pass_with_gradients(measured, micr
         output, _ = net(x)
         (output.data if form == "packed" else output).sum().backward()
         assert bool((net.weight_ih_l0.grad == 0).all(dim=1).any()) == sparse
-    batch = 1 if form == "unbatched" else 4
+    batch = 1 if "unbatched" in form else 4
     assert measured.shapes == [LstmShape(6, batch, 20, 200, 1, 1, torch.float32, "cpu", False)]
     assert meprop.report(net).layers[0].status == ("sparse" if sparse else "dense")
 

@@ -1,7 +1,8 @@
 """What test_distributed.py runs in each of two processes: `python two_processes.py FOLDER RANK`.
 
-A check is a function of the rank; both processes run all of them, in this order, and leave a file for each in FOLDER:
-empty, or with the traceback.
+A check is a function of the rank that `check` registers. Both processes run all of them, in this order. Each leaves a
+file for every check in FOLDER: an empty one, or one with the traceback. test_distributed.py has a test for each entry
+of the same registry.
 """
 
 import contextlib
@@ -40,6 +41,7 @@ CHECKS: dict[str, Callable[[int], None]] = {}
 
 
 def check(function: Callable[[int], None]) -> Callable[[int], None]:
+    assert function.__name__ not in CHECKS, f"there are two checks named {function.__name__}"
     CHECKS[function.__name__] = function
     return function
 

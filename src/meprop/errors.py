@@ -1,5 +1,7 @@
 """What meprop raises and warns of, beside Python's own ValueError and TypeError."""
 
+__all__ = ["DataError", "MepropError", "NoEffectWarning", "NotSupportedError"]
+
 
 class MepropError(Exception):
     """Base class of the errors that are meprop's own."""

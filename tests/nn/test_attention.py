@@ -150,6 +150,30 @@ def test_sparse_gradients_are_those_of_literal_attention(form, options, scope):
     assert rows == [2] * 4 if scope == "batch" else all(2 <= count <= E for count in rows)
 
 
+def test_a_frozen_layer_passes_on_what_the_rule_keeps():
+    layer = make(meprop.TopK(2)).requires_grad_(False)
+    inputs, found = random_inputs("self", layer), []
+    for output in (layer(*inputs, need_weights=False)[0], literal.attention(layer, inputs, layer.rule)):
+        torch.manual_seed(3)
+        found.append(torch.autograd.grad((output * torch.randn(output.shape)).sum(), inputs[0])[0])
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_left_to_torch():
+    """Which takes them without gradients only, and says so."""
+    layer = meprop.nn.MultiheadAttention(E, 4, rule=meprop.TopK(2), batch_first=True).eval()
+    nested = torch.nested.nested_tensor([torch.randn(length, E) for length in (4, 2)])
+    for each in (layer, plain(layer)):
+        with pytest.raises(AssertionError, match="NestedTensor"):
+            each(nested, nested, nested, need_weights=False)
+    with torch.no_grad():
+        found, expected = (each(nested, nested, nested, need_weights=False)[0] for each in (layer, plain(layer)))
+    for one, other in zip(found.unbind(), expected.unbind(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("form", ["self", "cross"])
 def test_row_sparse_gradients_are_the_dense_ones(form):
     layer = make(meprop.TopK(2, scope="batch"))
@@ -259,7 +283,9 @@ def test_evaluation_without_gradients_is_torchs_and_training_goes_on():
         expected = model.eval()(x, src_key_padding_mask=padding)  # nested tensors, on torch's fast path
         meprop.convert(model, meprop.TopK(0.05), when="always")
         assert torch.equal(model(x, src_key_padding_mask=padding), expected)
-    model.train()(x, src_key_padding_mask=padding).sum().backward()
+    model.train()(x, src_key_padding_mask=padding).square().sum().backward()
+    rows = int((model.layers[0].linear1.weight.grad != 0).any(dim=1).sum())
+    assert 0 < rows < 256
 
 
 def test_conversion_keeps_identity_and_revert_leaves_no_trace():

@@ -11,6 +11,8 @@ from meprop.convert import convert, report
 from meprop.errors import NotSupportedError
 from meprop.rules import Rule
 
+__all__ = ["MePropCallback"]
+
 
 class MePropCallback(TrainerCallback):
     """Converts the model when the Trainer is made, in place, and adds "meprop_density" to whatever is logged.

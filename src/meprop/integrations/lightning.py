@@ -12,6 +12,8 @@ from meprop.convert import convert, report
 from meprop.errors import NotSupportedError
 from meprop.rules import Rule
 
+__all__ = ["MePropCallback"]
+
 
 class MePropCallback(pl.Callback):
     """Converts the module when a fit begins, in place, and logs "meprop/density" at the end of each epoch.
