@@ -17,9 +17,12 @@ pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
 from meprop import cli, machine
+from meprop.cli.main import parse
+from meprop.cli.simplify import Simplify
+from meprop.cli.train import Compare, Train
 from meprop.tasks.mnist import MnistConfig
 from meprop.training import checkpoint, tracking
-from meprop.training.loop import TrainingConfig
+from meprop.training.config import TrainingConfig
 
 SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
 
@@ -237,13 +240,13 @@ def test_what_does_not_parse_is_refused(capsys, arguments):
 
 @pytest.mark.parametrize(("text", "k"), [("20", 20), ("0.05", 0.05), ("1", 1), ("1.0", 1.0)])
 def test_k_is_a_count_or_a_share(text, k):
-    command = cli._parse(["compare", "mnist", "--k", text])
-    assert isinstance(command, cli.Compare)
+    command = parse(["compare", "mnist", "--k", text])
+    assert isinstance(command, Compare)
     assert command.training.k == k
     assert type(command.training.k) is type(k)
 
 
-@pytest.mark.parametrize("command", [cli.Train, cli.Compare, cli.Simplify])
+@pytest.mark.parametrize("command", [Train, Compare, Simplify])
 def test_help_explains_every_option_with_its_default(capsys, command):
     assert cli.main([command.__name__.lower(), "mnist", "--help"]) == 0
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())

@@ -11,12 +11,15 @@ import pytest
 pytest.importorskip("typeguard")
 pytest.importorskip("lightning_fabric")
 
-from meprop import cli, experiments
+from meprop import experiments
+from meprop.bench.layers import Layers
 from meprop.errors import DataError
 from meprop.experiments import Published, Records
-from meprop.reporting import bench_layers, pages
+from meprop.reporting import pages
 from meprop.reporting import reproduce as report
-from meprop.training.loop import EpochRecord, Run, Seconds, SimplifyConfig
+from meprop.training import tasks
+from meprop.training.config import SimplifyConfig
+from meprop.training.records import EpochRecord, Run, Seconds
 from tiny import TinyConfig, TinyTask
 
 TASKS = {"tiny": TinyConfig}
@@ -147,7 +150,7 @@ def test_an_unknown_experiment_is_refused_with_those_that_are_there(monkeypatch,
 
 @pytest.mark.parametrize("name", experiments.built_in())
 def test_each_shipped_experiment_is_of_existing_settings_and_has_the_papers_figures(name):
-    experiment = experiments.load(name, {task: entry.config for task, entry in cli._tasks().items()})
+    experiment = experiments.load(name, {task: entry.config for task, entry in tasks.table().items()})
     assert len(experiment.seeds) == 3
     for variant in experiment.variants:  # of those that simplify, the paper has figures for some
         if name.startswith("ours-"):
@@ -169,8 +172,8 @@ def test_the_page_has_a_section_for_each_experiment_and_task():
     page = experiments.FOLDER.parents[1] / "docs" / "paper.md"
     all_pages = [page, page.with_name("simplify.md"), page.with_name("convolution.md")]
     assert sorted(name for each in all_pages for name in report.experiments_of(each)) == experiments.built_in()
-    for task in cli._tasks():
-        pages.check_section(page, bench_layers.section(task))
+    for entry in tasks.table().values():
+        pages.check_section(page, Layers.of_task(entry.config(), entry.training).section)
 
 
 # ---------------------------------------------------------------- records

@@ -16,8 +16,8 @@ from filelock import FileLock
 import meprop
 from meprop import cli, experiments
 from meprop.experiments import Records
-from meprop.training import checkpoint, tracking
-from meprop.training.loop import TrainingConfig
+from meprop.training import checkpoint, tasks, tracking
+from meprop.training.config import TrainingConfig
 from tiny import TinyConfig, TinyTask
 
 TEXT = """
@@ -55,8 +55,8 @@ def built(monkeypatch, tmp_path, threads):
         found.append(config)
         return TinyTask(config)
 
-    entry = cli._TaskEntry(TinyConfig, build, lambda folder: None, str, TrainingConfig())
-    monkeypatch.setattr(cli, "_tasks", lambda: {"tiny": entry})
+    entry = tasks.TaskEntry(TinyConfig, build, lambda folder: None, str, TrainingConfig())
+    monkeypatch.setattr(tasks, "table", lambda: {"tiny": entry})
     monkeypatch.chdir(tmp_path)
     Path("small.toml").write_text(TEXT)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isnan, nan
@@ -17,6 +17,7 @@ from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import Descriptor, SparseLayer, descriptor_of
 from meprop.policy import Policy, When
 from meprop.rules import Rule
+from meprop.table import text_table
 
 Filter = Callable[[str, torch.nn.Module], bool]
 
@@ -100,7 +101,7 @@ class ConversionReport:
         ]
         sparse = sum(layer.status == "sparse" for layer in self.layers)
         count = f"{sparse} of {len(self.layers)} layers back-propagate sparsely"
-        return "\n".join([table([head, *rows]), count, *self.notes])
+        return "\n".join([text_table([head, *rows]), count, *self.notes])
 
 
 def _kept(layer: LayerReport) -> str:
@@ -108,13 +109,6 @@ def _kept(layer: LayerReport) -> str:
         return "all"
     share = "by the gradient" if isnan(layer.density) else f"{layer.density:.1%}"
     return share if layer.k is None else f"{layer.k} ({share})"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def convert(

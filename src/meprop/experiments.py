@@ -37,13 +37,16 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from meprop.errors import DataError
 from meprop.training import tracking
-from meprop.training.loop import RuleName, Run, SimplifyConfig, Task, Trainer, TrainingConfig
+from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig, rule_names
+from meprop.training.loop import Trainer
+from meprop.training.records import Run
+from meprop.training.task import Task
 from meprop.training.tracking import Result
 
 if sys.version_info >= (3, 11):
@@ -80,7 +83,8 @@ class Variant:
     """One way to train, which each seed is a run of."""
 
     name: str
-    rule: RuleName | Literal["dense"]
+    rule: str
+    """The name of a rule, or "dense"."""
     task: Any
     """The task's config; its `data_dir` is not part of the experiment."""
     training: TrainingConfig
@@ -93,7 +97,7 @@ class Variant:
 
     def trainer(self, task: Task, seed: int) -> Trainer:
         """Return a run of it; `task` is that of its config."""
-        rule = None if self.rule == "dense" else self.training.rule(self.rule)
+        rule = None if self.rule == DENSE else self.training.rule(self.rule)
         return Trainer(task, self.training, rule, seed, self.simplify)
 
     def settings(self) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def _variant(
 ) -> Variant:
     where = f"[variants.{name}] "
     allowed: dict[str, Any] = {
-        "rule": RuleName | Literal["dense"],
+        "rule": rule_names(DENSE),
         "k": int | float,
         "against": str,
         "task": dict[str, Any],
@@ -211,14 +215,14 @@ def _variant(
         "simplify": dict[str, Any],
     }
     found = _checked(table, allowed, where, required=("rule",))
-    dense = found["rule"] == "dense"
+    dense = found["rule"] == DENSE
     if ("k" in found) == dense:
         raise ValueError(f"{where}rule is {found['rule']!r}; " + ("dense has no k" if dense else "give its k"))
     if dense and "simplify" in found:
         raise ValueError(f"{where}simplify: what is not selected shows what to remove; dense selects nothing")
     against = found.get("against")
     if against is None and not dense:
-        against = next((variant.name for variant in reversed(above) if variant.rule == "dense"), None)
+        against = next((variant.name for variant in reversed(above) if variant.rule == DENSE), None)
     if against is not None and against not in (variant.name for variant in above):
         raise ValueError(f"{where}against is {against!r}; it must be a variant above this one")
     training = {**training, **_checked(found.get("training", {}), _training_hints(), f"{where}training ")}

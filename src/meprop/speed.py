@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from meprop import machine
+from meprop import machine, timing
 from meprop.ops import native
 from meprop.rules import Rule
 
@@ -103,30 +102,22 @@ def measure(rule: Rule, shape: Shape) -> tuple[float, float]:
         torch.autocast(shape.device, enabled=False),
         no_hooks,
     ):
-        return _interleaved(*shape.passes(rule), shape.device)
+        dense, sparse = shape.passes(rule)
+        spent = timing.interleaved(
+            {"dense": dense, "sparse": sparse},
+            _SECONDS,
+            least=_LEAST_REPEATS,
+            most=_MOST_REPEATS,
+            synchronize=torch.cuda.synchronize if shape.device == "cuda" else lambda: None,
+        )
+    dense_us, sparse_us = (1e6 * sorted(calls)[len(calls) // 5] for calls in spent.values())
+    return dense_us, sparse_us
 
 
 def random_tensors(shape: Shape, *sizes: tuple[int, ...]) -> list[torch.Tensor]:
     """Random normal tensors for `Shape.passes`."""
     generator = torch.Generator(shape.device).manual_seed(0)
     return [torch.randn(size, generator=generator, device=shape.device).to(shape.dtype) for size in sizes]
-
-
-def _interleaved(dense: Callable[[], object], sparse: Callable[[], object], device: str) -> tuple[float, float]:
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + _SECONDS
-    for run in (dense, sparse):
-        run()  # not timed: first calls allocate
-    while len(seconds[0]) < _LEAST_REPEATS or (time.perf_counter() < end and len(seconds[0]) < _MOST_REPEATS):
-        for run, spent in zip((dense, sparse), seconds, strict=True):
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            spent.append(time.perf_counter() - start)
-    dense_us, sparse_us = (1e6 * sorted(spent)[len(spent) // 5] for spent in seconds)
-    return dense_us, sparse_us
 
 
 def _key(rule: Rule, shape: Shape) -> str:

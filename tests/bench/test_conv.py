@@ -8,7 +8,6 @@ import torch
 
 from meprop import cli, functional
 from meprop.bench import conv
-from meprop.reporting import bench_conv as report
 
 SMALL = conv.Case("batch", 2, 2, 3, 40, 5, 3, 5, channels_last=True)
 
@@ -16,8 +15,8 @@ SMALL = conv.Case("batch", 2, 2, 3, 40, 5, 3, 5, channels_last=True)
 def test_names_are_read_back_and_choose():
     for case in conv.default_cases():
         assert conv.Case.parse(case.name) == case
-    assert all(case.channels_last for case in conv.choose_cases(["*-last"]))
-    assert conv.choose_cases([SMALL.name]) == [SMALL]
+    assert all(case.channels_last for case in conv.Conv.choose(["*-last"]))
+    assert conv.Conv.choose([SMALL.name]) == [SMALL]
     for name in (
         "linear",
         "batch-conv2d-0x3x40-size5-kernel3-k5",
@@ -27,7 +26,7 @@ def test_names_are_read_back_and_choose():
         "batch-conv1d-2x3x40-size5-kernel3-k5-last",
     ):
         with pytest.raises(ValueError, match="case"):
-            conv.choose_cases([name])
+            conv.Conv.choose([name])
 
 
 @pytest.mark.parametrize(
@@ -56,12 +55,12 @@ def test_a_wrong_case_is_not_timed(monkeypatch, what):
     result = conv.run_case(SMALL, seconds=0.01)
     assert what in result.wrong
     assert not result.times
-    assert "WRONG" in report.table([result])
+    assert "WRONG" in conv.Conv().table([result])
 
 
 def test_the_command_writes_its_record_and_its_section_of_a_page(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n<!-- {report.SECTION}: begin -->\n<!-- {report.SECTION}: end -->\nafter\n")
+    page.write_text("before\n<!-- bench conv: begin -->\n<!-- bench conv: end -->\nafter\n")
     options = ["--cases", SMALL.name, "--seconds", "0.01", "--out", str(tmp_path / "out"), "--page", str(page)]
     assert cli.main(["bench", "conv", *options]) == 0
     record = json.loads((tmp_path / "out" / "result.json").read_text())

@@ -19,7 +19,8 @@ from meprop import cli, ops
 from meprop.bench import layers
 from meprop.bench.layers import LayersBench
 from meprop.reporting import pages
-from meprop.training.loop import TrainingConfig
+from meprop.training import tasks
+from meprop.training.config import TrainingConfig
 from tiny import TinyConfig, TinyTask
 
 TRAINING = TrainingConfig(epochs=1, k=5, schedule="constant", accelerator="cpu")
@@ -51,8 +52,8 @@ class Sequences(TinyTask):
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path, threads):
     torch.set_num_threads(1)  # so little work is slowed by a second thread that must wait for a busy core
-    entry = cli._TaskEntry(TinyConfig, TinyTask, lambda folder: None, str, TrainingConfig(k=5))
-    monkeypatch.setattr(cli, "_tasks", lambda: {"tiny": entry})
+    entry = tasks.TaskEntry(TinyConfig, TinyTask, lambda folder: None, str, TrainingConfig(k=5))
+    monkeypatch.setattr(tasks, "table", lambda: {"tiny": entry})
     monkeypatch.chdir(tmp_path)
 
 
@@ -219,8 +220,8 @@ def test_an_earlier_result_is_replaced_only_if_asked(capsys):
 
 
 def test_training_before_the_recording_is_with_the_tasks_own_learning_rate(monkeypatch):
-    entry = cli._tasks()["tiny"]._replace(training=TrainingConfig(k=7, lr=0.02, scope="batch", optimizer="sgd"))
-    monkeypatch.setattr(cli, "_tasks", lambda: {"tiny": entry})
+    entry = tasks.table()["tiny"]._replace(training=TrainingConfig(k=7, lr=0.02, scope="batch", optimizer="sgd"))
+    monkeypatch.setattr(tasks, "table", lambda: {"tiny": entry})
     found = []
     monkeypatch.setattr(layers, "run", lambda task, training, *others: found.append(training) or 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -14,16 +14,17 @@ pytest.importorskip("matplotlib")
 
 from meprop import cli, functional, ops
 from meprop.bench import linear, measure, oracle, roofline
-from meprop.bench.linear import Case, CaseResult, LinearBench, Ratio, choose_cases, default_cases
-from meprop.bench.measure import Times
+from meprop.bench.linear import Case, CaseResult, Linear, LinearBench, default_cases
+from meprop.bench.measure import Ratio, Times
 from meprop.bench.roofline import Limits, Roofline, Work
+from meprop.cli.bench import RunBench
 from meprop.reporting import bench_linear as report
 from meprop.reporting import pages
 from meprop.selection import RowSelection
 
 TINY = [f"{kind}-{dtype}-8x16x40-k{k}" for kind in ("example", "batch") for dtype in ("fp32", "bf16") for k in (2, 8)]
 TINY += ["topk-fp32-8x40-k3"]
-BEGIN, END = pages.markers(report.SECTION)
+BEGIN, END = pages.markers(Linear().section)
 
 
 @pytest.fixture(autouse=True)
@@ -63,12 +64,12 @@ def test_the_default_grid_has_the_shapes_and_densities_that_were_promised():
 @pytest.mark.parametrize("case", default_cases(), ids=lambda case: case.name)
 def test_a_case_is_found_by_its_name(case):
     assert Case.parse(case.name) == case
-    assert choose_cases([case.name]) == [case]
+    assert Linear.choose([case.name]) == [case]
 
 
 def test_patterns_choose_from_the_grid_and_names_go_beyond_it():
-    assert choose_cases(["*"]) == default_cases()
-    assert [case.name for case in choose_cases(["topk-fp32-64*", "batch-bf16-3x4x5-k2", "topk-fp32-64x500-k20"])] == [
+    assert Linear.choose(["*"]) == default_cases()
+    assert [case.name for case in Linear.choose(["topk-fp32-64*", "batch-bf16-3x4x5-k2", "topk-fp32-64x500-k20"])] == [
         "topk-fp32-64x500-k20", "batch-bf16-3x4x5-k2"
     ]  # fmt: skip
 
@@ -150,7 +151,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(capsys, options, 
 def test_help_explains_every_option(capsys):
     assert cli.main(["bench", "linear", "--help"]) == 0
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    for field in dataclasses.fields(cli.BenchLinear):
+    for field in [*dataclasses.fields(Linear), *dataclasses.fields(RunBench)[1:]]:
         explanation = shown.split(f"--{field.name} ", 1)[1].split(" --", 1)[0]
         assert "(default:" in shown.split(f"--{field.name} ", 1)[1], field.name
         assert len(explanation.split()) > 3, field.name
@@ -330,7 +331,7 @@ def record(*cases):
 
 
 def test_the_table_has_ratio_and_bound():
-    (_, row) = report.table([found("example-fp32-8x16x100-k4", 4e-3, 1e-3)]).splitlines()
+    (_, row) = Linear().table([found("example-fp32-8x16x100-k4", 4e-3, 1e-3)]).splitlines()
     shown = "example-fp32-8x16x100-k4 4.0% 4 / 4 / 4 1 / 1 / 1 4.00x 4.00x 4.00x 4.00x cache 20%"
     assert " ".join(row.split()) == shown
 
@@ -347,7 +348,7 @@ def test_the_page_keeps_what_was_written_by_hand(tmp_path):
     page.write_text(f"# Title\n\nBefore.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
     results = [found(f"example-fp32-8x16x100-k{k}", 4e-3, k * 1e-3) for k in (2, 8)]
     for _ in range(2):  # writing again changes nothing
-        report.write_page(record(*results), page)
+        Linear().write_page(record(*results), page)
         text = page.read_text()
         assert text.startswith(f"# Title\n\nBefore.\n\n{BEGIN}\n")
         assert text.endswith(f"\n{END}\n\nAfter.\n")
@@ -362,5 +363,5 @@ def test_a_page_without_the_section_is_left_alone(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text(f"{END}\n{BEGIN}\n")
     with pytest.raises(ValueError, match="bench linear: begin"):
-        report.write_page(record(found("example-fp32-8x16x100-k4", 4e-3, 1e-3)), page)
+        Linear().write_page(record(found("example-fp32-8x16x100-k4", 4e-3, 1e-3)), page)
     assert page.read_text() == f"{END}\n{BEGIN}\n"

@@ -8,7 +8,6 @@ import torch
 
 from meprop import cli, functional
 from meprop.bench import lstm
-from meprop.reporting import bench_lstm as report
 
 SMALL = lstm.Case("example", 4, 3, 6, 40, 5)
 
@@ -16,12 +15,12 @@ SMALL = lstm.Case("example", 4, 3, 6, 40, 5)
 def test_names_are_read_back_and_choose():
     for case in lstm.default_cases():
         assert lstm.Case.parse(case.name) == case
-    assert lstm.choose_cases(["example-25x32x190x500-k20"]) == [lstm.Case("example", 25, 32, 190, 500, 20)]
-    assert {case.k for case in lstm.choose_cases(["*-k5"])} == {5}
-    assert lstm.choose_cases(["*", "*-k5"]) == lstm.default_cases()
+    assert lstm.Lstm.choose(["example-25x32x190x500-k20"]) == [lstm.Case("example", 25, 32, 190, 500, 20)]
+    assert {case.k for case in lstm.Lstm.choose(["*-k5"])} == {5}
+    assert lstm.Lstm.choose(["*", "*-k5"]) == lstm.default_cases()
     for name in ("linear", "example-0x1x1x4-k2", "batch-1x1x1x4-k5"):
         with pytest.raises(ValueError, match="case"):
-            lstm.choose_cases([name])
+            lstm.Lstm.choose([name])
 
 
 @pytest.mark.parametrize("scope", ["example", "batch"])
@@ -54,12 +53,12 @@ def test_a_wrong_case_is_not_timed(monkeypatch, what):
     result = lstm.run_case(SMALL, seconds=0.01)
     assert what in result.wrong
     assert not result.times
-    assert "WRONG" in report.table([result])
+    assert "WRONG" in lstm.Lstm().table([result])
 
 
 def test_the_command_writes_its_record_and_its_section_of_a_page(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n<!-- {report.SECTION}: begin -->\n<!-- {report.SECTION}: end -->\nafter\n")
+    page.write_text("before\n<!-- bench lstm: begin -->\n<!-- bench lstm: end -->\nafter\n")
     options = ["--cases", SMALL.name, "--seconds", "0.01", "--out", str(tmp_path / "out"), "--page", str(page)]
     assert cli.main(["bench", "lstm", *options]) == 0
     record = json.loads((tmp_path / "out" / "result.json").read_text())

@@ -11,7 +11,7 @@ pytest.importorskip("tyro")
 
 from meprop import cli, functional
 from meprop.bench import step
-from meprop.reporting import bench_step as report
+from meprop.reporting.bench_step import draw
 
 SMALL = step.Model((6, 140, 130, 3), 5)
 
@@ -74,7 +74,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, what):
     assert what in found["unified fp32 lazy"].wrong
     assert found["unified fp32 lazy"].step is None
     assert (found["per example fp32"].wrong is not None) == (what == "loss")
-    assert "WRONG: unified fp32 lazy" in report.table([result])
+    assert "WRONG: unified fp32 lazy" in step.Step().table([result])
 
 
 def run(*options):
@@ -89,10 +89,10 @@ def test_the_command_writes_record_figure_and_section(tmp_path, monkeypatch, cap
     content = json.loads((tmp_path / "runs/bench-step/result.json").read_text())
     assert [(case["model"]["batch"], case["optimizer"]) for case in content["cases"]] == [(5, "adam"), (5, "sgd")]
     assert content["config"]["k"] == 0.04
-    for figure in (tmp_path / report.FIGURE, tmp_path / "runs/bench-step" / report.FIGURE):
+    for figure in (tmp_path / step.FIGURE, tmp_path / "runs/bench-step" / step.FIGURE):
         assert figure.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
-    assert f"![Parts of the step]({report.FIGURE})" in text
+    assert f"![Parts of the step]({step.FIGURE})" in text
     assert text.count("| dense fp32 |") == 2
     assert "against dense bf16" in capsys.readouterr().out
 
@@ -122,6 +122,6 @@ def test_a_wrong_baseline_leaves_its_ratios_out(wrong, monkeypatch, tmp_path):
     )
     result = step.run_case(SMALL, "sgd", 0.1, 0.001)
     bench = step.StepBench("bench-step", {}, {}, {}, None, {}, None, [result])
-    assert "WRONG: dense fp32: broken" in report.table([result])
-    report.draw(bench, tmp_path / "step.png")
+    assert "WRONG: dense fp32: broken" in step.Step().table([result])
+    draw(bench, tmp_path / "step.png")
     assert all("dense fp32" not in one.ratios for one in result.ways)

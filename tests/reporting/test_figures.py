@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from meprop.reporting import figures
 from meprop.reporting.figures import _value_limits, draw_runs
 from meprop.reporting.terminal import run_table, verdict
-from meprop.training.loop import EpochRecord, Run, Seconds
+from meprop.training.records import EpochRecord, Run, Seconds
 
 
 def run(rule: str, seed: int = 0, accuracy: float = 97.0, backward: float = 4.0, density: float = 0.04) -> Run:

@@ -14,7 +14,8 @@ from meprop import experiments
 from meprop.experiments import Records
 from meprop.reporting import pages
 from meprop.reporting import reproduce as report
-from meprop.training.loop import EpochRecord, Run, Seconds, SimplifyConfig
+from meprop.training.config import SimplifyConfig
+from meprop.training.records import EpochRecord, Run, Seconds
 from tiny import TinyConfig, TinyTask
 
 TEXT = """

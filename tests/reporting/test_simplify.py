@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from meprop.reporting import simplify
-from meprop.training.loop import Run
+from meprop.training.records import Run
 
 
 def run(seed: int, last: int) -> Run:

@@ -16,7 +16,8 @@ from meprop.errors import DataError
 from meprop.reporting import simplify as report
 from meprop.tasks import files, mnist
 from meprop.tasks.mnist import MnistConfig, MnistTask, load, read_idx
-from meprop.training.loop import SimplifyConfig, Trainer, TrainingConfig, fit
+from meprop.training.config import SimplifyConfig, TrainingConfig
+from meprop.training.loop import Trainer, fit
 
 CLASSES, HEIGHT, WIDTH, TRAIN, TEST = 7, 5, 9, 53, 21
 

@@ -18,7 +18,8 @@ from meprop.tasks import parsing
 from meprop.tasks.parsing import ParsingConfig, ParsingTask, Sentences, Vocabulary, load, parse, scores
 from meprop.tasks.transitions import LEFT, RIGHT, ROOT, SHIFT, oracle
 from meprop.tasks.treebank import Sentence
-from meprop.training.loop import Trainer, TrainingConfig, fit
+from meprop.training.config import TrainingConfig
+from meprop.training.loop import Trainer, fit
 
 
 def sentence(*words: str) -> Sentence:

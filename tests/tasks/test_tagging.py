@@ -15,7 +15,8 @@ from meprop import TopK
 from meprop.errors import DataError
 from meprop.tasks import tagging
 from meprop.tasks.tagging import PADDING, TaggingConfig, TaggingTask, describe
-from meprop.training.loop import Trainer, TrainingConfig, fit
+from meprop.training.config import TrainingConfig
+from meprop.training.loop import Trainer, fit
 
 WORDS = {"the": "DT", "a": "DT", "dog": "NN", "cat": "NN", "barks": "VBZ", "sleeps": "VBZ", "Rex": "NNP", "42": "CD"}
 

@@ -12,7 +12,8 @@ import meprop
 from meprop import machine
 from meprop.errors import DataError
 from meprop.training import checkpoint
-from meprop.training.loop import SimplifyConfig, Trainer, TrainingConfig, fit
+from meprop.training.config import SimplifyConfig, TrainingConfig
+from meprop.training.loop import Trainer, fit
 from tiny import TinyConfig, TinyTask
 
 SETTINGS = {"k": 5, "hidden": [500, 500]}

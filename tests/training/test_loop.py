@@ -13,7 +13,8 @@ pytest.importorskip("lightning_fabric")
 import meprop
 from meprop import speed
 from meprop.errors import MepropError
-from meprop.training.loop import SimplifyConfig, Trainer, TrainingConfig, fit
+from meprop.training.config import SimplifyConfig, TrainingConfig
+from meprop.training.loop import Trainer, fit
 
 CONFIG = TrainingConfig(epochs=3, k=5, accelerator="cpu")
 

@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("lightning_fabric")
 
 from meprop.training import tracking
-from meprop.training.loop import Trainer, TrainingConfig, fit
+from meprop.training.config import TrainingConfig
+from meprop.training.loop import Trainer, fit
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ outside the timing, and kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,19 +19,19 @@ from torch import Tensor
 
 import meprop
 from meprop import functional
-from meprop.bench import oracle, record
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench import cases, oracle
+from meprop.bench.cases import CasesRecord
+from meprop.bench.measure import Ratio, interleaved
 from meprop.bench.record import Record
 from meprop.rules import Scope
 
-_NAME = re.compile(r"(example|batch)-conv([12])d-(\d+)x(\d+)x(\d+)-size(\d+)-kernel(\d+)-k(\d+)(-last)?")
 _DENSE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d}
 _SPARSE: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d}
 _TOLERANCE = 1e-4  # of a gradient's norm, in float32
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """One row of the table: float32, stride 1, and a padding that keeps the size.
 
     Attributes:
@@ -48,6 +48,8 @@ class Case:
     Raises:
         ValueError: A size is out of range.
     """
+
+    pattern = re.compile(r"(example|batch)-conv([12])d-(\d+)x(\d+)x(\d+)-size(\d+)-kernel(\d+)-k(\d+)(-last)?")
 
     scope: Scope
     dims: int
@@ -68,13 +70,10 @@ class Case:
             raise ValueError(f"case {self.name}: example is for kernel 1, channels last for conv2d")
 
     @classmethod
-    def parse(cls, name: str) -> Case | None:
-        """Return the case of this name, such as batch-conv2d-32x128x256-size28-kernel3-k26; None if it is no name."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            return None
-        scope, *sizes, last = match.groups()
-        return cls(scope, *map(int, sizes), channels_last=last is not None)  # pyright: ignore[reportArgumentType]
+    def from_groups(cls, groups: Sequence[Any]) -> Case:
+        """Return the case of a name such as batch-conv2d-32x128x256-size28-kernel3-k26."""
+        scope, *sizes, last = groups
+        return cls(scope, *map(int, sizes), channels_last=last is not None)
 
     @property
     def name(self) -> str:
@@ -96,73 +95,25 @@ class Case:
 
 def default_cases() -> list[Case]:
     """Return layers as ResNets have them at 10%, in both memory formats, a pointwise one, and one of one dimension."""
-    cases: list[Case] = []
+    found: list[Case] = []
     for last in (False, True):
-        cases += [
+        found += [
             Case("batch", 2, 32, 128, 256, 28, 3, 26, last),
             Case("batch", 2, 16, 64, 64, 56, 3, 6, last),
             *(Case(scope, 2, 32, 256, 512, 14, 1, 51, last) for scope in ("batch", "example")),
         ]
-    return [*cases, Case("batch", 1, 32, 256, 256, 256, 5, 26)]
-
-
-def choose_cases(patterns: Sequence[str]) -> list[Case]:
-    """Return the default cases that match a pattern, and others that are named: see `record.choose`."""
-    grid = default_cases()
-    return record.choose(patterns, grid, Case.parse, grid[0].name)
+    return [*found, Case("batch", 1, 32, 256, 256, 256, 5, 26)]
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """What was found for one case.
+class CaseResult(cases.CaseResult[Case]):
+    """What was found for one case: `times` of "dense_fp32", "dense_bf16" and "sparse".
 
     Attributes:
-        name: The case's.
-        case: The case.
-        wrong: How it differs from torch or from the oracle; None if it does not. A wrong case has nothing but this.
-        times: Of "dense_fp32", "dense_bf16" and "sparse".
         ratios: Dense / sparse, of "dense_fp32" and "dense_bf16".
     """
 
-    name: str
-    case: Case
-    wrong: str | None = None
-    times: dict[str, Times] = field(default_factory=dict[str, Times])
     ratios: dict[str, Ratio] = field(default_factory=dict[str, Ratio])
-
-
-@dataclass(frozen=True)
-class ConvBench(Record):
-    """The content of result.json."""
-
-    cases: list[CaseResult]
-
-    @property
-    def wrong(self) -> list[str]:
-        """Return the names of the cases that are wrong."""
-        return [case.name for case in self.cases if case.wrong is not None]
-
-
-def run(
-    cases: Sequence[Case],
-    seconds: float,
-    config: dict[str, Any],
-    after: Callable[[CaseResult], None] = lambda result: None,
-) -> ConvBench:
-    """Check and time the cases.
-
-    Args:
-        cases: What to time.
-        seconds: To spend on the timing of each case; slow ones take longer, for 9 rounds.
-        config: Kept in the record.
-        after: Called with each result.
-    """
-    meter = DisturbanceMeter()
-    results: list[CaseResult] = []
-    for case in cases:
-        results.append(run_case(case, seconds))
-        after(results[-1])
-    return ConvBench.of("bench-conv", config, meter, results)
 
 
 def run_case(case: Case, seconds: float) -> CaseResult:
@@ -178,7 +129,7 @@ def run_case(case: Case, seconds: float) -> CaseResult:
     sides["dense_bf16"] = _backward(_output(case, _DENSE, narrow), narrow, grad.bfloat16())
     times = interleaved(sides, seconds)
     ratios = {side: Ratio.of(times[side], times["sparse"]) for side in ("dense_fp32", "dense_bf16")}
-    return CaseResult(case.name, case, None, times, ratios)
+    return CaseResult(case.name, case, times=times, ratios=ratios)
 
 
 def _tensors(case: Case) -> tuple[list[Tensor], Tensor]:
@@ -221,3 +172,46 @@ def _differs(case: Case, sparse: Callable[[], oracle.Gradients], leaves: Sequenc
         if not (gradient - expected[name]).norm() <= _TOLERANCE * expected[name].norm():
             return f"the gradient of the {name} differs from the oracle's"
     return oracle.varies(sparse, gradients)
+
+
+# ---------------------------------------------------------------- the command
+
+_SIDES = ("dense_fp32", "dense_bf16")
+
+
+@dataclass(frozen=True)
+class Conv(cases.CasesBench[Case, CaseResult]):
+    """Time the backward pass of a convolution, sparse against torch's own in float32 and bfloat16."""
+
+    name = "conv"
+    head = ("choice", "N x I x O", "memory", "kept", "sparse", "fp32", "ratio", "bf16", "ratio")
+    legend = (
+        "Sparse is float32; times in ms: 20th percentile / median / 80th percentile. Ratios: torch's convolution / "
+        "sparse of the 20th percentiles (of the medians), above 1 sparse is faster. The selection and autograd are "
+        "included."
+    )
+    default_cases = staticmethod(default_cases)
+
+    cases: tuple[str, ...] = ("*",)
+    """Patterns of the default cases, such as '*-last', or names of others in any size, such as
+    batch-conv2d-32x128x256-size28-kernel3-k26."""
+
+    def run(self, cases: Sequence[Case], config: Mapping[str, Any], after: Callable[[CaseResult], None]) -> Record:
+        """Check and time the cases."""
+        return CasesRecord.run(self.name, cases, lambda case: run_case(case, self.seconds), config, after)
+
+    def ratio(self, result: CaseResult) -> Ratio:
+        """Return that to float32."""
+        return result.ratios["dense_fp32"]
+
+    def cells(self, result: CaseResult) -> list[str]:
+        """Return the case, its times and ratios."""
+        case = result.case
+        memory = "channels last" if case.channels_last else "contiguous"
+        cells = [case.scope, case.shape, memory, f"{case.k} ({case.k / case.outputs:.0%})"]
+        if result.wrong is not None:
+            return [*cells, "WRONG", *[""] * (2 * len(_SIDES))]
+        cells.append(result.times["sparse"].milliseconds)
+        for side in _SIDES:
+            cells += [result.times[side].milliseconds, str(result.ratios[side])]
+        return cells

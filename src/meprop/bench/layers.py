@@ -11,23 +11,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 import meprop
 from meprop.bench import oracle
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench.base import Measure, TableBench, keep_freed_memory
+from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, interleaved
 from meprop.bench.record import Record
 from meprop.convert import LayerReport
 from meprop.errors import MepropError
-from meprop.training.loop import Task, Trainer, TrainingConfig
+from meprop.training import tasks
+from meprop.training.config import TrainingConfig
+from meprop.training.loop import Trainer
+from meprop.training.task import Task
 
 SEED = 0
+
+TaskConfig = TypeVar("TaskConfig")
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,9 @@ class LayersBench(Record):
     """The hidden layers; then, if none is wrong, all of several together, and the whole step."""
 
     @property
-    def wrong(self) -> list[str]:
-        """Return the names of the layers that are wrong."""
-        return [layer.name for layer in self.layers if layer.wrong is not None]
+    def results(self) -> list[Comparison]:
+        """Return those of the layers and, then, of more."""
+        return self.layers
 
 
 def run(
@@ -271,3 +277,80 @@ def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: me
         if found is not None:
             return found
     return None
+
+
+# ---------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
+    """Time the hidden layers of a task, sparse against dense, on what they see in training; and the whole step."""
+
+    name = "layers"
+    head = ("", "kind", "N x I x O", "kept", "dense, ms", "sparse, ms", "ratio", "of medians")
+    legend = (
+        "Times in ms per batch: 20th percentile / median / 80th percentile. Ratios: dense / sparse of the 20th "
+        "percentiles, above 1 sparse is faster. Layers: their backward pass alone, on inputs and output gradients "
+        "recorded in training. Whole step: forward pass, backward pass and optimizer."
+    )
+
+    task: TaskConfig
+    k: int | float
+    """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
+    scope: Literal["example", "batch"]
+    """The k entries are chosen for each example, or once for the whole batch (unified top-k)."""
+    optimizer: Literal["adam", "adagrad", "sgd"]
+    """Optimizer of the whole step. It is torch's fused implementation."""
+    steps: int = 200
+    """Steps of dense training before gradients are recorded. An epoch is the most."""
+    batches: int = 4
+    """Batches to record. Times are means over them."""
+    seconds: float = 5.0
+    """Seconds to spend on the timing of each layer. A slow layer takes longer, for 9 rounds."""
+    keep_memory: bool = False
+    """Let the C library keep freed memory, as training from the command line does. Dense gains more than sparse."""
+
+    @classmethod
+    def of_task(cls, config: TaskConfig, training: TrainingConfig) -> Layers[TaskConfig]:
+        """Return the benchmark of a task, with what its training has by default."""
+        return cls(config, training.k, training.scope, training.optimizer)
+
+    @property
+    def section(self) -> str:
+        """The name of a page's section: each task has its own."""
+        return f"bench {self.name} {tasks.name_of(self.task)}"
+
+    def prepare(self) -> Measure[Comparison, LayersBench]:
+        """Read the task's data."""
+        check_seconds(self.seconds)
+        keep_freed_memory(self.keep_memory)
+        if self.steps < 0:
+            raise ValueError(f"--steps must be 0 or more, got {self.steps}")
+        if self.batches < 1:
+            raise ValueError(f"--batches must be at least 1, got {self.batches}")
+        entry = tasks.entry_of(self.task)
+        choices = {"k": self.k, "scope": self.scope, "optimizer": self.optimizer}
+        training = replace(entry.training, epochs=1, schedule="constant", accelerator="cpu", **choices)
+        task = entry.build(self.task)
+        return lambda config, after: run(task, training, self.steps, self.batches, self.seconds, dict(config), after)
+
+    def ratio(self, result: Comparison) -> Ratio:
+        """Return the only one."""
+        assert result.ratio is not None
+        return result.ratio
+
+    def cells(self, result: Comparison) -> list[str]:
+        """Return the layer, its times and ratio."""
+        layer = result.layer
+        sizes = f"{result.rows:.0f} x {layer.in_features} x {layer.out_features}" if layer and result.rows else ""
+        about = [result.name, layer.kind if layer else "", sizes, f"{layer.density:.1%}" if layer else ""]
+        if result.ratio is None:
+            return [*about, "", "", "WRONG", ""]
+        times = (result.times[side].milliseconds for side in ("dense", "sparse"))
+        return [*about, *times, f"{result.ratio.p20:.2f}x", f"{result.ratio.p50:.2f}x"]
+
+    def about(self, record: LayersBench) -> str:
+        """Return the circumstances, and the settings."""
+        settings = {**record.config["task"], **{name: record.config[name] for name in ("k", "scope", "optimizer")}}
+        shown = ", ".join(f"{name} = {value}" for name, value in settings.items() if name != "data_dir")
+        return f"{record.circumstances} Settings: {shown}."

@@ -10,38 +10,34 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import meprop
-from meprop import functional
-from meprop.bench import oracle, record
+from meprop.bench import cases, oracle, problem
+from meprop.bench.cases import run_each
 from meprop.bench.measure import Disturbance, DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench.problem import DTYPES, Dtype, Problem
 from meprop.bench.record import Record
 from meprop.bench.roofline import Limits, Roofline, Work, measure_limits, roofline
-from meprop.errors import NoEffectWarning
 from meprop.selection import Selection
+from meprop.training import tracking
 
 Kind = Literal["example", "batch", "topk"]
-Dtype = Literal["fp32", "bf16"]
 
-_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
-_NAME = re.compile(r"(example|batch|topk)-(fp32|bf16)-(\d+)x(?:(\d+)x)?(\d+)-k(\d+)")
 
 
 # ---------------------------------------------------------------- cases
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """One row of the table.
 
     Attributes:
@@ -55,6 +51,8 @@ class Case:
     Raises:
         ValueError: A size is out of range.
     """
+
+    pattern = re.compile(r"(example|batch|topk)-(fp32|bf16)-(\d+)x(?:(\d+)x)?(\d+)-k(\d+)")
 
     kind: Kind
     dtype: Dtype
@@ -70,13 +68,10 @@ class Case:
             raise ValueError(f"case {self.name}: example and batch are N x I x O, topk is N x O")
 
     @classmethod
-    def parse(cls, name: str) -> Case | None:
-        """Return the case of this name, such as example-fp32-64x512x512-k20; None if it is no such name."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            return None
-        kind, dtype, rows, inputs, outputs, k = match.groups()
-        return cls(kind, dtype, int(rows), int(inputs or 0), int(outputs), int(k))  # pyright: ignore[reportArgumentType]
+    def from_groups(cls, groups: Sequence[Any]) -> Case:
+        """Return the case of a name such as example-fp32-64x512x512-k20 or topk-fp32-64x500-k20."""
+        kind, dtype, *sizes = groups
+        return cls(kind, dtype, *(int(size or 0) for size in sizes))
 
     @property
     def name(self) -> str:
@@ -109,33 +104,24 @@ def default_cases() -> list[Case]:
     shapes = (usual, (1024, 4096, 4096), (2048, 768, 3072), (2048, 3072, 768))
     kinds: tuple[Kind, ...] = ("example", "batch")
     densities = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
-    cases = [case("example", "fp32", shape, 0.04) for shape in shapes]
-    cases += [Case("example", "fp32", 64, 512, 512, k=20), Case("example", "fp32", 32, 784, 500, k=20)]
-    cases += [case(kind, dtype, usual, density) for kind in kinds for dtype in _DTYPES for density in densities]
-    cases += [Case("topk", "fp32", n, 0, o, k) for n, o, k in ((512, 2048, 82), (64, 500, 20), (4096, 3072, 123))]
-    return list(dict.fromkeys(cases))
-
-
-def choose_cases(patterns: Sequence[str]) -> list[Case]:
-    """Return the cases of the grid that match a pattern, and others that are named: see `record.choose`."""
-    grid = default_cases()
-    examples = f"{grid[0].name}, batch-bf16-64x512x512-k20 or topk-fp32-64x500-k20"
-    return record.choose(patterns, grid, Case.parse, examples)
+    found = [case("example", "fp32", shape, 0.04) for shape in shapes]
+    found += [Case("example", "fp32", 64, 512, 512, k=20), Case("example", "fp32", 32, 784, 500, k=20)]
+    found += [case(kind, dtype, usual, density) for kind in kinds for dtype in DTYPES for density in densities]
+    found += [Case("topk", "fp32", n, 0, o, k) for n, o, k in ((512, 2048, 82), (64, 500, 20), (4096, 3072, 123))]
+    return list(dict.fromkeys(found))
 
 
 # ---------------------------------------------------------------- results
 
 
 @dataclass(frozen=True)
-class CaseResult:
+class CaseResult(cases.CaseResult[Case]):
     """What was found for one case.
 
+    The sides are "dense_fp32", "dense_bf16", "sparse" and "converted"; of "batch", whose "sparse" has a row-sparse
+    weight gradient, also "sparse_dense_form". Of "topk" they are "torch" (`torch.topk(g.abs(), k)`) and "sparse".
+
     Attributes:
-        name: The case's.
-        case: The case.
-        wrong: How it differs from the oracle; None if it does not. A wrong case has nothing but this.
-        times: By side: "dense_fp32", "dense_bf16", "sparse"; of "batch", whose "sparse" has a row-sparse weight
-            gradient, "sparse_dense_form"; "converted". Of "topk": "torch" (`torch.topk(g.abs(), k)`) and "sparse".
         ratios: By name: "dense" (the baseline of the case's own dtype against "sparse"), "other_dtype" (the baseline of
             the other one), and of that first baseline "dense_form" and "converted".
         roofline: The floor under "sparse".
@@ -144,10 +130,6 @@ class CaseResult:
         disturbance: By others, while it was timed; None if unknown.
     """
 
-    name: str
-    case: Case
-    wrong: str | None = None
-    times: dict[str, Times] = field(default_factory=dict[str, Times])
     ratios: dict[str, Ratio] = field(default_factory=dict[str, Ratio])
     roofline: Roofline | None = None
     share: float | None = None
@@ -164,33 +146,9 @@ class LinearBench(Record):
     cases: list[CaseResult]
 
     @property
-    def wrong(self) -> list[str]:
-        """Return the names of the cases that differ from the oracle."""
-        return [result.name for result in self.cases if result.wrong is not None]
-
-
-def run(
-    cases: Sequence[Case],
-    seconds: float,
-    config: dict[str, Any],
-    after_case: Callable[[CaseResult], None] = lambda result: None,
-) -> LinearBench:
-    """Check and time the cases.
-
-    Args:
-        cases: What to time.
-        seconds: To spend on each case's timing; slow ones take longer, for 9 rounds.
-        config: Kept in the record.
-        after_case: Called with each result.
-    """
-    meter = DisturbanceMeter()
-    results: list[CaseResult] = []
-    with _fresh_decisions():
-        limits = measure_limits()
-        for case in cases:
-            results.append(run_case(case, seconds, limits))
-            after_case(results[-1])
-    return LinearBench.of("bench-linear", config, meter, limits, results)
+    def results(self) -> list[CaseResult]:
+        """Return those of the cases."""
+        return self.cases
 
 
 @contextmanager
@@ -217,7 +175,7 @@ def run_case(case: Case, seconds: float, limits: Limits) -> CaseResult:
 
 
 def _run_topk(case: Case, seconds: float, limits: Limits) -> CaseResult:
-    grad = _normal(0, case.dtype, case.rows, case.outputs)
+    grad = problem.normal(0, case.dtype, case.rows, case.outputs)
     wrong = oracle.selection_differs(case.rule, grad, oracle.select(case.rule, grad))
     if wrong is not None:
         return CaseResult(case.name, case, wrong)
@@ -235,74 +193,21 @@ def _run_topk(case: Case, seconds: float, limits: Limits) -> CaseResult:
 # ---------------------------------------------------------------- the backward pass
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A linear layer's tensors: x [N, I], weight [O, I] and bias [O], which need gradients, and grad_output [N, O]."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    grad_output: Tensor
-
-    @classmethod
-    def random(cls, case: Case, dtype: Dtype) -> _Problem:
-        sizes = ((case.rows, case.inputs), (case.outputs, case.inputs), (case.outputs,))
-        x, weight, bias = (_normal(seed, dtype, *size).requires_grad_() for seed, size in enumerate(sizes, start=1))
-        return cls(x, weight, bias, _normal(0, dtype, case.rows, case.outputs))
-
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.x, self.weight, self.bias
-
-
-Backward = Callable[[], tuple[Tensor, ...]]
-
-
-def _backward(forward: Callable[[Tensor], Tensor], problem: _Problem, leaves: tuple[Tensor, ...]) -> Backward:
-    """The backward pass of a graph that is made now."""
-    y = forward(problem.x)
-    return lambda: torch.autograd.grad(y, leaves, problem.grad_output, retain_graph=True)
-
-
-def _dense(problem: _Problem) -> Backward:
-    return _backward(lambda x: F.linear(x, problem.weight, problem.bias), problem, problem.leaves)
-
-
-def _sparse(problem: _Problem, rule: meprop.TopK, *, sparse_grad: bool) -> Backward:
-    def forward(x: Tensor) -> Tensor:
-        return functional.linear(x, problem.weight, problem.bias, rule=rule, sparse_grad=sparse_grad)
-
-    return _backward(forward, problem, problem.leaves)
-
-
-def _converted(problem: _Problem, rule: meprop.TopK) -> tuple[Backward, str]:
-    """The backward pass of a layer after plain `meprop.convert`, once it has decided, and what it decided."""
-    layer = torch.nn.Linear(problem.x.shape[1], problem.weight.shape[0], device="meta")
-    layer.weight, layer.bias = torch.nn.Parameter(problem.weight.detach()), torch.nn.Parameter(problem.bias.detach())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoEffectWarning)  # a narrow layer stays dense: that is what is measured then
-        meprop.convert(layer, rule)
-    leaves = (problem.x, layer.weight, layer.bias)
-    _backward(layer, problem, leaves)()  # decides
-    report = meprop.report(layer).layers[0]
-    return _backward(layer, problem, leaves), f"{report.status}: {report.reason}"
-
-
 def _run_backward(case: Case, seconds: float, limits: Limits) -> CaseResult:
-    problems = {dtype: _Problem.random(case, dtype) for dtype in _DTYPES}
+    problems = {dtype: Problem.random(dtype, case.rows, case.inputs, case.outputs) for dtype in DTYPES}
     own, other = problems[case.dtype], "bf16" if case.dtype == "fp32" else "fp32"
-    sides = {"sparse": _sparse(own, case.rule, sparse_grad=case.kind == "batch")}
+    sides = {"sparse": problem.sparse(own, case.rule, sparse_grad=case.kind == "batch")}
     if case.kind == "batch":
-        sides["sparse_dense_form"] = _sparse(own, case.rule, sparse_grad=False)
+        sides["sparse_dense_form"] = problem.sparse(own, case.rule, sparse_grad=False)
     selection = oracle.select(case.rule, own.grad_output)
     wrong = oracle.selection_differs(case.rule, own.grad_output, selection)
     for name, side in sides.items():
-        wrong = wrong or _differs(name, side, selection, own)
+        wrong = wrong or problem.differs(name, side, selection, own)
     if wrong is not None:
         return CaseResult(case.name, case, wrong)
 
-    sides |= {f"dense_{dtype}": _dense(problem) for dtype, problem in problems.items()}
-    sides["converted"], converted = _converted(own, case.rule)
+    sides |= {f"dense_{dtype}": problem.dense(each) for dtype, each in problems.items()}
+    sides["converted"], converted = problem.converted(own, case.rule)
     meter = DisturbanceMeter()
     times = interleaved(sides, seconds)
     dense = times[f"dense_{case.dtype}"]
@@ -318,16 +223,6 @@ def _run_backward(case: Case, seconds: float, limits: Limits) -> CaseResult:
     return CaseResult(case.name, case, None, times, ratios, bound, share, converted, meter.read())
 
 
-def _differs(name: str, side: Backward, selection: Selection, problem: _Problem) -> str | None:
-    def named() -> oracle.Gradients:
-        return dict(zip(("input", "weight", "bias"), side(), strict=True))
-
-    gradients = named()
-    found = oracle.gradients_differ(gradients, selection, problem.grad_output, problem.x, problem.weight)
-    found = found or oracle.varies(named, gradients)
-    return found and f"{name}: {found}"
-
-
 def _backward_work(case: Case, selection: Selection) -> Work:
     """Counts both products; of the memory, each operand that is needed and each result once."""
     size = _BYTES[case.dtype]
@@ -341,5 +236,103 @@ def _backward_work(case: Case, selection: Selection) -> Work:
     return Work(multiply_adds, gathered, entries * size)
 
 
-def _normal(seed: int, dtype: Dtype, *size: int) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(_DTYPES[dtype])
+# ---------------------------------------------------------------- the command
+
+
+def _ratio(name: str) -> Callable[[CaseResult], str]:
+    return lambda result: f"{result.ratios[name].p20:.2f}x" if name in result.ratios else ""
+
+
+def _baseline(result: CaseResult) -> Times:
+    return result.times["torch" if result.case.kind == "topk" else f"dense_{result.case.dtype}"]
+
+
+def _after_convert(result: CaseResult) -> str:
+    if result.converted is None:
+        return ""
+    return _ratio("converted")(result) + ("" if result.converted.startswith("sparse") else " (dense)")
+
+
+_COLUMNS: dict[str, Callable[[CaseResult], str]] = {
+    "case": lambda result: result.name,
+    "kept": lambda result: f"{result.case.density:.1%}",
+    "dense, ms": lambda result: _baseline(result).milliseconds,
+    "sparse, ms": lambda result: result.times["sparse"].milliseconds,
+    "ratio": lambda result: "WRONG" if result.wrong is not None else _ratio("dense")(result),
+    "of medians": lambda result: f"{result.ratios['dense'].p50:.2f}x",
+    "other dtype's dense": _ratio("other_dtype"),
+    "dense dW": _ratio("dense_form"),
+    "after convert": _after_convert,
+    "bound": lambda result: result.roofline.bound if result.roofline else "",
+    "reached": lambda result: f"{result.share:.0%}" if result.share is not None else "",
+}
+_SHOWN_IF_WRONG = ("case", "kept", "ratio")
+
+
+@dataclass(frozen=True)
+class Linear(cases.CasesBench[Case, CaseResult]):
+    """Time the backward pass of a linear layer, sparse against dense, over shapes and densities."""
+
+    name = "linear"
+    head = tuple(_COLUMNS)
+    legend = (
+        "Times in ms: 20th percentile / median / 80th percentile. Ratios: dense / sparse of the 20th percentiles, "
+        "above 1 sparse is faster. Dense: F.linear's backward pass in the row's own dtype; of topk, "
+        "torch.topk(g.abs(), k). Unified passes (batch) give a row-sparse weight gradient; 'dense dW': the same with a "
+        "dense one. 'After convert': the same layer after meprop.convert(model, rule), '(dense)' where it decided to "
+        "stay so. 'Reached': the share of its bound, a counted floor over limits measured in the same run."
+    )
+    figure = tracking.FIGURE
+    figure_title = "Ratio over density"
+    default_cases = staticmethod(default_cases)
+
+    cases: tuple[str, ...] = ("*",)
+    """Patterns of the default cases, such as 'batch-*', or names of others in any size, such as
+    example-fp32-64x512x512-k20."""
+
+    @classmethod
+    def example_names(cls) -> list[str]:
+        """Return one for each kind."""
+        return [f"{default_cases()[0].name}, batch-bf16-64x512x512-k20", "topk-fp32-64x500-k20"]
+
+    def run(self, cases: Sequence[Case], config: Mapping[str, Any], after: Callable[[CaseResult], None]) -> LinearBench:
+        """Measure the machine's limits, then run the cases."""
+        meter = DisturbanceMeter()
+        with _fresh_decisions():
+            limits = measure_limits()
+            results = run_each(cases, lambda case: run_case(case, self.seconds, limits), after)
+        return LinearBench.of(f"bench-{self.name}", dict(config), meter, limits, results)
+
+    def ratio(self, result: CaseResult) -> Ratio:
+        """Return that to dense in the case's own dtype."""
+        return result.ratios["dense"]
+
+    def cells(self, result: CaseResult) -> list[str]:
+        """Return all columns; of a wrong case, those that it has."""
+        shown = _COLUMNS if result.wrong is None else _SHOWN_IF_WRONG
+        return [cell(result) if column in shown else "" for column, cell in _COLUMNS.items()]
+
+    def about(self, record: Record) -> str:
+        """Return the circumstances, and the machine's limits."""
+        assert isinstance(record, LinearBench)
+        rates = ", ".join(f"{rate / 1e9:.0f} ({dtype})" for dtype, rate in record.limits.multiply_adds.items())
+        return (
+            f"{record.circumstances} Limits reached: {rates} G multiply-adds/s, "
+            f"{record.limits.cache_bytes / 1e9:.0f} GB/s from L2 to L1."
+        )
+
+    def blocks(self, results: Sequence[CaseResult]) -> list[str]:
+        """Return where each curve breaks even, and the table."""
+        from meprop.reporting.bench_linear import curves
+
+        verdicts = [f"- {curve.title}, {curve.shape}: {curve.verdict()}." for curve in curves(results)]
+        return [*(["\n".join(verdicts)] if verdicts else []), *super().blocks(results)]
+
+    def draw(self, record: Record, path: Path) -> bool:
+        """Draw ratio over density, of two densities or more."""
+        from meprop.reporting.bench_linear import curves, draw_ratios
+
+        found = curves(record.results)
+        if found:
+            draw_ratios(found, path)
+        return bool(found)

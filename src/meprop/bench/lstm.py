@@ -8,8 +8,8 @@ input, weights and biases, selection and autograd's own cost included.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 import meprop
 from meprop import functional
-from meprop.bench import record
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench import cases
+from meprop.bench.cases import CasesRecord
+from meprop.bench.measure import Ratio, interleaved
 from meprop.bench.record import Record
 from meprop.ops import reference
 from meprop.rules import Scope
 
-_NAME = re.compile(r"(example|batch)-(\d+)x(\d+)x(\d+)x(\d+)-k(\d+)")
 # Of a gradient's norm. What is next to the k-th largest may be chosen in float32 and not in float64, or the other way.
 _TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(cases.Case):
     """One row of the table, in float32.
 
     Attributes:
@@ -45,6 +45,8 @@ class Case:
         ValueError: A size is out of range.
     """
 
+    pattern = re.compile(r"(example|batch)-(\d+)x(\d+)x(\d+)x(\d+)-k(\d+)")
+
     scope: Scope
     steps: int
     batch: int
@@ -57,13 +59,10 @@ class Case:
             raise ValueError(f"case {self.name}: sizes must be at least 1, and k at most {self.units}")
 
     @classmethod
-    def parse(cls, name: str) -> Case | None:
-        """Return the case of this name, such as example-25x32x190x500-k20; None if it is no such name."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            return None
-        scope, *sizes = match.groups()
-        return cls(scope, *map(int, sizes))  # pyright: ignore[reportArgumentType]
+    def from_groups(cls, groups: Sequence[Any]) -> Case:
+        """Return the case of a name such as example-25x32x190x500-k20."""
+        scope, *sizes = groups
+        return cls(scope, *map(int, sizes))
 
     @property
     def name(self) -> str:
@@ -83,74 +82,26 @@ class Case:
 
 def default_cases() -> list[Case]:
     """Return the paper's tagger at several batch sizes and k, a layer on top of another, and a larger one."""
-    cases = [Case("example", 25, batch, 190, 500, k) for batch, k in product((32, 1, 8, 128), (20, 5))]
-    cases += [Case("batch", 25, 32, 190, 500, k) for k in (20, 5)]
-    return [*cases, Case("example", 25, 32, 500, 500, 20), Case("example", 50, 64, 512, 1024, 41)]
-
-
-def choose_cases(patterns: Sequence[str]) -> list[Case]:
-    """Return the default cases that match a pattern, and others that are named: see `record.choose`."""
-    grid = default_cases()
-    return record.choose(patterns, grid, Case.parse, grid[0].name)
+    found = [Case("example", 25, batch, 190, 500, k) for batch, k in product((32, 1, 8, 128), (20, 5))]
+    found += [Case("batch", 25, 32, 190, 500, k) for k in (20, 5)]
+    return [*found, Case("example", 25, 32, 500, 500, 20), Case("example", 50, 64, 512, 1024, 41)]
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """What was found for one case.
+class CaseResult(cases.CaseResult[Case]):
+    """What was found for one case: `times` of "forward dense", "forward sparse" and the same of "backward".
 
     Attributes:
-        name: The case's.
-        case: The case.
-        wrong: How it differs from torch or from the oracle; None if it does not. A wrong case has nothing but this.
-        times: Of "forward dense", "forward sparse", "backward dense" and "backward sparse".
         forward: Dense / sparse; None if wrong.
         backward: The same of the backward pass.
     """
 
-    name: str
-    case: Case
-    wrong: str | None = None
-    times: dict[str, Times] = field(default_factory=dict[str, Times])
     forward: Ratio | None = None
     backward: Ratio | None = None
 
 
-@dataclass(frozen=True)
-class LstmBench(Record):
-    """The content of result.json."""
-
-    cases: list[CaseResult]
-
-    @property
-    def wrong(self) -> list[str]:
-        """Return the names of the cases that are wrong."""
-        return [case.name for case in self.cases if case.wrong is not None]
-
-
-def run(
-    cases: Sequence[Case],
-    seconds: float,
-    config: dict[str, Any],
-    after: Callable[[CaseResult], None] = lambda result: None,
-) -> LstmBench:
-    """Check and time the cases.
-
-    Args:
-        cases: What to time.
-        seconds: To spend on the timing of each pass of a case; slow ones take longer, for 9 rounds.
-        config: Kept in the record.
-        after: Called with each result.
-    """
-    meter = DisturbanceMeter()
-    results: list[CaseResult] = []
-    for case in cases:
-        results.append(run_case(case, seconds))
-        after(results[-1])
-    return LstmBench.of("bench-lstm", config, meter, results)
-
-
 def run_case(case: Case, seconds: float) -> CaseResult:
-    """Check and time one case."""
+    """Check one case, and time each of its passes for so many seconds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = nn.LSTM(case.inputs, case.units)
@@ -200,3 +151,49 @@ def _differs(
         if not (actual.double().view_as(exact) - exact).norm() <= _TOLERANCE * exact.norm():
             return f"the gradient of {name} differs from the oracle's"
     return None
+
+
+# ---------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Lstm(cases.CasesBench[Case, CaseResult]):
+    """Time a layer of an LSTM, sparse against torch's own: forward pass and backward pass, over sizes and k."""
+
+    name = "lstm"
+    head = (
+        "choice", "T x B x I x H", "k of each gate",
+        *(f"{name}, {side}" for name in ("forward", "backward") for side in ("torch", "sparse", "ratio")),
+    )  # fmt: skip
+    legend = (
+        "float32; times in ms: 20th percentile / median / 80th percentile. Ratios: torch's LSTM / sparse of the 20th "
+        "percentiles (of the medians), above 1 sparse is faster. The backward pass includes the selection and autograd."
+    )
+    default_cases = staticmethod(default_cases)
+
+    cases: tuple[str, ...] = ("*",)
+    """Patterns of the default cases, such as '*-k5', or names of others in any size, such as
+    example-25x32x190x500-k20."""
+    seconds: float = 3.0
+    """Seconds to spend on the timing of each pass of a case. A slow pass takes longer, for 9 rounds."""
+
+    def run(self, cases: Sequence[Case], config: Mapping[str, Any], after: Callable[[CaseResult], None]) -> Record:
+        """Check and time the cases."""
+        return CasesRecord.run(self.name, cases, lambda case: run_case(case, self.seconds), config, after)
+
+    def ratio(self, result: CaseResult) -> Ratio:
+        """Return that of the backward pass."""
+        assert result.backward is not None
+        return result.backward
+
+    def cells(self, result: CaseResult) -> list[str]:
+        """Return the case, and times and ratio of both passes."""
+        case = result.case
+        cells = [case.scope, case.shape, str(case.k)]
+        for name, ratio in (("forward", result.forward), ("backward", result.backward)):
+            if ratio is None:
+                cells += ["", "", "WRONG"]
+            else:
+                cells += [result.times[f"{name} {side}"].milliseconds for side in ("dense", "sparse")]
+                cells.append(str(ratio))
+        return cells

@@ -1,14 +1,14 @@
-"""Timing several ways of doing one thing in one process, so that what disturbs one disturbs all."""
+"""What was measured: times, ratios, and how much the measurement was disturbed."""
 
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
-from time import perf_counter
+
+from meprop import timing
 
 _LEAST_ROUNDS = 9
 
@@ -22,6 +22,11 @@ class Times:
     p50: float
     p80: float
     calls: int
+
+    @property
+    def milliseconds(self) -> str:
+        """The 20th percentile, the median and the 80th percentile, as text."""
+        return " / ".join(f"{1e3 * seconds:.3g}" for seconds in (self.p20, self.p50, self.p80))
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Times:
@@ -37,6 +42,9 @@ class Ratio:
     p20: float
     p50: float
 
+    def __str__(self) -> str:
+        return f"{self.p20:.2f}x ({self.p50:.2f}x)"
+
     @classmethod
     def of(cls, dense: Times, sparse: Times) -> Ratio:
         """Return the ratio of two sides."""
@@ -44,25 +52,18 @@ class Ratio:
 
 
 def interleaved(sides: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
-    """Call the sides in turn, in a new order each round, until the time is spent, and at least 9 rounds.
+    """Return the times of each side: `meprop.timing.interleaved` with at least 9 rounds."""
+    return {name: Times.of(spent) for name, spent in timing.interleaved(sides, seconds, least=_LEAST_ROUNDS).items()}
 
-    What a side returns is freed after its clock has stopped. One round before the first is not timed.
+
+def check_seconds(seconds: float) -> None:
+    """Refuse a time to spend that is none.
+
+    Raises:
+        ValueError: It is not a positive number; the message names the option.
     """
-    shuffle = random.Random(0).shuffle
-    spent: dict[str, list[float]] = {name: [] for name in sides}
-    for run in sides.values():
-        run()
-    order, rounds, end = list(sides), 0, perf_counter() + seconds
-    while rounds < _LEAST_ROUNDS or perf_counter() < end:
-        shuffle(order)
-        for name in order:
-            run = sides[name]
-            start = perf_counter()
-            result = run()
-            spent[name].append(perf_counter() - start)
-            del result
-        rounds += 1
-    return {name: Times.of(calls) for name, calls in spent.items()}
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"--seconds must be a positive number, got {seconds}")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""What all benchmarks have in common: what is recorded beside their results, and how cases are chosen by name."""
+"""What is recorded of a benchmark beside its results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import meprop
 from meprop import machine
 from meprop.bench.measure import Disturbance, DisturbanceMeter
+from meprop.reporting import pages
 from meprop.training import tracking
 
 if TYPE_CHECKING:
@@ -46,38 +46,24 @@ class Record(tracking.Provenance):
         )
 
     @property
-    def wrong(self) -> list[str]:
-        """Return the names of what was found wrong, and hence not timed."""
+    def results(self) -> Sequence[Any]:
+        """Return the results, each with its `name`, and with what is `wrong` with it or None."""
         raise NotImplementedError
 
-
-class _Named(Protocol):
     @property
-    def name(self) -> str: ...
+    def wrong(self) -> list[str]:
+        """Return the names of what was found wrong, and hence not timed."""
+        return [result.name for result in self.results if result.wrong is not None]
 
-
-CaseT = TypeVar("CaseT", bound=_Named)
-
-
-def choose(
-    patterns: Sequence[str], grid: Sequence[CaseT], parse: Callable[[str], CaseT | None], examples: str
-) -> list[CaseT]:
-    """Return the cases of a grid whose names match a pattern (`*` and `?`), and those beyond it that are named.
-
-    Args:
-        patterns: Of names.
-        grid: The default cases.
-        parse: From a name to its case; None if it is no name of one.
-        examples: Names, for the message.
-
-    Raises:
-        ValueError: A pattern matches nothing and names nothing.
-    """
-    chosen: list[CaseT] = []
-    for pattern in patterns:
-        case = parse(pattern)
-        found = [case] if case else [case for case in grid if fnmatchcase(case.name, pattern)]
-        if not found:
-            raise ValueError(f"--cases {pattern}: no such case; a case is named like {examples}, in any size")
-        chosen += found
-    return list(dict.fromkeys(chosen))
+    @property
+    def circumstances(self) -> str:
+        """Where, by what and how undisturbed it was made, in words."""
+        cpu, threads = self.machine["cpu"], self.machine["threads"]
+        memory = "Freed memory is kept. " if self.machine.get("keeps_freed_memory") else ""
+        seen = self.disturbance
+        taken = "unknown" if seen is None else f"{seen.stolen:.0%} by the host, {seen.others:.0%} by other processes"
+        return (
+            f"{cpu}, {threads} threads, kernels: {self.backends['isa'] or 'none'}; torch {self.versions['torch']}, "
+            f"meprop {self.versions['meprop']}, {pages.short_commit(self.commit)}. {memory}Processor time taken "
+            f"meanwhile: {taken}."
+        )

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, product
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -21,13 +22,17 @@ from torch import Tensor, nn
 
 import meprop
 from meprop import optim
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench.base import Bench, Measure, keep_freed_memory, table_of
+from meprop.bench.cases import run_each
+from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, interleaved
 from meprop.bench.record import Record
+from meprop.reporting import pages
 from meprop.rules import Scope
 
 OptimizerName = Literal["sgd", "momentum", "adagrad", "adam", "adamw"]
 PHASES = ("forward", "backward", "optimizer")
 """Of a step; what is left of it is Python's and the clock's."""
+FIGURE = "performance-step.png"
 BASELINES = ("dense fp32", "dense bf16")
 
 _BATCHES = 8
@@ -134,6 +139,11 @@ class WayResult:
     phases: dict[str, Times] = field(default_factory=dict[str, Times])
     ratios: dict[str, Ratio] = field(default_factory=dict[str, Ratio])
 
+    @property
+    def name(self) -> str:
+        """The way's."""
+        return self.way.name
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -156,9 +166,14 @@ class StepBench(Record):
     cases: list[CaseResult]
 
     @property
+    def results(self) -> list[CaseResult]:
+        """Return those of the cases."""
+        return self.cases
+
+    @property
     def wrong(self) -> list[str]:
         """Return the names of what is wrong."""
-        return [f"{case.name}: {result.way.name}" for case in self.cases for result in case.ways if result.wrong]
+        return [f"{case.name}: {result.name}" for case in self.cases for result in case.ways if result.wrong]
 
 
 def run(
@@ -180,11 +195,7 @@ def run(
         after: Called with each result.
     """
     meter = DisturbanceMeter()
-    cases: list[CaseResult] = []
-    for model in models:
-        for optimizer in optimizers:
-            cases.append(run_case(model, optimizer, k, seconds))
-            after(cases[-1])
+    cases = run_each(product(models, optimizers), lambda case: run_case(*case, k, seconds), after)
     return StepBench.of("bench-step", config, meter, cases)
 
 
@@ -290,3 +301,82 @@ def _oracle(
     loss = F.cross_entropy(model(x.double()), classes)
     loss.backward()  # pyright: ignore[reportUnknownMemberType]
     return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Step(Bench[CaseResult, StepBench]):
+    """Time whole training steps of multilayer perceptrons, dense and sparse: forward pass, backward pass, optimizer."""
+
+    name = "step"
+    legend = (
+        "Times in ms. Step: 20th percentile / median / 80th percentile; its parts: 20th percentiles. Ratios: baseline "
+        "/ this row, of the 20th percentiles (of the medians), above 1 this row is faster."
+    )
+    figure = FIGURE
+    figure_title = "Parts of the step"
+
+    models: tuple[str, ...] = ("841-2500-2000-1500-1000-500-10@100", "784-500-500-10@100", "784-500-500-10@10")
+    """The models: widths and batch of each."""
+    optimizers: tuple[OptimizerName, ...] = ("adam",)
+    """The optimizers. Each model is timed with each of them. Plain sgd is without momentum."""
+    k: int | float = 0.04
+    """How many entries of each hidden layer's output gradient are kept: a count (20), or a share of the features."""
+    seconds: float = 3.0
+    """Seconds to spend on each way of doing the step. A slow one takes longer, for 9 rounds."""
+    keep_memory: bool = False
+    """Let the C library keep freed memory, as training from the command line does. Dense gains more than sparse."""
+
+    def prepare(self) -> Measure[CaseResult, StepBench]:
+        """Read the names of the models."""
+        check_seconds(self.seconds)
+        keep_freed_memory(self.keep_memory)
+        meprop.TopK(self.k)
+        models = [Model.parse(name) for name in self.models]
+        if not models or not self.optimizers:
+            raise ValueError("--models and --optimizers: there must be at least one of each")
+        return lambda config, after: run(models, self.optimizers, self.k, self.seconds, dict(config), after)
+
+    def outcome(self, result: CaseResult) -> str:
+        """Return the name, and whether a way is wrong."""
+        return f"{result.name}: {'WRONG' if any(each.wrong for each in result.ways) else 'timed'}"
+
+    def table(self, results: Sequence[CaseResult]) -> str:
+        """Return a table per case."""
+        return "\n\n".join(f"{result.name}\n{table_of(_HEAD, result.ways, _cells)}" for result in results)
+
+    def blocks(self, results: Sequence[CaseResult]) -> list[str]:
+        """Return a title and a table per case."""
+        return [
+            block
+            for result in results
+            for block in (f"**{result.name}**", pages.markdown_table([_HEAD, *map(_cells, result.ways)]))
+        ]
+
+    def about(self, record: StepBench) -> str:
+        """Return the circumstances, and k."""
+        return f"{record.circumstances} k = {record.config['k']}."
+
+    def draw(self, record: StepBench, path: Path) -> bool:
+        """Draw the parts of each step as stacked bars."""
+        from meprop.reporting.bench_step import draw
+
+        draw(record, path)
+        return True
+
+    def figure_beside(self, page: Path) -> Path:
+        """Return the path of a page's figure, which has the same name on all pages."""
+        return page.with_name(FIGURE)
+
+
+_HEAD = ("", *PHASES, "step", *(f"against {base}" for base in BASELINES))
+
+
+def _cells(result: WayResult) -> list[str]:
+    if result.step is None:
+        return [result.name, *[""] * len(PHASES), "WRONG", *[""] * len(BASELINES)]
+    parts = [f"{1e3 * result.phases[phase].p20:.3g}" for phase in PHASES]
+    found = (result.ratios.get(base) for base in BASELINES)  # None: that baseline is wrong
+    return [result.name, *parts, result.step.milliseconds, *("" if ratio is None else str(ratio) for ratio in found)]

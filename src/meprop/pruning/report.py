@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meprop.convert import table
+from meprop.table import text_table
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,4 @@ class SimplificationReport:
             )
             for layer in self.layers
         ]
-        return table([("layer", "kind", "width", "note"), *rows])
+        return text_table([("layer", "kind", "width", "note"), *rows])

@@ -5,22 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from meprop import rules
 from meprop.machine import write_atomically
-from meprop.training.loop import Run
+from meprop.training.config import DENSE
+from meprop.training.records import Run
+
+
+class Look(NamedTuple):
+    """What runs of one kind are called and drawn with."""
+
+    label: str
+    color: str
+    marker: str
+
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-RULE_COLORS = {
-    "dense": "#0072B2",
-    "topk": "#D55E00",
-    "compensated": "#CC79A7",
-    "random": "#009E73",
-    "simplified": "#000000",
-}
+_NO_RULES = {DENSE: Look("dense", "#0072B2", "D"), "simplified": Look("simplified", "#000000", "o")}
+_UNKNOWN_COLOR = "#999999"
+
+
+def look(rule: str) -> Look:
+    """Return the look of runs by `Run.rule`: a rule's own, or a grey one of a rule that is no longer there."""
+    if rule in _NO_RULES:
+        return _NO_RULES[rule]
+    found = rules.named().get(rule)
+    return Look(rule, _UNKNOWN_COLOR, "o") if found is None else Look(found.label, found.color, found.marker)
+
+
 PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#999999"}
 _SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
 
@@ -35,8 +52,8 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
         metric: The quality to show, in percent.
         path: The file; it is replaced if it exists.
     """
-    groups = {rule: [run for run in runs if run.rule == rule] for rule in RULE_COLORS}
-    groups = {rule: group for rule, group in groups.items() if group}
+    kinds = sorted({run.rule: None for run in runs}, key=lambda rule: {DENSE: 0, "simplified": 2}.get(rule, 1))
+    groups = {rule: [run for run in runs if run.rule == rule] for rule in kinds}
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     by_epoch, by_time, bars = figure.subplots(1, 3, width_ratios=[3, 3, 2])
@@ -63,7 +80,7 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
 
 
 def _draw_curves(axes: Axes, rule: str, group: Sequence[Run], metric: str, x: str) -> None:
-    color = RULE_COLORS[rule]
+    color = look(rule).color
     xs = [[record[x] for record in run.curve] for run in group]
     ys = [[record["dev"][metric] for record in run.curve] for run in group]
     if len(group) > 1:
@@ -71,7 +88,7 @@ def _draw_curves(axes: Axes, rule: str, group: Sequence[Run], metric: str, x: st
             axes.plot(run_xs, run_ys, color=color, linewidth=0.8, alpha=0.5)
     label = rule if len(group) == 1 else f"{rule}, mean of {len(group)} seeds"
     mean_xs, mean_ys = ([mean(column) for column in zip(*rows, strict=True)] for rows in (xs, ys))
-    marker = "o" if rule == "dense" else "s"
+    marker = "o" if rule == DENSE else "s"
     axes.plot(mean_xs, mean_ys, color=color, linewidth=2.4, marker=marker, markersize=5, label=label)
 
 

@@ -1,4 +1,4 @@
-"""Tables as plain text and as Markdown, and the sections of hand-written pages that are generated."""
+"""Tables as Markdown, and the sections of hand-written pages that are generated."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meprop.machine import write_atomically
-
-
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells, the head first, as aligned lines."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

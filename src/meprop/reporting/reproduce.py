@@ -14,8 +14,10 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from meprop.experiments import Experiment, Records, Variant
 from meprop.machine import write_atomically
 from meprop.reporting import pages
-from meprop.reporting.figures import RULE_COLORS
+from meprop.reporting.figures import look
 from meprop.reporting.terminal import spread
+from meprop.table import text_table
+from meprop.training.config import DENSE
 from meprop.training.tracking import Result
 
 FIGURE = "figure.png"
@@ -30,16 +32,8 @@ LEGEND = (
     "back-prop: the hidden layers' products alone; overall: forward and backward pass."
 )
 
-_TITLES = {"topk": "top-k", "compensated": "compensated top-k", "random": "random-k"}
-# Colour and marker of each curve: a rule, or, of row-sparse gradients, what becomes of the other rows.
-_STYLES = {
-    "topk": (RULE_COLORS["topk"], "o"),
-    "compensated": (RULE_COLORS["compensated"], "D"),
-    "random": (RULE_COLORS["random"], "s"),
-    "exact": ("#D55E00", "o"),
-    "decay": ("#009E73", "s"),
-    "lazy": ("#CC79A7", "^"),
-}
+# Colour and marker of the curves of row-sparse gradients: by what becomes of the other rows.
+_ROW_STYLES = {"exact": ("#D55E00", "o"), "decay": ("#009E73", "s"), "lazy": ("#CC79A7", "^")}
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class _Row:
         """What the column of the differences is called; empty without any."""
         if self.base is None:
             return ""
-        return "to dense" if self.base.rule == "dense" else f"to {self.base.name}"
+        return "to dense" if self.base.rule == DENSE else f"to {self.base.name}"
 
 
 def _rows(experiment: Experiment, records: Records) -> list[_Row]:
@@ -149,9 +143,16 @@ def _width(row: _Row) -> str:
     return spread([mean(each.values()) for each in widths if each], 1) if any(widths) else ""
 
 
+def _kept(row: _Row) -> float | None:
+    """The density; None where it depends on the gradient."""
+    found = [result.runs[0].density for result in row.results.values()]
+    known = [density for density in found if density is not None]
+    return mean(known) if len(known) == len(found) else None
+
+
 _DIFFERENCE = "to dense"
 _OURS: dict[str, Callable[[_Row], str]] = {
-    "kept": lambda row: f"{mean(result.runs[0].density for result in row.results.values()):.1%}",
+    "kept": lambda row: "" if (kept := _kept(row)) is None else f"{kept:.1%}",
     "width": _width,
     "seeds": lambda row: str(len(row.results)),
     "epoch": lambda row: f"{mean(map(_epoch, row.results.values())):.1f}",
@@ -196,7 +197,7 @@ def _cells(rows: Sequence[_Row]) -> list[list[str]]:
 def table(experiment: Experiment, records: Records) -> str:
     """Return a table of plain text, a line per variant, and the conditions."""
     rows = _rows(experiment, records)
-    return f"{pages.text_table(_cells(rows))}\n\n{_conditions(experiment, rows)}"
+    return f"{text_table(_cells(rows))}\n\n{_conditions(experiment, rows)}"
 
 
 def _conditions(experiment: Experiment, rows: Sequence[_Row]) -> str:
@@ -259,7 +260,7 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
     """Draw the test score over density into a PNG, ours and the paper's, if density is what the variants differ in.
 
     That is if the settings of the task are the same in all, and some rule was run with two densities. Simplified runs
-    are left out: their models are others.
+    are left out, because their models are others, and so are rules whose density depends on the gradient.
 
     Args:
         experiment: Variants without finished runs are left out.
@@ -269,10 +270,11 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
     Returns:
         Whether there was something to draw.
     """
-    rows = [row for row in _rows(experiment, records) if row.results and row.variant.simplify is None]
+    found = [row for row in _rows(experiment, records) if row.results and row.variant.simplify is None]
+    rows = [row for row in found if _kept(row) is not None]
     curves: dict[_Curve, list[_Row]] = {}
     for row in sorted(rows, key=_density):
-        if row.variant.rule != "dense":
+        if row.variant.rule != DENSE:
             curves.setdefault((row.variant.rule, row.variant.training.sparse_rows), []).append(row)
     if any(variant.task != experiment.variants[0].task for variant in experiment.variants):
         return False
@@ -287,7 +289,7 @@ def _densities(title: str, rows: Sequence[_Row], curves: Mapping[_Curve, Sequenc
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        if row.variant.rule == "dense":
+        if row.variant.rule == DENSE:
             _draw_dense(axes, row)
     for which, curve in sorted(curves.items()):
         _draw_curve(axes, which, curve)
@@ -307,7 +309,10 @@ def _densities(title: str, rows: Sequence[_Row], curves: Mapping[_Curve, Sequenc
 
 
 def _density(row: _Row) -> float:
-    return mean(result.runs[0].density for result in row.results.values())
+    """That of a row whose density is known."""
+    kept = _kept(row)
+    assert kept is not None
+    return kept
 
 
 def _scores(row: _Row) -> tuple[float, float]:
@@ -317,17 +322,18 @@ def _scores(row: _Row) -> tuple[float, float]:
 
 
 def _draw_dense(axes: Axes, row: _Row) -> None:
-    color, (score, deviation) = RULE_COLORS["dense"], _scores(row)
+    (label, color, marker), (score, deviation) = look(DENSE), _scores(row)
     axes.axhline(score, color=color, linewidth=1)
-    axes.errorbar([1], [score], [deviation], color=color, marker="D", capsize=3, label="dense", linestyle="none")
+    axes.errorbar([1], [score], [deviation], color=color, marker=marker, capsize=3, label=label, linestyle="none")
     if row.variant.published.test is not None:
-        axes.plot([1], [row.variant.published.test], color=color, marker="D", markerfacecolor="none")
+        axes.plot([1], [row.variant.published.test], color=color, marker=marker, markerfacecolor="none")
 
 
 def _draw_curve(axes: Axes, which: _Curve, curve: Sequence[_Row]) -> None:
     rule, sparse_rows = which
-    color, marker = _STYLES[rule if sparse_rows == "no" else sparse_rows]
-    label = _TITLES[rule] if sparse_rows == "no" else f"{_TITLES[rule]}, {sparse_rows}"
+    label, color, marker = look(rule)
+    if sparse_rows != "no":
+        label, (color, marker) = f"{label}, {sparse_rows}", _ROW_STYLES[sparse_rows]
     means, deviations = zip(*map(_scores, curve), strict=True)
     xs = [_density(row) for row in curve]
     axes.errorbar(xs, means, deviations, color=color, marker=marker, capsize=3, linewidth=2, label=label)

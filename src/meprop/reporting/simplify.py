@@ -19,7 +19,8 @@ from meprop.convert import plain_copy
 from meprop.machine import write_atomically
 from meprop.reporting.terminal import spread
 from meprop.training import tracking
-from meprop.training.loop import Run, Trainer
+from meprop.training.loop import Trainer
+from meprop.training.records import Run
 
 WIDTHS, ACTIVITY = "widths.png", "activity.png"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's

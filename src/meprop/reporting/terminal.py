@@ -12,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
 
-from meprop.training.loop import Run, Trainer
+from meprop.training.config import DENSE
+from meprop.training.loop import Trainer
+from meprop.training.records import Run
 
 _REFRESH_SECONDS = 0.25
 # Student's t, two-sided 95%, for 2, 3, ... seeds; the last also for more, where it is a little too strict.
@@ -86,7 +88,7 @@ class TrainingProgress:
 
 
 def _name(trainer: Trainer) -> str:
-    kept = "" if trainer.rule is None else f" k={trainer.rule.k}"
+    kept = "" if trainer.k is None else f" k={trainer.k}"
     return f"{trainer.name}{kept}, seed {trainer.seed}"
 
 
@@ -124,8 +126,8 @@ def run_table(runs: Sequence[Run], metric: str) -> Table:
     def add_row(label: str, value: Callable[[Run], float], digits: int, *, ratio: bool = False) -> None:
         cells = [spread([value(run) for run in group], digits) for group in by_rule.values()]
         if len(by_rule) == 2:
-            dense = by_rule["dense"]
-            (sparse,) = (group for rule, group in by_rule.items() if rule != "dense")
+            dense = by_rule[DENSE]
+            (sparse,) = (group for rule, group in by_rule.items() if rule != DENSE)
             cells.append(f"{_ratio(dense, sparse, value):.2f}x" if ratio else "")
         table.add_row(label, *cells)
 
@@ -137,14 +139,15 @@ def run_table(runs: Sequence[Run], metric: str) -> Table:
         add_row(label, lambda run, phase=phase: run.seconds[phase], 2, ratio=True)
     table.add_section()
     table.add_row("k", *("all" if group[0].k is None else str(group[0].k) for group in by_rule.values()))
-    table.add_row("density", *(f"{group[0].density:.1%}" for group in by_rule.values()))
+    densities = [group[0].density for group in by_rule.values()]
+    table.add_row("density", *("by gradient" if density is None else f"{density:.1%}" for density in densities))
     return table
 
 
 def verdict(runs: Sequence[Run], metric: str) -> str:
     """Return in plain words whether sparse training was faster than dense, and whether it learned as well."""
-    dense = sorted((run for run in runs if run.rule == "dense"), key=lambda run: run.seed)
-    sparse = sorted((run for run in runs if run.rule != "dense"), key=lambda run: run.seed)
+    dense = sorted((run for run in runs if run.rule == DENSE), key=lambda run: run.seed)
+    sparse = sorted((run for run in runs if run.rule != DENSE), key=lambda run: run.seed)
     if all(run.density == 1 for run in sparse):
         return "No layer was sparse, so the two runs did the same work: see the reasons above."
 

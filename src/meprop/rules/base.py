@@ -89,6 +89,15 @@ def named() -> dict[str, type[Rule]]:
     return dict(_named)
 
 
+def unregister(rule: type[Rule]) -> None:
+    """Takes a rule out of `named`: for tests and notebooks, whose rules are not to stay.
+
+    Raises:
+        KeyError: There is no such named rule.
+    """
+    del _named[rule.name]
+
+
 @dataclass(frozen=True)
 class KeepK(Rule):
     """What the rules that keep k entries share: k, the scope, and the checks of both."""

@@ -11,8 +11,7 @@ so it is in the CoNLL 2018 shared task's LAS. Part-of-speech tags are given, not
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,10 +24,9 @@ from torch import Tensor, nn
 
 from meprop.errors import DataError
 from meprop.tasks import treebank
-from meprop.tasks.transitions import CHILDREN, LEFT, RIGHT, ROOT, SHIFT, Configurations, Integers, oracle
-from meprop.tasks.treebank import Sentence
+from meprop.tasks.arrays import Sentences, TagColumn, Vocabulary, tags_of
+from meprop.tasks.transitions import SHIFT, Configurations, oracle
 
-TagColumn = Literal["xpos", "upos"]
 Activation = Literal["relu", "tanh"]
 
 locate = treebank.locate
@@ -73,116 +71,7 @@ class ParsingConfig:
             raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
 
 
-# ---------------------------------------------------------------- data: a treebank in numbers
-
-
-class Symbols:
-    """Numbers for words, for tags or for relations; those of all three together index one table of embeddings.
-
-    Args:
-        first: the smallest number.
-        known: the symbols that get a number of their own.
-    """
-
-    def __init__(self, first: int, known: Iterable[str]) -> None:
-        self.nothing, self.root, self.unknown = range(first, first + 3)
-        self._numbers = {symbol: number for number, symbol in enumerate(sorted(set(known)), start=first + 3)}
-        self.end = first + 3 + len(self._numbers)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, symbol: str) -> int:
-        return self._numbers.get(symbol, self.unknown)
-
-
-class Vocabulary:
-    """What the numbers in the data stand for.
-
-    Words that occur only once in training have no number of their own: they teach the parser what to make of unknown
-    ones.
-
-    Args:
-        sentences: the training sentences.
-        tag_column: which tags to use.
-
-    Attributes:
-        kinds: what each transition does ``[T]``: shift, left, right or root.
-        given: the relation that each transition gives to a word ``[T]``.
-    """
-
-    def __init__(self, sentences: Sequence[Sentence], tag_column: TagColumn) -> None:
-        self.tag_column: TagColumn = tag_column
-        counts = Counter(form for sentence in sentences for form in sentence.forms)
-        self.words = Symbols(0, (form for form, count in counts.items() if count > 1))
-        self.tags = Symbols(self.words.end, (tag for sentence in sentences for tag in _tags(sentence, tag_column)))
-        arcs = {
-            (relation, head > 0)
-            for sentence in sentences
-            for relation, head in zip(_relations(sentence), sentence.heads, strict=True)
-        }
-        self.relations = Symbols(self.tags.end, (relation for relation, _ in arcs))
-        between_words = sorted(self.relations[relation] for relation, has_parent in arcs if has_parent)
-        from_root = sorted(self.relations[relation] for relation, has_parent in arcs if not has_parent)
-        transitions = [
-            (SHIFT, self.relations.nothing),
-            *((kind, relation) for kind in (LEFT, RIGHT) for relation in between_words),
-            *((ROOT, relation) for relation in from_root),
-        ]
-        self.kinds, self.given = np.array(transitions, np.int32).T
-
-
-class Sentences:
-    """Sentences as arrays ``[S, W]``: in column 0 the root, then the words, then nothing, in the last column always.
-
-    Attributes:
-        lengths: words in each sentence ``[S]``.
-        words, tags, relations: int32, by the vocabulary.
-        heads: int32; -1 where there is no word.
-        punctuation: where the universal tag is PUNCT.
-    """
-
-    def __init__(self, sentences: Sequence[Sentence], vocabulary: Vocabulary) -> None:
-        self.lengths = np.array([len(sentence.forms) for sentence in sentences], np.int32)
-        shape = (len(sentences), int(self.lengths.max()) + 2)
-        column = np.arange(shape[1])
-        is_word = (column > 0) & (column <= self.lengths[:, None])
-
-        def numbered(symbols: Symbols, of: Callable[[Sentence], Iterable[str]]) -> NDArray[np.int32]:
-            numbers = np.full(shape, symbols.nothing, np.int32)
-            numbers[:, 0] = symbols.root
-            numbers[is_word] = [symbols[symbol] for sentence in sentences for symbol in of(sentence)]
-            return numbers
-
-        self.words = numbered(vocabulary.words, lambda sentence: sentence.forms)
-        self.tags = numbered(vocabulary.tags, lambda sentence: _tags(sentence, vocabulary.tag_column))
-        self.relations = numbered(vocabulary.relations, _relations)
-        self.heads = np.full(shape, -1, np.int32)
-        self.heads[is_word] = [head for sentence in sentences for head in sentence.heads]
-        self.punctuation = np.zeros(shape, np.bool_)
-        self.punctuation[is_word] = [tag == "PUNCT" for sentence in sentences for tag in sentence.upos]
-
-    def features(
-        self, rows: Integers, configurations: Configurations, relations: NDArray[np.int32]
-    ) -> NDArray[np.int32]:
-        """Return what the parser sees ``[R, 48]``: 18 words, their tags, and the relations of the last 12.
-
-        Args:
-            rows: the numbers of the sentences ``[R]``.
-            configurations: those of all sentences.
-            relations: of all words ``[S, W]``; those of words without a head so far are not looked at.
-        """
-        row, positions = rows[:, None], configurations.positions(rows)
-        children = positions[:, -CHILDREN:]
-        return np.concatenate((self.words[row, positions], self.tags[row, positions], relations[row, children]), axis=1)
-
-
-def _tags(sentence: Sentence, column: TagColumn) -> tuple[str, ...]:
-    return sentence.xpos if column == "xpos" else sentence.upos
-
-
-def _relations(sentence: Sentence) -> list[str]:
-    return [deprel.partition(":")[0] for deprel in sentence.deprels]
+# ---------------------------------------------------------------- data: transitions to learn from
 
 
 @dataclass(frozen=True)
@@ -226,7 +115,7 @@ def load(config: ParsingConfig) -> ParsingData:
             "projective tree, so there is nothing to learn from. Use a treebank that has some."
         )
     for split, sentences in (("training", train), ("development", bank.dev), ("test", bank.test)):
-        if all(tag == "_" for sentence in sentences for tag in _tags(sentence, config.tags)):
+        if all(tag == "_" for sentence in sentences for tag in tags_of(sentence, config.tags)):
             raise DataError(
                 f"{folder}: the {split} sentences have no {config.tags} tags. "
                 f"Use --tags {'upos' if config.tags == 'xpos' else 'xpos'}, or a treebank that has them."

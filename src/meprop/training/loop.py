@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from math import cos, isfinite, pi
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,11 @@ from torch import Tensor, nn
 import meprop
 from meprop import optim
 from meprop.errors import MepropError
-from meprop.nn.base import SparseLayer
+from meprop.rules import Rule
 from meprop.speed import Decision
-
-RuleName = Literal["topk", "compensated", "random"]
-SparseRule = meprop.TopK | meprop.CompensatedTopK | meprop.RandomK
-_RULES: dict[RuleName, type[SparseRule]] = {
-    "topk": meprop.TopK,
-    "compensated": meprop.CompensatedTopK,
-    "random": meprop.RandomK,
-}
+from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig
+from meprop.training.records import EpochRecord, Run, Seconds
+from meprop.training.task import Task
 
 
 class DivergedError(MepropError):
@@ -39,207 +34,6 @@ class DivergedError(MepropError):
         run = f"{trainer.name}, seed {trainer.seed}"
         super().__init__(f"{what} ({run}): try a smaller --lr, or a smaller [training] lr in an experiment's file")
         self.trainer = trainer
-
-
-class Task(Protocol):
-    """What the loop needs to know of a task; `meprop.tasks` holds the tasks."""
-
-    @property
-    def name(self) -> str:
-        """The task's name on the command line."""
-        ...
-
-    @property
-    def metric(self) -> str:
-        """The quality to compare by: a key of what `evaluate` returns, in percent, the higher the better."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of the data, wherever they lie: two runs with different ones are not to be compared."""
-        ...
-
-    @property
-    def example_inputs(self) -> tuple[Any, ...]:
-        """Arguments that the model can be called with, of the ranks that it is trained with; on the CPU."""
-        ...
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many batches `train_batches` yields."""
-        ...
-
-    def build_model(self) -> nn.Module:
-        """Return a dense model, initialised from torch's global random state."""
-        ...
-
-    def train_batches(self, generator: torch.Generator) -> Iterable[Any]:
-        """Return one epoch's batches (tensors, or tuples of them), in an order drawn from `generator` alone."""
-        ...
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the scalar loss of a batch."""
-        ...
-
-    def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
-        """Return the metrics of a split, without touching the random state."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Settings that every task shares.
-
-    Raises:
-        ValueError: If a setting is outside its range; the message names the option.
-    """
-
-    epochs: int = 5
-    """Passes over the training data."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the initial weights, the order of the data and dropout; each is a run of its own."""
-    k: int | float = 20
-    """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
-    scope: Literal["example", "batch"] = "example"
-    """Choose the k entries for each example (as in the paper), or once for the whole batch (simple unified top-k)."""
-    sparse_rows: Literal["no", "exact", "decay", "lazy"] = "no"
-    """Make the gradients of sparse layers' weights row-sparse, with scope batch, and step with meprop.optim: as dense
-    (exact), or only the rows with a gradient, whose moments first decay for the steps they slept (decay) or do not
-    (lazy)."""
-    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    """Optimizer, the same for dense and sparse; torch's fused implementation where there is one."""
-    lr: float = 1e-3
-    """Learning rate at the start."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over the steps: down to zero along half a cosine, or constant (as in the paper)."""
-    when: Literal["always", "auto"] = "always"
-    """Where to be sparse: in every layer that can be; auto leaves a layer dense where sparse measures slower here."""
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Arithmetic: fp32, or bf16 autocast with fp32 weights."""
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**64 for s in self.seeds):
-            raise ValueError(f"--seeds must be one or more different integers from 0 to 2**64 - 1, got {[*self.seeds]}")
-        if not (self.lr > 0 and isfinite(self.lr)):
-            raise ValueError(f"--lr must be a positive number, got {self.lr}")
-        if self.sparse_rows != "no" and self.scope != "batch":
-            raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
-        self.rule()
-
-    def rule(self, name: RuleName = "topk") -> SparseRule:
-        """Return the rule of this name, with the k and scope of these settings."""
-        return _RULES[name](self.k, scope=self.scope)
-
-
-@dataclass(frozen=True)
-class SimplifyConfig:
-    """How runs are simplified (meSimp); the defaults are those of the paper's code.
-
-    Raises:
-        ValueError: If a setting is outside its range; the message names the option.
-    """
-
-    threshold: float = 0.1
-    """Remove the units that a smaller share of the examples selects."""
-    checks: int = 8
-    """How often an epoch to look for units to remove."""
-    cycle: int = 5
-    """Epochs in a cycle; one that removes units and one that only trains take turns."""
-    warmup: int = 0
-    """Epochs before the first cycle, in which nothing is removed."""
-    max_removal: float = 1.0
-    """The largest share of a layer's units to remove at once, the least active ones."""
-    min_units: int = 1
-    """Keep at least so many units of each layer."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
-        if not 0 < self.max_removal <= 1:
-            raise ValueError(f"--max-removal must be above 0 and at most 1, got {self.max_removal}")
-        for name, least in {"checks": 1, "cycle": 1, "warmup": 0, "min_units": 1}.items():
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-
-    def simplifier(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, example_inputs: Sequence[Any]
-    ) -> meprop.Simplifier:
-        """Return one with these settings."""
-        return meprop.Simplifier(
-            model,
-            self.threshold,
-            optimizer=optimizer,
-            check_every=max(1, steps_per_epoch // self.checks),
-            cycle=self.cycle * steps_per_epoch,
-            warmup=self.warmup * steps_per_epoch,
-            max_removal=self.max_removal,
-            min_units=self.min_units,
-            example_inputs=example_inputs,
-        )
-
-
-@dataclass
-class Seconds:
-    """Seconds of training, summed over the steps; waiting for data and evaluation are in none of them."""
-
-    forward: float = 0.0
-    """The model and the loss."""
-    backward: float = 0.0
-    """All gradients, the selection included."""
-    optimizer: float = 0.0
-    """The update, clearing the gradients, and simplifying."""
-    step: float = 0.0
-    """The whole step: the three together."""
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What is known at the end of an epoch."""
-
-    epoch: int
-    loss: float
-    """Mean training loss over the epoch's batches."""
-    dev: dict[str, float]
-    test: dict[str, float]
-    seconds: float
-    """Seconds of training steps so far."""
-    widths: dict[str, int] = field(default_factory=dict[str, int])
-    """Units of each set of the model, if it is simplified."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The outcome of one run: an element of `runs` in result.json. Metrics are those after the last epoch."""
-
-    rule: str
-    """`"dense"`, the name of the rule, or `"simplified"`."""
-    seed: int
-    epochs: int
-    dev: dict[str, float]
-    test: dict[str, float]
-    seconds: dict[str, float]
-    k: int | float | None
-    """As configured; None if dense."""
-    density: float
-    """Share of the entries that are propagated, over the output gradients of the sparse layers; 1 if there is none."""
-    curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """`EpochRecord` of each epoch."""
-    layers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """The conversion report's records; empty if dense."""
-    checks: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """`meprop.simplify.Check` of each check, with the widths; empty if not simplified."""
-
-    def selected(self, metric: str) -> EpochRecord:
-        """Return the epoch with the best dev score, the first of equals: what the paper reports.
-
-        Of a simplified run, among those in which the model had its last widths: an earlier one is not what it became.
-        """
-        records = [EpochRecord(**record) for record in self.curve]
-        return max((each for each in records if each.widths == records[-1].widths), key=lambda each: each.dev[metric])
 
 
 class Trainer:
@@ -264,7 +58,7 @@ class Trainer:
         self,
         task: Task,
         config: TrainingConfig,
-        rule: SparseRule | None,
+        rule: Rule | None,
         seed: int,
         simplify: SimplifyConfig | None = None,
     ) -> None:
@@ -308,7 +102,12 @@ class Trainer:
         """`"dense"`, the name of the rule, or `"simplified"`."""
         if self.simplifier is not None:
             return "simplified"
-        return "dense" if self.rule is None else next(name for name, rule in _RULES.items() if type(self.rule) is rule)
+        return DENSE if self.rule is None else self.rule.name or type(self.rule).__name__
+
+    @property
+    def k(self) -> int | float | None:
+        """The rule's, or, where it has none, the one that it was made with; None if dense."""
+        return None if self.rule is None else getattr(self.rule, "k", self.config.k)
 
     @property
     def report(self) -> meprop.ConversionReport:
@@ -411,9 +210,9 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "decisions": {
-                name: asdict(layer.decision)
+                name: asdict(decision)
                 for name, layer in self.model.named_modules()
-                if isinstance(layer, SparseLayer) and layer.decision is not None
+                if isinstance(decision := getattr(layer, "decision", None), Decision)
             },
             "optimizer": self.optimizer.state_dict(),
             "simplifier": self.simplifier and self.simplifier.state_dict(),
@@ -431,7 +230,8 @@ class Trainer:
             self.simplifier.load_state_dict(state["simplifier"])
         self.model.load_state_dict(state["model"])
         for name, decision in state["decisions"].items():
-            vars(self.model.get_submodule(name))["decision"] = Decision(**decision)
+            layer: Any = self.model.get_submodule(name)
+            layer.decision = Decision(**decision)
         self.optimizer.load_state_dict(state["optimizer"])
         self._random = state["random"]
         self._epoch_order = state["epoch_order"]
@@ -444,8 +244,6 @@ class Trainer:
     def result(self) -> Run:
         """Return the outcome after the last completed epoch."""
         layers = [asdict(layer) for layer in self.report.layers] if self.rule is not None else []
-        sparse = [layer for layer in layers if layer["status"] == "sparse"]
-        kept, width = sum(layer["k"] for layer in sparse), sum(layer["out_features"] for layer in sparse)
         return Run(
             rule=self.name,
             seed=self.seed,
@@ -453,8 +251,8 @@ class Trainer:
             dev=self.curve[-1].dev,
             test=self.curve[-1].test,
             seconds=asdict(self.seconds),
-            k=None if self.rule is None else self.rule.k,
-            density=kept / width if sparse else 1.0,
+            k=self.k,
+            density=_density([layer for layer in layers if layer["status"] == "sparse"]),
             curve=[asdict(record) for record in self.curve],
             layers=layers,
             checks=[] if self.simplifier is None else [asdict(check) for check in self.simplifier.history],
@@ -477,6 +275,15 @@ def fit(trainers: Sequence[Trainer], after_turn: Callable[[Trainer], None], turn
             trainer.advance(turn)
             after_turn(trainer)
     return [trainer.result() for trainer in trainers]
+
+
+def _density(layers: Sequence[dict[str, Any]]) -> float | None:
+    """The share of the entries that sparse layers propagate, from their reports; None if a rule does not say."""
+    if not layers:
+        return 1.0
+    if any(layer["k"] is None for layer in layers):
+        return None
+    return sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
 
 
 def _build_optimizer(

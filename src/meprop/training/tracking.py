@@ -17,7 +17,9 @@ import torch
 
 import meprop
 from meprop import machine
-from meprop.training.loop import Run, SimplifyConfig, Trainer, TrainingConfig
+from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig
+from meprop.training.loop import Trainer
+from meprop.training.records import Run
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -91,7 +93,7 @@ def plain(settings: Any) -> dict[str, Any]:
 def settings(task: Any, training: TrainingConfig, rule: str) -> dict[str, Any]:
     """Return all that a run's outcome depends on beside its seed and data, as plain data by option name."""
     found = {**plain(task), **plain(training), "rule": rule}
-    unused = ("data_dir", "seeds", *(("k", "scope", "sparse_rows") if rule == "dense" else ()))
+    unused = ("data_dir", "seeds", *(("k", "scope", "sparse_rows") if rule == DENSE else ()))
     return {name: value for name, value in found.items() if name not in unused}
 
 

@@ -1,0 +1,7 @@
+"""`python -m meprop` is `meprop`."""
+
+import sys
+
+from meprop.cli import main
+
+sys.exit(main())

@@ -1,0 +1,93 @@
+"""`meprop bench`: one command for all benchmarks, see `meprop.bench.base`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+
+from meprop.cli.common import Command, forms, note, threads, with_tasks
+from meprop.errors import MepropError
+from meprop.training import tracking
+from meprop.training.tasks import TaskEntry
+
+if TYPE_CHECKING:
+    from meprop.bench.base import Bench
+
+BenchT = TypeVar("BenchT", bound="Bench[Any, Any]")
+
+
+@dataclass(frozen=True)
+class RunBench(Generic[BenchT]):
+    """Measure speed: run a benchmark, and write and show the result."""
+
+    bench: BenchT
+    out: Path
+    """Folder for result.json, and for the figure if there is one."""
+    threads: int = 0
+    """Threads of dense and sparse alike; 0: torch's own choice."""
+    page: Path | None = None
+    """Markdown file whose section for this benchmark, and the figure beside it, are replaced by the results."""
+    overwrite: bool = False
+    """Replace an earlier experiment in --out."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All options by name, as plain data: what the record keeps."""
+        options = tracking.plain(self)
+        return {**options.pop("bench"), **options}
+
+    def run(self) -> None:
+        """Measure, and write and show the result.
+
+        Raises:
+            MepropError: Something was wrong, and was not timed.
+        """
+        from meprop.reporting import pages
+
+        bench = self.bench
+        measure = bench.prepare()
+        if self.page is not None:
+            pages.check_section(self.page, bench.section)
+        with threads(self.threads):
+            tracking.claim_folder(self.out, overwrite=self.overwrite)
+            record = measure(self.config, lambda result: note(bench.outcome(result)))
+        tracking.write_result(self.out / tracking.RESULT, record)
+        if bench.figure is not None:
+            bench.draw(record, self.out / bench.figure)
+        if self.page is not None:
+            bench.write_page(record, self.page)
+        print(f"{bench.table(record.results)}\n\n{bench.legend}\nwritten: {self.out / tracking.RESULT}")
+        if record.wrong:
+            raise MepropError(f"wrong, and not timed: {', '.join(record.wrong)}")
+
+
+def _forms() -> Any:
+    """All benchmarks: a new one is one line here."""
+    from meprop.bench import conv, linear, lstm, step
+
+    return forms(_form(linear.Linear), _form(lstm.Lstm), _form(conv.Conv), _layers_form(), _form(step.Step))
+
+
+def _form(bench: type[Bench[Any, Any]]) -> Any:
+    import tyro
+
+    default = RunBench(bench(), Path("runs") / f"bench-{bench.name}")
+    return Annotated[RunBench[bench], tyro.conf.subcommand(bench.name, description=bench.__doc__, default=default)]
+
+
+def _layers_form() -> Any:
+    """That of the benchmark which has a form for each task."""
+    import tyro
+
+    from meprop.bench.layers import Layers
+
+    def default(name: str, entry: TaskEntry) -> Any:
+        return RunBench(Layers.of_task(entry.config(), entry.training), Path("runs") / f"bench-layers-{name}")
+
+    of_task = with_tasks(Layers, lambda config: RunBench[Layers[config]], default)
+    about = tyro.conf.subcommand(Layers.name, description=Layers.__doc__, constructor_factory=lambda: of_task)
+    return Annotated[Any, about]
+
+
+BENCH = Command("bench", "Measure speed.", _forms)

@@ -1,0 +1,97 @@
+"""What the commands share: commands with a form for each task, the choice of a rule, threads, notes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args
+
+import torch
+
+from meprop import rules
+from meprop.training import tasks
+from meprop.training.config import rule_names
+from meprop.training.tasks import TaskEntry
+
+TaskConfig = TypeVar("TaskConfig")
+RuleName = TypeVar("RuleName", bound=str)
+"""Stands for the names of the rules, which are known when the arguments are read: `rule_choice`."""
+
+_MOST_THREADS = 1024  # far above what helps, and below what the system refuses to start
+
+
+class Command(NamedTuple):
+    """A command as the help of all commands knows it.
+
+    Attributes:
+        name: What is typed.
+        help: What it does.
+        options: Returns the type that `tyro` reads its options from: a dataclass, or a union of forms. It is called if
+            the command is the one that is asked for, so that the others need not be imported.
+    """
+
+    name: str
+    help: str
+    options: Callable[[], Any]
+
+
+def forms(*each: Any) -> Any:
+    """Return the union of the forms of a command: a union even while there is one."""
+    import tyro
+
+    return Union[(*each, Annotated[None, tyro.conf.Suppress])]
+
+
+def with_tasks(command: Any, options: Callable[[Any], Any], default: Callable[[str, TaskEntry], Any]) -> Any:
+    """Return the union of a form for each task.
+
+    Args:
+        command: The class of the command; its docstring is the help.
+        options: From the class of a task's config to the class of the command with that config.
+        default: From a task's name and entry to the command with all its defaults.
+    """
+    import tyro
+
+    def form(task: str, entry: TaskEntry) -> Any:
+        about = tyro.conf.subcommand(task, description=command.__doc__, default=default(task, entry))
+        return Annotated[options(entry.config), about]
+
+    return forms(*(form(task, entry) for task, entry in tasks.table().items()))
+
+
+def rule_choice(question: str, others: Mapping[str, str] | None = None) -> Any:
+    """Return the type of an option that names a rule, with its help, for `tyro`.
+
+    Args:
+        question: What is chosen.
+        others: What else can be chosen, by name, and what that means.
+    """
+    import tyro
+
+    meanings = {name: rule.label for name, rule in rules.named().items()} | (dict(others) if others else {})
+    names = rule_names(*(others or ()))
+    listed = "; ".join(f"{name}: {meanings[name]}" for name in get_args(names))
+    return Annotated[names, tyro.conf.arg(help=f"{question} {listed}.")]
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Generator[None]:
+    """Lets torch use so many threads for a while; 0 for as many as it does.
+
+    Raises:
+        ValueError: The count is out of range.
+    """
+    if not 0 <= count <= _MOST_THREADS:
+        raise ValueError(f"--threads must be from 0 to {_MOST_THREADS}, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def note(text: str) -> None:
+    """Prints a line about what goes on, on standard error."""
+    print(f"meprop: {text}", file=sys.stderr)

@@ -1,0 +1,134 @@
+"""The settings of training: those that every task shares, and those of simplifying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+import meprop
+from meprop import rules
+from meprop.rules import Rule
+
+DENSE = "dense"
+"""What stands for a rule where a run has none."""
+DEFAULT_RULE = "topk"
+
+
+def rule_names(*others: str) -> Any:
+    """Return the type of a rule's name: the Literal of all that `meprop.rules.named` has now, the default first.
+
+    Args:
+        others: What is allowed beside them, such as `DENSE`.
+    """
+    return Literal[tuple(dict.fromkeys((DEFAULT_RULE, *rules.named(), *others)))]  # pyright: ignore[reportInvalidTypeForm]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings that every task shares.
+
+    Raises:
+        ValueError: If a setting is outside its range; the message names the option.
+    """
+
+    epochs: int = 5
+    """Passes over the training data."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial weights, the order of the data and dropout. Each is a run of its own."""
+    k: int | float = 20
+    """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
+    scope: Literal["example", "batch"] = "example"
+    """The k entries are chosen for each example (as in the paper), or once for the whole batch (unified top-k)."""
+    sparse_rows: Literal["no", "exact", "decay", "lazy"] = "no"
+    """What meprop.optim does with the rows of a weight that get no gradient; needs scope batch.
+    no: Gradients are dense, and so are torch's optimizers.
+    exact: The rows are updated as with dense gradients.
+    decay: The rows wait, and their moments decay when the next gradient comes.
+    lazy: The rows and their moments wait."""
+    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    """Optimizer, the same for dense and sparse. It is torch's fused implementation where there is one."""
+    lr: float = 1e-3
+    """Learning rate at the start."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over the steps: it falls to zero along half a cosine, or it is constant, as in the paper."""
+    when: Literal["always", "auto"] = "always"
+    """Which layers are sparse: all that can be (always), or those that measure faster on this machine (auto)."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. With auto, that is a GPU if there is one."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic: fp32, or bf16 autocast with fp32 weights."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**64 for s in self.seeds):
+            raise ValueError(f"--seeds must be one or more different integers from 0 to 2**64 - 1, got {[*self.seeds]}")
+        if not (self.lr > 0 and isfinite(self.lr)):
+            raise ValueError(f"--lr must be a positive number, got {self.lr}")
+        if self.sparse_rows != "no" and self.scope != "batch":
+            raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
+        self.rule()
+
+    def rule(self, name: str = DEFAULT_RULE) -> Rule:
+        """Return the rule of this name, with the k and scope of these settings.
+
+        Raises:
+            ValueError: There is no rule of this name, or it does not fit k or scope.
+        """
+        found = rules.named()
+        if name not in found:
+            raise ValueError(f"rule is {name!r}; the rules are {', '.join(found)}")
+        make = cast("Callable[..., Rule]", found[name])
+        return make(self.k, scope=self.scope)
+
+
+@dataclass(frozen=True)
+class SimplifyConfig:
+    """How runs are simplified (meSimp); the defaults are those of the paper's code.
+
+    Raises:
+        ValueError: If a setting is outside its range; the message names the option.
+    """
+
+    threshold: float = 0.1
+    """Units that a smaller share of the examples selects are removed."""
+    checks: int = 8
+    """How many times an epoch the run looks for units to remove."""
+    cycle: int = 5
+    """Epochs in a cycle. Cycles that remove units and cycles that only train take turns."""
+    warmup: int = 0
+    """Epochs before the first cycle. Nothing is removed in them."""
+    max_removal: float = 1.0
+    """The largest share of a layer's units that is removed at once. The least active units go first."""
+    min_units: int = 1
+    """At least so many units of each layer stay."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
+        if not 0 < self.max_removal <= 1:
+            raise ValueError(f"--max-removal must be above 0 and at most 1, got {self.max_removal}")
+        for name, least in {"checks": 1, "cycle": 1, "warmup": 0, "min_units": 1}.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+    def simplifier(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, example_inputs: Sequence[Any]
+    ) -> meprop.Simplifier:
+        """Return one with these settings."""
+        return meprop.Simplifier(
+            model,
+            self.threshold,
+            optimizer=optimizer,
+            check_every=max(1, steps_per_epoch // self.checks),
+            cycle=self.cycle * steps_per_epoch,
+            warmup=self.warmup * steps_per_epoch,
+            max_removal=self.max_removal,
+            min_units=self.min_units,
+            example_inputs=example_inputs,
+        )

@@ -1,0 +1,67 @@
+"""What a training run leaves behind: its seconds, its epochs, its outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Seconds:
+    """Seconds of training, summed over the steps; waiting for data and evaluation are in none of them."""
+
+    forward: float = 0.0
+    """The model and the loss."""
+    backward: float = 0.0
+    """All gradients, the selection included."""
+    optimizer: float = 0.0
+    """The update, clearing the gradients, and simplifying."""
+    step: float = 0.0
+    """The whole step: the three together."""
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What is known at the end of an epoch."""
+
+    epoch: int
+    loss: float
+    """Mean training loss over the epoch's batches."""
+    dev: dict[str, float]
+    test: dict[str, float]
+    seconds: float
+    """Seconds of training steps so far."""
+    widths: dict[str, int] = field(default_factory=dict[str, int])
+    """Units of each set of the model, if it is simplified."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The outcome of one run: an element of `runs` in result.json. Metrics are those after the last epoch."""
+
+    rule: str
+    """`"dense"`, the name of the rule, or `"simplified"`."""
+    seed: int
+    epochs: int
+    dev: dict[str, float]
+    test: dict[str, float]
+    seconds: dict[str, float]
+    k: int | float | None
+    """The rule's; None if dense."""
+    density: float | None
+    """The share of the entries that is propagated, over the output gradients of the sparse layers. It is 1 if there are
+    no such layers, and None if it depends on the gradient."""
+    curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """`EpochRecord` of each epoch."""
+    layers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """The conversion report's records; empty if dense."""
+    checks: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """`meprop.simplify.Check` of each check, with the widths; empty if not simplified."""
+
+    def selected(self, metric: str) -> EpochRecord:
+        """Return the epoch with the best dev score, the first of equals: what the paper reports.
+
+        Of a simplified run, among those in which the model had its last widths: an earlier one is not what it became.
+        """
+        records = [EpochRecord(**record) for record in self.curve]
+        return max((each for each in records if each.widths == records[-1].widths), key=lambda each: each.dev[metric])

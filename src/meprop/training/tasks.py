@@ -1,0 +1,60 @@
+"""The tasks by name: a new one is a module in `meprop.tasks` and one entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from meprop.training.config import TrainingConfig
+from meprop.training.task import Task
+
+
+class TaskEntry(NamedTuple):
+    """A task as the command line knows it."""
+
+    config: type[Any]
+    """The dataclass of its settings."""
+    build: Callable[[Any], Task]
+    """Reads the data and returns the task, from its settings."""
+    locate: Callable[[Path | None], Path | None]
+    """Returns the folder of the data for a --data-dir, or None if they are not here yet. It downloads nothing."""
+    load: Callable[[Any], object]
+    """Reads the data, after a download if needed; str() of what it returns is a line about them."""
+    training: TrainingConfig
+    """The task's defaults of the shared settings."""
+
+
+def table() -> dict[str, TaskEntry]:
+    """Return all tasks by name."""
+    from meprop.tasks import mnist, parsing, tagging
+
+    return {
+        "mnist": TaskEntry(
+            mnist.MnistConfig, mnist.MnistTask, mnist.locate, mnist.load, TrainingConfig(epochs=10, k=20)
+        ),
+        "tagging": TaskEntry(
+            tagging.TaggingConfig,
+            tagging.TaggingTask,
+            tagging.locate,
+            tagging.load,
+            TrainingConfig(epochs=15, k=20, lr=2e-3),
+        ),
+        "parsing": TaskEntry(
+            parsing.ParsingConfig,
+            parsing.ParsingTask,
+            parsing.locate,
+            parsing.load,
+            TrainingConfig(epochs=6, k=20, lr=2e-3),
+        ),
+    }
+
+
+def name_of(config: object) -> str:
+    """Return the name of the task that settings are of."""
+    return next(name for name, entry in table().items() if entry.config is type(config))
+
+
+def entry_of(config: object) -> TaskEntry:
+    """Return the task that settings are of."""
+    return table()[name_of(config)]
