@@ -19,12 +19,9 @@ from torch import Tensor, nn
 import literal
 import meprop
 from meprop import rules
+from meprop.functional.linear import linear_with_policy
 from meprop.nn.base import Descriptor, SparseLayer, register, sparse_repr, unregister
-from meprop.nn.linear import sparse_linear
 from meprop.policy import Policy
-
-needs_starts = pytest.mark.xfail(reason="products do not take `starts` yet, nor layers a count of None")
-needs_descriptors = pytest.mark.xfail(reason="convert does not look at descriptors yet")
 
 # ---------------------------------------------------------------- the rule
 
@@ -69,7 +66,6 @@ def test_the_rule_keeps_another_number_of_entries_in_each_row():
     assert repr(RULE) == "AboveShare(share=0.5, scope='example')"  # by which measurements of it are remembered
 
 
-@needs_starts
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [(), (0,), (1,), (7,), (2, 3)])
 def test_the_rule_in_functional_linear(batch, dtype):
@@ -119,7 +115,6 @@ def output_of(layer: nn.Module, x: Tensor) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@needs_starts
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_converted_layer_takes_the_rule(name, autocast):
@@ -144,7 +139,6 @@ def test_a_converted_layer_takes_the_rule(name, autocast):
         torch.testing.assert_close(one.grad, other.grad, rtol=16 * eps, atol=16 * eps * float(other.grad.abs().max()))
 
 
-@needs_starts
 def test_a_layer_made_by_hand_takes_the_rule_and_leaves_most_out():
     torch.manual_seed(0)
     layer, x = meprop.nn.Linear(6, 200, rule=AboveShare(0.8)), torch.randn(1, 6)
@@ -175,15 +169,16 @@ class GRUCell(SparseLayer, nn.GRUCell):
     """
 
     def __init__(self, *args: Any, rule: meprop.Rule, **kwargs: Any) -> None:
+        policy = Policy(rule)
         super().__init__(*args, **kwargs)
-        self.policy = Policy(rule)
+        self.policy = policy.of_layer()
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Input [*, I] and state [*, H] to the next state [*, H]."""
         h = input.new_zeros(*input.shape[:-1], self.hidden_size) if hx is None else hx
-        rule = self.policy.in_blocks(3).rule
-        r_x, z_x, n_x = sparse_linear(self, input, self.weight_ih, self.bias_ih, rule).chunk(3, dim=-1)
-        r_h, z_h, n_h = sparse_linear(self, h, self.weight_hh, self.bias_hh, rule).chunk(3, dim=-1)
+        policy = self.policy.in_blocks(3)  # the rule chooses within each of three gates
+        r_x, z_x, n_x = linear_with_policy(input, self.weight_ih, self.bias_ih, policy).chunk(3, dim=-1)
+        r_h, z_h, n_h = linear_with_policy(h, self.weight_hh, self.bias_hh, policy).chunk(3, dim=-1)
         z = (z_x + z_h).sigmoid()
         return (1 - z) * (n_x + (r_x + r_h).sigmoid() * n_h).tanh() + z * h
 
@@ -282,7 +277,6 @@ def test_a_cell_made_by_hand_is_sparse_in_each_of_its_gates():
         GRUCell(INPUTS, UNITS, rule=0.05)
 
 
-@needs_descriptors
 def test_a_cell_is_converted_in_place_and_reported(registered):
     model, plain = Recurrent(), Recurrent()
     parameters, x = list(model.parameters()), torch.randn(2, BATCH, INPUTS)
@@ -299,7 +293,6 @@ def test_a_cell_is_converted_in_place_and_reported(registered):
     torch.testing.assert_close(model(x), plain(x))
 
 
-@needs_descriptors
 @pytest.mark.parametrize("rule", [meprop.TopK(4), meprop.TopK(4, scope="batch"), meprop.CompensatedTopK(4)], ids=str)
 def test_a_converted_cell_trains_as_its_literal_twin(registered, rule):
     models = Recurrent(), Literal(rule)
@@ -318,8 +311,6 @@ def test_a_converted_cell_trains_as_its_literal_twin(registered, rule):
     assert not torch.equal(models[0].cell.weight_hh, start)
 
 
-@needs_starts
-@needs_descriptors
 def test_the_rule_and_the_layer_of_ones_own_together(registered):
     models, x = (Recurrent(), Literal(RULE)), torch.randn(4, BATCH, INPUTS)
     assert [each.status for each in convert(models[0], RULE).layers] == ["sparse", "dense"]
@@ -328,7 +319,6 @@ def test_the_rule_and_the_layer_of_ones_own_together(registered):
     assert_same_gradients(*models)
 
 
-@needs_descriptors
 def test_a_converted_cell_is_reverted_without_a_trace(registered):
     model, untouched = Recurrent(), Recurrent()
     convert(model, meprop.TopK(4))
@@ -340,7 +330,6 @@ def test_a_converted_cell_is_reverted_without_a_trace(registered):
     assert torch.equal(model(x), untouched(x))
 
 
-@needs_descriptors
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_of_a_converted_cell_are_converted(registered, duplicate):
     model = Recurrent()
@@ -354,7 +343,6 @@ def test_copies_of_a_converted_cell_are_converted(registered, duplicate):
     assert_same_gradients(twin, model)
 
 
-@needs_descriptors
 def test_a_narrow_cell_and_a_subclass_stay_dense_and_say_why(registered):
     class OwnForward(nn.GRUCell):
         pass
@@ -366,7 +354,6 @@ def test_a_narrow_cell_and_a_subclass_stay_dense_and_say_why(registered):
     assert "OwnForward is a subclass of GRUCell" in report.layers[1].reason
 
 
-@needs_descriptors
 @pytest.mark.parametrize("faster", [False, True])
 def test_a_cell_decides_once_by_measurement(registered, monkeypatch, faster):
     asked: list[object] = []

@@ -19,7 +19,11 @@ from meprop.errors import NotSupportedError
 from meprop.rules import InBlocks, Rule
 from meprop.selection import ColumnSelection, Selection
 
+__all__ = ["Activity", "Policy", "Record", "When"]
+
+
 When = Literal["auto", "always"]
+"""Whether a layer is always sparse, or first measured ("auto")."""
 
 
 @dataclass(eq=False)

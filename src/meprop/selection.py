@@ -9,6 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["ColumnSelection", "PlainTopK", "RowSelection", "Scope", "Selection", "side_by_side"]
+
+
 Scope = Literal["example", "batch"]
 """Whether a rule chooses entries of each row ("example"), or, unified, the same columns for all rows ("batch")."""
 
@@ -113,6 +116,7 @@ class ColumnSelection:
 
 
 Selection = RowSelection | ColumnSelection
+"""What a rule answers."""
 
 
 class PlainTopK(NamedTuple):

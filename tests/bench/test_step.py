@@ -9,7 +9,9 @@ import meprop
 
 pytest.importorskip("tyro")
 
-from meprop import cli, functional
+from dataclasses import replace
+
+from meprop import cli, nn
 from meprop.bench import step
 from meprop.reporting.bench_step import draw
 
@@ -58,16 +60,16 @@ def test_the_ways_are_what_they_are_called():
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_wrong_is_not_timed(monkeypatch, what):
-    right = functional.apply_linear
+    right = nn.linear.linear_with_policy
 
-    def wrong(x, weight, bias, rule, sparse_grad, *rest):
+    def wrong(x, weight, bias, policy):
         if x.dtype == torch.float64:  # the oracle
-            return right(x, weight, bias, rule, sparse_grad, *rest)
-        if what == "gradient" and sparse_grad:
-            rule = meprop.RandomK(rule.k, scope="batch")
-        return right(x, weight, bias, rule, sparse_grad, *rest) * (2 if what == "loss" else 1)
+            return right(x, weight, bias, policy)
+        if what == "gradient" and policy.sparse_grad:
+            policy = replace(policy, rule=meprop.RandomK(policy.rule.k, scope="batch"))
+        return right(x, weight, bias, policy) * (2 if what == "loss" else 1)
 
-    monkeypatch.setattr(functional, "apply_linear", wrong)
+    monkeypatch.setattr(nn.linear, "linear_with_policy", wrong)
     result = step.run_case(SMALL, "adam", 0.1, 0.001)
     found = {one.way.name: one for one in result.ways}
     assert found["dense fp32"].wrong is None

@@ -22,8 +22,10 @@ def select(rule: meprop.TopK, grad_NO: Tensor) -> Selection:
     """Return what the rule is to keep of an output gradient."""
     k, width = rule.count(grad_NO.shape[1]), grad_NO.shape[1]
     if rule.scope == "batch":
-        return ColumnSelection(*reference.topk_columns(grad_NO, k), width)
-    return RowSelection(*reference.topk_rows(grad_NO, k), width)
+        values, indices = reference.topk_columns(grad_NO, k)
+        return ColumnSelection(values, indices, width)
+    values, indices = reference.topk_rows(grad_NO, k)
+    return RowSelection(values, indices, width)
 
 
 def selection_differs(rule: meprop.TopK, grad_NO: Tensor, expected: Selection) -> str | None:

@@ -18,6 +18,19 @@ from meprop.policy import Activity, Policy, When
 from meprop.rules import Rule
 from meprop.speed import Decision
 
+__all__ = [
+    "Descriptor",
+    "Layout",
+    "SparseLayer",
+    "descriptor_of",
+    "descriptors",
+    "layer_descriptor",
+    "register",
+    "sparse_repr",
+    "unregister",
+]
+
+
 Layout = tuple[int, ...]
 """The groups of units that a dimension of a tensor consists of, one after the other, by their numbers: of an LSTM's
 gates four times the same. Where the dimension is longer, each unit has equally many adjacent entries, as the positions

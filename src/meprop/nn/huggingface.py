@@ -11,6 +11,8 @@ from meprop.nn.base import Descriptor, SparseLayer, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
+__all__ = ["Conv1D", "Conv1DDescriptor"]
+
 
 class Conv1D(SparseLayer, PlainConv1D):
     """`transformers.pytorch_utils.Conv1D`, a linear layer with weight [I, O], that back-propagates what `rule` keeps.

@@ -84,6 +84,7 @@ class Call:
     """One call in the graph, and what a handler can say about it.
 
     Attributes:
+        finder: What is known of all units so far; the methods below write into it.
         name: The called module, function or method as reasons name it, in quotes.
         args: The positional arguments, with a `Value` for each tensor.
         kwargs: The keyword arguments.
