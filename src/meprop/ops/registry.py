@@ -186,6 +186,9 @@ class Backend:
 
         return decorate
 
+    def __repr__(self) -> str:
+        return f"Backend({self.name!r})"
+
     def __contains__(self, name: str) -> bool:
         return name in self.implementations
 
