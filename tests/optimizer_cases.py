@@ -19,7 +19,7 @@ KINDS = {
     "adam-maximize": ("Adam", {"lr": 0.01, "maximize": True}),
     "adamw": ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
     "adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.01, "initial_accumulator_value": 0.1}),
-    "adagrad-l2": ("Adagrad", {"lr": 0.1, "weight_decay": 0.01}),
+    "adagrad-l2": ("Adagrad", {"lr": 0.1, "weight_decay": 0.01, "eps": 1e-3}),
 }
 
 TOLERANCE = {torch.float32: {"rtol": 2e-4, "atol": 2e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-11}}

@@ -51,6 +51,7 @@ EDITS = {
     "copy": lambda weight: weight.copy_(torch.ones_like(weight)),
     "other memory": lambda weight: setattr(weight, "data", torch.full_like(weight, 3.0)),
     "data": lambda weight: weight.data.mul_(1.5),
+    "data of all rows but the first": lambda weight: weight.data[1:].mul_(1.5),
     "numpy": lambda weight: np.multiply(weight.detach().numpy(), 1.5, out=weight.detach().numpy()),
 }
 
@@ -61,6 +62,49 @@ def test_an_edited_weight_is_seen(layer, edit):
     with torch.no_grad():
         edit(layer.weight)
     assert torch.equal(forward(layer), expected(layer))
+
+
+def test_other_memory_under_a_weight_is_seen_though_the_values_agree(layer):
+    first = copies.of(layer.weight)
+    layer.weight.data = layer.weight.data.clone()
+    assert copies.current(layer.weight) is None
+    assert copies.of(layer.weight) is first  # written anew, in place
+    assert copies.current(layer.weight) is first
+
+
+def test_another_shape_of_the_same_memory_is_seen(layer):
+    copies.of(layer.weight)
+    layer.weight.data = layer.weight.data[:3]
+    assert copies.current(layer.weight) is None
+    assert torch.equal(copies.of(layer.weight), layer.weight.bfloat16())
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+def test_plain_float32_leaves_alone_have_copies_and_in_bfloat16_alone():
+    weight = torch.nn.Parameter(torch.ones(4, 6))
+    for served in (weight, torch.ones(4, 6), torch.ones(3)):
+        assert copies.serves(served, torch.bfloat16)
+        assert not copies.of(served).requires_grad
+    assert not copies.serves(weight, torch.float16)
+    assert not copies.serves(weight, torch.float32)
+    for other in (weight.double().detach(), weight * 2, weight.t().detach(), torch.ones(4, 6).as_subclass(OwnTensor)):
+        assert not copies.serves(other, torch.bfloat16)
+    with torch.inference_mode():
+        assert not copies.serves(torch.ones(4, 6), torch.bfloat16)
+    served = []
+    torch.func.vmap(lambda row: served.append(copies.serves(row, torch.bfloat16)) or row)(torch.ones(4, 6))
+    assert served == [False]
+
+
+def test_a_forgotten_copy_is_made_anew(layer):
+    first = copies.of(layer.weight)
+    copies.forget(layer.weight)
+    copies.forget(layer.weight)  # nothing to do
+    assert copies.current(layer.weight) is None
+    assert copies.of(layer.weight) is not first
 
 
 def test_load_state_dict_is_seen(layer):
