@@ -78,7 +78,7 @@ def test_compare_writes_the_result_and_shows_it(data, capsys):
     ]  # fmt: skip
     assert content["config"]["task"]["hidden"] == [128]
     assert (content["config"]["training"]["k"], content["config"]["training"]["epochs"]) == (5, 2)
-    assert Path("runs/compare-mnist/curves.png").stat().st_size > 1000
+    assert Path("runs/compare-mnist/curves.png").exists()  # what is in it: tests/reporting
     shown = capsys.readouterr()
     for text in ("16 x 128", "test accuracy", "backward, s", "density", "3.9%", "±", "sparse is"):
         assert text in shown.out
@@ -106,7 +106,7 @@ def test_simplify_trains_three_ways_and_leaves_small_models(data, capsys):
             compact = torch.load(f"runs/simplify-mnist/compact-seed{run['seed']}.pt", weights_only=False)
             assert compact[0].out_features == width
     for picture in ("curves.png", "widths.png", "activity.png"):
-        assert Path("runs/simplify-mnist", picture).stat().st_size > 1000
+        assert Path("runs/simplify-mnist", picture).exists()
     shown = capsys.readouterr()
     for text in ("of 128", "can be pruned", "the model's output", "parameters, thousands", "inference, ms"):
         assert text in shown.out
@@ -116,7 +116,7 @@ def test_simplify_trains_three_ways_and_leaves_small_models(data, capsys):
 def test_random_k_is_compared_and_trained_like_top_k(data, capsys):
     assert compare(data, "--rule", "random", "--out", "pair") == 0
     assert [run["rule"] for run in result("pair")["runs"]] == ["dense", "random"]
-    assert Path("pair/curves.png").stat().st_size > 1000
+    assert Path("pair/curves.png").exists()
     shown = capsys.readouterr().out
     for text in ("random", "3.9%", "the speed of dense"):
         assert text in shown
@@ -287,12 +287,33 @@ def test_a_missing_extra_is_named_with_the_remedy():
 
 
 def test_help_does_not_wait_for_what_it_does_not_need():
+    heavy = "'matplotlib', 'lightning_fabric', 'tensorboard', 'pooch', 'meprop.tasks.mnist', 'meprop.bench.linear'"
     code = (
         "import sys; from meprop.cli import main; main(['--help']); "
-        "print([m for m in ('matplotlib', 'lightning_fabric', 'tensorboard') if m in sys.modules])"
+        f"print('help:', 'tyro' in sys.modules, [m for m in ({heavy}) if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-1] == "help: True []"
+
+
+def test_python_m_is_the_same_command():
+    def shown(*command):
+        done = subprocess.run([sys.executable, *command, "train", "mnits"], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    code = "import sys; from meprop.cli import main; sys.exit(main())"  # what the script `meprop` does
+    script = shown("-c", code)
+    assert script[0] == 2
+    assert "mnits" in script[2]
+    assert shown("-m", "meprop") == shown("-m", "meprop.cli") == script
+
+
+def test_every_benchmark_is_a_command_with_its_own_help(capsys):
+    for name in ("linear", "lstm", "conv", "step", "layers"):
+        assert cli.main(["bench", name, "--help"]) == 0
+        shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+        assert shown.startswith(f"usage: meprop bench {name} ")
+        assert "Time " in shown
 
 
 @pytest.mark.parametrize(("arguments", "asks"), [(["--keep-memory"], True), ([], False)])

@@ -6,8 +6,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from bench.fake import fixed
 from meprop import cli, functional
 from meprop.bench import conv
+from meprop.bench.measure import Ratio
 
 SMALL = conv.Case("batch", 2, 2, 3, 40, 5, 3, 5, channels_last=True)
 
@@ -32,12 +34,20 @@ def test_names_are_read_back_and_choose():
 @pytest.mark.parametrize(
     "case", [SMALL, conv.Case("batch", 1, 2, 3, 40, 9, 5, 5), conv.Case("example", 2, 2, 3, 40, 4, 1, 5)]
 )
-def test_a_case_is_timed_and_its_ratios_are_those_of_its_times(case):
+def test_a_case_is_timed_with_both_of_torchs_and_a_ratio_to_each(monkeypatch, case):
+    seconds = {"sparse": (2.0, 4.0), "dense_fp32": (4.0, 5.0), "dense_bf16": (1.0, 4.0)}
+    fixed(monkeypatch, conv, seconds)
     result = conv.run_case(case, seconds=0.01)
     assert result.wrong is None
     assert set(result.times) == {"sparse", "dense_fp32", "dense_bf16"}
-    for side, ratio in result.ratios.items():
-        assert ratio.p20 == result.times[side].p20 / result.times["sparse"].p20
+    assert result.ratios == {"dense_fp32": Ratio(2.0, 1.25), "dense_bf16": Ratio(0.5, 1.0)}
+    assert conv.Conv().outcome(result) == f"{case.name}: 2.00x"
+    assert conv.Conv().cells(result)[-4:] == [
+        "4e+03 / 5e+03 / 9e+03",
+        "2.00x (1.25x)",
+        "1e+03 / 4e+03 / 9e+03",
+        "0.50x (1.00x)",
+    ]
 
 
 @pytest.mark.parametrize("what", ["output", "gradient"])

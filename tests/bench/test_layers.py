@@ -81,9 +81,7 @@ def test_each_hidden_layer_all_together_and_the_step_are_timed(capsys):
     for row in content["layers"]:
         assert row["wrong"] is None
         assert set(row["times"]) == {"dense", "sparse"}
-        for percentile in ("p20", "p50"):
-            dense, sparse = (row["times"][side][percentile] for side in ("dense", "sparse"))
-            assert row["ratio"][percentile] == pytest.approx(dense / sparse)
+        assert row["ratio"]["p20"] > 0
     shown = capsys.readouterr().out
     for text in ("10 x 6 x 128", "10 x 128 x 150", "3.9%", "3.3%", "hidden layers together", "whole step"):
         assert text in shown
@@ -100,10 +98,11 @@ def test_threads_are_those_that_were_asked_for(monkeypatch, capsys):
 
 
 def test_times_are_per_batch(monkeypatch):
-    times = layers.Times(4.0, 8.0, 12.0, 16.0, 9)
-    monkeypatch.setattr(layers, "interleaved", lambda sides, seconds: dict.fromkeys(sides, times))
+    times = {"dense": layers.Times(4.0, 8.0, 12.0, 16.0, 9), "sparse": layers.Times(4.0, 4.0, 8.0, 16.0, 9)}
+    monkeypatch.setattr(layers, "interleaved", lambda sides, seconds: {side: times[side] for side in sides})
     (row, *_) = layers.run(TinyTask(), TRAINING, 5, 4, 1.0, {}).layers
     assert row.times["dense"] == layers.Times(1.0, 2.0, 3.0, 4.0, 9)
+    assert row.ratio == layers.Ratio(2.0, 1.5)
 
 
 def test_what_is_recorded_is_what_training_sees():

@@ -8,6 +8,7 @@ import torch
 
 from meprop import cli, functional
 from meprop.bench import lstm
+from meprop.bench.measure import Ratio, Times
 
 SMALL = lstm.Case("example", 4, 3, 6, 40, 5)
 
@@ -24,12 +25,23 @@ def test_names_are_read_back_and_choose():
 
 
 @pytest.mark.parametrize("scope", ["example", "batch"])
-def test_a_case_is_timed_and_its_ratios_are_those_of_its_times(scope):
+def test_both_passes_of_a_case_are_timed_and_have_a_ratio(monkeypatch, scope):
+    budgets = []
+    of_pass = iter([(3.0, 1.0), (8.0, 2.0)])  # dense and sparse: forward, then backward
+
+    def interleaved(sides, seconds):
+        budgets.append(seconds)
+        return {
+            side: Times(0.0, p20, 2 * p20, 9.0, 9) for side, p20 in zip(("dense", "sparse"), next(of_pass), strict=True)
+        }
+
+    monkeypatch.setattr(lstm, "interleaved", interleaved)
     result = lstm.run_case(lstm.Case(scope, 4, 3, 6, 40, 5), seconds=0.01)
     assert result.wrong is None
     assert set(result.times) == {f"{name} {side}" for name in ("forward", "backward") for side in ("dense", "sparse")}
-    assert result.backward.p20 == result.times["backward dense"].p20 / result.times["backward sparse"].p20
-    assert result.forward.p50 == result.times["forward dense"].p50 / result.times["forward sparse"].p50
+    assert (result.forward, result.backward) == (Ratio(3.0, 3.0), Ratio(4.0, 4.0))
+    assert result.times["backward dense"].p20 == 8.0
+    assert budgets == [0.01, 0.01]
 
 
 @pytest.mark.parametrize("what", ["output", "gradient"])

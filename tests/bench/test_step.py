@@ -1,6 +1,7 @@
 """bench step: each way of the step is checked, parts and ratios are those of its times, the record says all."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import meprop
 
 pytest.importorskip("tyro")
 
-from dataclasses import replace
+from matplotlib.figure import Figure
 
 from meprop import cli, nn
 from meprop.bench import step
-from meprop.reporting.bench_step import draw
+from meprop.bench.measure import Ratio, Times
+from meprop.reporting import bench_step
 
 SMALL = step.Model((6, 140, 130, 3), 5)
 
@@ -35,12 +37,29 @@ def test_models_are_named_by_widths_and_batch():
 def test_all_ways_are_timed_with_each_optimizer(optimizer):
     result = step.run_case(SMALL, optimizer, 0.1, 0.001)
     assert [one.way for one in result.ways] == step.ways()
-    baseline = {one.way.name: one for one in result.ways}["dense bf16"]
     for one in result.ways:
         assert one.wrong is None
         assert sum(times.best for times in one.phases.values()) <= one.step.p80
-        assert one.ratios["dense bf16"].p20 == baseline.step.p20 / one.step.p20
+        assert all(times.best > 0 for times in one.phases.values())
         assert all(times.calls == one.step.calls for times in one.phases.values())
+
+
+def test_ratios_are_of_the_baselines_to_each_way(monkeypatch):
+    seconds = {way.name: (4.0, 2.0) for way in step.ways()}
+    seconds |= {"dense fp32": (8.0, 8.0), "dense bf16": (6.0, 1.0)}
+
+    def interleaved(sides, budget):
+        assert budget == 0.5 * len(sides)
+        for _ in range(3):
+            for run in sides.values():
+                run()
+        return {name: Times(0.0, *seconds[name], 9.0, 9) for name in sides}
+
+    monkeypatch.setattr(step, "interleaved", interleaved)
+    ways = {one.name: one for one in step.run_case(SMALL, "sgd", 0.1, 0.5).ways}
+    assert ways["per example fp32"].ratios == {"dense fp32": Ratio(2.0, 4.0), "dense bf16": Ratio(1.5, 0.5)}
+    assert ways["dense fp32"].ratios == {"dense fp32": Ratio(1.0, 1.0), "dense bf16": Ratio(0.75, 0.125)}
+    assert all(times.calls == 2 for one in ways.values() for times in one.phases.values())  # the first is not timed
 
 
 def test_the_ways_are_what_they_are_called():
@@ -125,5 +144,35 @@ def test_a_wrong_baseline_leaves_its_ratios_out(wrong, monkeypatch, tmp_path):
     result = step.run_case(SMALL, "sgd", 0.1, 0.001)
     bench = step.StepBench("bench-step", {}, {}, {}, None, {}, None, [result])
     assert "WRONG: dense fp32: broken" in step.Step().table([result])
-    draw(bench, tmp_path / "step.png")
+    made = []
+    monkeypatch.setattr(bench_step, "Figure", lambda **options: made.append(Figure(**options)) or made[-1])
+    bench_step.draw(bench, tmp_path / "step.png")
+    (axes,) = made[0].axes
+    right = [one for one in result.ways if one.wrong is None]
+    labels = [text.get_text() for text in axes.get_yticklabels()] if right else []  # without bars they are numbers
+    assert labels == [one.name for one in right]
+    assert [text.get_text() for text in axes.texts] == [""] * len(right)  # no baseline, no ratio
+    assert len(axes.patches) == len(step.PHASES) * len(right)
     assert all("dense fp32" not in one.ratios for one in result.ways)
+
+
+def test_the_figure_stacks_the_parts_of_each_step(monkeypatch, tmp_path):
+    def way(name, *parts, ratio):
+        phases = {phase: Times(p, p, p, p, 9) for phase, p in zip(step.PHASES, parts, strict=True)}
+        whole = Times(*[sum(parts)] * 4, 9)
+        return step.WayResult(step.Way(name), None, whole, phases, {"dense fp32": Ratio(ratio, ratio)})
+
+    ways = [way("dense fp32", 1e-3, 4e-3, 3e-3, ratio=1.0), way("sparse", 1e-3, 2e-3, 1e-3, ratio=2.0)]
+    result = step.CaseResult(SMALL, "adam", [*ways, step.WayResult(step.Way("broken"), "differs")])
+    made = []
+    monkeypatch.setattr(bench_step, "Figure", lambda **options: made.append(Figure(**options)) or made[-1])
+    bench_step.draw(step.StepBench("bench-step", {}, {}, {}, None, {}, None, [result, result]), tmp_path / "step.png")
+    first, second = made[0].axes
+    for axes in (first, second):
+        assert axes.get_title() == f"{SMALL.name}, adam"
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["dense fp32", "sparse"]
+        bars = [(round(bar.get_x(), 6), round(bar.get_width(), 6)) for bar in axes.patches]
+        assert bars == [(0, 1), (0, 1), (1, 4), (1, 2), (5, 3), (3, 1)]  # milliseconds: a part of both, then the next
+        assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [("1.0x", 8.0), ("2.0x", 4.0)]
+        assert axes.get_xlim()[1] > 8
+    assert [text.get_text() for text in first.get_legend().get_texts()] == list(step.PHASES)

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from meprop.reporting import figures
@@ -25,19 +26,58 @@ def run(rule: str, seed: int = 0, accuracy: float = 97.0, backward: float = 4.0,
     return Run(rule, seed, 2, metrics, metrics, seconds, None if dense else 20, 1.0 if dense else density, curve)
 
 
+@pytest.fixture
+def made(monkeypatch):
+    found: list[Figure] = []
+    monkeypatch.setattr(figures, "Figure", lambda **options: found.append(Figure(**options)) or found[-1])
+    return found
+
+
 @pytest.mark.parametrize(
-    "runs", [[run("random")], [run("topk")], [run("dense"), run("topk"), run("dense", 1), run("topk", 1)]]
+    ("runs", "lines", "labels"),
+    [
+        ([run("random")], 1, ["random"]),
+        ([run("simplified"), run("topk"), run("dense")], 3, ["dense", "topk", "simplified"]),
+        (
+            [run("dense"), run("topk"), run("dense", 1, accuracy=95.0), run("topk", 1)],
+            6,  # a thin one for each seed, a bold one for each mean
+            ["dense, mean of 2 seeds", "topk, mean of 2 seeds"],
+        ),
+        ([run("a rule that is gone")], 1, ["a rule that is gone"]),
+    ],
 )
-def test_the_figure_is_a_png(tmp_path, runs):
-    path = tmp_path / "curves.png"
-    draw_runs(runs, "accuracy", path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_each_kind_of_run_has_its_line_label_colour_and_bar(tmp_path, made, runs, lines, labels):
+    draw_runs(runs, "accuracy", tmp_path / "curves.png")
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+    *curves, bars = made[0].axes
+    for axes in curves:
+        assert len(axes.lines) == lines
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
+        named = {line.get_label(): line for line in axes.lines}
+        assert len({to_hex(named[label].get_color()) for label in labels}) == len(labels)
+        low, high = axes.get_ylim()
+        assert all(low < y < high for line in axes.lines for y in line.get_ydata())
+        assert axes.get_ylabel().startswith("dev accuracy, %")
+    kinds = [label.split(",")[0] for label in labels]
+    assert [text.get_text() for text in bars.get_xticklabels()] == kinds
+    assert [text.get_text() for text in bars.texts] == ["10.0 s"] * len(kinds)  # 2 + 4 + 4
 
 
-def test_the_figure_shows_the_dev_scores_over_epochs_and_over_time_and_the_seconds(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(figures, "Figure", lambda **options: made.append(Figure(**options)) or made[0])
+def test_the_bold_line_is_the_mean_over_the_seeds(tmp_path, made):
+    draw_runs([run("dense"), run("dense", 1, accuracy=95.0)], "accuracy", tmp_path / "curves.png")
+    thin, other, bold = made[0].axes[0].lines
+    assert [line.get_ydata()[-1] for line in (thin, other, bold)] == [96.5, 94.5, 95.5]
+    assert bold.get_linewidth() > thin.get_linewidth()
+
+
+def test_the_legend_of_the_bars_does_not_lie_on_them(tmp_path, made):
+    draw_runs([run("dense"), run("topk", backward=3.0)], "accuracy", tmp_path / "curves.png")
+    bars = made[0].axes[2]
+    legend = bars.get_legend().get_window_extent()
+    assert not any(legend.overlaps(bar.get_window_extent()) for bar in bars.patches)
+
+
+def test_the_figure_shows_the_dev_scores_over_epochs_and_over_time_and_the_seconds(tmp_path, made):
     draw_runs([run("topk", accuracy=96.0, backward=3.0), run("dense")], "accuracy", tmp_path / "curves.png")
     by_epoch, by_time, bars = made[0].axes
     assert [line.get_xydata().tolist() for line in by_epoch.lines] == [[[1, 96], [2, 96.5]], [[1, 95], [2, 95.5]]]
@@ -85,9 +125,8 @@ def test_nothing_sparse_is_said_and_not_called_a_comparison():
 def test_the_table_shows_each_rule_and_k():
     from rich.console import Console
 
-    console = Console(width=120, record=True, quiet=True)
-    with console.capture():
-        console.print(run_table([run("dense"), run("topk"), run("dense", 1), run("topk", 1)], "accuracy"))
+    two_seeds = run_table([run("dense"), run("topk"), run("dense", 1, accuracy=95.0), run("topk", 1)], "accuracy")
+    assert next(iter(two_seeds.columns[1].cells)) == "96.00 ± 1.41"  # of 97 and 95
     assert run_table([run("topk")], "accuracy").columns[-1].header == "topk"  # one rule: no ratio
     console = Console(width=120)
     with console.capture() as captured:

