@@ -68,10 +68,15 @@ def own_annotations(cls: type) -> list[tuple[str, object]]:
 
 
 def members(cls: type) -> Iterator[tuple[str, object]]:
-    """The public members that meprop defines: of a class, and of those of ours that it is made of."""
+    """The public members that meprop defines: of a class, and of those of ours that it is made of.
+
+    torch's optimizers put a `step` of torch's into the class when the first one is made: it is none of them.
+    """
     names = {name for base in cls.__mro__ if is_ours(base) for name in vars(base)}
     for name in sorted(name for name in names if not name.startswith("_")):
-        yield name, inspect.getattr_static(cls, name)
+        value = inspect.getattr_static(cls, name)
+        if not inspect.isfunction(value) or value.__module__.startswith("meprop"):
+            yield name, value
 
 
 # ---------------------------------------------------------------- as text

@@ -218,6 +218,22 @@ def test_a_rule_of_ones_own_is_multiplied_like_topk(name, columns):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["2d", "pointwise"])
+def test_channels_are_kept_in_each_of_several_blocks(name):
+    sizes, kernel, arguments = GEOMETRIES[name]
+    x, weight, bias = make(sizes, kernel, outputs=20)
+    rule = meprop.InBlocks(meprop.TopK(2, scope="batch"), 4)
+    output = functional.conv2d(x, weight, bias, rule=rule, **arguments)
+    grad = random_like(output)
+    rows = grad.movedim(1, -1)
+    kept = rule.select(rows.flatten(0, -2)).to_dense().view(rows.shape).movedim(-1, 1)
+    ours = torch.autograd.grad(output, (x, weight), grad)
+    exact = torch.autograd.grad(F.conv2d(x, weight, bias, **arguments), (x, weight), kept)
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.tensor(channels(ours[1])).div(5, rounding_mode="floor").bincount().tolist() == [2] * 4
+
+
 def test_a_choice_at_each_position_is_for_pointwise_convolutions():
     x, weight, bias = make((6, 7), (3, 3))
     for arguments in ({}, {"padding": 1}, {"stride": 2}):

@@ -162,6 +162,13 @@ def test_the_oracle_is_a_literal_lstm(poisoned, sizes, reverse, rule):
     check_against_step_by_step(sizes, INPUTS, UNITS, reverse, rule, torch.float64)
 
 
+@pytest.mark.parametrize("scope", ["example", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_units_are_kept_in_each_of_several_blocks(dtype, scope):
+    rule = meprop.InBlocks(meprop.TopK(2, scope=scope), 4)
+    check_against_step_by_step(SIZES["ragged"], INPUTS, 20, False, rule, dtype)
+
+
 def check_against_step_by_step(
     sizes: list[int], inputs: int, units: int, reverse: bool, rule: Rule, dtype: torch.dtype
 ) -> None:
