@@ -295,6 +295,31 @@ def test_autocast_leaves_float64_alone_as_torch_does():
     assert weight.grad.dtype == torch.float64
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compute_dtype_takes_inputs_of_another_dtype_than_the_weights(dtype, scope):
+    x, weight, bias, grad_output = make((8,), 12, 40, torch.float32)
+    x, grad_output = x.detach().to(dtype).requires_grad_(), grad_output.to(dtype)
+    rule = meprop.TopK(5, scope=scope)
+    y = meprop.functional.linear(x, weight, bias, rule=rule, compute_dtype=torch.bfloat16)
+    assert y.dtype == dtype
+    y.backward(grad_output)
+    for tensor, expected in zip((x, weight, bias), expected_gradients(x, weight, grad_output, rule), strict=True):
+        assert tensor.grad.dtype == tensor.dtype
+        eps = torch.finfo(tensor.dtype).eps
+        torch.testing.assert_close(tensor.grad.double(), expected, rtol=8 * eps, atol=64 * eps)
+
+
+def test_a_frozen_weight_with_row_sparse_gradients_passes_on_what_is_kept():
+    x, weight, bias, grad_output = make((6,), 5, 21, torch.float32)
+    rule = meprop.TopK(4, scope="batch")
+    weight.requires_grad_(False)
+    meprop.functional.linear(x, weight, bias, rule=rule, sparse_grad=True).backward(grad_output)
+    expected = expected_gradients(x, weight, grad_output, rule)[0]
+    torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
+    assert weight.grad is None
+
+
 def test_complex_weights_are_refused():
     weight = torch.randn(30, 6, dtype=torch.complex64, requires_grad=True)
     with pytest.raises(TypeError, match=r"complex64.*floating"):

@@ -324,6 +324,18 @@ def test_a_frozen_layer_passes_on_to_its_states_what_the_rule_keeps(form):
         assert not torch.allclose(one, dense)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("needed", [0, 1], ids=["h0", "c0"])
+def test_one_of_the_states_alone_gets_its_gradient(needed, dtype):
+    layer, x = make(dtype), random_input("padded", False, dtype)
+    both, alone = random_states(layer, "padded"), [state.detach() for state in random_states(layer, "padded")]
+    alone[needed].requires_grad_()
+    expected = torch.autograd.grad(layer(x, both)[0].square().sum(), both)[needed]
+    (found,) = torch.autograd.grad(layer(x, tuple(alone))[0].square().sum(), alone[needed])
+    assert torch.equal(found, expected)
+    assert found.any()
+
+
 def test_layouts_of_inputs_and_gradients(level, poisoned):
     """Gradients that are expanded, transposed or absent, and inputs that are not contiguous."""
     layer = make(torch.float32)
