@@ -41,9 +41,9 @@ class LayerReport:
     Attributes:
         name: Its name in the model, "" for the model itself.
         kind: The plain class's name, e.g. "Linear".
-        in_features: I; of a convolution, its input channels.
-        out_features: O, among which the rule chooses; of a convolution, its output channels; of an LSTM, the hidden
-            units H, as it chooses within each gate; of attention E, as it chooses within each projection.
+        in_features: I. Convolutions count input channels.
+        out_features: O, among which the rule chooses. Convolutions count output channels. LSTMs count hidden units, as
+            the rule chooses within each gate. Attention counts E, as the rule chooses within each projection.
         status: "sparse" or "dense".
         k: How many of them are kept; None if dense, or if it depends on the gradient.
         density: The share of the output gradient that is kept; 1.0 if dense, NaN if it depends on the gradient.
@@ -121,37 +121,47 @@ def convert(
     compute_dtype: torch.dtype | None = None,
     when: When = "auto",
 ) -> ConversionReport:
-    """Lets linear layers, convolutions, LSTMs and attention of a model back-propagate only what `rule` keeps. In place.
+    """Lets the layers of a model back-propagate only what `rule` keeps, in place.
 
-    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`, and so do `Conv1d`, `Conv2d`, `LSTM`, `MultiheadAttention`
-    (which `TransformerEncoderLayer` and its like consist of) and the `Conv1D` of Hugging Face's GPT-2: the same object
-    with the same Parameters, so that optimizers, hooks and checkpoints go on as before. A layer that is already
-    converted takes the new rule, or, where a plain one would stay dense, stays as it is, and the report says why. What
-    stays dense is in the report with the reason: narrow layers, subclasses (whose own forward pass would be lost),
-    LSTMs with projections, convolutions with groups and, with scope "example", those that are not pointwise, layers
-    whose weight is tied to a module of another kind, the output layer of Hugging Face's models (to have it sparse,
-    convert it by itself), and what `filter` refuses.
+    Each `torch.nn.Linear` becomes a `meprop.nn.Linear`. `Conv1d`, `Conv2d`, `LSTM` and `MultiheadAttention` become ours
+    in the same way; `TransformerEncoderLayer` and its like consist of these. So does the `Conv1D` of Hugging Face's
+    GPT-2. A layer stays the same object with the same Parameters, so that optimizers, hooks and checkpoints go on.
+
+    A layer that is already converted takes the new rule. If it could not be converted with that rule, it keeps the old
+    one, and the report says why.
+
+    The report gives the reason for each layer that stays dense. These layers do:
+
+    - narrow ones;
+    - subclasses, whose own forward pass would be lost;
+    - LSTMs with projections, and convolutions with groups;
+    - with scope "example", convolutions that are not pointwise;
+    - layers whose weight is tied to a module of another kind;
+    - the output layer of Hugging Face's models, unless it is converted by itself;
+    - those that `filter` refuses.
 
     Args:
         model: Any module; it may itself be a Linear.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
-        filter: Called with (name, layer) for each layer that could be converted; those with a false answer stay as they
+        filter: Called with (name, layer) for each layer that could be converted. Those with a false answer stay as they
             are.
-        min_features: Layers with fewer output features (LSTMs: hidden units; attention: embed_dim) stay dense: among
-            few there is little to leave out, and the output layer of a classifier is best kept exact. That of a
-            language model is wide: keep it exact by `filter`. Of convolutions, which repeat the work of each output
-            channel at every position, those with fewer than half as many channels.
-        sparse_grad: Make each weight.grad a sparse tensor of the kept rows; for rules with scope "batch". Such layers
-            are always sparse, as their optimizer counts on it. LSTMs stay dense then: they choose anew at each time
-            step, so that most rows of their weights get a gradient; so does Conv1D, of which features are columns.
+        min_features: Layers with fewer output features stay dense, since among few there is little to leave out. The
+            output layer of a classifier, which is best kept exact, is mostly such a one; keep that of a language model
+            exact by `filter`. LSTMs count hidden units, attention counts embed_dim. Convolutions repeat the work of
+            each output channel at every position, and need half as many channels.
+        sparse_grad: Make each weight.grad a sparse tensor of the kept rows. It is for unified top-k and other rules
+            with scope "batch". Such layers are always sparse, as their optimizer counts on it. LSTMs stay dense: they
+            choose anew at each time step, so that most rows of their weights get a gradient. Conv1D stays dense: its
+            features are columns.
         compute_dtype: torch.bfloat16: linear layers form their forward product in bfloat16, from a copy of the weight
-            that is kept from step to step; weights, gradients and activations stay what they are. See
-            `meprop.functional.linear`. Convolutions do so too, without keeping the copy. LSTMs take no part.
-        when: "auto": at its first backward pass (an LSTM: forward pass) each layer measures, for the number of rows it
-            then gets, whether being sparse is faster than dense on this machine, and stays with the answer; it is
-            remembered in the cache folder ($MEPROP_CACHE), so that later runs decide alike. Under torch.compile, where
-            nothing can be measured, a layer that has not decided yet is sparse. "always": sparse without asking; with
-            `meprop.distributed.SynchronizedTopK` layers always are.
+            that is kept from step to step. Weights, gradients and activations stay what they are. See
+            `meprop.functional.linear`. Convolutions form theirs in bfloat16 without keeping the copy. LSTMs do not
+            take part.
+        when: "auto": each layer measures at its first backward pass whether being sparse is faster than dense on this
+            machine, for the number of rows that it then gets. An LSTM measures at its first forward pass. The layer
+            stays with the answer. The cache folder ($MEPROP_CACHE) remembers it, so that later runs decide alike. Under
+            torch.compile nothing can be measured: a layer that has not decided yet is sparse. "always": sparse without
+            measuring. Layers with `meprop.distributed.SynchronizedTopK` are always sparse.
 
     Returns:
         A report; `print` it.
