@@ -1,4 +1,4 @@
-"""Cheaper training for PyTorch: back-propagate only the part of the gradient that matters."""
+"""Cheaper training for PyTorch: only the part of a gradient that matters is back-propagated."""
 
 from importlib.metadata import version as _version
 

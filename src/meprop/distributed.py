@@ -1,4 +1,4 @@
-"""Training in many processes, each with its part of the batch: only rows that have a gradient are sent.
+"""Training in several processes, each with its part of the batch. Only rows that have a gradient are sent.
 
 `SynchronizedTopK` lets all processes keep the same k features. Then the same k rows of a weight have a gradient in
 every process. Two functions send only these rows:
@@ -10,7 +10,7 @@ Neither relies on the rule. A row is sent if its gradient is not zero in some pr
 was selected.
 """
 
-# Not `from __future__ import annotations`: DistributedDataParallel checks the annotations of a hook, as types.
+# This module imports no `annotations` from __future__: DistributedDataParallel checks a hook's annotations as types.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -27,10 +27,10 @@ __all__ = ["RowSparseState", "SynchronizedTopK", "average_gradients", "row_spars
 
 
 class RowSparseState:
-    """What `row_sparse_hook` needs for one model, and what it counts. Make it in all processes of the group.
+    """The state of `row_sparse_hook` for one model, with its counts. All processes of the group have to make one.
 
     Args:
-        process_group: The group in which DistributedDataParallel averages gradients; None: all processes.
+        process_group: The group in which DistributedDataParallel averages gradients. None means all processes.
 
     Attributes:
         bytes_sent: The bytes that the hook has given to collectives so far, in this process, for dense gradients.
@@ -56,10 +56,10 @@ class _Bucket:
 
     Attributes:
         buffer: The whole bucket. The averages are written into it.
-        gradients: Views of the buffer, one for each parameter; none if the buffer is sparse.
+        gradients: Views of the buffer, one for each parameter. It is empty if the buffer is sparse.
         row_is_sent: 1 for each row that is not zero in some process, else 0, uint8. The rows are those of all gradients
             that have rows, one gradient after the other.
-        agreeing: The collective that forms `row_is_sent` from what each process has; None if there are no rows.
+        agreeing: The collective that forms `row_is_sent` from what each process has. None if there are no rows.
         averaged: The future that DistributedDataParallel waits for.
     """
 
@@ -76,15 +76,15 @@ class _Bucket:
 def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook for DistributedDataParallel that sends the rows of each gradient that are not all zero.
 
-    The averaged gradients are those without the hook, but for rounding. In two processes they are the same bits.
+    The averaged gradients equal those without the hook, up to rounding. In two processes they are the same bits.
 
-    A row is sent if it is not zero in some process. The processes agree on that beforehand, with a byte per row. What
-    is sent depends on the rule:
+    A row is sent if it is not zero in some process. The processes agree on that beforehand, with a byte per row. The
+    number of rows depends on the rule:
 
-    - with `SynchronizedTopK`: k rows;
-    - with ``TopK(k, scope="batch")``: up to k rows of each process;
-    - with scope "example": nearly all rows;
-    - with accumulated gradients (`no_sync`): all rows that were chosen in the meantime.
+    - `SynchronizedTopK` sends k rows.
+    - ``TopK(k, scope="batch")`` sends up to k rows of each process.
+    - A rule with scope "example" sends nearly all rows.
+    - With accumulated gradients (`no_sync`) all rows are sent that were chosen in the meantime.
 
     A gradient without rows, such as that of a bias, is sent as it is.
 
@@ -103,16 +103,16 @@ def row_sparse_hook(state: RowSparseState, bucket: dist.GradBucket) -> torch.fut
         >>> model.register_comm_hook(RowSparseState(), row_sparse_hook)  # doctest: +SKIP
     """
     buffer = bucket.buffer()
-    gradients = [] if buffer.is_sparse else bucket.gradients()  # sparse: an Embedding's, in a bucket of its own
+    gradients = [] if buffer.is_sparse else bucket.gradients()  # a sparse gradient of an Embedding has its own bucket
     masks = [grad.flatten(1).abs().amax(dim=1) != 0 for grad in gradients if _has_rows(grad)]
     row_is_sent = torch.cat(masks).to(torch.uint8) if masks else buffer.new_empty(0, dtype=torch.uint8)
     agreeing = dist.all_reduce(row_is_sent, dist.ReduceOp.MAX, state.mask_group, async_op=True) if masks else None
     averaged: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
     if bucket.index() == 0:
-        state.waiting.clear()  # what is left of a backward pass that has failed
+        state.waiting.clear()  # they are left from a backward pass that has failed
     state.waiting.append(_Bucket(buffer, gradients, row_is_sent, agreeing, averaged))
-    # Another process may come here later, and wait before that, in a converted layer, for the choice of this process.
-    # So this one waits for a bucket only after its last layer has chosen. All processes send buckets in their order.
+    # Another process may still wait in a converted layer for the choice of this process, before it comes here. So this
+    # process waits for a bucket only after its last layer has chosen. All processes send buckets in the same order.
     while state.waiting and (bucket.is_last() or state.waiting[0].is_agreed()):
         _average(state, state.waiting.popleft())
     return averaged
@@ -130,7 +130,7 @@ def _average(state: RowSparseState, bucket: "_Bucket") -> None:
         state.bytes_dense += bucket.buffer.nbytes
         state.bytes_sent += bucket.row_is_sent.nbytes + payload.nbytes
     sending = dist.all_reduce(payload.div_(state.group.size()), group=state.group, async_op=True)
-    assert sending is not None  # as this process is in the group
+    assert sending is not None  # this process is in the group
 
     def unpack(future: torch.futures.Future[list[Tensor]]) -> None:
         try:
@@ -141,7 +141,7 @@ def _average(state: RowSparseState, bucket: "_Bucket") -> None:
             for grad, rows, part, piece in zip(bucket.gradients, rows_of_each, parts, pieces, strict=True):
                 grad[rows] = part.view(piece.shape)
             bucket.averaged.set_result(bucket.buffer)
-        except Exception as error:  # otherwise DistributedDataParallel would wait for ever
+        except Exception as error:  # without it DistributedDataParallel would wait for ever
             bucket.averaged.set_exception(error)  # pyright: ignore[reportArgumentType]  (it is for exceptions)
 
     sending.get_future().then(unpack)
@@ -152,7 +152,10 @@ def _has_rows(grad: Tensor) -> bool:
 
 
 def _largest(masks: Sequence[Tensor], group: dist.ProcessGroup | None) -> Sequence[Tensor]:
-    """The largest value of all processes for each element, as uint8; all processes have masks of the same lengths."""
+    """The largest value of all processes for each element, as uint8.
+
+    All processes have to pass masks of the same lengths.
+    """
     if not masks:
         return masks
     together = torch.cat(list(masks)).to(torch.uint8)
@@ -166,26 +169,27 @@ _MISSING, _DENSE, _SPARSE = range(3)
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> int:
     """Averages gradients over processes, and sends only the rows of sparse ones.
 
-    It is for models without a wrapper. Call it after `backward`, of all batches whose gradients are accumulated, and
-    before the optimizer's step. DistributedDataParallel does not take the gradients of layers with
-    ``sparse_grad=True``.
+    It is for models without a wrapper, because DistributedDataParallel does not take the gradients of layers with
+    ``sparse_grad=True``. Call it before the optimizer's step, after `backward` of all batches whose gradients are
+    accumulated.
 
-    Of row-sparse gradients the rows that some process has are sent. That includes the gradients of
-    ``torch.nn.Embedding(sparse=True)``. Dense gradients are sent whole. DistributedDataParallel sends gradients while
-    the backward pass is going on; here nothing is sent until it is over.
+    A row-sparse gradient is sent in the rows that some process has. This also goes for the gradients of
+    ``torch.nn.Embedding(sparse=True)``. Dense gradients are sent whole. DistributedDataParallel sends gradients during
+    the backward pass. This function sends nothing until the backward pass is over.
 
-    A parameter that has a gradient in some processes has one in all of them afterwards: a missing one counts as zeros.
+    A parameter that has a gradient in some processes has one in all of them afterwards. A missing gradient counts as
+    zeros.
 
     Args:
         parameters: The parameters, the same in all processes and in the same order.
-        group: The processes; None: all of them.
+        group: The group of processes. None means all processes.
 
     Returns:
         The bytes that this process has given to collectives.
 
     Raises:
         TypeError: parameters is a single tensor.
-        NotSupportedError: A gradient is sparse in more than its rows, or a DTensor.
+        NotSupportedError: A gradient is sparse in more than its rows, or is a DTensor.
     """
     if isinstance(parameters, Tensor):  # iterating it would give its rows, which have no gradient
         raise TypeError("parameters is a tensor; it is an iterable of parameters: [tensor]")
@@ -232,7 +236,7 @@ def _rows_with_gradient(parameter: Tensor) -> Tensor:
 
 
 def _gradient_of(parameter: Tensor, rows: Tensor | None) -> Tensor:
-    """The whole gradient [O, *], or that of ascending `rows` [k, *]; zeros where there is none."""
+    """The whole gradient [O, *], or its ascending `rows` [k, *]. A missing gradient counts as zeros."""
     grad = parameter.grad
     if rows is None:
         return torch.zeros_like(parameter) if grad is None else grad
@@ -246,7 +250,7 @@ def _gradient_of(parameter: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _set_gradient(parameter: Tensor, rows: Tensor | None, grad: Tensor) -> None:
-    """Sets the whole gradient [O, *], or that of ascending `rows` [k, *], as `_gradient_of` gives it."""
+    """Sets the whole gradient [O, *], or its ascending `rows` [k, *], in the form that `_gradient_of` gives."""
     if rows is not None:
         parameter.grad = torch.sparse_coo_tensor(
             rows[None], grad, parameter.shape, is_coalesced=True, check_invariants=False

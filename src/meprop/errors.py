@@ -1,4 +1,4 @@
-"""What meprop raises and warns of, beside Python's own ValueError and TypeError."""
+"""The errors and warnings of meprop, beside Python's own ValueError and TypeError."""
 
 __all__ = ["DataError", "MepropError", "NoEffectWarning", "NotSupportedError"]
 
@@ -8,12 +8,12 @@ class MepropError(Exception):
 
 
 class NotSupportedError(MepropError, RuntimeError):
-    """The request is valid, but meprop cannot serve it; the message says what to do instead."""
+    """The request is valid, but meprop cannot serve it. The message says what to do instead."""
 
 
 class DataError(MepropError, RuntimeError):
-    """A data file is missing, damaged or not what it claims to be; the message names the file and the remedy."""
+    """A data file is missing, damaged or not what it claims to be. The message names the file and the remedy."""
 
 
 class NoEffectWarning(UserWarning):
-    """A call that succeeded, but changed nothing."""
+    """A call succeeded, but changed nothing."""

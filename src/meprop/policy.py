@@ -1,7 +1,8 @@
-"""What a layer has beside torch's, and the one gate that every backward pass goes through.
+"""What a layer of meprop has that torch's layer has not: a policy.
 
-A `Policy` is the rule, the options, and the record of what was measured and counted. Its `is_sparse` decides each
-backward pass: dense, sparse, or first to be measured. What a pass is refused for, is refused here.
+A `Policy` holds the rule, the options, and the record of what was measured and counted. Every backward pass asks its
+`is_sparse`, which answers whether the pass is sparse and measures first where necessary. This module also refuses the
+passes that cannot be served.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["Activity", "Policy", "Record", "When"]
 
 
 When = Literal["auto", "always"]
-"""Whether a layer is always sparse, or first measured ("auto")."""
+"""Whether a layer is always sparse ("always"), or only if that is measured to be faster ("auto")."""
 
 
 @dataclass(eq=False)
@@ -31,11 +32,11 @@ class Activity:
     """How often each unit (output feature) of a layer is selected: the evidence of meSimp (Sun et al., TKDE 2018).
 
     Attributes:
-        hits: Examples (rows of the output gradient) in which a unit has a selected entry that is not zero [O], int64. A
-            selected zero is no hit, NaN is one. Of an LSTM a unit [H] is hit where any of its four gates is, and a row
-            is one time step of one sequence. Of a convolution an example hits a channel where any of its positions
-            does.
-        examples: How many rows there were.
+        hits: How many rows of the output gradient hit each unit [O], int64. A row hits a unit if a selected entry of
+            that unit is not zero. NaN counts as not zero. In an LSTM a row is one time step of one sequence,
+            and it hits a unit [H] if it hits any of the unit's gates. In a convolution whole examples are counted: an
+            example hits a channel if any of its positions does.
+        examples: How many rows, or examples of a convolution, were counted.
     """
 
     hits: Tensor
@@ -43,13 +44,13 @@ class Activity:
 
     @classmethod
     def of_units(cls, units: int, device: torch.device | str | None = None) -> Activity:
-        """Nothing so far, of so many units."""
+        """An activity of `units` units that has counted nothing yet."""
         return cls(torch.zeros(units, dtype=torch.int64, device=device))
 
     def count(self, selection: Selection, positions: int = 1) -> None:
-        """Adds a selection [N, O], whose rows are so many positions of each example, one after the other.
+        """Adds a selection [N, O]. Each example has `positions` adjacent rows.
 
-        What it shares among all rows is not selected.
+        The part that all rows share counts as not selected.
         """
         self.examples += selection.rows // positions
         hit = selection.values != 0
@@ -64,18 +65,19 @@ class Activity:
         self.hits += units.bincount(minlength=selection.width)
 
     def reset(self) -> None:
-        """Begins again."""
+        """Sets all counts to zero."""
         self.hits.zero_()
         self.examples = 0
 
 
 @dataclass(eq=False)
 class Record:
-    """What was measured and counted of a layer: the part of its policy that changes.
+    """What was measured and counted of a layer. It is the part of a policy that changes.
 
     Attributes:
-        decision: With ``when="auto"``, whether it is sparse; None before the first pass that decides.
-        activities: What a `meprop.Simplifier` counts: one for each of the layer's sets of units; none without one.
+        decision: With ``when="auto"``, whether the layer is sparse. None before the first pass that decides.
+        activities: What a `meprop.Simplifier` counts, one for each set of units of the layer. It is empty without a
+            Simplifier.
     """
 
     decision: speed.Decision | None = None
@@ -84,21 +86,21 @@ class Record:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a layer has beside torch's.
+    """What a layer of meprop has that torch's layer has not.
 
     Attributes:
-        rule: What its backward pass keeps.
+        rule: What the backward pass keeps.
         sparse_grad: Whether the weight's gradient is a sparse tensor of the kept rows.
-        compute_dtype: torch.bfloat16: the forward product is formed in it; None: in the dtype of the tensors.
-        when: "always" sparse, or "auto": only if measured to be faster. Row-sparse gradients and rules by which several
-            processes choose together leave nothing to measure: with them it is "always", as an optimizer counts on the
-            one, and processes on each other.
-        record: What was measured and counted; None for a call without a layer, of which nothing is.
+        compute_dtype: The dtype of the forward product: torch.bfloat16, or None for the dtype of the tensors.
+        when: "always" for a layer that is always sparse, "auto" for one that is sparse only if it is measured to be
+            faster. It is always "always" with `sparse_grad`, because an optimizer relies on row-sparse gradients. It is
+            also "always" with a rule by which several processes choose together, because they wait for each other.
+        record: What was measured and counted. None for a call without a layer, because nothing is then.
 
     Raises:
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` with a rule whose rows keep entries of their own; an unknown `compute_dtype`
-            or `when`.
+        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` or
+            `when` is unknown.
     """
 
     rule: Rule
@@ -123,39 +125,39 @@ class Policy:
             object.__setattr__(self, "when", "always")
 
     def of_layer(self) -> Policy:
-        """The same for a layer, with a record of its own."""
+        """The same policy for a layer, with a record of its own."""
         return replace(self, record=Record())
 
     @property
     def activities(self) -> tuple[Activity, ...]:
-        """What counts the units of each of the layer's sets of them; none without a `meprop.Simplifier`."""
+        """What counts units, one for each set of units of the layer. It is empty without a `meprop.Simplifier`."""
         return () if self.record is None else self.record.activities
 
     @property
     def activity(self) -> Activity | None:
-        """What counts the units of a layer with one set of them; None without a `meprop.Simplifier`."""
+        """What counts the units of a layer that has one set of them. None without a `meprop.Simplifier`."""
         return self.activities[0] if self.activities else None
 
     @property
     def decision(self) -> speed.Decision | None:
-        """What was measured of the layer; None before that."""
+        """What was measured of the layer. None before that."""
         return None if self.record is None else self.record.decision
 
     def in_blocks(self, blocks: int) -> Policy:
-        """The same for a product whose output features are several equal blocks; it shares the record."""
+        """The same policy for a product whose output features are several equal blocks. Both share one record."""
         return self if blocks == 1 else replace(self, rule=InBlocks(self.rule, blocks))
 
     # ---- the gate
 
     def may_be_sparse(self, features: int) -> bool:
-        """Whether a backward pass of so many output features has something to select, or to count."""
+        """Whether a backward pass of `features` output features has something to select or to count."""
         return bool(self.activities) or not self.rule.keeps_all(features)
 
     def is_settled_dense(self) -> bool:
-        """Whether a call is torch's own: it was measured to be dense, and has no other product to form.
+        """Whether a call can be torch's own, because the layer was measured to be dense and has no `compute_dtype`.
 
-        Not while a forward pass is recorded to be run again (torch.utils.checkpoint), or its tensors are to be moved:
-        both passes must then save the same tensors, whatever is decided between them.
+        The answer is False while saved tensors go through hooks, as with torch.utils.checkpoint, which runs a forward
+        pass twice. Both runs must save the same tensors, even if the layer decides between them.
         """
         decision = self.decision
         if decision is None or decision.sparse or self.compute_dtype is not None:
@@ -163,20 +165,20 @@ class Policy:
         return torch.compiler.is_compiling() or not _saved_tensors_are_hooked()
 
     def is_sparse(self, features: int, rows: int, shape: Callable[[], speed.Shape]) -> bool:
-        """Whether this backward pass is sparse: the gate of them all.
+        """Whether this backward pass is sparse. Every backward pass asks this.
 
         Args:
-            features: O, among which the rule chooses.
-            rows: N, of the output gradient.
-            shape: What is to be timed, if that is what decides.
+            features: O, the number of output features among which the rule chooses.
+            rows: N, the number of rows of the output gradient.
+            shape: Gives what is to be timed. It is called only if a measurement decides.
         """
         if self.rule.keeps_all(features):
             return False
-        if self.when == "always" or self.record is None or rows == 0:  # no rows tell nothing about batches to come
+        if self.when == "always" or self.record is None or rows == 0:  # an empty batch tells nothing about later ones
             return True
-        if self.record.decision is None and torch.compiler.is_compiling():  # where nothing can be measured
+        if self.record.decision is None and torch.compiler.is_compiling():  # nothing can be measured there
             return True
-        if self.record.decision is None:  # else an earlier product of this layer has decided
+        if self.record.decision is None:  # otherwise an earlier product of this layer has decided
             self.record.decision = speed.decide(self.rule, shape())
         return self.record.decision.sparse
 
@@ -186,8 +188,8 @@ class Policy:
         """Refuses a forward pass whose backward pass would go wrong.
 
         Raises:
-            NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; a weight that is a
-                DTensor; row-sparse gradients in DistributedDataParallel.
+            NotSupportedError: Row-sparse gradients or a Simplifier's counts are wanted under torch.compile, row-sparse
+                gradients are wanted in DistributedDataParallel, or the weight is a DTensor.
         """
         if not torch.compiler.is_compiling():
             return self._refuse_distributed(weight)
@@ -234,7 +236,7 @@ def refuse_second_derivatives() -> None:
 
 
 def everything(grad_NO: Tensor) -> ColumnSelection:
-    """All of an output gradient, as a selection."""
+    """The selection that keeps a whole output gradient."""
     outputs = grad_NO.shape[1]
     return ColumnSelection(grad_NO, torch.arange(outputs, dtype=torch.int32, device=grad_NO.device), outputs)
 

@@ -1,4 +1,7 @@
-"""What a rule answers: which entries of an output gradient are propagated. Plain data; `ops` multiplies with it."""
+"""Selections: which entries of an output gradient are propagated.
+
+A rule returns one. It is plain data, with which `ops` multiplies.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,22 @@ __all__ = ["ColumnSelection", "PlainTopK", "RowSelection", "Scope", "Selection",
 
 
 Scope = Literal["example", "batch"]
-"""Whether a rule chooses entries of each row ("example"), or, unified, the same columns for all rows ("batch")."""
+"""Whether a rule chooses entries of each row ("example") or the same columns for all rows (unified top-k, "batch")."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowSelection:
-    """Some entries of each row of an output gradient [N, O]: k of each, or as many as `starts` says.
+    """Some entries of each row of an output gradient [N, O].
+
+    Without `starts` each row has k entries. With `starts` the numbers of entries may differ. E is their sum.
 
     Attributes:
-        values: The kept entries [N, k], in the gradient's dtype; with `starts` those of all rows in turn [E].
-        indices: Their output features, of the same shape, int32, ascending in each row.
+        values: The kept entries [N, k], in the gradient's dtype. With `starts` they are [E], one row after the other.
+        indices: The output features of `values`, in the same shape, int32, ascending in each row.
         width: O, the number of output features.
-        shared: What every row gets in addition [O], in the gradient's dtype; None: nothing.
-        starts: Row n has the entries from starts[n] to starts[n + 1]: [N + 1], int64, from 0 to E, not descending.
-            None: each row has k.
+        shared: What every row gets in addition [O], in the gradient's dtype. None means nothing.
+        starts: The place of each row's first entry [N + 1], int64, from 0 to E, not descending. Row n has the entries
+            from starts[n] to starts[n + 1]. None means that each row has k.
 
     Raises:
         ValueError: The shapes do not fit, or the indices are not int32.
@@ -54,7 +59,7 @@ class RowSelection:
 
     @property
     def density(self) -> float:
-        """The share of the gradient that is kept, E / (N O); 0 without rows whose number of entries is their own."""
+        """The share of the gradient that is kept, E / (N O). With `starts` and no rows it is 0."""
         if self.starts is None:
             return self.indices.shape[1] / self.width
         return len(self.indices) / max(1, self.rows * self.width)
@@ -69,7 +74,7 @@ class RowSelection:
         )
 
     def to_dense(self) -> Tensor:
-        """The gradient with everything else zero, but for what is shared: [N, O], in the dtype of `values`."""
+        """The kept entries among zeros, plus what is shared: [N, O], in the dtype of `values`."""
         dense_NO = self.values.new_zeros(self.rows, self.width)
         dense_NO[self.row_numbers(), self.indices.long()] = self.values
         return dense_NO if self.shared is None else dense_NO.add_(self.shared)
@@ -77,13 +82,13 @@ class RowSelection:
 
 @dataclass(frozen=True, eq=False)
 class ColumnSelection:
-    """k columns (output features) of an output gradient [N, O], the same for the whole batch.
+    """k columns (output features) of an output gradient [N, O], the same for all rows.
 
     Attributes:
         values: The kept columns [N, k], in the gradient's dtype.
-        indices: Their output features [k], int32, ascending.
+        indices: The output features of `values` [k], int32, ascending.
         width: O, the number of output features.
-        shared: What every row gets in addition [O], in the gradient's dtype; None: nothing.
+        shared: What every row gets in addition [O], in the gradient's dtype. None means nothing.
 
     Raises:
         ValueError: The shapes do not fit, or the indices are not int32.
@@ -109,23 +114,23 @@ class ColumnSelection:
         return len(self.indices) / self.width
 
     def to_dense(self) -> Tensor:
-        """The gradient with everything else zero, but for what is shared: [N, O], in the dtype of `values`."""
+        """The kept entries among zeros, plus what is shared: [N, O], in the dtype of `values`."""
         dense_NO = self.values.new_zeros(self.rows, self.width)
         dense_NO.index_copy_(1, self.indices.long(), self.values)
         return dense_NO if self.shared is None else dense_NO.add_(self.shared)
 
 
 Selection = RowSelection | ColumnSelection
-"""What a rule answers."""
+"""What a rule returns."""
 
 
 class PlainTopK(NamedTuple):
-    """A selection that is yet to be made, and is nothing but top-k: a backend may make it and multiply in one call.
+    """A top-k selection that has not been made yet. A backend may make it and multiply with it in one call.
 
     Attributes:
-        k: How many entries of each row, or how many columns, are kept: of each block, if there are several.
+        k: How many entries of each row, or how many columns, are kept in each block.
         scope: "example" for entries of each row, "batch" for columns.
-        blocks: How many equal blocks the output features are, in each of which k are kept.
+        blocks: The number of equal blocks of the output features.
     """
 
     k: int
@@ -134,10 +139,12 @@ class PlainTopK(NamedTuple):
 
 
 def side_by_side(parts: Sequence[Selection]) -> Selection:
-    """One selection of the parts' features, one part after the other: those of one kind, of the same rows.
+    """One selection of the features of all parts, one part after the other.
+
+    All parts have to be of one kind and of the same rows.
 
     Raises:
-        ValueError: The parts are none, of both kinds, or of different numbers of rows.
+        ValueError: There are no parts, or they are of both kinds, or their numbers of rows differ.
     """
     if len({(type(part), part.rows) for part in parts}) != 1:
         found = ", ".join(f"{type(part).__name__} of {part.rows} rows" for part in parts)

@@ -1,4 +1,7 @@
-"""Whether a layer's sparse backward pass is faster than the dense one, here: measured once, and remembered on disk."""
+"""Whether a layer's sparse backward pass is faster than the dense one on this machine.
+
+Each kind of layer is measured once. The measurement is remembered on disk.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from meprop.rules import Rule
 # A layer turns sparse only for a gain that the next measurement will not take back.
 _LEAST_GAIN = 1.05
 
-# Each side is timed at least so often, and then until so many seconds are spent.
+# Each pass is timed at least _LEAST_REPEATS times, then until _SECONDS are spent or _MOST_REPEATS are reached.
 _LEAST_REPEATS, _MOST_REPEATS, _SECONDS = 5, 40, 0.1
 
-# Seconds to wait for another process that writes its measurement.
+# For so many seconds a process waits for another one that writes its measurement.
 _LONGEST_WAIT = 5.0
 
 Passes = tuple[Callable[[], object], Callable[[], object]]
@@ -30,25 +33,25 @@ Passes = tuple[Callable[[], object], Callable[[], object]]
 
 
 class Shape(Protocol):
-    """What the speed of a layer depends on, beside the machine; str() is a short unique text for it."""
+    """What the speed of a layer depends on, beside the machine. Its str() is a short unique text."""
 
     @property
     def rows(self) -> int:
-        """N, of the pass that decides."""
+        """N, the number of rows of the pass that decides."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the pass."""
+        """The dtype of the pass."""
         ...
 
     @property
     def device(self) -> str:
-        """Its type, "cpu" or "cuda"."""
+        """The type of the device, "cpu" or "cuda"."""
         ...
 
     def passes(self, rule: Rule) -> Passes:
-        """Such a layer's, to be timed."""
+        """The passes of such a layer, to be timed."""
         ...
 
 
@@ -57,10 +60,10 @@ class Decision:
     """Which backward pass a layer takes from its first one on, and the measurement behind that.
 
     Attributes:
-        sparse: Whether it is the sparse one.
-        rows: N of the backward pass that decided.
-        dense_us: Microseconds of forward and backward pass, dense: the lower quartile.
-        sparse_us: The same, sparse.
+        sparse: Whether the layer takes the sparse backward pass.
+        rows: N, the number of rows of the pass that decided.
+        dense_us: The time of a forward and a dense backward pass, in microseconds. It is a lower quartile.
+        sparse_us: The time of a forward and a sparse backward pass, in microseconds. It is a lower quartile.
     """
 
     sparse: bool
@@ -75,25 +78,28 @@ class Decision:
 
 
 def decide(rule: Rule, shape: Shape) -> Decision:
-    """The faster backward pass for a layer of this shape on this machine: as measured before, or measured now."""
+    """The faster backward pass for a layer of this shape on this machine. It is measured now if it was not before."""
     path = machine.cache_folder() / "speed" / f"{_fingerprint()}.json"
     key = _key(rule, shape)
     known = _read(path)
-    if type(rule).__repr__ is object.__repr__:  # nothing to know it by in another process
+    if type(rule).__repr__ is object.__repr__:  # another process could not recognise the rule
         dense_us, sparse_us = measure(rule, shape)
         return Decision(sparse_us * _LEAST_GAIN < dense_us, shape.rows, dense_us, sparse_us)
     try:
         dense_us, sparse_us = (float(value) for value in known[key])
-    except (KeyError, TypeError, ValueError):  # not measured yet, or not by us
+    except (KeyError, TypeError, ValueError):  # it has not been measured yet, or the file is not ours
         dense_us, sparse_us = measure(rule, shape)
         _remember(path, key, (dense_us, sparse_us))
     return Decision(sparse_us * _LEAST_GAIN < dense_us, shape.rows, dense_us, sparse_us)
 
 
 def measure(rule: Rule, shape: Shape) -> tuple[float, float]:
-    """Microseconds of a dense and a sparse forward and backward pass on random data: lower quartiles, interleaved."""
-    # Called within a forward or backward pass: its modes, hooks (of checkpointing) and random numbers must not matter,
-    # nor be disturbed.
+    """The times of a dense and of a sparse pass, forward and backward, on random data.
+
+    The two are timed in turn. Both results are lower quartiles in microseconds.
+    """
+    # This runs within a forward or backward pass. That pass has modes, hooks (of checkpointing) and random numbers.
+    # They must not change the measurement, and the measurement must not change them.
     devices = [torch.cuda.current_device()] if shape.device == "cuda" else []
     no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with (
@@ -125,7 +131,7 @@ def _key(rule: Rule, shape: Shape) -> str:
 
 
 def _fingerprint() -> str:
-    """What a measurement is valid for: the machine, with its threads, the versions, and the build of the kernels."""
+    """What a measurement is valid for: the machine with its threads, the versions, and the build of the kernels."""
     extension = native.extension_file()
     facts = {
         "machine": machine.describe(),
@@ -138,7 +144,7 @@ def _fingerprint() -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What was measured on this machine; nothing, if the file is not there or not readable."""
+    """What was measured on this machine. It is empty if the file is missing or unreadable."""
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the functions share: autocast, and the backward pass of a linear map."""
+"""What the functions share: the handling of autocast, and the backward pass of a linear map."""
 
 from __future__ import annotations
 
@@ -10,39 +10,42 @@ from meprop.policy import Policy
 
 
 def is_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device; there are devices that autocast does not know ("meta")."""
+    """Whether autocast is on for the tensor's device. Autocast does not know some devices, such as "meta"."""
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def product_dtype(x: Tensor, policy: Policy) -> torch.dtype | None:
-    """The dtype in which a forward product is formed, by autocast or by the policy; None: that of the tensors."""
+    """The dtype that autocast or the policy gives a forward product. None means the dtype of the tensors."""
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else policy.compute_dtype
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`, if autocast casts such tensors. Others stay, so that torch refuses a product with them."""
+    """The tensor in `dtype`, if autocast casts such tensors. Other tensors stay as they are.
+
+    Torch then refuses a product with them.
+    """
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def cast_operands(
     dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`cast` of input, weight and bias."""
+    """Input, weight and bias, each after `cast`."""
     return cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
 
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype | None]
-"""Of input, weight and bias: the dtypes of their gradients."""
+"""The dtypes of the gradients of input, weight and bias."""
 
 
 def dtypes_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
-    """The dtypes in which gradients are given back."""
+    """The dtypes of the gradients of input, weight and bias, which are those of the tensors."""
     return x.dtype, weight.dtype, None if bias is None else bias.dtype
 
 
 def in_dtypes(gradients: ops.Gradients, dtypes: Dtypes) -> ops.Gradients:
-    """Gradients of input, weight and bias in the dtypes of these."""
+    """Gradients of input, weight and bias, cast to `dtypes`."""
     grad_x, grad_weight, grad_bias = (
         grad if grad is None or grad.dtype == dtype else grad.to(dtype)
         for grad, dtype in zip(gradients, dtypes, strict=True)
@@ -51,7 +54,7 @@ def in_dtypes(gradients: ops.Gradients, dtypes: Dtypes) -> ops.Gradients:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """[*, C] as [N, C]."""
+    """The tensor [*, C] as a matrix [N, C]."""
     return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor if tensor.dim() == 2 else tensor[None]
 
 
@@ -62,16 +65,16 @@ def sparse_backward(
 
     Args:
         grad_NO: Output gradient [N, O].
-        weight: [O, I], where the input's gradient is wanted.
-        x_NI: Input [N, I], where the weight's gradient is wanted.
+        weight: Weight [O, I] if the input's gradient is wanted, else None.
+        x_NI: Input [N, I] if the weight's gradient is wanted, else None.
         needs_bias: Whether the bias's gradient is wanted.
-        policy: With the rule, and with the activity to count into, if there is one.
-        positions: How many adjacent rows are one example, which counts once.
+        policy: The policy, with the rule and with the activity to count into, if there is one.
+        positions: The number of adjacent rows that are one example. An example counts once.
     """
     rule, activity = policy.rule, policy.activity
     choice = rule.as_topk(grad_NO.shape[1]) or rule.select(grad_NO)
     hits = None if activity is None else activity.hits
-    if activity is not None and positions > 1:  # an example counts once, which takes a selection
+    if activity is not None and positions > 1:  # counting an example once needs a selection
         choice, hits = rule.select(grad_NO), None
         activity.count(choice, positions)
     elif activity is not None:

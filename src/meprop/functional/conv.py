@@ -1,4 +1,7 @@
-"""Convolutions: exact forwards; backwards with the channels, or the entries of each position, that a rule keeps."""
+"""Convolutions with an exact forward pass and a sparse backward pass.
+
+A rule keeps channels, or entries of each position.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def conv1d(
     sparse_grad: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.conv1d`, exactly; backwards as `conv2d`, with one spatial dimension."""
+    """`torch.nn.functional.conv1d` with the backward pass of `conv2d` in one spatial dimension."""
     moves = (stride, padding, dilation)
     return _convolution(1, input, weight, bias, moves, groups, Policy(rule, sparse_grad, compute_dtype))
 
@@ -48,38 +51,43 @@ def conv2d(
     sparse_grad: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, exactly; backwards, only what `rule` keeps of the output gradient g is propagated.
+    """`torch.nn.functional.conv2d` with an exact forward pass and a sparse backward pass.
 
-    A row of the matrix from which a rule selects is one position of one example, a column an output channel. With
-    scope "batch" the k channels with the largest sums of |g| over batch and positions are kept: the gradients of input
-    and weight are those of the smaller convolution that has these channels only (meProp's simple unified top-k, section
-    3.4, where a feature is a channel). With scope "example" k entries are kept at each position, for pointwise
-    convolutions: kernel 1, stride 1, no padding. The bias gets the sum of the whole g. In `channels_last` the pass
-    stays in `channels_last`.
+    Only what `rule` keeps of the output gradient g is propagated. A rule selects from a matrix. Each row of the matrix
+    is one position of one example, and each column is an output channel.
+
+    With scope "batch" the k channels with the largest sums of |g| over batch and positions are kept. The gradients of
+    input and weight are those of the smaller convolution that has only these channels. This is meProp's simple unified
+    top-k (section 3.4), where a feature is a channel.
+
+    With scope "example" k entries are kept at each position. This is for pointwise convolutions, which have kernel 1,
+    stride 1 and no padding.
+
+    The bias gets the sum of the whole g. A pass whose tensors are in `channels_last` stays in `channels_last`.
 
     Args:
         input: Input [N, I, H, W] or [I, H, W].
         weight: Weight [O, I, KH, KW].
         bias: Bias [O], or None.
-        stride: As torch's.
-        padding: As torch's: numbers, "same" or "valid".
-        dilation: As torch's.
-        groups: 1.
+        stride: The same as torch's.
+        padding: The same as torch's: numbers, "same" or "valid".
+        dilation: The same as torch's.
+        groups: It has to be 1.
         rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")`.
-        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows; see `linear`.
-        compute_dtype: torch.bfloat16: form the forward product in bfloat16; see `linear`. No copy of the weight is
-            kept: casting it is little beside the product.
+        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows. See `linear`.
+        compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `linear`. No copy of the weight is
+            kept, because casting it costs little beside the product.
 
     Returns:
-        Output [N, O, *, *] or [O, *, *], bit for bit torch's of the same dtypes.
+        Output [N, O, *, *] or [O, *, *], which equals torch's of the same dtypes bit for bit.
 
     Raises:
-        NotSupportedError: groups above 1, or scope "example" for a convolution that is not pointwise
-            (docs/convolution.md says why); in the backward pass, with create_graph=True; under torch.compile, with
-            sparse_grad.
+        NotSupportedError: `groups` is above 1, scope "example" is used with a convolution that is not pointwise
+            (docs/convolution.md says why), the backward pass is called with create_graph=True, or `sparse_grad` is
+            used under torch.compile.
         TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
-        ValueError: sparse_grad with a rule whose rows keep entries of their own; another compute_dtype; another
-            number of dimensions; a padding that torch does not know.
+        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), `compute_dtype` is
+            not torch.bfloat16 or None, the weight has another number of dimensions, or torch does not know the padding.
     """
     moves = (stride, padding, dilation)
     return _convolution(2, input, weight, bias, moves, groups, Policy(rule, sparse_grad, compute_dtype))
@@ -106,14 +114,14 @@ def _convolution(
 def convolution_with_policy(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, policy: Policy
 ) -> Tensor:
-    """`conv2d` of any number of dimensions, as a policy says: of a layer, it may be measured first, or be dense.
+    """`conv2d` in any number of dimensions with the policy of a layer, which may measure first or be dense.
 
     Args:
         x: Input [N, I, *S] or [I, *S].
         weight: Weight [O, I, *K].
         bias: Bias [O], or None.
         geometry: How the convolution moves.
-        policy: That of the layer.
+        policy: The policy of the layer.
 
     Returns:
         Output [N, O, *T] or [O, *T].
@@ -147,7 +155,7 @@ class _Convolution(torch.autograd.Function):
         dtype: torch.dtype | None,
         autocast: bool,
     ) -> Tensor:
-        """The forward product is formed in `dtype`, if there is one; under autocast the backward ones as well."""
+        """The forward product is formed in `dtype`, if it is given. Under autocast all products are."""
         ctx.geometry, ctx.policy = geometry, policy
         ctx.shape, ctx.memory_format = x.shape, ops.memory_format(x)
         ctx.dtypes = dtypes_of(x, weight, bias)
@@ -163,7 +171,7 @@ class _Convolution(torch.autograd.Function):
         refuse_second_derivatives()
         x, weight = ctx.saved_tensors
         grad, geometry, policy = grad_outputs[0].to(weight.dtype), ctx.geometry, ctx.policy
-        if x is None:  # only its sizes and its memory format are asked for
+        if x is None:  # torch asks only for its sizes and its memory format
             x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
         call = _Backward(geometry, grad, x.to(grad.dtype), weight, ctx.needs_input_grad[:3], policy)
         return *in_dtypes(call.gradients(), ctx.dtypes), None, None, None, None
@@ -174,12 +182,12 @@ class _Backward:
     """One backward pass of a convolution.
 
     Attributes:
-        geometry: How it moves.
+        geometry: How the convolution moves.
         grad: Output gradient [N, O, *T].
         x: Input [N, I, *S].
-        weight: [O, I, *K].
+        weight: Weight [O, I, *K].
         needs: Whether gradients of input, weight and bias are wanted.
-        policy: That of the layer.
+        policy: The policy of the layer.
     """
 
     geometry: Geometry
@@ -190,7 +198,7 @@ class _Backward:
     policy: Policy
 
     def gradients(self) -> ops.Gradients:
-        """Sparse or dense, as the gate of the policy says."""
+        """The gradients, sparse or dense as the policy decides."""
         rows = len(self.grad) * self._positions
         if self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
             is_pointwise = self.geometry.is_pointwise(self.weight)
@@ -217,7 +225,7 @@ class _Backward:
         )
 
     def _of_entries(self) -> ops.Gradients:
-        """Of a convolution that is a linear map of each position."""
+        """The sparse gradients of a convolution that is a linear map of each position."""
         needs_x, needs_weight, needs_bias = self.needs
         weight, x, policy = self.weight, self.x, self.policy
         weight_OI, x_NI = weight.flatten(1) if needs_x else None, _rows(x) if needs_weight else None
@@ -229,14 +237,14 @@ class _Backward:
         if grad_weight is not None and policy.sparse_grad:  # a sparse tensor has no view
             indices, rows = grad_weight.indices()[0], grad_weight.values()
             grad_weight = ops.row_sparse_tensor(indices, rows.reshape(-1, *weight.shape[1:]), len(weight))
-        elif grad_weight is not None and weight.is_contiguous():  # also of a kernel of 1 in channels_last
+        elif grad_weight is not None and weight.is_contiguous():  # this includes a kernel of 1 in channels_last
             grad_weight = grad_weight.as_strided(weight.shape, weight.stride())
         elif grad_weight is not None:
             grad_weight = grad_weight.reshape(weight.shape)
         return grad_x, grad_weight, grad_bias
 
     def _of_channels(self) -> ops.Gradients:
-        """By the smaller convolution that has the kept channels only."""
+        """The sparse gradients, computed by the smaller convolution that has only the kept channels."""
         grad, weight, outputs = self.grad, self.weight, len(self.weight)
         kept, indices = self._select_channels()
         if self.policy.activity is not None:
@@ -251,29 +259,27 @@ class _Backward:
         return grad_x, grad_weight, grad.sum(dim=[0, *range(2, grad.dim())]) if self.needs[2] else None
 
     def _select_channels(self) -> tuple[Tensor, Tensor]:
-        """The kept channels of the output gradient [N, k, *T], and which they are [k]."""
+        """The kept channels of the output gradient [N, k, *T], and their indices [k]."""
         grad, rule = self.grad, self.policy.rule
         topk = rule.as_topk(grad.shape[1])
         if topk is not None and topk.scope == "batch" and topk.blocks == 1:
             return ops.topk_channels(grad, topk.k)
         selection = rule.select(_rows(grad))
         if isinstance(selection, RowSelection):
-            raise NotSupportedError(f"{rule} chooses anew at each position, which goes for pointwise convolutions only")
+            raise NotSupportedError(f"{rule} chooses anew at each position, which only pointwise convolutions support")
         if selection.shared is not None:
-            raise NotSupportedError(
-                f"{rule} gives all rows something in addition, which goes for pointwise convolutions only"
-            )
+            raise NotSupportedError(f"{rule} adds a shared part to all rows, which only pointwise convolutions support")
         kept = selection.values.reshape(len(grad), *grad.shape[2:], len(selection.indices)).movedim(-1, 1)
         return kept, selection.indices
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[N, C, *S] as a matrix with a row for each position of each example."""
+    """The tensor [N, C, *S] as a matrix with a row for each position of each example."""
     return tensor.movedim(1, -1).flatten(0, -2)
 
 
 def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
-    """Why a convolution cannot back-propagate what this rule keeps; None if it can."""
+    """Why a convolution cannot back-propagate what this rule keeps. None if it can."""
     if groups != 1:
         return (
             f"groups={groups}: a group's inputs get their gradient from its own outputs alone, so that groups without "
@@ -292,14 +298,14 @@ class ConvShape:
     """What the speed of a convolution's backward pass depends on, beside the machine.
 
     Attributes:
-        input: Its shape [N, I, *S].
-        outputs: O.
-        kernel: Its sizes.
+        input: The shape of the input [N, I, *S].
+        outputs: O, the number of output channels.
+        kernel: The sizes of the kernel.
         geometry: Stride, padding and dilation.
-        positions: Of the output, the product of its sizes in space.
-        channels_last: Whether the output gradient is in that memory format.
-        dtype: Of the output gradient.
-        device: Its type, "cpu" or "cuda".
+        positions: The number of positions of the output, the product of its spatial sizes.
+        channels_last: Whether the output gradient is in the memory format channels_last.
+        dtype: The dtype of the output gradient.
+        device: The type of the device, "cpu" or "cuda".
         needs: Whether gradients of input, weight and bias are wanted.
     """
 
@@ -315,7 +321,7 @@ class ConvShape:
 
     @property
     def rows(self) -> int:
-        """Positions of all examples."""
+        """N, the number of positions of all examples."""
         return self.input[0] * self.positions
 
     def __str__(self) -> str:

@@ -12,30 +12,30 @@ from torch import Tensor
 from meprop import ops
 
 Numbers = int | tuple[int, ...]
-"""One for all spatial dimensions, or one for each."""
+"""One number for all spatial dimensions, or one for each."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution moves over its input: a number for each spatial dimension. It pads with zeros."""
+    """How a convolution moves over its input, with a number for each spatial dimension. It pads with zeros."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution's output, torch's own."""
+        """The output of torch's own convolution."""
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, self._zeros, 1)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> ops.Gradients:
-        """Of input, weight and bias, where they are needed: torch's own."""
+        """Torch's own gradients of input, weight and bias, where they are needed."""
         bias_sizes = [grad.shape[1]]
         return torch.ops.aten.convolution_backward(
             grad, x, weight, bias_sizes, self.stride, self.padding, self.dilation, False, self._zeros, 1, needs
         )
 
     def is_pointwise(self, weight: Tensor) -> bool:
-        """Whether it is a linear map of each position."""
+        """Whether the convolution is a linear map of each position."""
         return is_pointwise(weight.shape[2:], self.stride, self.padding)
 
     @property
@@ -51,7 +51,10 @@ def is_pointwise(kernel: Sequence[int], stride: Sequence[int], padding: Sequence
 def padded(
     x: Tensor, kernel: torch.Size, stride: Numbers, padding: Numbers | str, dilation: Numbers
 ) -> tuple[Tensor, Geometry]:
-    """What a convolution moves over, and how; padded already where one side gets more than the other."""
+    """The input that a convolution moves over, and how it moves.
+
+    The input is padded already if one side gets more padding than the other.
+    """
     stride, dilation = _each(stride, kernel), _each(dilation, kernel)
     if padding == "same":
         if {*stride} != {1}:

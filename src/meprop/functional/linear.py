@@ -1,4 +1,4 @@
-"""The linear map: exact forwards; backwards with what a rule keeps of the output gradient."""
+"""The linear map with an exact forward pass and a sparse backward pass."""
 
 from __future__ import annotations
 
@@ -33,45 +33,49 @@ def linear(
     sparse_grad: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = x W^T + b, exactly; backwards, only what `rule` keeps of the output gradient g is propagated.
+    """y = x W^T + b with an exact forward pass. The backward pass uses what `rule` keeps of the output gradient.
 
-    With S the kept part of g: dx = S W, dW = S^T x (meProp, section 3.1); db is the sum of the whole g. Sums are formed
-    in float32 (float64 for float64 tensors), and gradients have the dtype of the tensors. Under autocast, x, weight and
-    bias are cast as torch does for its own linear, but of a float32 weight one bfloat16 copy is kept from call to call
-    and renewed when the weight has changed (`meprop.copies`). A step of `meprop.optim` on a row-sparse gradient renews
-    the copy in the same pass.
+    Let g be the output gradient and S the kept part of it. Then dx = S W and dW = S^T x (meProp, section 3.1). The
+    bias's gradient db is the sum of the whole g. Sums are formed in float32, or in float64 for float64 tensors.
+    Gradients have the dtype of the tensors.
+
+    Under autocast, x, weight and bias are cast as for torch's own linear function. A float32 weight has one bfloat16
+    copy that is kept from call to call and renewed when the weight has changed (`meprop.copies`). A step of
+    `meprop.optim` on a row-sparse gradient renews the copy in the same pass.
 
     Args:
         x: Input [*, I].
         weight: Weight [O, I].
         bias: Bias [O], or None.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
-        sparse_grad: Make weight.grad a sparse tensor of the kept rows, as `torch.nn.Embedding(sparse=True)` does. For
-            rules that keep the same columns for the whole batch (unified, scope "batch").
-        compute_dtype: torch.bfloat16: form the forward product, the one that stays dense, in bfloat16, and give the
-            output in the dtype of x. The backward pass is in the dtype of the tensors, as casting gradients would cost
-            more than it saves. Float64 stays float64. Under autocast this has no effect. None: no other dtype.
+        sparse_grad: Make weight.grad a sparse tensor of the kept rows, as `torch.nn.Embedding(sparse=True)` does. It
+            needs a rule that keeps the same columns for all rows (unified top-k, scope "batch").
+        compute_dtype: torch.bfloat16 forms the forward product in bfloat16, because that product stays dense. The
+            output has the dtype of x. The backward pass is in the dtype of the tensors, because casting gradients would
+            cost more than it saves. Float64 stays float64. The option has no effect under autocast. None forms the
+            product in the dtype of the tensors.
 
     Returns:
-        Output [*, O], bit for bit `torch.nn.functional.linear`'s of the same dtypes.
+        Output [*, O], which equals that of `torch.nn.functional.linear` of the same dtypes bit for bit.
 
     Raises:
-        NotSupportedError: In the backward pass, with create_graph=True; under torch.compile, or in
-            DistributedDataParallel, with sparse_grad; a weight that is a DTensor (tensor parallelism).
+        NotSupportedError: The backward pass is called with create_graph=True, `sparse_grad` is used under torch.compile
+            or in DistributedDataParallel, or the weight is a DTensor (tensor parallelism).
         TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
-        ValueError: sparse_grad with a rule whose rows keep entries of their own; another compute_dtype.
+        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` is
+            not one of those above.
     """
     return linear_with_policy(x, weight, bias, Policy(rule, sparse_grad, compute_dtype))
 
 
 def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: Policy) -> Tensor:
-    """`linear` as a policy says: of a layer, it may be measured first, or be dense.
+    """`linear` with the policy of a layer, which may measure first or be dense.
 
     Args:
         x: Input [*, I].
         weight: Weight [O, I].
         bias: Bias [O], or None.
-        policy: That of the layer.
+        policy: The policy of the layer.
 
     Returns:
         Output [*, O].
@@ -94,17 +98,17 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
 
 
 def _copy(weight: Tensor, dtype: torch.dtype, autocast: bool, row_sparse: bool) -> Tensor | None:
-    """What stands for the weight in a product of this dtype; None where the weight itself, or a cast of it, does."""
+    """The copy that replaces the weight in a product of this dtype. None if the weight or a cast of it is used."""
     if not torch.compiler.is_compiling() and copies.serves(weight, dtype):
         return copies.of(weight)
-    # Under autocast a cast would not take a sparse gradient back.
+    # Under autocast, a cast that autograd sees could not pass a sparse gradient back.
     if weight.dtype != torch.float64 and (not autocast or row_sparse):
         return weight.detach().to(dtype)
     return None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None, autocast: bool) -> Tensor:
-    """The forward product, with the copy of the weight if there is one; autocast leaves the output in its dtype."""
+    """The forward product with the copy of the weight, if there is one. Under autocast it stays in that dtype."""
     if copy is None:
         return F.linear(x, weight, bias)
     output = F.linear(cast(x, copy.dtype), copy, None if bias is None else cast(bias, copy.dtype))
@@ -116,7 +120,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None, policy: Policy, autocast: bool
     ) -> Tensor:
-        """A copy of the weight stands for it in the forward product; in the backward ones as well under autocast."""
+        """A copy replaces the weight in the forward product, and under autocast in the backward products as well."""
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.policy, ctx.dtypes = policy, dtypes_of(x, weight, bias)
         ctx.transposed = weight.t().is_contiguous() and not weight.is_contiguous()
@@ -141,7 +145,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None, inputs: int) -> ops.Gradients:
-    """Sparse or dense, as the gate of the policy says."""
+    """The gradients, sparse or dense as the policy decides."""
     policy: Policy = ctx.policy
     (rows, outputs), needs = grad_NO.shape, ctx.needs_input_grad[:3]
 
@@ -164,11 +168,11 @@ class LinearShape:
     """What the speed of a linear layer's backward pass depends on, beside the machine.
 
     Attributes:
-        rows: N, the product of the leading dimensions of its input.
-        inputs: I.
-        outputs: O.
-        dtype: Of the output gradient.
-        device: Its type, "cpu" or "cuda".
+        rows: N, the product of the leading dimensions of the input.
+        inputs: I, the number of input features.
+        outputs: O, the number of output features.
+        dtype: The dtype of the output gradient.
+        device: The type of the device, "cpu" or "cuda".
         needs: Whether gradients of input, weight and bias are wanted.
         transposed: Whether the weight lies in memory as [I, O].
     """

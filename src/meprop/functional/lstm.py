@@ -1,4 +1,4 @@
-"""The LSTM: one layer in one direction, exact forwards; backwards with what a rule keeps of each gate."""
+"""One layer of an LSTM in one direction, with an exact forward pass and a sparse backward pass."""
 
 from __future__ import annotations
 
@@ -27,35 +27,39 @@ def lstm(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One layer of an LSTM in one direction, exactly; backwards, only what `rule` keeps of each gate is propagated.
+    """One layer of an LSTM in one direction, with an exact forward pass and a sparse backward pass.
 
-    At each time step `rule` chooses among the H entries of each of the four gates' gradients (before the activation):
-    of each sequence, or, with scope "batch", for all sequences of the time step. With S the kept parts [n, 4H], the
-    earlier output's gradient is S W_hh, dx = S W_ih, dW_ih = S^T x and dW_hh = S^T h (meProp, section 3; the choice per
-    gate is ours, as the paper does not name the gates). The cells' own gradients are exact, a bias gets the sum of the
-    whole gates' gradients. Arithmetic is float32 (float64 for float64 tensors). With k at or above H the gradients are
-    the dense ones up to rounding. The output may not be changed in place, as the backward pass reads it.
+    Each gate has a gradient before its activation. At each time step `rule` chooses among the H entries of each gate's
+    gradient. With scope "example" it chooses for each sequence. With scope "batch" it chooses for all sequences of the
+    time step. Let S be the kept parts [n, 4H] of the four gates. Then the earlier output's gradient is S W_hh,
+    dx = S W_ih, dW_ih = S^T x and dW_hh = S^T h (meProp, section 3). The choice within each gate is ours, because the
+    paper does not mention gates.
+
+    The cells' own gradients are exact. A bias gets the sum of the whole gates' gradients. Arithmetic is float32, or
+    float64 for float64 tensors. With k at or above H the gradients are the dense ones up to rounding. The output may
+    not be changed in place, because the backward pass reads it.
 
     Args:
-        x: Input [T, B, I], or, with `batch_sizes`, the packed rows [N, I] of sequences of different lengths, as in
+        x: Input [T, B, I]. With `batch_sizes` it is the packed rows [N, I] of sequences of different lengths, as in
             `torch.nn.utils.rnn.PackedSequence.data`.
-        hx: Initial output and cell state, each [B, H]; None for zeros.
-        weight_ih: Weight of the input [4H, I]; gates in torch's order: input, forget, cell, output.
+        hx: Initial output and cell state, each [B, H]. None means zeros.
+        weight_ih: Weight of the input [4H, I]. Its gates are in torch's order: input, forget, cell, output.
         weight_hh: Weight of the earlier output [4H, H].
         bias_ih: Bias [4H], or None.
         bias_hh: Bias [4H], or None.
         rule: What to keep of each gate, e.g. `meprop.TopK(20)`.
-        batch_sizes: Rows of each time step [T], int64 on the CPU, not increasing: `PackedSequence.batch_sizes`.
-        reverse: Walk from the last time step to the first.
+        batch_sizes: The number of rows of each time step [T], int64 on the CPU, not increasing. It is that of a
+            `PackedSequence`.
+        reverse: Whether the walk goes from the last time step to the first.
 
     Returns:
         Output [T, B, H] or [N, H], and the last output and cell state of each sequence, [B, H] each.
 
     Raises:
-        NotSupportedError: In the backward pass, with create_graph=True; a rule by which several processes choose
-            together.
+        NotSupportedError: The backward pass is called with create_graph=True, or several processes choose together by
+            the rule.
         TypeError: `rule` is not a Rule, or the weights are not of a floating dtype.
-        ValueError: A shape, dtype or device does not fit, or `batch_sizes` is not as said above.
+        ValueError: A shape, dtype or device does not fit, or `batch_sizes` is not as described above.
     """
     policy = lstm_policy(Policy(rule))
     parameters = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
@@ -72,7 +76,7 @@ def lstm_with_policy(
     policy: Policy,
     activity: Activity | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`lstm` with checked arguments; `activity`, where given, counts what the backward pass selects."""
+    """`lstm` with checked arguments. `activity`, if it is given, counts what the backward pass selects."""
     policy.refuse(weights[0])
     if not weights[0].is_floating_point():
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
@@ -93,7 +97,7 @@ def lstm_with_policy(
 
 @dataclass(frozen=True)
 class _Call:
-    """What is no tensor in a call: the direction, what to keep of each gate, and what counts it."""
+    """The arguments of a call that are not tensors: the direction, the rule, and what counts its selections."""
 
     reverse: bool
     rule: Rule
@@ -101,7 +105,7 @@ class _Call:
 
 
 class _Lstm(torch.autograd.Function):
-    """One layer in one direction. Half precision is widened: states and gates are float32."""
+    """One layer in one direction. States and gates are float32 even if the tensors are of a narrower dtype."""
 
     @staticmethod
     def forward(
@@ -155,7 +159,7 @@ class _Lstm(torch.autograd.Function):
         grad_x, grad_ih, grad_hh, grad_bias, grad_h0, grad_c0 = (
             None if result is None else result.to(ctx.dtype) for result in results
         )
-        # The two biases have the same gradient, but may not share its memory.
+        # The two biases have equal gradients, but may not share the memory.
         grad_biases = [grad_bias if needed else None for needed in needs_biases]
         if all(needs_biases) and grad_bias is not None:
             grad_biases[1] = grad_bias.clone()
@@ -163,10 +167,10 @@ class _Lstm(torch.autograd.Function):
 
 
 def lstm_policy(policy: Policy) -> Policy:
-    """The policy, if an LSTM can have it.
+    """The policy itself, after a check that an LSTM can have it.
 
     Raises:
-        NotSupportedError: A rule by which several processes choose together.
+        NotSupportedError: Several processes choose together by the rule.
     """
     if policy.rule.communicates:
         raise NotSupportedError(

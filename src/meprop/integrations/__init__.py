@@ -1,1 +1,1 @@
-"""Callbacks for trainers; each module needs the extra of its name."""
+"""Callbacks for trainers. Each module needs the extra of its name."""

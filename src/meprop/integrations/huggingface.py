@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a callback that converts the model before it is wrapped, and logs how sparse it is."""
+"""A callback for Hugging Face's Trainer that converts the model before it is wrapped, and logs how sparse it is."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ __all__ = ["MePropCallback"]
 
 
 class MePropCallback(TrainerCallback):
-    """Converts the model when the Trainer is made, in place, and adds "meprop_density" to whatever is logged.
+    """Converts the model in place when the Trainer is made, and adds "meprop_density" to whatever is logged.
 
-    The density is that of `meprop.ConversionReport`: below 1 where layers are sparse, and with ``when="auto"`` they
-    decide in the first step. It is in `trainer.state.log_history` and in what is printed; trackers (`report_to`)
-    have been called by then. The report is printed at the end of training.
+    The density is that of `meprop.ConversionReport`. It is below 1 if some layer is sparse. With ``when="auto"`` layers
+    decide in the first step. The density is in `trainer.state.log_history` and in what is printed. Trackers
+    (`report_to`) do not get it, because they are called before. The report is printed at the end of training.
 
     Args:
-        rule: What to keep, e.g. `meprop.TopK(0.05, scope="batch")`; None: the model is converted already, only log.
-        **options: As `meprop.convert`.
+        rule: What to keep, e.g. `meprop.TopK(0.05, scope="batch")`. None means that the model is converted already, and
+            the callback only logs.
+        **options: The options of `meprop.convert`.
 
     Raises:
-        NotSupportedError: When training begins: the model is not the one that was converted, as `model_init` makes new
-            ones. Call `meprop.convert` in `model_init`, and give no rule here.
+        NotSupportedError: Training begins with another model than the one that was converted, because `model_init` has
+            made a new one. Call `meprop.convert` in `model_init`, and give no rule here.
+        ValueError: There are options without a rule.
 
     Example:
         ``Trainer(model, arguments, callbacks=[MePropCallback(meprop.TopK(0.05, scope="batch"))], ...)``
@@ -40,7 +42,7 @@ class MePropCallback(TrainerCallback):
         self._converted: torch.nn.Module | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Converts."""
+        """Converts the model."""
         if self.rule is not None:
             self._converted = kwargs["model"]
             convert(kwargs["model"], self.rule, **self.options)
@@ -72,6 +74,6 @@ class MePropCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prints what was decided."""
+        """Prints the report."""
         if state.is_world_process_zero:
             print(report(kwargs["model"]))

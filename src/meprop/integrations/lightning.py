@@ -1,4 +1,4 @@
-"""Lightning: a callback that converts the module before the strategy wraps it, and logs how sparse it is."""
+"""A callback for Lightning that converts the module before the strategy wraps it, and logs how sparse it is."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ __all__ = ["MePropCallback"]
 
 
 class MePropCallback(pl.Callback):
-    """Converts the module when a fit begins, in place, and logs "meprop/density" at the end of each epoch.
+    """Converts the module in place when a fit begins, and logs "meprop/density" at the end of each epoch.
 
-    The density is that of `meprop.ConversionReport`, on the first rank: below 1 where layers are sparse, and with
-    ``when="auto"`` they decide in the first step. The report is printed at the end of the fit. Optimizers, checkpoints,
-    precision and strategies see the same Parameters under the same names, and need not know.
+    The density is that of `meprop.ConversionReport` on the first rank. It is below 1 if some layer is sparse. With
+    ``when="auto"`` layers decide in the first step. The report is printed at the end of the fit. Optimizers,
+    checkpoints, precision and strategies see the same Parameters under the same names, and need no change.
 
     Args:
-        rule: What to keep, e.g. `meprop.TopK(0.05)`; None: the module is converted already, only log.
-        **options: As `meprop.convert`.
+        rule: What to keep, e.g. `meprop.TopK(0.05)`. None means that the module is converted already, and the callback
+            only logs.
+        **options: The options of `meprop.convert`.
 
     Raises:
-        NotSupportedError: When a fit begins: the module has a `configure_model`, in which layers may be made, or
-            wrapped, after callbacks could convert them. Call `meprop.convert` there, and give no rule here.
+        NotSupportedError: A fit begins with a module that has a `configure_model`. That method may make or wrap layers
+            after callbacks could convert them. Call `meprop.convert` there, and give no rule here.
+        ValueError: There are options without a rule.
 
     Example:
         ``lightning.Trainer(callbacks=[MePropCallback(meprop.TopK(0.05))])``
@@ -55,5 +57,5 @@ class MePropCallback(pl.Callback):
         pl_module.log("meprop/density", report(pl_module).density, rank_zero_only=True)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints what was decided."""
+        """Prints the report."""
         rank_zero_info(str(report(pl_module)))

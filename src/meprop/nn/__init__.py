@@ -1,4 +1,4 @@
-"""Layers: subclasses of torch's, with the same constructors, parameters and state_dict keys."""
+"""Layers: subclasses of torch's layers with the same constructors, parameters and state_dict keys."""
 
 from meprop.nn.attention import MultiheadAttention
 from meprop.nn.conv import Conv1d, Conv2d

@@ -18,28 +18,36 @@ from meprop.rules import Rule
 class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose projections back-propagate only what `rule` keeps of their output gradients.
 
-    The rule chooses among the E entries of each projection of each token: of query, key and value, also where torch
-    keeps their weights in one matrix, and of the output. Attention itself is exact. Parameters, state_dict,
-    initialisation, the forms of input and all arguments of `forward` are torch's own. So is the output, up to rounding;
-    without gradients, or with k >= embed_dim, torch's own forward runs. Nested tensors only without gradients, as in
-    torch. A layer made by hand is always sparse; one that `meprop.convert` made decides at its first backward pass, for
-    its output's projection, whether that is faster here, and stays with it for all four.
+    There are four projections: of query, key, value and output. The rule chooses among the E entries of each token in
+    each projection. It does so even if torch keeps the weights of query, key and value in one matrix. Attention itself
+    is exact.
+
+    Parameters, state_dict, initialisation, the forms of input and all arguments of `forward` are torch's own. The
+    output equals torch's up to rounding. Torch's own forward pass runs without gradients, and with k >= embed_dim.
+    Nested tensors work only without gradients, as in torch.
+
+    A layer that is made by hand is always sparse. A layer that `meprop.convert` has made measures at its first backward
+    pass whether sparse is faster on this machine. It measures its output's projection, and keeps the decision for all
+    projections.
 
     Args:
-        *args: As `torch.nn.MultiheadAttention`: embed_dim, num_heads, dropout, bias, and so on.
+        *args: The arguments of `torch.nn.MultiheadAttention`: embed_dim, num_heads, dropout, bias, and so on.
         rule: What to keep of the E entries, e.g. `meprop.TopK(0.05)`.
-        sparse_grad: Make the gradients of the weights sparse tensors of the kept rows; see `meprop.functional.linear`.
-        compute_dtype: torch.bfloat16: form the projections' forward products in bfloat16; see there. Not where torch's
-            own forward runs. Where query, key and value are not one tensor, their weight is cast anew in each call.
-        **kwargs: As `torch.nn.MultiheadAttention`.
+        sparse_grad: Make the gradients of the weights sparse tensors of the kept rows. See `meprop.functional.linear`.
+        compute_dtype: torch.bfloat16 forms the projections' forward products in bfloat16. See
+            `meprop.functional.linear`. It has no effect if torch's own forward pass runs. If query, key and value are
+            not one tensor, their weight is cast anew in each call.
+        **kwargs: The keyword arguments of `torch.nn.MultiheadAttention`.
 
     Attributes:
-        when: "always" sparse, or "auto": only if measured to be faster.
-        decision: With "auto", what was decided; None before the first backward pass.
+        when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
+            faster.
+        decision: With "auto", what was decided. None before the first backward pass.
 
     Raises:
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` with a rule whose rows keep entries of their own; another compute_dtype.
+        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` is
+            not torch.bfloat16 or None.
     """
 
     def __init__(
@@ -60,24 +68,26 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `torch.nn.MultiheadAttention`, with B sequences, L queries, S keys, H heads of size D = E / H.
+        """The same as in torch's layer. There are B sequences, L queries, S keys and H heads of size E / H.
 
         Args:
-            query: [L, B, E], with `batch_first` [B, L, E], or of one sequence [L, E].
-            key: [S, B, kdim], and alike.
-            value: [S, B, vdim], and alike.
-            key_padding_mask: [B, S] or [S]: True, or what is added to the scores: not to be looked at.
-            need_weights: Whether to return the weights of attention; without is faster.
-            attn_mask: [L, S] or [B * H, L, S]: the same for pairs of query and key.
-            average_attn_weights: Return the mean of the weights over the heads.
-            is_causal: A hint that `attn_mask`, which must be given, is the causal mask.
+            query: Queries [L, B, E], [B, L, E] with `batch_first`, or [L, E] for one sequence.
+            key: Keys [S, B, kdim], [B, S, kdim] with `batch_first`, or [S, kdim] for one sequence.
+            value: Values [S, B, vdim], [B, S, vdim] with `batch_first`, or [S, vdim] for one sequence.
+            key_padding_mask: A mask of keys [B, S] or [S]. A bool mask is True for keys to be ignored. A floating mask
+                is added to the scores.
+            need_weights: Whether to return the weights of attention. The call is faster without them.
+            attn_mask: A mask of pairs of query and key [L, S] or [B * H, L, S], of the same dtypes.
+            average_attn_weights: Whether to return the mean of the weights over the heads.
+            is_causal: A hint that `attn_mask` is the causal mask. The mask has to be given as well.
 
         Returns:
-            Output, of the shape of `query`; and, if `need_weights`, weights [B, L, S] or of each head [B, H, L, S], for
-            one sequence without B. They have more than S keys with `add_bias_kv` or `add_zero_attn`.
+            The output, in the shape of `query`, and the weights if `need_weights` is True, else None. The weights are
+            [B, L, S], or [B, H, L, S] for each head. They have no dimension B for one sequence. They have more than S
+            keys with `add_bias_kv` or `add_zero_attn`.
 
         Raises:
-            ValueError: A shape does not fit, or `is_causal` without `attn_mask`.
+            ValueError: A shape does not fit, or `is_causal` is True without `attn_mask`.
             TypeError: A mask is neither of bools nor of a floating dtype.
         """
         if not self._is_sparse(query, key, value):
@@ -111,7 +121,7 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         return linear_with_policy(x, weight, bias, self.policy.in_blocks(blocks))
 
     def _project_in(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value [*, E] each: in as few products as the inputs are tensors."""
+        """The projections of query, key and value, each [*, E]. Inputs that are one tensor share a product."""
         width, bias = self.embed_dim, self.in_proj_bias
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -128,12 +138,12 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         return tuple(part for product in products for part in product.split(width, dim=-1))
 
     def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
-        """[B, L, E] or [L, B, E] to [B, H, L, D]."""
+        """The tensor [B, L, E] or [L, B, E] as [B, H, L, D], where D = E / H is the size of a head."""
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
 
     def _with_more_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, D] that are the same for all sequences, after their own."""
+        """Keys and values [B, H, S, D], followed by those that are the same for all sequences."""
         batch = k.shape[0]
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
@@ -145,7 +155,7 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         return k, v
 
     def _mask(self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
-        """What is added to the scores [B, H, L, S]; None: nothing."""
+        """What is added to the scores [B, H, L, S]. None means nothing."""
         masks: list[Tensor] = []
         if key_padding_mask is not None:
             masks.append(_additive("key_padding_mask", key_padding_mask, q.dtype).view(len(q), 1, 1, -1))
@@ -157,7 +167,7 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention [B, H, L, D], and its weights [B, H, L, S]."""
+        """The result of attention [B, H, L, D], and its weights [B, H, L, S]."""
         dropout = self.dropout if self.training else 0.0
         if not need_weights:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), None
@@ -202,7 +212,7 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
                 raise ValueError(f"{name} is {list(tensor.shape)}; with query {list(query.shape)} it is {allowed}")
 
     def extra_repr(self) -> str:
-        """Sizes and rule."""
+        """The sizes and the rule."""
         return f"{self.embed_dim}, num_heads={self.num_heads}" + sparse_repr(self)
 
 
@@ -215,16 +225,16 @@ def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AttentionDescriptor(Descriptor[torch.nn.MultiheadAttention]):
-    """Multi-head attention: the rule chooses within each of its projections."""
+    """The descriptor of multi-head attention. The rule chooses within each projection."""
 
     plain, sparse = torch.nn.MultiheadAttention, MultiheadAttention
 
     def features(self, layer: torch.nn.MultiheadAttention) -> tuple[int, int]:
-        """E and E."""
+        """The numbers of input and output features. Both are E."""
         return layer.embed_dim, layer.embed_dim
 
     def parts(self, layer: torch.nn.MultiheadAttention) -> tuple[torch.nn.Module, ...]:
-        """Its last projection, of which it reads the weight, and never calls the layer."""
+        """The last projection. The layer reads its weight, and never calls it."""
         return (layer.out_proj,)
 
 

@@ -1,7 +1,8 @@
-"""What the layers have in common, and what the rest of the library needs to know of each kind: its descriptor.
+"""The base of all layers, and the descriptors that tell the rest of the library about each kind of layer.
 
-A layer is one file: the class, a subclass of torch's, and its `Descriptor`, which `register` makes known. Everything
-else (`meprop.convert`, the reports, the Simplifier) is a loop over descriptors, and knows no layer.
+A kind of layer has one file, with two classes. One is a subclass of torch's layer. The other is its `Descriptor`, which
+`register` makes known. Everything else (`meprop.convert`, the reports, the Simplifier) loops over descriptors and knows
+no layer.
 """
 
 from __future__ import annotations
@@ -32,24 +33,28 @@ __all__ = [
 
 
 Layout = tuple[int, ...]
-"""The groups of units that a dimension of a tensor consists of, one after the other, by their numbers: of an LSTM's
-gates four times the same. Where the dimension is longer, each unit has equally many adjacent entries, as the positions
-of a flattened channel."""
+"""The numbers of the groups of units that a dimension of a tensor consists of, one after the other.
+
+The gates of an LSTM have the same group four times. If the dimension is longer than the groups, each unit has equally
+many adjacent entries, like the positions of a flattened channel.
+"""
 
 
 class SparseLayer:
-    """What each layer of `meprop.nn` has beside a plain one: a policy.
+    """The base of each layer of `meprop.nn`. It adds a policy to torch's layer.
 
-    Its options can be read and set as attributes of the layer. They are checked as when it was made.
+    The options of the policy can be read and set as attributes of the layer. A new value is checked as in the
+    constructor.
 
     Attributes:
-        policy: All of it.
+        policy: The whole policy.
         rule: What the backward pass keeps.
         sparse_grad: Whether the weight's gradient is row-sparse.
-        compute_dtype: In which the forward product is formed.
-        when: "always" sparse, or "auto".
-        decision: With "auto", what was decided; None before that.
-        activity: What a `meprop.Simplifier` counts; None without one.
+        compute_dtype: The dtype of the forward product. None means the dtype of the tensors.
+        when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
+            faster.
+        decision: With "auto", what was decided. None before that.
+        activity: What a `meprop.Simplifier` counts. None without a Simplifier.
     """
 
     policy: Policy
@@ -74,7 +79,7 @@ class SparseLayer:
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """In which the forward product is formed; None: in that of the tensors."""
+        """The dtype of the forward product. None means the dtype of the tensors."""
         return self.policy.compute_dtype
 
     @compute_dtype.setter
@@ -83,7 +88,7 @@ class SparseLayer:
 
     @property
     def when(self) -> When:
-        """Whether the layer is always sparse, or only if measured to be faster."""
+        """Whether the layer is always sparse, or only if that is measured to be faster."""
         return self.policy.when
 
     @when.setter
@@ -92,7 +97,7 @@ class SparseLayer:
 
     @property
     def decision(self) -> Decision | None:
-        """With "auto", what was decided; None before that, which is how it is made to decide anew."""
+        """With "auto", what was decided. None before that. Set it to None to let the layer decide anew."""
         return self.policy.decision
 
     @decision.setter
@@ -102,7 +107,7 @@ class SparseLayer:
 
     @property
     def activity(self) -> Activity | tuple[Activity, ...] | None:
-        """What a Simplifier counts: one, or a tuple where the sets of units have names; None without one."""
+        """What a Simplifier counts. It is a tuple if the sets of units have names. None without a Simplifier."""
         activities = self.policy.activities
         is_one = len(activities) == 1 and layer_descriptor(cast("torch.nn.Module", self)).unit_sets(self) == ("",)
         return activities[0] if is_one else activities or None
@@ -115,7 +120,7 @@ class SparseLayer:
 
 
 def sparse_repr(layer: SparseLayer) -> str:
-    """What `extra_repr` says beside torch's."""
+    """What `extra_repr` adds to the text of torch's layer."""
     sparse_grad = ", sparse_grad=True" if layer.sparse_grad else ""
     compute_dtype = f", compute_dtype={layer.compute_dtype}" if layer.compute_dtype is not None else ""
     return f", rule={layer.rule}{sparse_grad}{compute_dtype}"
@@ -128,10 +133,10 @@ class Descriptor(Generic[Layer]):
     """What the rest of the library needs to know of one kind of layer.
 
     Attributes:
-        plain: The class of others that is converted.
-        sparse: The class of ours that takes over its instances: a subclass of `SparseLayer` and of `plain`.
-        feature_name: What `features` counts, in the plural.
-        decides_in: In which pass a layer with ``when="auto"`` measures.
+        plain: The class of another library whose instances are converted.
+        sparse: The class of ours that they become, a subclass of `SparseLayer` and of `plain`.
+        feature_name: The name of what `features` counts, in the plural.
+        decides_in: The pass in which a layer with ``when="auto"`` measures.
     """
 
     plain: type[Any]
@@ -140,67 +145,67 @@ class Descriptor(Generic[Layer]):
     decides_in: Literal["forward", "backward"] = "backward"
 
     def features(self, layer: Layer) -> tuple[int, int]:
-        """The features of its input, and those among which a rule chooses."""
+        """The number of features of the input, and of those among which a rule chooses."""
         raise NotImplementedError
 
     def why_dense(self, layer: Layer, policy: Policy) -> str | None:
-        """Why a layer cannot have this policy; None if it can."""
+        """Why a layer cannot have this policy. None if it can."""
         return None
 
     def why_narrow(self, layer: Layer, min_features: int) -> str | None:
-        """Why a layer has too few features to gain; None if it has enough."""
+        """Why a layer has too few features to gain from sparsity. None if it has enough."""
         _, width = self.features(layer)
         return f"narrow: {width} {self.feature_name}, min_features={min_features}" if width < min_features else None
 
     def policy(self, policy: Policy) -> Policy:
-        """What of a policy such layers take."""
+        """The policy without the options that such layers do not take."""
         return policy
 
     def parts(self, layer: Layer) -> Iterable[torch.nn.Module]:
-        """Modules inside of it that are not layers of their own, since it reads their weights itself."""
+        """Modules inside the layer that are not layers of their own, because it reads their weights itself."""
         return ()
 
-    # ---- for pruning: what its units are, and how to cut them
+    # ---- for pruning: which units the layer has, and how to cut them
 
     def unit_sets(self, layer: Layer) -> Sequence[str]:
         """The names of the sets of units that a layer makes, each with as many units as it has features.
 
-        Most layers make one set, named "". `SparseLayer.activity` is then one `Activity`, and with other names a tuple
-        of them in this order. A layer without sets is not pruned, and units that it reads are not removed.
+        Most layers make one set, named "". `SparseLayer.activity` is then one `Activity`. With other names it is a
+        tuple of them in this order. A layer without sets is not pruned, and units that it reads are not removed.
         """
         return ()
 
     def feature_dim(self, layer: Layer) -> int:
-        """The dimension of its input and of its output that has the features, counted from the last one."""
+        """The dimension of input and output that has the features, counted from the last one."""
         return -1
 
     def layouts(self, layer: Layer, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
-        """What the dimensions of its tensors consist of: by the tensor's name, then by the dimension.
+        """What the dimensions of the layer's tensors consist of, by the tensor's name and then by the dimension.
 
         Args:
             layer: The layer.
-            outputs: The groups of its sets of units, in the order of `unit_sets`. The features of its output are these
-                units, one set after the other; where they are not, `meprop.pruning.handles` takes a handler for the
-                layer.
-            inputs: The groups of its input's features. It is empty if they are not units that can be removed.
+            outputs: The groups of the layer's sets of units, in the order of `unit_sets`. The features of the output
+                are these units, one set after the other. If they are not, register a handler for the layer with
+                `meprop.pruning.handles`.
+            inputs: The groups of the input's features. It is empty if they are not units that can be removed.
         """
         raise NotImplementedError
 
     def resize(self, layer: Layer) -> None:
-        """Makes its attributes those of its tensors, which were cut."""
+        """Sets the sizes among the layer's attributes to those of its tensors, after they were cut."""
         raise NotImplementedError
 
 
 _descriptors: list[Descriptor[Any]] = []
-# Layers of libraries that need not be there: known once the library is imported, as a model cannot have them before.
+# Layers of optional libraries are known once the library is imported. No model can have them before.
 _of_other_libraries = {"transformers.pytorch_utils": "meprop.nn.huggingface"}
 
 
 def register(descriptor: Descriptor[Any]) -> None:
-    """Makes a kind of layer known: models that have it are converted, reported and pruned.
+    """Makes a kind of layer known. Layers of this kind are then converted, reported and pruned.
 
     Raises:
-        ValueError: Its plain class has a descriptor already.
+        ValueError: The plain class has a descriptor already.
     """
     if any(descriptor.plain is each.plain for each in _descriptors):
         raise ValueError(f"{descriptor.plain.__qualname__} has a descriptor already")
@@ -208,12 +213,12 @@ def register(descriptor: Descriptor[Any]) -> None:
 
 
 def unregister(descriptor: Descriptor[Any]) -> None:
-    """Takes `register` back."""
+    """Undoes `register`."""
     _descriptors.remove(descriptor)
 
 
 def descriptors() -> Sequence[Descriptor[Any]]:
-    """All that are known, in the order in which they became so."""
+    """All known descriptors, in the order of their registration."""
     for library, module in _of_other_libraries.items():
         if library in sys.modules:
             importlib.import_module(module)
@@ -221,17 +226,17 @@ def descriptors() -> Sequence[Descriptor[Any]]:
 
 
 def descriptor_of(module: torch.nn.Module) -> Descriptor[Any] | None:
-    """That of a layer, or of the class that it is a subclass of; None for other modules."""
+    """The descriptor of a layer, or of the layer class that it is a subclass of. None for other modules."""
     every = descriptors()
     exact = (each for each in every if type(module) in (each.plain, each.sparse))
     return next(exact, None) or next((each for each in every if isinstance(module, each.plain)), None)
 
 
 def layer_descriptor(layer: torch.nn.Module) -> Descriptor[Any]:
-    """That of a layer.
+    """The descriptor of a layer.
 
     Raises:
-        TypeError: The module is no layer that is known.
+        TypeError: The module is not a layer of a known kind.
     """
     descriptor = descriptor_of(layer)
     if descriptor is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]  (what Conv1d and Conv2d have in common)
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]  (the base of Conv1d and Conv2d)
 
 from meprop.errors import NotSupportedError
 from meprop.functional.conv import convolution_with_policy, why_not_sparse
@@ -18,7 +18,7 @@ from meprop.rules import Rule
 
 
 class _Convolution(SparseLayer, _ConvNd):
-    """What the layers have in common: all but the number of spatial dimensions."""
+    """The base of both layers. It has everything except the number of spatial dimensions."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class _Convolution(SparseLayer, _ConvNd):
         self.policy = policy.of_layer()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [N, I, *S] or [I, *S] to output [N, O, *T] or [O, *T]."""
+        """The output [N, O, *T] or [O, *T] for an input [N, I, *S] or [I, *S]."""
         if self.policy.is_settled_dense():
             return super().forward(input)
         padding = self.padding
@@ -47,7 +47,7 @@ class _Convolution(SparseLayer, _ConvNd):
         return convolution_with_policy(input, self.weight, self.bias, geometry, self.policy)
 
     def extra_repr(self) -> str:
-        """What torch's says, and the rule."""
+        """The text of torch's layer, and the rule."""
         return super().extra_repr() + sparse_repr(self)
 
 
@@ -58,29 +58,31 @@ class Conv1d(_Convolution, torch.nn.Conv1d):
 class Conv2d(_Convolution, torch.nn.Conv2d):
     """`torch.nn.Conv2d` that back-propagates only what `rule` keeps of its output gradient.
 
-    Parameters, forward pass, state_dict and initialisation are torch's own, and so are kernel, stride, padding with all
-    its modes, dilation and memory formats. Backwards see `meprop.functional.conv2d`. A layer made by hand is always
-    sparse; one that `meprop.convert` made decides at its first backward pass whether that is faster here, and stays
-    with it.
+    Parameters, forward pass, state_dict and initialisation are torch's own. Kernel, stride, padding with all its modes,
+    dilation and memory formats are torch's own as well. `meprop.functional.conv2d` describes the backward pass. A layer
+    that is made by hand is always sparse. A layer that `meprop.convert` has made measures at its first backward pass
+    whether sparse is faster on this machine, and keeps that decision.
 
     Args:
-        *args: As `torch.nn.Conv2d`: in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype.
+        *args: The arguments of `torch.nn.Conv2d`: in_channels, out_channels, kernel_size, stride, padding, dilation,
+            groups, bias, padding_mode, device, dtype.
         rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")`.
-        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows; see `meprop.functional.linear`.
-        compute_dtype: torch.bfloat16: form the forward product in bfloat16; see `meprop.functional.conv2d`.
-        **kwargs: As `torch.nn.Conv2d`.
+        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows. See `meprop.functional.linear`.
+        compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `meprop.functional.conv2d`.
+        **kwargs: The keyword arguments of `torch.nn.Conv2d`.
 
     Attributes:
-        when: "always" sparse, or "auto": only if measured to be faster.
-        decision: With "auto", what was decided; None before the first backward pass.
-        activity: What a `meprop.Simplifier` counts; None without one.
+        when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
+            faster.
+        decision: With "auto", what was decided. None before the first backward pass.
+        activity: What a `meprop.Simplifier` counts. None without a Simplifier.
 
     Raises:
-        NotSupportedError: `groups` above 1, or scope "example" for a layer that is not pointwise: kernel 1, stride 1,
-            no padding.
+        NotSupportedError: `groups` is above 1, or scope "example" is used with a layer that is not pointwise. A
+            pointwise layer has kernel 1, stride 1 and no padding.
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` with a rule whose rows keep entries of their own; another compute_dtype.
+        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` is
+            not torch.bfloat16 or None.
     """
 
 
@@ -88,12 +90,12 @@ Plain = torch.nn.Conv1d | torch.nn.Conv2d
 
 
 def _why_dense(layer: Plain | _ConvNd, rule: Rule) -> str | None:
-    padding = () if isinstance(layer.padding, str) else layer.padding  # of a kernel of 1, "same" is none
+    padding = () if isinstance(layer.padding, str) else layer.padding  # "same" adds no padding to a kernel of 1
     return why_not_sparse(rule, is_pointwise(layer.kernel_size, layer.stride, padding), layer.groups)
 
 
 class ConvolutionDescriptor(Descriptor[Plain]):
-    """A convolution: its features are channels."""
+    """The descriptor of convolutions. Their features are channels."""
 
     feature_name = "output channels"
 
@@ -101,29 +103,29 @@ class ConvolutionDescriptor(Descriptor[Plain]):
         self.plain, self.sparse = plain, sparse
 
     def features(self, layer: Plain) -> tuple[int, int]:
-        """Input and output channels."""
+        """The numbers of input and output channels."""
         return layer.in_channels, layer.out_channels
 
     def why_dense(self, layer: Plain, policy: Policy) -> str | None:
-        """Groups; entries chosen at each position of a kernel above 1."""
+        """A reason if there are groups, or if entries would be chosen at each position of a kernel above 1."""
         return _why_dense(layer, policy.rule)
 
     def why_narrow(self, layer: Plain, min_features: int) -> str | None:
-        """Half as many channels are enough: each one's work is repeated at every position."""
+        """Half as many channels are enough, because the work of a channel is repeated at each position."""
         if 2 * layer.out_channels >= min_features:
             return None
         return f"narrow: {layer.out_channels} output channels, less than half of min_features={min_features}"
 
     def feature_dim(self, layer: Plain) -> int:
-        """The channels' dimension is before those of space."""
+        """The dimension of the channels, which comes before the spatial dimensions."""
         return 1 - layer.weight.dim()
 
     def unit_sets(self, layer: Plain) -> tuple[str, ...]:
-        """One: its output channels."""
+        """One set, the output channels."""
         return ("",)
 
     def layouts(self, layer: Plain, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
-        """The weight [O, I, *K] and the bias [O]."""
+        """The layouts of the weight [O, I, *K] and of the bias [O]."""
         bias = {} if layer.bias is None else {"bias": {0: outputs}}
         return {"weight": {0: outputs, 1: inputs}, **bias}
 

@@ -1,4 +1,7 @@
-"""The linear layer of GPT-2 in Hugging Face's transformers, which this module needs, with a sparse backward pass."""
+"""The linear layer of GPT-2 in Hugging Face's transformers, with a sparse backward pass.
+
+This module needs transformers.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ __all__ = ["Conv1D", "Conv1DDescriptor"]
 class Conv1D(SparseLayer, PlainConv1D):
     """`transformers.pytorch_utils.Conv1D`, a linear layer with weight [I, O], that back-propagates what `rule` keeps.
 
-    In all else as `meprop.nn.Linear`, but that the weight's gradient cannot be row-sparse: selected output features are
-    its columns.
+    The layer is like `meprop.nn.Linear` otherwise, except that the weight's gradient cannot be row-sparse. Output
+    features are columns of this weight, not rows.
 
     Args:
-        nf: Size O of each output.
-        nx: Size I of each input.
+        nf: O, the number of output features.
+        nx: I, the number of input features.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
-        compute_dtype: torch.bfloat16: form the forward product in bfloat16.
+        compute_dtype: torch.bfloat16 forms the forward product in bfloat16. None forms it in the dtype of the tensors.
 
     Raises:
         TypeError: `rule` is not a Rule.
-        ValueError: another compute_dtype.
+        ValueError: `compute_dtype` is not torch.bfloat16 or None.
     """
 
     def __init__(self, nf: int, nx: int, *, rule: Rule, compute_dtype: torch.dtype | None = None) -> None:
@@ -37,7 +40,7 @@ class Conv1D(SparseLayer, PlainConv1D):
         self.policy = policy.of_layer()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input [*, I] to output [*, O]."""
+        """The output [*, O] for an input [*, I]."""
         return linear_with_policy(x, self.weight.t(), self.bias, self.policy)
 
     def __repr__(self) -> str:
@@ -50,11 +53,11 @@ class Conv1DDescriptor(Descriptor[PlainConv1D]):
     plain, sparse = PlainConv1D, Conv1D
 
     def features(self, layer: PlainConv1D) -> tuple[int, int]:
-        """I and O."""
+        """The numbers of input and output features, I and O."""
         return layer.nx, layer.nf
 
     def why_dense(self, layer: PlainConv1D, policy: Policy) -> str | None:
-        """Its weight's gradient cannot be row-sparse."""
+        """A reason if row-sparse gradients are wanted, because the weight cannot have them."""
         if policy.sparse_grad:
             return "sparse_grad: the output features of its weight are columns, not rows"
         return None

@@ -1,4 +1,4 @@
-"""Linear layer with a sparse backward pass."""
+"""The linear layer with a sparse backward pass."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from meprop.rules import Rule
 class Linear(SparseLayer, torch.nn.Linear):
     """`torch.nn.Linear` that back-propagates only what `rule` keeps of its output gradient.
 
-    Parameters, forward pass, state_dict and initialisation are torch's own. A layer made by hand is always sparse; one
-    that `meprop.convert` made decides at its first backward pass whether that is faster here, and stays with it.
+    Parameters, forward pass, state_dict and initialisation are torch's own. A layer that is made by hand is always
+    sparse. A layer that `meprop.convert` has made measures at its first backward pass whether sparse is faster on this
+    machine, and keeps that decision.
 
     Args:
-        in_features: Size I of each input.
-        out_features: Size O of each output.
+        in_features: I, the number of input features.
+        out_features: O, the number of output features.
         bias: Whether there is a bias.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
-        sparse_grad: Make weight.grad a sparse tensor of the kept rows; see `meprop.functional.linear`.
-        compute_dtype: torch.bfloat16: form the forward product in bfloat16; see there.
+        sparse_grad: Make weight.grad a sparse tensor of the kept rows. See `meprop.functional.linear`.
+        compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `meprop.functional.linear`.
 
     Attributes:
-        when: "always" sparse, or "auto": only if measured to be faster.
-        decision: With "auto", what was decided; None before the first backward pass.
-        activity: What a `meprop.Simplifier` counts; None without one.
+        when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
+            faster.
+        decision: With "auto", what was decided. None before the first backward pass.
+        activity: What a `meprop.Simplifier` counts. None without a Simplifier.
 
     Raises:
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` with a rule whose rows keep entries of their own; another compute_dtype.
+        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` is
+            not torch.bfloat16 or None.
     """
 
     def __init__(
@@ -54,29 +57,29 @@ class Linear(SparseLayer, torch.nn.Linear):
         self.policy = policy.of_layer()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [*, I] to output [*, O]."""
+        """The output [*, O] for an input [*, I]."""
         return linear_with_policy(input, self.weight, self.bias, self.policy)
 
     def extra_repr(self) -> str:
-        """What torch's says, and the rule."""
+        """The text of torch's layer, and the rule."""
         return super().extra_repr() + sparse_repr(self)
 
 
 class LinearDescriptor(Descriptor[torch.nn.Linear]):
-    """A linear layer: its units are the rows of its weight."""
+    """The descriptor of linear layers. Their units are the rows of the weight."""
 
     plain, sparse = torch.nn.Linear, Linear
 
     def features(self, layer: torch.nn.Linear) -> tuple[int, int]:
-        """I and O."""
+        """The numbers of input and output features, I and O."""
         return layer.in_features, layer.out_features
 
     def unit_sets(self, layer: torch.nn.Linear) -> tuple[str, ...]:
-        """One: its output features."""
+        """One set, the output features."""
         return ("",)
 
     def layouts(self, layer: torch.nn.Linear, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
-        """The weight [O, I] and the bias [O]."""
+        """The layouts of the weight [O, I] and of the bias [O]."""
         bias = {} if layer.bias is None else {"bias": {0: outputs}}  # pyright: ignore[reportUnnecessaryComparison]
         return {"weight": {0: outputs, 1: inputs}, **bias}
 

@@ -1,4 +1,4 @@
-"""LSTM with a sparse backward pass."""
+"""The LSTM with a sparse backward pass."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class LstmShape:
     """What the speed of an LSTM depends on, beside the machine.
 
     Attributes:
-        steps: T.
-        batch: Sequences B; of different lengths, the mean over the time steps.
-        inputs: I.
-        units: H.
-        layers: Their number.
-        directions: 1 or 2.
-        dtype: Of the pass.
-        device: Its type, "cpu" or "cuda".
+        steps: T, the number of time steps.
+        batch: B, the number of sequences. If their lengths differ, it is the mean over the time steps.
+        inputs: I, the number of input features.
+        units: H, the number of hidden units.
+        layers: The number of layers.
+        directions: The number of directions, 1 or 2.
+        dtype: The dtype of the pass.
+        device: The type of the device, "cpu" or "cuda".
         needs_input: Whether the input's gradient is wanted.
     """
 
@@ -47,7 +47,7 @@ class LstmShape:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """N, the number of rows of all time steps."""
         return self.steps * self.batch
 
     def __str__(self) -> str:
@@ -72,26 +72,30 @@ class LstmShape:
 class LSTM(SparseLayer, torch.nn.LSTM):
     """`torch.nn.LSTM` that back-propagates only what `rule` keeps of each gate's gradient at each time step.
 
-    Parameters, state_dict, initialisation, and the forms of input and output are torch's own: padded, packed or
-    unbatched sequences, `batch_first`, `num_layers`, `bidirectional`, `dropout`. What is computed forwards is torch's
-    up to rounding; without gradients, or with k >= hidden_size, it is torch's own LSTM bit for bit. Backwards see
-    `meprop.functional.lstm`. A layer made by hand is always sparse; one that `meprop.convert` made decides at its first
-    forward pass with gradients whether that is faster here, and stays with it. The output may not be changed in place.
-    `torch.func` transforms are not supported.
+    Parameters, state_dict, initialisation, and the forms of input and output are torch's own. Sequences may be padded,
+    packed or unbatched. `batch_first`, `num_layers`, `bidirectional` and `dropout` are supported. The output equals
+    torch's up to rounding. Without gradients, or with k >= hidden_size, the layer is torch's own LSTM bit for bit.
+    `meprop.functional.lstm` describes the backward pass.
+
+    A layer that is made by hand is always sparse. A layer that `meprop.convert` has made measures at its first forward
+    pass with gradients whether sparse is faster on this machine, and keeps that decision. The output may not be changed
+    in place. `torch.func` transforms are not supported.
 
     Args:
-        *args: As `torch.nn.LSTM`: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional.
+        *args: The arguments of `torch.nn.LSTM`: input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional.
         rule: What to keep of the H entries of each gate, e.g. `meprop.TopK(20)`.
-        **kwargs: As `torch.nn.LSTM`, but for proj_size.
+        **kwargs: The keyword arguments of `torch.nn.LSTM`, except proj_size.
 
     Attributes:
-        when: "always" sparse, or "auto": only if measured to be faster.
-        decision: With "auto", what was decided; None before the first forward pass.
-        activity: What a `meprop.Simplifier` counts, of each layer and direction; None without one.
+        when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
+            faster.
+        decision: With "auto", what was decided. None before the first forward pass.
+        activity: What a `meprop.Simplifier` counts, for each layer and direction. None without a Simplifier.
 
     Raises:
         TypeError: `rule` is not a Rule.
-        NotSupportedError: `proj_size` is given, or a rule by which several processes choose together.
+        NotSupportedError: `proj_size` is given, or several processes choose together by the rule.
     """
 
     def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
@@ -104,7 +108,10 @@ class LSTM(SparseLayer, torch.nn.LSTM):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's are overloads)
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """As `torch.nn.LSTM`: input [T, B, I] to output [T, B, D * H] and states [layers * D, B, H], D directions."""
+        """The output [T, B, D * H] and the states [layers * D, B, H], each, for an input [T, B, I].
+
+        D is the number of directions. The forms of input are those of `torch.nn.LSTM`.
+        """
         if not self._is_sparse(input, hx):
             return super().forward(input, hx)
         if isinstance(input, PackedSequence):
@@ -172,7 +179,7 @@ class LSTM(SparseLayer, torch.nn.LSTM):
         states = () if hx is None else hx
         if not any(tensor.requires_grad for tensor in (rows, *states, *self.parameters())):
             return False
-        if self.activity is not None:  # counted in a backward pass of ours, also where everything is kept
+        if self.activity is not None:  # only our backward pass counts, also if everything is kept
             return True
         return self.policy.is_sparse(self.hidden_size, rows.shape[:-1].numel(), lambda: self._shape(rows, batch_sizes))
 
@@ -191,23 +198,23 @@ class LSTM(SparseLayer, torch.nn.LSTM):
         )
 
     def extra_repr(self) -> str:
-        """What torch's says, and the rule."""
+        """The text of torch's layer, and the rule."""
         return f"{super().extra_repr()}, rule={self.rule}"
 
 
 class LstmDescriptor(Descriptor[torch.nn.LSTM]):
-    """An LSTM: its units are the hidden units of each layer and direction."""
+    """The descriptor of LSTMs. Their units are the hidden units of each layer and direction."""
 
     plain, sparse = torch.nn.LSTM, LSTM
     feature_name = "hidden units"
     decides_in = "forward"
 
     def features(self, layer: torch.nn.LSTM) -> tuple[int, int]:
-        """I and H, as the rule chooses within each gate."""
+        """The numbers of input features and of hidden units, I and H. The rule chooses among the H of each gate."""
         return layer.input_size, layer.hidden_size
 
     def why_dense(self, layer: torch.nn.LSTM, policy: Policy) -> str | None:
-        """Projections, and what would need one choice for all time steps."""
+        """A reason if the LSTM has projections, or if the policy needs one choice for all time steps."""
         if layer.proj_size > 0:
             return f"it has projections (proj_size={layer.proj_size})"
         if policy.sparse_grad:
@@ -217,19 +224,19 @@ class LstmDescriptor(Descriptor[torch.nn.LSTM]):
         return None
 
     def policy(self, policy: Policy) -> Policy:
-        """Its forward pass is in the dtype of its tensors."""
+        """The policy without `compute_dtype`, because the forward pass is in the dtype of the tensors."""
         return replace(policy, compute_dtype=None)
 
     def unit_sets(self, layer: torch.nn.LSTM) -> tuple[str, ...]:
-        """One for each layer and direction, with the suffix of its weights, in the order of the states."""
+        """One set for each layer and direction, named by the suffix of its weights, in the order of the states."""
         return tuple(f"l{number}{suffix}" for number in range(layer.num_layers) for suffix in _directions(layer))
 
     def layouts(self, layer: torch.nn.LSTM, outputs: Layout, inputs: Layout) -> dict[str, dict[int, Layout]]:
-        """Of each layer and direction the weights [4H, I] and [4H, H], and the biases [4H]: four gates of H units."""
+        """The layouts of the weights [4H, I] and [4H, H] and of the biases [4H]. All have four gates of H units."""
         directions = len(_directions(layer))
         tensors: dict[str, dict[int, Layout]] = {}
         for number, (place, group) in enumerate(zip(self.unit_sets(layer), outputs, strict=True)):
-            gates, first = (group,) * 4, number // directions * directions  # of this layer's sets
+            gates, first = (group,) * 4, number // directions * directions  # the first set of this layer
             tensors[f"weight_ih_{place}"] = {0: gates, 1: outputs[first - directions : first] if first else inputs}
             tensors[f"weight_hh_{place}"] = {0: gates, 1: (group,)}
             if layer.bias:

@@ -1,4 +1,7 @@
-"""Rules: which entries of an output gradient are worth propagating. One file a rule; `base` is what they share."""
+"""Rules: which entries of an output gradient are worth propagating.
+
+Each rule has a file. `base` holds what they share.
+"""
 
 from meprop.rules.base import Rule, named
 from meprop.rules.blocks import InBlocks

@@ -1,4 +1,4 @@
-"""Rules: which entries of an output gradient are worth propagating."""
+"""What all rules share. A rule says which entries of an output gradient are worth propagating."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from meprop.selection import ColumnSelection, PlainTopK, RowSelection, Scope, Se
 class Rule(ABC):
     """Answers one question for every linear map: which entries of its output gradient are propagated?
 
-    A new rule is a subclass in a file of its own that answers `select`. What else it can say is optional: `count` or
-    `density`, so that reports can tell how much is kept; `scope`; and, to be chosen by name on the command line and
-    drawn in figures, the four class attributes. Best it is a frozen dataclass: its `repr` is how measurements of it are
-    remembered.
+    A new rule is a subclass in a file of its own that defines `select`. Everything else is optional. `count` or
+    `density` let reports tell how much is kept. The attributes `name`, `label`, `color` and `marker` let users choose
+    the rule by name on the command line and draw it in figures. A rule should be a frozen dataclass, because
+    measurements are remembered by its `repr`.
 
     Attributes:
-        name: By which the command line and results know the rule, e.g. "topk"; "" for a rule that they do not offer.
-            One with a name is made by ``cls(k, scope=scope)``.
-        label: What tables and legends call it, e.g. "top-k".
-        color: Of its lines in figures, as matplotlib takes it.
-        marker: Of its points in figures.
-        scope: "example": entries of each row; "batch": unified, the same columns for all rows. None: the rule does not
-            say, and what needs one of them looks at each answer.
+        name: The name of the rule on the command line and in results, e.g. "topk". It is "" for a rule that they do not
+            offer. A rule with a name is made by ``cls(k, scope=scope)``.
+        label: The rule's name in tables and legends, e.g. "top-k".
+        color: The color of its lines in figures, in a form that matplotlib takes.
+        marker: The marker of its points in figures.
+        scope: "example" for entries of each row, "batch" for the same columns for all rows (unified top-k). None means
+            that the rule does not say. Code that needs a scope then looks at each selection.
     """
 
     name: ClassVar[str] = ""
@@ -47,7 +47,7 @@ class Rule(ABC):
 
     @property
     def communicates(self) -> bool:
-        """Whether several processes choose together, so that each has to ask whenever the others do."""
+        """Whether several processes choose together. Then each process has to ask the rule whenever the others do."""
         return False
 
     @abstractmethod
@@ -55,9 +55,9 @@ class Rule(ABC):
         """The entries of grad_output_NO [N, O] to propagate."""
 
     def count(self, features: int) -> int | None:
-        """How many of `features` output features each row keeps; None: it depends on the gradient.
+        """How many of `features` output features each row keeps. None means that it depends on the gradient.
 
-        `features` itself means the plain dense product.
+        A count of `features` means the plain dense product.
 
         Raises:
             ValueError: The rule does not fit so many features.
@@ -66,17 +66,17 @@ class Rule(ABC):
         return None
 
     def density(self, features: int) -> float | None:
-        """The share of the entries that is kept of `features` output features; None: it depends on the gradient."""
+        """The share of `features` output features that is kept. None: it depends on the gradient."""
         count = self.count(features)
         return None if count is None else count / features
 
     def keeps_all(self, features: int) -> bool:
-        """Whether nothing of `features` output features is left out: then the layer is torch's own."""
+        """Whether all of `features` output features are kept. Then the layer computes what torch's own does."""
         count = self.count(features)
         return count is not None and count >= features
 
     def as_topk(self, features: int) -> PlainTopK | None:
-        """What `select` does, if that is nothing but the top-k of `ops`: then one call selects and multiplies."""
+        """The top-k that equals `select`, so that one call of `ops` selects and multiplies. None if there is none."""
         del features
         return None
 
@@ -85,12 +85,12 @@ _named: dict[str, type[Rule]] = {}
 
 
 def named() -> dict[str, type[Rule]]:
-    """The rules that have a name, by it, in the order in which they were defined."""
+    """The rules that have a name, by their names, in the order in which they were defined."""
     return dict(_named)
 
 
 def unregister(rule: type[Rule]) -> None:
-    """Takes a rule out of `named`: for tests and notebooks, whose rules are not to stay.
+    """Takes a rule out of `named`. It is for tests and notebooks, whose rules are not to stay.
 
     Raises:
         KeyError: There is no such named rule.
@@ -100,10 +100,10 @@ def unregister(rule: type[Rule]) -> None:
 
 @dataclass(frozen=True)
 class KeepK(Rule):
-    """What the rules that keep k entries share: k, the scope, and the checks of both."""
+    """The base of rules that keep k entries. It holds k, the scope, and the checks of both."""
 
     k: int | float
-    scope: Scope = "example"  # pyright: ignore[reportIncompatibleVariableOverride]  (narrower, and frozen)
+    scope: Scope = "example"  # pyright: ignore[reportIncompatibleVariableOverride]  (it is narrower, and frozen)
 
     def __post_init__(self) -> None:
         allowed = "an int of at least 1 (a count) or a float above 0 and at most 1 (a share of the output features)"
@@ -123,7 +123,7 @@ class KeepK(Rule):
             raise ValueError(f"scope={self.scope!r}; the scope is 'example' or 'batch'")
 
     def count(self, features: int) -> int:
-        """How many of `features` output features are kept: between 1 and `features`."""
+        """How many of `features` output features are kept, between 1 and `features`."""
         k = self.k if isinstance(self.k, int) else max(1, round(self.k * features))
         return min(k, features)
 
@@ -131,14 +131,14 @@ class KeepK(Rule):
         """The kept entries of each row, or the kept columns.
 
         Args:
-            grad_output_NO: Output gradient [N, O] of any floating dtype, O >= 1; N may be 0.
+            grad_output_NO: Output gradient [N, O] of any floating dtype. O is at least 1, and N may be 0.
 
         Returns:
-            A RowSelection (scope "example") or a ColumnSelection ("batch"), indices ascending.
+            A RowSelection with scope "example", a ColumnSelection with scope "batch". The indices ascend.
 
         Raises:
             ValueError: grad_output_NO is not a matrix with at least one column.
-            TypeError: it is not of a floating dtype.
+            TypeError: grad_output_NO is not of a floating dtype.
         """
         if grad_output_NO.dim() != 2 or grad_output_NO.shape[1] == 0:
             raise ValueError(

@@ -14,16 +14,16 @@ from meprop.selection import PlainTopK, Scope, Selection, side_by_side
 class InBlocks(Rule):
     """Applies a rule within each of several equal blocks of the output features.
 
-    For layers that are several side by side, such as query, key and value of attention in one product: where the rule
-    chooses among all of their features, some get hardly any (the keys, when training begins).
+    It is for a product that serves several layers side by side, such as query, key and value of attention. If a rule
+    chose among the features of all of them, some would get hardly any. At the beginning of training these are the keys.
 
     Args:
         rule: What to keep of each block, e.g. `meprop.TopK(0.05)`.
-        blocks: How many blocks there are, at least 1; the output features are so many equal parts.
+        blocks: The number of equal blocks of the output features, at least 1.
 
     Raises:
-        TypeError: `rule` is not a Rule, or `blocks` not an int.
-        ValueError: `blocks` is below 1; when it is used, the features are not so many equal parts.
+        TypeError: `rule` is not a Rule, or `blocks` is not an int.
+        ValueError: `blocks` is below 1. When the rule is used: `blocks` does not divide the number of output features.
 
     Example:
         >>> import torch
@@ -34,7 +34,7 @@ class InBlocks(Rule):
     rule: Rule
     blocks: int
     scope: Scope | None = field(init=False, repr=False)
-    """That of the rule within the blocks."""
+    """The scope of the rule within the blocks."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -47,7 +47,7 @@ class InBlocks(Rule):
 
     @property
     def communicates(self) -> bool:
-        """As the rule within the blocks."""
+        """Whether the rule within the blocks lets several processes choose together."""
         return self.rule.communicates
 
     def count(self, features: int) -> int | None:
@@ -56,11 +56,11 @@ class InBlocks(Rule):
         return None if count is None else self.blocks * count
 
     def density(self, features: int) -> float | None:
-        """That of the rule within the blocks."""
+        """The density of the rule within the blocks."""
         return self.rule.density(self._width(features))
 
     def as_topk(self, features: int) -> PlainTopK | None:
-        """The rule's top-k in so many blocks, if it is one."""
+        """The rule's top-k, within each of the blocks. None if the rule is no top-k."""
         topk = self.rule.as_topk(self._width(features))
         return None if topk is None else topk._replace(blocks=self.blocks * topk.blocks)
 

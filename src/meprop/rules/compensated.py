@@ -1,4 +1,4 @@
-"""Top-k whose mean over the batch is right: a rule of ours."""
+"""Top-k whose mean over the batch is exact. This rule is ours."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from meprop.selection import ColumnSelection, RowSelection
 
 
 class CompensatedTopK(KeepK):
-    """Top-k whose mean over the batch is right: each row also gets the batch's mean of what top-k leaves out.
+    """Top-k whose mean over the batch is exact: each row also gets the batch's mean of what top-k leaves out.
 
-    With g the output gradient and S its top-k, ``S + mean(g - S)`` is propagated, the mean taken over the N rows. Top-k
-    keeps, of each example, the features that it wants changed most, and leaves out the many that would be changed
-    against them by a little; where inputs have a common part, as behind ReLU, that adds up over the batch, and training
-    slows down or diverges. What is added costs one more pass over the gradient, and over input and weight and their
-    gradients: the products with a matrix of rank one. This rule is ours, not the paper's.
+    Let g be the output gradient and S its top-k. The rule propagates ``S + mean(g - S)``, where the mean is over the N
+    rows. Top-k keeps the features of each row that the row would change most. It leaves out many features that the row
+    would change a little in the other direction. Where inputs have a common part, as behind ReLU, these small changes
+    add up over the batch. Without them training slows down or diverges. The added part costs one more pass over the
+    gradient. It also costs one more pass over input and weight and over their gradients, for the products with a matrix
+    of rank one. This rule is ours, not the paper's.
 
     Args:
-        k: As of `TopK`.
-        scope: "example"; with "batch" nothing would be left out of the weight's gradient.
+        k: See `TopK`.
+        scope: "example". With "batch" nothing would be left out of the weight's gradient.
 
     Raises:
-        ValueError: k out of range, or another scope.
+        ValueError: k is out of range, or the scope is another one.
         TypeError: k is not a number.
 
     Example:

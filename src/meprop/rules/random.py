@@ -1,4 +1,4 @@
-"""Random-k: the paper's yardstick."""
+"""Random-k, with which the paper compares top-k."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from meprop.selection import ColumnSelection, RowSelection
 
 
 class RandomK(KeepK):
-    """Keeps k entries drawn uniformly, as they are: the yardstick of the meProp paper's figure 4, not a way to train.
+    """Keeps k entries that are drawn uniformly. The meProp paper compares top-k with it in figure 4.
 
-    Every set of k entries is equally likely, whatever their values; nothing is scaled up for what is left out. The
-    numbers come from torch's global generator of the gradient's device: `torch.manual_seed` repeats them. With `k` at
-    or above the number of output features the layer is the dense one, bit for bit.
+    The rule is for comparison, not for training. Every set of k entries is equally likely, whatever their values. The
+    kept entries are not scaled up for what is left out. The numbers come from torch's global generator of the
+    gradient's device, so `torch.manual_seed` repeats them. With `k` at or above the number of output features the layer
+    is the dense one, bit for bit.
 
     Args:
-        k: As of `TopK`.
-        scope: "example" draws anew for every row of the gradient; "batch" draws k features for the whole batch.
+        k: See `TopK`.
+        scope: "example" draws k entries anew for each row of the gradient. "batch" draws k features for all rows, in
+            place of those of unified top-k.
 
     Raises:
-        ValueError: k or scope out of range.
+        ValueError: k or scope is out of range.
         TypeError: k is not a number.
 
     Example:

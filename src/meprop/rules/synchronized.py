@@ -32,23 +32,24 @@ class SynchronizedTopK(TopK):
     single process, or without a process group, the rule is ``TopK(k, scope="batch")`` bit for bit.
 
     DistributedDataParallel and FSDP average the processes' losses. The features are those that a single process would
-    choose for that average. That also holds where batches differ in size, and where one is empty.
+    choose for that average. This also holds if batches differ in size, and if one is empty.
 
-    Every process has to run the same layers in the same order. Otherwise one waits for the others until the time-out of
-    the group. Where widths differ, torch ends it instead. For the same reason nothing is measured: layers are always
-    sparse, as with ``when="always"``. An LSTM would choose, and wait, at each time step, and is refused.
+    Every process has to run the same layers in the same order. Otherwise one process waits for the others until the
+    time-out of the group. If the layers' widths differ, torch raises an error instead. For the same reason nothing is
+    measured, and layers are always sparse, as with ``when="always"``. LSTM layers refuse this rule, because they would
+    have to wait at each time step.
 
     Args:
-        k: As of `TopK`.
-        group: The processes that choose together. Make a group for this purpose: in the group in which gradients are
-            averaged meanwhile, choices would wait for those. None: all processes, in a group of their own that is made
-            at the first use. A rule with a group cannot be pickled.
+        k: See `TopK`.
+        group: The processes that choose together. Make a group for this purpose only. In the group in which gradients
+            are averaged, choices would wait for gradients. None means all processes, in a group that is made for this
+            purpose at the first use. A rule with a group cannot be pickled.
 
     Raises:
         ValueError: k is out of range.
         TypeError: k is not a number, or group is not a process group that this process is in.
-        NotSupportedError: The rule has a group, and is pickled. Several processes compile with fullgraph=True: then it
-            is within an error of torch's.
+        NotSupportedError: A rule with a group is pickled, or several processes compile with fullgraph=True. In the
+            second case the error is within one of torch's.
 
     Example:
         >>> import torch
@@ -67,11 +68,11 @@ class SynchronizedTopK(TopK):
 
     @property
     def communicates(self) -> bool:
-        """True, also in a single process, so that it is asked whenever it would be among others."""
+        """True, also in a single process, so that one process and several take the same way."""
         return True
 
     def as_topk(self, features: int) -> PlainTopK | None:
-        """That of `TopK` in a single process; None in several, which have to meet between choice and product."""
+        """The top-k of `TopK` in a single process. None in several, which communicate between choice and product."""
         return super().as_topk(features) if self._group_of_several() is None else None
 
     def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
@@ -84,7 +85,7 @@ class SynchronizedTopK(TopK):
         return ColumnSelection(grad_NO.index_select(1, indices), indices, grad_NO.shape[1])
 
     def _group_of_several(self) -> dist.ProcessGroup | None:
-        """The group to choose in; None if this process chooses alone."""
+        """The group to choose in. None if this process chooses alone."""
         if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             return None
         if torch.compiler.is_compiling():
@@ -92,7 +93,7 @@ class SynchronizedTopK(TopK):
         if self.group is not None:
             return self.group
         everyone = dist.group.WORLD
-        assert everyone is not None  # as it is initialized
+        assert everyone is not None  # torch.distributed is initialized
         if everyone not in _groups_of_rules:
             _groups_of_rules[everyone] = second_group(everyone)
         return _groups_of_rules[everyone]
@@ -113,5 +114,5 @@ def second_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Another group of the same processes, whose collectives do not wait for those of the first."""
     ranks = dist.get_process_group_ranks(group)
     backend = group._get_backend(group._device_types[0])
-    timeout = getattr(getattr(backend, "options", None), "_timeout", None)  # else torch's default, which is long
+    timeout = getattr(getattr(backend, "options", None), "_timeout", None)  # None: torch's default, which is long
     return cast("dist.ProcessGroup", dist.new_group(ranks, timeout, use_local_synchronization=True))

@@ -1,4 +1,4 @@
-"""Top-k: the largest entries, meProp's rule."""
+"""Top-k, the rule of meProp: the largest entries are kept."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from meprop.selection import ColumnSelection, PlainTopK, RowSelection
 class TopK(KeepK):
     """Keeps the k entries of largest magnitude: meProp's rule (Sun et al., ICML 2017, section 3).
 
-    Exactly k entries are kept. Of equal magnitudes the lower index wins; NaN counts as the largest, so that it is never
-    hidden. With `k` at or above the number of output features the layer is the dense one, bit for bit.
+    Exactly k entries are kept. Among equal magnitudes the lower index wins. NaN counts as the largest, so that it is
+    never hidden. With `k` at or above the number of output features the layer is the dense one, bit for bit.
 
     Args:
-        k: An int is a count, at least 1. A float is a share of the output features n, above 0 and at most 1:
-            ``max(1, round(k * n))`` are kept.
-        scope: "example" chooses anew in every row of the gradient (the paper's top-k); "batch" chooses k features for
-            the whole batch, those with the largest sum of magnitudes (the paper's simple unified top-k).
+        k: An int is a count, at least 1. A float is a share of the n output features, above 0 and at most 1. A share
+            keeps ``max(1, round(k * n))`` of them.
+        scope: "example" chooses anew in each row of the gradient, which is the paper's top-k. "batch" chooses the k
+            features with the largest sums of magnitudes for all rows, which is the paper's simple unified top-k.
 
     Raises:
-        ValueError: k or scope out of range.
+        ValueError: k or scope is out of range.
         TypeError: k is not a number.
 
     Example:
