@@ -236,17 +236,10 @@ def native_products(
     row_sparse: bool = False,
 ) -> Gradients:
     """One native call: the selection, where it is yet to be made, and the gradients that are asked for."""
-    if isinstance(choice, PlainTopK):
-        assert grad is not None
-        (rows, width), dtype = grad.shape, grad.dtype
-        arguments, tensors = _of_topk(choice, rows, dtype, row_sparse)
-    else:
-        rows, width, dtype = choice.rows, choice.width, choice.values.dtype
-        arguments, tensors = _of_selection(choice)
-        grad = grad if needs_bias else None
+    rows, width, dtype, arguments, tensors = _described(choice, grad, row_sparse)
     fits, of_input, of_weight, of_bias = True, None, None, None
     inputs = grad_at = grad_ld = weight_at = weight_ld = x_at = x_ld = of_input_at = of_weight_at = of_bias_at = 0
-    if grad is not None:
+    if grad is not None and (needs_bias or isinstance(choice, PlainTopK)):
         grad = native.readable(grad, dtype)
         grad_at, grad_ld = grad.data_ptr(), grad.stride(0)
         fits = grad.shape == (rows, width)
@@ -284,6 +277,17 @@ def native_products(
 def _misfit(rows: int, width: int, tensors: dict[str, Tensor | None]) -> ValueError:
     shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in tensors.items() if each is not None)
     return ValueError(f"a selection of an output gradient [{rows}, {width}] does not go with {shapes}")
+
+
+def _described(
+    choice: Choice, grad: Tensor | None, row_sparse: bool
+) -> tuple[int, int, torch.dtype, tuple[int, ...], tuple[Tensor, ...]]:
+    """N, O and the dtype of what is kept, and what `_of_topk` or `_of_selection` says of it."""
+    if not isinstance(choice, PlainTopK):
+        return choice.rows, choice.width, choice.values.dtype, *_of_selection(choice)
+    assert grad is not None
+    (rows, width), dtype = grad.shape, grad.dtype
+    return rows, width, dtype, *_of_topk(choice, rows, dtype, row_sparse)
 
 
 def _of_topk(
