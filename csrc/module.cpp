@@ -1,6 +1,6 @@
 // The Python module meprop._C: raw addresses and sizes in, status out. No torch, limited API only.
 //
-// ops/native.py is its one caller, and checks shapes, strides and dtypes; what can still be wrong here raises.
+// src/meprop/ops is its one caller, and checks shapes, strides and dtypes; what can still be wrong here raises.
 #define Py_LIMITED_API 0x030a0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

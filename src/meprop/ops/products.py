@@ -236,10 +236,15 @@ def native_products(
     row_sparse: bool = False,
 ) -> Gradients:
     """One native call: the selection, where it is yet to be made, and the gradients that are asked for."""
-    rows, width, dtype, arguments, tensors = _described(choice, grad, row_sparse)
-    fits, of_input, of_weight, of_bias = True, None, None, None
-    inputs = grad_at = grad_ld = weight_at = weight_ld = x_at = x_ld = of_input_at = of_weight_at = of_bias_at = 0
-    if grad is not None and (needs_bias or isinstance(choice, PlainTopK)):
+    if isinstance(choice, PlainTopK):
+        assert grad is not None
+        rows, width, dtype, arguments, tensors = _of_topk(choice, grad, row_sparse)
+    else:
+        rows, width, dtype, arguments, tensors = _of_selection(choice)
+        grad = grad if needs_bias else None
+    fits, of_input, of_weight = True, None, None
+    inputs = grad_at = grad_ld = weight_at = weight_ld = x_at = x_ld = of_input_at = of_weight_at = 0
+    if grad is not None:
         grad = native.readable(grad, dtype)
         grad_at, grad_ld = grad.data_ptr(), grad.stride(0)
         fits = grad.shape == (rows, width)
@@ -256,17 +261,14 @@ def native_products(
         x_at, x_ld, of_weight_at = x.data_ptr(), x.stride(0), of_weight.data_ptr()
         fits = fits and examples == rows and (weight is None or columns == inputs)
         inputs = columns
-    if needs_bias:
-        of_bias = torch.empty(width, dtype=dtype)
-        of_bias_at = of_bias.data_ptr()
+    of_bias = torch.empty(width, dtype=dtype) if needs_bias else None
     if not fits or (hits is not None and hits.shape != (width,)):  # it would be read or written beyond its end
         raise _misfit(rows, width, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
     native.extension().linear_backward(
         native.DTYPE_CODES[dtype],
         *arguments,
         *(rows, width, grad_at, grad_ld, inputs, weight_at, weight_ld, x_at, x_ld),
-        *(of_input_at, of_weight_at, of_bias_at, row_sparse),
-        0 if hits is None else hits.data_ptr(),
+        *(of_input_at, of_weight_at, native.address(of_bias), row_sparse, native.address(hits)),
         torch.get_num_threads(),
     )
     if row_sparse and of_weight is not None:
@@ -279,30 +281,22 @@ def _misfit(rows: int, width: int, tensors: dict[str, Tensor | None]) -> ValueEr
     return ValueError(f"a selection of an output gradient [{rows}, {width}] does not go with {shapes}")
 
 
-def _described(
-    choice: Choice, grad: Tensor | None, row_sparse: bool
-) -> tuple[int, int, torch.dtype, tuple[int, ...], tuple[Tensor, ...]]:
-    """N, O and the dtype of what is kept, and what `_of_topk` or `_of_selection` says of it."""
-    if not isinstance(choice, PlainTopK):
-        return choice.rows, choice.width, choice.values.dtype, *_of_selection(choice)
-    assert grad is not None
-    (rows, width), dtype = grad.shape, grad.dtype
-    return rows, width, dtype, *_of_topk(choice, rows, dtype, row_sparse)
+_Told = tuple[int, int, torch.dtype, tuple[int, ...], tuple[Tensor, ...]]
+"""Rows, width, dtype, what the native call is told of the selection, and the tensors that have to live as long."""
 
 
-def _of_topk(
-    topk: PlainTopK, rows: int, dtype: torch.dtype, needs_indices: bool
-) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-    """What the native call is told of a selection that it is to make, and where it leaves it: nowhere, if not asked."""
-    k, scope, blocks = topk
+def _of_topk(topk: PlainTopK, grad: Tensor, needs_indices: bool) -> _Told:
+    """Of a selection that it is to make; `needs_indices` to have values and indices left in the tensors."""
+    (k, scope, blocks), (rows, width), dtype = topk, grad.shape, grad.dtype
     if not needs_indices:
-        return (native.SCOPE_CODES[scope], k, blocks, 1, 0, 0, 0, 0, 0), ()
+        return rows, width, dtype, (native.SCOPE_CODES[scope], k, blocks, 1, 0, 0, 0, 0, 0), ()
     values, indices = torch.empty((rows, k * blocks), dtype=dtype), torch.empty(k * blocks, dtype=torch.int32)
-    return (native.SCOPE_CODES[scope], k, blocks, 1, values.data_ptr(), indices.data_ptr(), 0, 0, 0), (values, indices)
+    addresses = values.data_ptr(), indices.data_ptr(), 0, 0, 0
+    return rows, width, dtype, (native.SCOPE_CODES[scope], k, blocks, 1, *addresses), (values, indices)
 
 
-def _of_selection(selection: Selection) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-    """What the native call is told of a given selection, and the tensors that have to live as long."""
+def _of_selection(selection: Selection) -> _Told:
+    """Of a given selection."""
     values, indices = selection.values.resolve_neg().contiguous(), selection.indices.contiguous()
     shared, starts = selection.shared, _starts(selection)
     shared = None if shared is None else native.contiguous(shared.to(values.dtype))
@@ -311,4 +305,4 @@ def _of_selection(selection: Selection) -> tuple[tuple[int, ...], tuple[Tensor, 
     k, entries = (indices.shape[-1], 0) if starts is None else (0, len(indices))
     addresses = values.data_ptr(), indices.data_ptr(), native.address(starts), entries, native.address(shared)
     kept = [values, indices, *(each for each in (starts, shared) if each is not None)]
-    return (scope, k, 1, 0, *addresses), tuple(kept)
+    return selection.rows, selection.width, values.dtype, (scope, k, 1, 0, *addresses), tuple(kept)
