@@ -382,3 +382,33 @@ def test_a_layer_that_is_not_registered_is_left_alone():
 def test_a_class_has_one_descriptor(registered):
     with pytest.raises(ValueError, match="GRUCell has a descriptor already"):
         register(GRUCellDescriptor())
+
+
+def test_a_layer_made_from_another_takes_its_own_descriptor():
+    """Not that of the class that it is a subclass of, which became known before."""
+
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class SparseScaled(SparseLayer, Scaled):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * linear_with_policy(input, self.weight, self.bias, self.policy)
+
+    class ScaledDescriptor(Descriptor[Scaled]):
+        plain, sparse = Scaled, SparseScaled
+
+        def features(self, layer: Scaled) -> tuple[int, int]:
+            return layer.in_features, layer.out_features
+
+    descriptor = ScaledDescriptor()
+    register(descriptor)
+    try:
+        model = nn.Sequential(Scaled(8, 40), nn.Linear(40, 40))
+        report = convert(model, meprop.TopK(4))
+        assert [(layer.kind, layer.status) for layer in report.layers] == [("Scaled", "sparse"), ("Linear", "sparse")]
+        assert [type(layer) for layer in model] == [SparseScaled, meprop.nn.Linear]
+        meprop.revert(model)
+        assert [type(layer) for layer in model] == [Scaled, nn.Linear]
+    finally:
+        unregister(descriptor)

@@ -132,6 +132,14 @@ def test_a_layer_called_twice_in_a_step_decides_once(measured):
     assert len(measured.shapes) == 1
 
 
+def test_each_layer_of_a_model_decides_for_itself(monkeypatch):
+    monkeypatch.setattr(speed, "measure", lambda _, shape: (100.0, 10.0 if shape.outputs == 300 else 200.0))
+    net = torch.nn.Sequential(torch.nn.Linear(20, 200), torch.nn.ReLU(), torch.nn.Linear(200, 300))
+    meprop.convert(net, RULE)
+    backward(net)
+    assert [net[0].decision.sparse, net[2].decision.sparse] == [False, True]
+
+
 def test_always_never_asks(measured):
     net = model()
     assert meprop.convert(net, RULE, when="always").layers[0].reason == "always"

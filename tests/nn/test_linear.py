@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import meprop
+from meprop.policy import Activity
+from meprop.speed import Decision
 
 RULE = meprop.TopK(3)
 
@@ -50,3 +52,12 @@ def test_a_changed_rule_takes_effect():
     layer.rule = meprop.TopK(9)
     layer(torch.randn(1, 7)).square().sum().backward()
     assert int((layer.weight.grad.abs().sum(1) > 0).sum()) == 9
+
+
+def test_a_changed_rule_leaves_what_was_measured_and_counted():
+    layer = meprop.nn.Linear(7, 40, rule=RULE)
+    layer.decision, layer.activity = Decision(True, 1, 2.0, 1.0), Activity.of_units(40)
+    decision, activity = layer.decision, layer.activity
+    layer.rule = meprop.TopK(9)
+    assert layer.decision is decision
+    assert layer.activity is activity
