@@ -163,6 +163,25 @@ def test_a_layer_is_understood_by_its_descriptor():
     assert model.own.inputs < WIDTH == model.head.in_features
 
 
+class TwoSets(TransposedDescriptor):
+    def features(self, layer: Transposed) -> tuple[int, int]:
+        return layer.weight.shape[0], layer.weight.shape[1] // 2
+
+    def unit_sets(self, layer: Transposed) -> tuple[str, ...]:
+        return ("left", "right")
+
+
+def test_sets_of_one_layer_which_keep_one_width_are_not_joined_with_others():
+    modules = {"own": Transposed(6, 2 * WIDTH), "c": nn.Linear(6, WIDTH), "head": nn.Linear(2 * WIDTH, 3)}
+    model, _ = converted(lambda m, x: m.head(torch.cat([m.a(x), m.c(x)], -1) + m.own(x)), **modules)
+    register(descriptor := TwoSets())
+    try:
+        reasons = {layer.name: layer.reason for layer in quietly(model).report().layers}
+    finally:
+        unregister(descriptor)
+    assert reasons["a"] == reasons["c"] == "'add' combines the units of 'own' with others"
+
+
 def test_what_a_layer_gets_beside_its_input_is_refused():
     model, _ = converted(
         lambda m, x: m.head(m.own(m.a(x), m.c(x))), own=Transposed(WIDTH, WIDTH), c=nn.Linear(6, WIDTH)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 import meprop
 from prunable import RULE, WIDTH, Calls, quietly
@@ -148,7 +148,7 @@ def test_no_dimension_is_mistaken_for_another(forward, name, shape):
 
 
 def packed(x: Tensor) -> PackedSequence:
-    return pack_padded_sequence(x, torch.tensor([4, 4, 2]))
+    return nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 4, 2]))
 
 
 def test_last_states_of_both_directions_side_by_side():

@@ -253,6 +253,8 @@ def layer(call: Call) -> Value:
     """Follows the units of a layer whose descriptor says all: it turns features of its input into other features."""
     dim = layer_descriptor(call.module).feature_dim(call.module)
     made = call.lay_out_layer(call.read(dim).groups)
+    if len(made) > 1:
+        call.finder.keep_apart(made, f"the units of {call.name}")  # which keep one width
     call.refuse(call.values[1:], f"{call.name} reads it, beside its input")
     return Value(made, dim, call.rank)
 
