@@ -1,7 +1,7 @@
 """Products with a selection of an output gradient.
 
-Shapes: output gradient [N, O], weight [O, I], input x [N, I]. With S the selection, dx = S W and dW = S^T x. Products
-are summed in float32, those of float64 tensors in float64.
+Shapes: output gradient [N, O], weight [O, I], input x [N, I]. Let S be the selection. Then dx = S W and dW = S^T x.
+Products are summed in float32, or in float64 for float64 tensors.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from meprop.ops.registry import Operator, operation
 from meprop.selection import ColumnSelection, PlainTopK, RowSelection, Selection
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of input, weight and bias; None where none is wanted."""
+"""The gradients of input, weight and bias. A gradient that is not wanted is None."""
 
 Choice = Selection | PlainTopK
-"""What is kept of an output gradient: a selection of it, or the top-k that is yet to be made."""
+"""What is kept of an output gradient. It is a selection, or a top-k that has not been made yet."""
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -31,14 +31,14 @@ def _starts(selection: Selection) -> Tensor | None:
 
 
 def _selection(values: Tensor, indices: Tensor, width: int, starts: Tensor | None, shared: Tensor | None) -> Selection:
-    """The selection that an operator has been handed in parts; checks their shapes."""
+    """The selection that an operator has got in parts. Their shapes are checked."""
     if indices.dim() == 1 and starts is None:
         return ColumnSelection(values, indices, width, shared)
     return RowSelection(values, indices, width, shared, starts)
 
 
 def _entries(selection: RowSelection) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
-    """The first entries of all rows that have one, then the second ones, and so on: rows, values and indices."""
+    """Rows, values and indices of the first entries of all rows that have one, then of the second ones, and so on."""
     if selection.starts is None:
         for j in range(selection.indices.shape[1]):
             yield slice(None), selection.values[:, j], selection.indices[:, j]
@@ -79,10 +79,12 @@ _grad_input_operator = Operator(
 
 @operation(operator=_grad_input_operator, tensor_at=1)
 def grad_input(selection: Selection, weight: Tensor, /) -> Tensor:
-    """The selection [N, O] times weight [O, I]: dx[n] = shared W + the sum of value * weight[o] over row n's entries.
+    """The product of a selection [N, O] and a weight [O, I], which is the input's gradient dx.
+
+    dx[n] is shared W plus the sum of value * weight[o] over the entries of row n.
 
     Returns:
-        [N, I], in the weight's dtype.
+        The gradient [N, I], in the weight's dtype.
     """
     dtype = _accumulation_dtype(weight)
     weight_OI = weight.to(dtype)
@@ -136,12 +138,13 @@ _grad_weight_operator = Operator(
 
 @operation(operator=_grad_weight_operator, tensor_at=1)
 def grad_weight(selection: Selection, x: Tensor, /) -> Tensor:
-    """The selection [N, O] transposed, times x [N, I]: dW[o] = the sum of value * x[n] over feature o's entries.
+    """The product of a transposed selection [N, O] and x [N, I], which is the weight's gradient dW.
 
-    What is shared adds shared[o] times the sum of all x[n].
+    dW[o] is the sum of value * x[n] over the entries of feature o. A shared part adds shared[o] times the sum of all
+    x[n].
 
     Returns:
-        [O, I], in the dtype of x.
+        The gradient [O, I], in the dtype of x.
     """
     dtype = _accumulation_dtype(x)
     x_NI = x.to(dtype)
@@ -162,21 +165,22 @@ def _fake_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
 
 @operation(operator=Operator("(Tensor values, Tensor x) -> Tensor", _fake_grad_weight_rows))
 def grad_weight_rows(values: Tensor, x: Tensor, /) -> Tensor:
-    """The k rows of dW that a selection of columns with these values [N, k] makes, of x [N, I]: [k, I]."""
+    """The k rows of dW [k, I] for a selection of columns with these values [N, k] and an input x [N, I]."""
     dtype = _accumulation_dtype(x)
     return (values.t().to(dtype) @ x.to(dtype)).to(x.dtype)
 
 
 def row_sparse_tensor(indices: Tensor, rows: Tensor, width: int) -> Tensor:
-    """A sparse COO tensor [width, *] with these rows [k, *] at these ascending indices [k], coalesced."""
+    """The coalesced sparse COO tensor [width, *] with these rows [k, *] at these ascending indices [k]."""
     shape = (width, *rows.shape[1:])
     return torch.sparse_coo_tensor(indices.long()[None], rows, shape, is_coalesced=True, check_invariants=False)
 
 
 def count_hits(selections: Sequence[Selection]) -> Tensor:
-    """In how many rows each unit is selected, by any of the selections [N, O], with what is not zero: [O], int64.
+    """The number of rows that hit each unit [O], int64.
 
-    NaN is not zero. What a selection shares among all rows is not selected.
+    A row hits a unit if any of the selections [N, O] has an entry of that unit in that row that is not zero. NaN counts
+    as not zero. The part that all rows share counts as not selected.
     """
     first = selections[0]
     hit_NO = torch.zeros(first.rows, first.width, dtype=torch.bool, device=first.values.device)
@@ -194,7 +198,7 @@ def count_hits(selections: Sequence[Selection]) -> Tensor:
 
 
 def native_declines_selection(selection: Selection) -> str | None:
-    """Why native code cannot read this selection; None if it can."""
+    """Why native code cannot read this selection. None if it can."""
     reason = native.declines(selection.values, selection.shared)
     if reason is None:
         reason = native.declines(selection.indices, dtypes=native.INT32)
@@ -235,7 +239,7 @@ def native_products(
     hits: Tensor | None = None,
     row_sparse: bool = False,
 ) -> Gradients:
-    """One native call: the selection, where it is yet to be made, and the gradients that are asked for."""
+    """One native call that makes the selection, if it has not been made, and the gradients that are wanted."""
     if isinstance(choice, PlainTopK):
         assert grad is not None
         (rows, width), dtype = grad.shape, grad.dtype
@@ -266,7 +270,7 @@ def native_products(
     if needs_bias:
         of_bias = torch.empty(width, dtype=dtype)
         of_bias_at = of_bias.data_ptr()
-    if not fits or (hits is not None and hits.shape != (width,)):  # it would be read or written beyond its end
+    if not fits or (hits is not None and hits.shape != (width,)):  # a tensor would be read or written beyond its end
         raise _misfit(rows, width, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
     native.extension().linear_backward(
         native.DTYPE_CODES[dtype],
@@ -289,7 +293,10 @@ def _misfit(rows: int, width: int, tensors: dict[str, Tensor | None]) -> ValueEr
 def _of_topk(
     topk: PlainTopK, rows: int, dtype: torch.dtype, needs_indices: bool
 ) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-    """What the native call is told of a selection that it is to make, and where it leaves it: nowhere, if not asked."""
+    """The arguments of the native call for a selection that it makes, and the tensors that it writes it into.
+
+    There are no tensors if `needs_indices` is False.
+    """
     k, scope, blocks = topk
     if not needs_indices:
         return (native.SCOPE_CODES[scope], k, blocks, 1, 0, 0, 0, 0, 0), ()
@@ -298,7 +305,7 @@ def _of_topk(
 
 
 def _of_selection(selection: Selection) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-    """What the native call is told of a given selection, and the tensors that have to live as long."""
+    """The arguments of the native call for a given selection, and the tensors that have to live as long."""
     values, indices = selection.values.resolve_neg().contiguous(), selection.indices.contiguous()
     shared, starts = selection.shared, _starts(selection)
     shared = None if shared is None else native.contiguous(shared.to(values.dtype))
