@@ -1,18 +1,20 @@
-// Whole operations: arguments checked, scratch allocated, work shared out among threads, one level's kernels called.
+// Whole operations. Each one checks its arguments, allocates scratch, shares out the work among threads, and calls the
+// kernels of one level.
 //
-// In a process that was forked from one with OpenMP threads, everything runs on the calling thread: the others are not
-// there any more.
+// In a process that was forked from one with OpenMP threads, everything runs on the calling thread. The other threads
+// do not exist there.
 //
-// Shapes: grad [N, O] (rows, outputs), weight [O, I] (outputs, inputs), x [N, I]. Inputs have leading dimensions,
-// outputs are contiguous. Every result is the same for every number of threads (but with torch.set_flush_denormal, which
-// concerns the calling thread alone, denormal sums are not).
+// Shapes: grad [N, O] (rows, outputs), weight [O, I] (outputs, inputs), x [N, I]. Inputs have leading dimensions.
+// Outputs are contiguous. Every result is the same for every number of threads. There is one exception: denormal sums
+// differ with torch.set_flush_denormal, which affects only the calling thread.
 #pragma once
 
 #include "kernels.h"
 
 namespace meprop {
 
-// To the nearest bfloat16, ties to even; NaN stays one. For the drivers: a level's unit has its own (kernels.h).
+// Rounds to the nearest bfloat16, ties to even. NaN stays NaN. It is for the drivers. The unit of a level has its own
+// function (kernels.h).
 inline Bf16 rounded_to_bf16(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);
@@ -28,46 +30,47 @@ struct Matrix {
   int64_t ld;
 };
 
-// Exact top-k of every row of grad [rows, outputs], as TypedKernels::topk_rows: values and indices [rows, k].
+// Exact top-k of each row of grad [rows, outputs], as in TypedKernels::topk_rows. Writes values and indices [rows, k].
 template <class T>
 Status topk_rows(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, T* values,
                  int32_t* indices, int threads);
 
-// The k columns of grad [rows, outputs] with the largest sums of magnitudes (formed in float64, row after row), by
-// ascending index; of equal sums the lower index, NaN the largest. values [rows, k], indices [k].
+// The k columns of grad [rows, outputs] with the largest sums of magnitudes, by ascending index. Sums are formed in
+// float64, row after row. Among equal sums the lower index is taken. NaN is the largest. Writes values [rows, k] and
+// indices [k].
 template <class T>
 Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, T* values,
                     int32_t* indices, int threads);
 
-// What topk_columns chooses by: the sums of magnitudes of the columns, scores [outputs].
+// The sums of magnitudes of the columns, scores [outputs], by which topk_columns chooses.
 template <class T>
 Status column_scores(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, double* scores, int threads);
 
 enum class Scope { kRows, kColumns };
 
-// The backward pass of a linear map whose output gradient is replaced by a selection: of entries of each row, or of
+// The backward pass of a linear map whose output gradient is replaced by a selection of entries of each row or of
 // columns.
 template <class T>
 struct LinearBackward {
   Scope scope;
   int64_t rows, outputs, inputs;
-  Matrix<T> grad;  // read for the selection, where `select`, and for grad_bias
-  // Whether to make the selection, into values and indices where those are not null; otherwise they hold it. It is made
-  // by exact top-k within each of so many equal blocks of the outputs.
+  Matrix<T> grad;  // read for grad_bias, and for the selection if `select` is true
+  // Whether to make the selection. It is exact top-k within each of `blocks` equal blocks of the outputs. It is written
+  // to values and indices where those are not null. If `select` is false, values and indices hold the selection.
   bool select;
-  int64_t k, blocks;      // of each row K = k * blocks entries, or K columns; blocks is 1 of a given selection
-  const int64_t* starts;  // [rows + 1], or null. Of given rows: row r has the entries from starts[r] to starts[r + 1]
-  int64_t entries;        // how many there are with starts
-  T* values;              // [rows, K], or, with starts, [entries]
-  int32_t* indices;       // [rows, K] or [K], or, with starts, [entries]
-  const T* shared;        // [outputs], or null: what a given selection adds to every row, of all outputs
+  int64_t k, blocks;      // K = k * blocks entries of each row, or K columns. A given selection has 1 block
+  const int64_t* starts;  // [rows + 1], or null. Row r of a given selection has the entries starts[r] to starts[r + 1]
+  int64_t entries;        // the number of all entries, with starts
+  T* values;              // [rows, K], or [entries] with starts
+  int32_t* indices;       // [rows, K] or [K], or [entries] with starts
+  const T* shared;        // [outputs], or null. A given selection adds it to every row
   Matrix<T> weight;       // read for grad_input
   Matrix<T> x;            // read for grad_weight
   // What is null is not computed.
   T* grad_input;   // [rows, inputs]
-  T* grad_weight;  // [outputs, inputs], or, of a selection of columns, [K, inputs] where weight_rows_only
-  T* grad_bias;    // [outputs], from the whole of grad, not from the selection
-  int64_t* hits;   // [outputs]: gets added in how many rows an output is selected with what is not zero (NaN is not)
+  T* grad_weight;  // [outputs, inputs], or [K, inputs] with weight_rows_only, which needs a selection of columns
+  T* grad_bias;    // [outputs], from the whole grad, not from the selection
+  int64_t* hits;   // [outputs]. Adds the number of rows whose selected entry of an output is not zero. NaN is not zero
   bool weight_rows_only;  // not with a shared part
   int threads;
 
@@ -78,9 +81,9 @@ struct LinearBackward {
 template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call);
 
-// Sequences of a batch in time-major order, packed as torch.nn.utils.rnn does: first the `sizes[0]` rows of time step 0,
-// then the sizes[1] <= sizes[0] rows of time step 1, and so on; row b of every time step belongs to sequence b. An LSTM
-// walks over the time steps from the first to the last, or, in `reverse`, from the last to the first.
+// Sequences of a batch in time-major order, packed as torch.nn.utils.rnn does. The sizes[0] rows of time step 0 come
+// first, then the sizes[1] <= sizes[0] rows of time step 1, and so on. Row b of each time step belongs to sequence b.
+// An LSTM walks over the time steps from the first to the last. In `reverse` it walks from the last to the first.
 struct Sequences {
   int64_t rows;  // the sum of sizes
   int64_t steps;
@@ -88,8 +91,9 @@ struct Sequences {
   bool reverse;
 };
 
-// One layer of an LSTM in one direction. Shapes: B = sizes[0] sequences, N the sum of sizes, I inputs, H units; all
-// contiguous but x and the weights. `h` and `c`, outputs and cell states [B + N, H], begin with the initial ones [B, H].
+// One layer of an LSTM in one direction. B = sizes[0] is the number of sequences, N the sum of sizes, I the number of
+// inputs, and H the number of units. Everything is contiguous except x and the weights. `h` and `c` are outputs and
+// cell states [B + N, H]. They begin with the initial ones [B, H].
 struct LstmForward {
   Sequences sequences;
   int64_t units, inputs;
@@ -97,20 +101,20 @@ struct LstmForward {
   Matrix<float> weight_hh;  // [4H, H]
   Matrix<float> x;          // [N, I]
   const float* bias;        // [4H], or null
-  bool from_zeros;          // whether the initial states are zeros: saves a product with them
+  bool from_zeros;          // whether the initial states are zeros, which saves a product with them
   float* h;                 // the first [B, H] are read
   float* c;                 // the same
-  float* gates;             // [N, 4H]: the gates' activations
-  float* last_h;            // [B, H]: of each sequence, at its last step
+  float* gates;             // [N, 4H], the gates' activations
+  float* last_h;            // [B, H], of each sequence at its last step
   float* last_c;            // [B, H]
   int threads;
 };
 
 Status lstm_forward(const Kernels& kernels, LstmForward call);
 
-// Its backward pass through time, in which of each gate's gradient (before the activation) a selection of k entries
-// stands for the whole: at each time step, of each row, or of the time step's rows together. The cells' own gradients
-// are exact. Reads what LstmForward wrote.
+// The backward pass of such a layer through time. At each time step a selection replaces each gate's gradient before
+// the activation. It is k entries of each row, or k units of all rows of the time step. The cells' own gradients are
+// exact. The pass reads what LstmForward wrote.
 struct LstmBackward {
   Sequences sequences;
   Scope scope;
@@ -132,29 +136,29 @@ struct LstmBackward {
   float* grad_bias;       // [4H], from the whole gradients, not from the selections
   float* grad_h0;         // [B, H]
   float* grad_c0;         // [B, H]
-  // Null, or what is added: in how many rows a selection has an entry of the unit, in any gate, that is not zero.
-  int64_t* hits;  // [H]
+  // Adds the number of rows in which the selection of some gate has an entry of the unit that is not zero.
+  int64_t* hits;  // [H], or null
   int threads;
 };
 
 Status lstm_backward(const Kernels& kernels, LstmBackward call);
 
-// One step of an optimizer on a parameter [rows, width] whose gradient has `count` rows; the others are zero. All float32
-// and contiguous.
+// One step of an optimizer on a parameter [rows, width] whose gradient has `count` rows. The other rows of the gradient
+// are zero. All tensors are float32 and contiguous.
 struct SparseRows {
   int64_t rows, width, count;
   const int64_t* indices;  // [count], ascending
   const float* grad;       // [count, width]
   float* weight;
-  Bf16* bf16_copy;     // [rows, width], or null: gets what becomes of the weights, as bfloat16
+  Bf16* bf16_copy;     // [rows, width], or null. Gets the new weights as bfloat16
   bool every_row;   // whether the other rows move too, with a gradient of zeros
-  float* row_step;  // [rows], or null: the step until which a row's state is up to date; what it missed is made up first
+  float* row_step;  // [rows], or null. The step until which a row's state is up to date. Missed steps are made up first
   double step;      // the number of this step, from 1
   int threads;
 };
 
 struct Sgd {
-  float* buffer;  // or null, without momentum
+  float* buffer;  // null without momentum
   double lr, momentum, dampening, weight_decay;
   bool nesterov;
 };
@@ -162,7 +166,7 @@ struct Adam {
   float* first;
   float* second;
   double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled;  // weight decay as AdamW's
+  bool decoupled;  // whether weight decay is decoupled, as in AdamW
 };
 struct Adagrad {
   float* sum;
@@ -173,10 +177,11 @@ Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& optio
 Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& options);
 Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options);
 
-// Whether indices ascend, within [0, rows).
+// Whether indices ascend and lie within [0, rows).
 bool ascending(const int64_t* indices, int64_t count, int64_t rows);
 
-// Whether `bf16_copy` has what becomes of `weight` as bfloat16, at about `samples` entries of all `size`, evenly spread.
+// Whether `bf16_copy` equals `weight` rounded to bfloat16. Compares about `samples` of the `size` entries, evenly
+// spread.
 bool copy_agrees(const float* weight, const Bf16* bf16_copy, int64_t size, int64_t samples);
 
 }  // namespace meprop

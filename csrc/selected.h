@@ -1,6 +1,7 @@
-// Products with a selection, shared out among a team: what the backward passes of all layers are put together from.
+// Products with a selection that a team of threads shares out. The backward passes of all layers use them.
 //
-// For the drivers (linear.cpp, lstm.cpp), which are compiled alike; a level's unit must not include it (kernels.h).
+// This header is for the drivers (linear.cpp, lstm.cpp), which are compiled alike. The unit of a level must not include
+// it (kernels.h says why).
 #pragma once
 
 #include "drivers.h"
@@ -19,7 +20,7 @@ inline const TypedKernels<Bf16>& typed(const Kernels& kernels) {
   return kernels.bf16;
 }
 
-// A column of the selection's scores, in the order of preference: the larger sum, then the lower index.
+// The score of a column. Scores are ordered by preference: the larger sum comes first, then the lower index.
 struct Scored {
   uint64_t key;
   int32_t index;
@@ -28,7 +29,7 @@ struct Scored {
 
 inline uint64_t order_key(double magnitude) {
   if (magnitude != magnitude) return UINT64_MAX;
-  uint64_t key;  // of non-negative numbers, the bits are ordered as the numbers
+  uint64_t key;  // the bits of non-negative numbers have the order of the numbers
   std::memcpy(&key, &magnitude, sizeof key);
   return key;
 }
@@ -36,7 +37,8 @@ inline uint64_t order_key(double magnitude) {
 inline bool is_zero(float value) { return value == 0; }
 inline bool is_zero(Bf16 value) { return (value.bits & 0x7fff) == 0; }
 
-// The k columns with the largest magnitudes, by ascending index; of equals the lower index, NaN the largest.
+// The k columns with the largest magnitudes, by ascending index. Among equal ones the lower index is taken. NaN is the
+// largest.
 inline void choose_largest(const double* magnitudes, int64_t columns, int64_t k, Scored* scores, int32_t* indices) {
   for (int32_t o = 0; o < columns; ++o) scores[o] = {order_key(magnitudes[o]), o};
   std::nth_element(scores, scores + k - 1, scores + columns);
@@ -44,21 +46,21 @@ inline void choose_largest(const double* magnitudes, int64_t columns, int64_t k,
   std::sort(indices, indices + k);
 }
 
-// Which outputs are selected of each row, and with what: as Terms, by row.
+// The selected outputs of each row and their values, in the form of Terms.
 template <class T>
 struct ByRow {
   int64_t rows;
-  Terms<T> terms;  // their `rows` are outputs
+  Terms<T> terms;  // terms.rows are outputs
 
   int64_t first(int64_t row) const { return terms.starts != nullptr ? terms.starts[row] : row * terms.per_row; }
 };
 
-// A selection by output instead of by row: for each output the rows that selected it, ascending, and their values. A
-// counting sort, in which each thread counts and later places its part of the rows.
+// A selection by output instead of by row. For each output it has the rows that selected it, ascending, and their
+// values. It is made by a counting sort, in which each thread counts and later places its part of the rows.
 template <class T>
 class Transposed {
  public:
-  // entries: of the selection; 0 where it is not to be used.
+  // `entries` is the number of entries of the selection, or 0 if the object is not used.
   Transposed(int64_t outputs, int64_t entries, int threads)
       : outputs_(outputs),
         starts_(kStarts, outputs + 1),
@@ -68,7 +70,7 @@ class Transposed {
 
   explicit operator bool() const { return starts_ && places_ && source_rows_ && values_; }
 
-  // First: every thread, when its part of the rows is selected.
+  // The first step. Every thread calls it after its part of the rows is selected.
   void count(Team team, const ByRow<T>& from) {
     int64_t* counts = places_.get() + team.id * outputs_;
     std::memset(counts, 0, sizeof(int64_t) * static_cast<size_t>(outputs_));
@@ -77,7 +79,7 @@ class Transposed {
     for (int64_t i = from.first(rows.begin); i < end; ++i) ++counts[from.terms.rows[i]];
   }
 
-  // Second: one thread, when all have counted. Turns each count into the place of the first entry.
+  // The second step. One thread calls it after all have counted. It turns each count into the place of the first entry.
   void allot(Team team) {
     int64_t place = 0;
     for (int64_t output = 0; output < outputs_; ++output) {
@@ -92,7 +94,7 @@ class Transposed {
     starts_.get()[outputs_] = place;
   }
 
-  // Third: every thread, when the places are allotted. After it, and a wait, the terms are there.
+  // The third step. Every thread calls it after the places are allotted. The terms are complete after it and a wait.
   void fill(Team team, const ByRow<T>& from) {
     int64_t* places = places_.get() + team.id * outputs_;
     const Range rows = team.row_part(from.rows);
@@ -115,24 +117,25 @@ class Transposed {
   Scratch<T> values_;
 };
 
-// A product's right-hand side: some rows of a matrix, `width` columns of them.
+// The right-hand side of a product. It is `width` columns of some rows of a matrix.
 template <class T>
 struct Source {
   Matrix<T> matrix;
-  const int32_t* row_numbers;  // null: the first `rows`
+  const int32_t* row_numbers;  // null for the first `rows`
   int64_t rows, width;
 };
 
-// What a source's copy should take at most: half of a core's L2, less what else is there.
+// The largest size of a source's copy. It is half of a core's L2, less what else is there.
 constexpr int64_t kPackedBytes = 128 << 10;
-// Rows of the output that are computed for one panel before the next: few enough to be written as streams.
+// The rows of the output that are computed for one panel before the next. They are few enough to be written as streams.
 constexpr int64_t kRowBlock = 16;
 
-// A source whose rows are used so often, on average, is worth copying.
+// A source is worth copying if its rows are used so often on average.
 constexpr int64_t kUsesWorthPacking = 3;
 
-// Covers [0, width) with pieces of at most `step` columns, each of whole panels, and calls piece(first, columns) for each.
-// Where panels do not divide the width, the last piece begins early, and computes some columns once more, to end with it.
+// Covers [0, width) with pieces of whole panels and at most `step` columns, and calls piece(first, columns) for each.
+// If panels do not divide the width, the last piece begins earlier to end at `width`. It computes some columns once
+// more.
 // requires: width >= panel; step a multiple of panel.
 template <class Piece>
 void for_pieces(int64_t width, int64_t panel, int64_t step, Piece piece) {
@@ -144,7 +147,7 @@ void for_pieces(int64_t width, int64_t panel, int64_t step, Piece piece) {
   }
 }
 
-// How a source is read: in place, or from copies of so many columns at a time.
+// How a source is read. It is read in place, or from copies of some columns at a time.
 template <class T>
 class Packing {
  public:
@@ -156,11 +159,12 @@ class Packing {
     columns_ = in_place_ ? source.width : std::clamp<int64_t>(at_once, 1, panels) * panel_;
   }
 
-  // Elements of scratch for each thread.
+  // The number of elements of scratch for each thread.
   int64_t size() const { return in_place_ ? 0 : source_.rows * columns_; }
 
-  // Computes a product [rows, width], each thread a part of all (copy, row) pairs. Calls product(source, source_ld, row
-  // begin, row end, first column, columns) for a block of rows and up to `step` columns, source being at the first.
+  // Computes a product [rows, width]. Each thread computes a part of all (copy, row) pairs. Calls product(source,
+  // source_ld, row begin, row end, first column, columns) for a block of rows and up to `step` columns. `source` points
+  // to the first column.
   template <class Product>
   void multiply(Team team, T* packed, int64_t rows, int64_t step, Product product) const {
     if (rows == 0) return;

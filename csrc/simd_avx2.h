@@ -1,7 +1,7 @@
-// Eight-lane vectors: AVX2 with FMA and BMI.
+// Vectors of eight lanes for AVX2 with FMA and BMI.
 
 constexpr int kLanes = 8;
-constexpr int kSumRegisters = 8;  // of 16 vector registers, those that hold sums
+constexpr int kSumRegisters = 8;  // the number of the 16 vector registers that hold sums
 using U32 = __m256i;
 using F32 = __m256;
 
@@ -10,7 +10,7 @@ inline U32 smaller(U32 a, U32 b) { return _mm256_min_epu32(a, b); }
 inline U32 larger(U32 a, U32 b) { return _mm256_max_epu32(a, b); }
 inline U32 both(U32 a, U32 b) { return _mm256_and_si256(a, b); }
 inline uint32_t lanes_of(U32 all_ones) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(all_ones))); }
-// Signed, which is the same for keys: none has its upper bit set.
+// The comparison is signed. Keys give the same result, because none has its upper bit set.
 inline uint32_t is_greater(U32 a, U32 b) { return lanes_of(_mm256_cmpgt_epi32(a, b)); }
 inline uint32_t is_equal(U32 a, U32 b) { return lanes_of(_mm256_cmpeq_epi32(a, b)); }
 inline uint32_t largest_lane(U32 a) {
@@ -27,7 +27,7 @@ inline U32 load_bits(const Bf16* from) {
 
 inline U32 load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline void store_words(void* to, U32 a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
-// For each mask of lanes, the lanes whose bit is set, a byte each.
+// The lanes whose bit is set, for each mask of lanes. Each lane is a byte.
 struct ChosenLanes {
   uint64_t of_mask[256] = {};
   constexpr ChosenLanes() {
@@ -37,7 +37,7 @@ struct ChosenLanes {
   }
 };
 constexpr ChosenLanes kChosenLanes;
-// Stores the lanes whose bit is set side by side, and anything in the rest of a whole vector.
+// Stores the lanes whose bit is set one after the other. The rest of a whole vector gets arbitrary values.
 inline void store_chosen(void* to, U32 a, uint32_t mask) {
   const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kChosenLanes.of_mask[mask]));
   store_words(to, _mm256_permutevar8x32_epi32(a, _mm256_cvtepu8_epi32(lanes)));
@@ -58,7 +58,7 @@ inline F32 subtract(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 inline F32 multiply(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 inline F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
 inline F32 square_root(F32 a) { return _mm256_sqrt_ps(a); }
-// Within the bounds; NaN stays NaN: of two operands, minimum and maximum give the second where one is NaN.
+// Clamps to the bounds. NaN stays NaN, because minimum and maximum give the second operand if one is NaN.
 inline F32 clamp(F32 a, float low, float high) {
   return _mm256_min_ps(broadcast(high), _mm256_max_ps(broadcast(low), a));
 }

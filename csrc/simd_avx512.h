@@ -1,7 +1,7 @@
-// Sixteen-lane vectors: AVX-512 F, BW, DQ and VL.
+// Vectors of sixteen lanes for AVX-512 F, BW, DQ and VL.
 
 constexpr int kLanes = 16;
-constexpr int kSumRegisters = 24;  // of 32 vector registers, those that hold sums
+constexpr int kSumRegisters = 24;  // the number of the 32 vector registers that hold sums
 using U32 = __m512i;
 using F32 = __m512;
 
@@ -20,7 +20,7 @@ inline U32 load_bits(const Bf16* from) {
 
 inline U32 load_words(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_words(void* to, U32 a) { _mm512_storeu_si512(to, a); }
-// Stores the lanes whose bit is set side by side, and anything in the rest of a whole vector.
+// Stores the lanes whose bit is set one after the other. The rest of a whole vector gets arbitrary values.
 inline void store_chosen(void* to, U32 a, uint32_t mask) {
   store_words(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), a));
 }
@@ -40,7 +40,7 @@ inline F32 subtract(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 multiply(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 divide(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 square_root(F32 a) { return _mm512_sqrt_ps(a); }
-// Within the bounds; NaN stays NaN: of two operands, minimum and maximum give the second where one is NaN.
+// Clamps to the bounds. NaN stays NaN, because minimum and maximum give the second operand if one is NaN.
 inline F32 clamp(F32 a, float low, float high) {
   return _mm512_min_ps(broadcast(high), _mm512_max_ps(broadcast(low), a));
 }

@@ -1,7 +1,7 @@
-// One-lane vectors: the literal twin of every vector variant, and the only level off x86.
+// Vectors of one lane. They are the literal twin of every vector variant, and the only level off x86.
 
 constexpr int kLanes = 1;
-constexpr int kSumRegisters = 8;  // how many vectors of sums a product keeps at once
+constexpr int kSumRegisters = 8;  // the number of vectors of sums that a product keeps at once
 using U32 = uint32_t;
 using F32 = float;
 
@@ -26,7 +26,7 @@ inline U32 load_words(const void* from) {
   return words;
 }
 inline void store_words(void* to, U32 a) { __builtin_memcpy(to, &a, sizeof a); }
-// Stores the lanes whose bit is set side by side, and anything in the rest of a whole vector.
+// Stores the lanes whose bit is set one after the other. The rest of a whole vector gets arbitrary values.
 inline void store_chosen(void* to, U32 a, uint32_t) { store_words(to, a); }
 inline U32 lane_numbers() { return 0; }
 inline U32 plus(U32 a, U32 b) { return a + b; }
@@ -48,7 +48,7 @@ inline F32 subtract(F32 a, F32 b) { return a - b; }
 inline F32 multiply(F32 a, F32 b) { return a * b; }
 inline F32 divide(F32 a, F32 b) { return a / b; }
 inline F32 square_root(F32 a) { return __builtin_sqrtf(a); }
-// Within the bounds; NaN stays NaN.
+// Clamps to the bounds. NaN stays NaN.
 inline F32 clamp(F32 a, float low, float high) { return a < low ? low : a > high ? high : a; }
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }
 inline U32 where_nan(F32 a, U32 nan, U32 otherwise) { return a != a ? nan : otherwise; }

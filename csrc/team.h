@@ -1,6 +1,7 @@
 // What every operation needs before it can compute: threads that share out the work, and scratch memory.
 //
-// For the drivers (linear.cpp, lstm.cpp), which are compiled alike; a level's unit must not include it (kernels.h).
+// This header is for the drivers (linear.cpp, lstm.cpp), which are compiled alike. The unit of a level must not include
+// it (kernels.h says why).
 #pragma once
 
 #include <omp.h>
@@ -14,11 +15,11 @@
 
 namespace meprop {
 
-// Work that is worth a thread: entries looked at, multiply-adds.
+// The least work that is worth a thread, in entries that are read and in multiply-adds.
 constexpr int64_t kEntriesPerThread = 1 << 13;
 constexpr int64_t kProductsPerThread = 1 << 16;
 
-// What scratch is for. Each use has a block of its own.
+// The uses of scratch. Each use has a block of its own.
 enum Use {
   kCandidates,
   kMagnitudes,
@@ -50,15 +51,15 @@ enum Use {
 
 constexpr int64_t kLargestKept = 4 << 20;
 
-// The blocks of one calling thread. They are kept from call to call: memory that is fresh from the system costs a page
-// fault per 4 KB, which is more than the work of a small layer.
+// The blocks of one calling thread. They are kept from call to call. Memory that is fresh from the system costs a page
+// fault per 4 KB, which takes longer than the work of a small layer.
 class Blocks {
  public:
   ~Blocks() {
     for (Block& block : blocks_) std::free(block.data);
   }
 
-  // Gives back what is too large to keep, where page faults are little beside the work.
+  // Gives back the blocks that are too large to keep. Page faults cost little beside the work of such large layers.
   void trim() {
     for (Block& block : blocks_) {
       if (block.bytes <= kLargestKept) continue;
@@ -67,7 +68,8 @@ class Blocks {
     }
   }
 
-  // `bytes` of uninitialised memory on a cache-line boundary, or null. Gives back what the same use had before.
+  // Returns `bytes` of uninitialised memory on a cache-line boundary, or null. The former block of the use is given
+  // back if it is too small.
   void* take(Use use, int64_t bytes) {
     Block& block = blocks_[use];
     if (bytes > block.bytes || block.data == nullptr) {
@@ -94,7 +96,8 @@ struct TrimAtEnd {
   ~TrimAtEnd() { blocks.trim(); }
 };
 
-// `count` uninitialised elements for one use, until the same use is asked for again; null where there is no memory.
+// `count` uninitialised elements for one use. They are valid until the same use is asked for again. They are null if
+// there is no memory.
 template <class T>
 class Scratch {
  public:
@@ -110,7 +113,7 @@ class Scratch {
   T* data_ = nullptr;
 };
 
-// Whether a matrix of these sizes can be addressed: its last element's offset in bytes fits.
+// Whether a matrix of these sizes can be addressed, so that the offset of its last element in bytes fits.
 template <class T>
 bool fits(int64_t rows, int64_t columns, int64_t ld) {
   int64_t elements = 0, bytes = 0;
@@ -126,8 +129,8 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// Rows are shared out in blocks, at most so many; what is summed over rows is summed in each block first, then over the
-// blocks, so that the sums do not depend on the number of threads.
+// Rows are shared out in at most kRowBlocks blocks. Sums over rows are formed in each block first, then over the
+// blocks. So they do not depend on the number of threads.
 constexpr int64_t kRowBlocks = 32, kLeastRowsPerBlock = 8;
 
 inline int64_t rows_per_block(int64_t rows) { return std::max(kLeastRowsPerBlock, (rows + kRowBlocks - 1) / kRowBlocks); }
@@ -153,7 +156,7 @@ struct Team {
   }
 };
 
-// How many threads are worth waking for so many entries to look at and multiply-adds to do.
+// The number of threads that are worth waking for so many entries to read and multiply-adds to do.
 inline int team_size(int threads, int64_t entries, int64_t products) {
   if (forked) return 1;
   return static_cast<int>(std::clamp<int64_t>(entries / kEntriesPerThread + products / kProductsPerThread, 1, threads));
@@ -166,7 +169,7 @@ void run_team(int threads, Body body) {
   body(Team{omp_get_thread_num(), omp_get_num_threads()});
 }
 
-// Large outputs are mostly fresh from the system, at a page fault per 4 KB; larger pages make that per 2 MB.
+// Large outputs are mostly fresh from the system, which costs a page fault per 4 KB. Larger pages make it one per 2 MB.
 void prefer_large_pages(void* data, size_t bytes);
 
 }  // namespace meprop

@@ -200,21 +200,21 @@ class Policy:
         if self.activities:
             raise NotSupportedError(
                 "a layer that a meprop.Simplifier watches counts in its backward pass, which torch.compile cannot "
-                "trace; compile without fullgraph=True, or what Simplifier.compact() returns"
+                "trace. Compile without fullgraph=True, or compile what Simplifier.compact() returns."
             )
         return None
 
     def _refuse_distributed(self, weight: Tensor) -> None:
         if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
             raise NotSupportedError(
-                "the weight is a DTensor, of tensor parallelism, or of fully_shard outside of the module's forward "
-                "pass; sparse back-propagation takes whole weights: keep such a layer torch's own"
+                "the weight is a DTensor. It comes from tensor parallelism, or from fully_shard outside of the "
+                "module's forward pass. Sparse back-propagation takes whole weights. Keep such a layer torch's own."
             )
         if self.sparse_grad and DistributedDataParallel._get_active_ddp_module() is not None:  # pyright: ignore[reportPrivateUsage]
             raise NotSupportedError(
-                "sparse_grad=True in DistributedDataParallel, which takes dense gradients only; use sparse_grad=False "
+                "sparse_grad=True in DistributedDataParallel, which takes dense gradients only. Use sparse_grad=False "
                 "with meprop.distributed.row_sparse_hook, or leave the model unwrapped and call "
-                "meprop.distributed.average_gradients after backward()"
+                "meprop.distributed.average_gradients after backward()."
             )
 
 
@@ -230,7 +230,7 @@ def refuse_second_derivatives() -> None:
     """Raises a NotSupportedError in a backward pass that is itself to be differentiated."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise NotSupportedError(
-            "create_graph=True: a sparse backward pass has no gradient of its own: what it left out has no graph. "
+            "create_graph=True: a sparse backward pass has no gradient of its own. What it left out has no graph. "
             "For this pass call meprop.revert(model), or use torch's own function."
         )
 

@@ -53,8 +53,8 @@ class MePropCallback(TrainerCallback):
         """Refuses a model that has not been converted."""
         if self.rule is not None and kwargs["model"] is not self._converted:
             raise NotSupportedError(
-                "the Trainer trains another model than the one that was converted: model_init has made a new one; call "
-                "meprop.convert in model_init, and give MePropCallback no rule"
+                "the Trainer trains another model than the one that was converted, because model_init has made a new "
+                "one. Call meprop.convert in model_init, and give MePropCallback no rule."
             )
 
     def on_log(

@@ -1,7 +1,7 @@
-"""Selecting entries of an output gradient, and multiplying with what was selected.
+"""Operations that select entries of an output gradient, and that multiply with the selection.
 
-A file holds one family of operations: the contract of each, its literal reference, and the native call. `registry` says
-which backend serves a call.
+Each file holds one family of operations. Every operation has a contract, a literal reference and a native call.
+`registry` finds the backend that serves a call.
 """
 
 from meprop.ops import native as native  # isort: skip  (backends register in this order)

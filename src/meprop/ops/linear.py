@@ -37,7 +37,7 @@ def _consist_of(
     row_sparse: bool,
     hits: Tensor | None,
 ) -> Gradients:
-    """The backward pass by other operations; `call` runs one of them with its arguments."""
+    """The backward pass, composed of other operations. `call` runs one of them with its arguments."""
     selection = _selected(call, choice, grad)
     if x is None:
         weight_gradient = None
@@ -72,10 +72,10 @@ def _selected(call: Callable[..., Any], choice: Choice, grad: Tensor) -> Selecti
 
 
 def _refuse_row_sparse(choice: Choice) -> None:
-    """Raises a ValueError for what makes the weight's gradient more than some rows."""
+    """Raises a ValueError for a choice whose weight gradient has more than the selected rows."""
     by_row = choice.scope == "example" if isinstance(choice, PlainTopK) else isinstance(choice, RowSelection)
     if by_row:
-        raise ValueError("entries by row are of any row of the weight, whose gradient is not row-sparse then")
+        raise ValueError("entries of each row can be of any row of the weight, whose gradient is not row-sparse then")
     if not isinstance(choice, PlainTopK) and choice.shared is not None:
         raise ValueError("what all rows share gives each row of the weight a gradient, which is not row-sparse then")
 
@@ -113,21 +113,21 @@ def linear_backward(
     """A linear map's backward pass with a selection in place of its output gradient.
 
     Args:
-        choice: What is kept of the output gradient: a selection, or a PlainTopK, which is then made here.
+        choice: What is kept of the output gradient. It is a selection, or a PlainTopK that is made here.
         grad: The whole output gradient [N, O].
-        weight: [O, I], where the input's gradient is wanted.
-        x: Input [N, I], where the weight's gradient is wanted.
-        needs_bias: Whether the bias's gradient is wanted: the sum of the whole grad.
-        row_sparse: Give the weight's gradient as a sparse COO tensor of the selected rows only, coalesced. For columns
-            without a shared part.
-        hits: Gets added in how many rows each unit is selected [O], int64: see `count_hits`.
+        weight: Weight [O, I] if the input's gradient is wanted, else None.
+        x: Input [N, I] if the weight's gradient is wanted, else None.
+        needs_bias: Whether the bias's gradient is wanted. It is the sum of the whole grad.
+        row_sparse: Give the weight's gradient as a coalesced sparse COO tensor of the selected rows. It needs a
+            selection of columns without a shared part.
+        hits: A tensor [O], int64, or None. The number of rows that select each unit is added to it. See `count_hits`.
 
     Returns:
-        The gradients of input [N, I], weight [O, I] and bias [O]; None where it is not wanted.
+        The gradients of input [N, I], weight [O, I] and bias [O]. A gradient that is not wanted is None.
 
     Raises:
-        ValueError: The shapes do not go together; row_sparse with entries by row or with a shared part; k or blocks out
-            of range.
+        ValueError: The shapes do not fit, `row_sparse` is used with entries of each row or with a shared part, or k or
+            blocks is out of range.
         IndexError: The indices of a given selection do not ascend, or are not output features.
     """
     return _consist_of(Operation.literally, choice, grad, weight, x, needs_bias, row_sparse, hits)

@@ -1,8 +1,9 @@
-"""One layer of an LSTM in one direction: its exact forward pass, and its backward pass with a selection of each gate.
+"""One layer of an LSTM in one direction, with an exact forward pass and a backward pass that selects of each gate.
 
-Sequences are packed as by torch.nn.utils.rnn: batch_sizes [T] (int64, on the CPU, not increasing) rows for each time
-step, N in all, row b of a time step belonging to sequence b of B = batch_sizes[0]. In `reverse` the walk begins with
-the last time step. H units; gates in torch's order: input, forget, cell, output. Initial states [B, H] may be None:
+Sequences are packed in the same way as by torch.nn.utils.rnn. batch_sizes [T] holds the number of rows of each time
+step. It is int64, on the CPU, and not increasing. N is its sum, and B = batch_sizes[0] is the number of sequences. Row
+b of each time step belongs to sequence b. In `reverse` the walk begins with the last time step. H is the number of
+units. The gates are in torch's order: input, forget, cell, output. Initial states [B, H] may be None, which means
 zeros.
 """
 
@@ -19,7 +20,7 @@ from meprop.ops.registry import operation
 from meprop.selection import PlainTopK, Selection
 
 Trace = tuple[Tensor, Tensor, Tensor]
-"""What a backward pass needs of its forward pass: outputs, cell states and gates."""
+"""What a backward pass needs from its forward pass: outputs, cell states and gates."""
 
 
 def _steps(batch_sizes: Tensor, reverse: bool) -> Iterator[slice]:
@@ -30,12 +31,15 @@ def _steps(batch_sizes: Tensor, reverse: bool) -> Iterator[slice]:
 
 
 def _with_new(state: Tensor, new: Tensor) -> Tensor:
-    """The state of all sequences, when the first ones have a new one."""
+    """The state of all sequences, after the first ones have got a new one."""
     return torch.cat([new, state[len(new) :]])
 
 
 def _earlier(states: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
-    """For each row the state before it, [N, H] of [B + N, H]: its sequence's at the step before, or the initial one."""
+    """The state before each row [N, H], out of all states [B + N, H].
+
+    It is the state of the same sequence at the step before, or the initial one.
+    """
     batch = int(batch_sizes[0])
     state, new = states[:batch], states[batch:]
     earlier = torch.empty_like(new)
@@ -72,16 +76,17 @@ def lstm_forward(
 
     Args:
         x: Input [N, I].
-        weight_ih: [4H, I].
-        weight_hh: [4H, H].
-        bias: The sum of torch's two [4H], or None.
-        initial: h0 and c0 [B, H].
-        batch_sizes: [T].
+        weight_ih: Weight of the input [4H, I].
+        weight_hh: Weight of the earlier output [4H, H].
+        bias: The sum of torch's two biases [4H], or None.
+        initial: Initial output and cell state, each [B, H].
+        batch_sizes: The number of rows of each time step [T].
         reverse: Whether the walk begins with the last time step.
 
     Returns:
-        Outputs and cell states, each [B + N, H]: the initial ones, then those of all rows; the gates' activations
-        [N, 4H]; and of each sequence the last output and cell state [B, H].
+        Outputs and cell states, each [B + N, H], the gates' activations [N, 4H], and the last output and cell state of
+        each sequence, each [B, H]. Outputs and cell states begin with the initial ones, and go on with those of all
+        rows.
     """
     projected = x @ weight_ih.t() if bias is None else x @ weight_ih.t() + bias
     output, cells = x.new_empty(len(x), weight_hh.shape[1]), x.new_empty(len(x), weight_hh.shape[1])
@@ -169,25 +174,26 @@ def lstm_backward(
 ) -> tuple[Tensor | None, ...]:
     """Back-propagation through time, with a selection of each gate's gradient at each time step.
 
-    The cells' own gradients are exact. With S the selections of all four gates' gradients (before the activations), for
-    a time step [n, 4H], for all rows [N, 4H]: the earlier output's gradient is S W_hh, dx = S W_ih, dW_ih = S^T x,
-    dW_hh = S^T (the earlier outputs). A bias's gradient is the sum of the whole gates' gradients.
+    The cells' own gradients are exact. Let S be the selections of all gates' gradients before their activations. S is
+    [n, 4H] for a time step and [N, 4H] for all rows. Then the earlier output's gradient is S W_hh, dx = S W_ih,
+    dW_ih = S^T x, and dW_hh = S^T h, where h are the earlier outputs. A bias's gradient is the sum of the whole gates'
+    gradients.
 
     Args:
-        trace: Outputs, cell states and gates as `lstm_forward` gave them.
+        trace: Outputs, cell states and gates that `lstm_forward` returned.
         x: Input [N, I].
-        weight_ih: [4H, I].
-        weight_hh: [4H, H].
-        batch_sizes: [T].
-        reverse: As in the forward pass.
-        gradients: Of output [N, H], last output [B, H] and last cell state [B, H]; None for zeros.
-        topk: What `select` does, if that is nothing but top-k: a backend may do it itself.
-        select: From a gate's gradient at a time step [n, H] to what is propagated of it.
-        needs: Which of the six results are wanted.
-        hits: Gets added in how many rows each unit is selected [H], int64: see `count_hits`.
+        weight_ih: Weight of the input [4H, I].
+        weight_hh: Weight of the earlier output [4H, H].
+        batch_sizes: The number of rows of each time step [T].
+        reverse: The same as in the forward pass.
+        gradients: The gradients of output [N, H], last output [B, H] and last cell state [B, H]. None means zeros.
+        topk: The top-k that equals `select`, so that a backend may make it itself. None if there is none.
+        select: A function from a gate's gradient at a time step [n, H] to what is propagated of it.
+        needs: Which of the results are wanted.
+        hits: A tensor [H], int64, or None. The number of rows that select each unit is added to it. See `count_hits`.
 
     Returns:
-        The gradients of x, weight_ih, weight_hh, a bias [4H], h0 and c0; None where it is not wanted.
+        The gradients of x, weight_ih, weight_hh, a bias [4H], h0 and c0. A gradient that is not wanted is None.
     """
     outputs, cells, gates = trace
     grad_output, grad_h, grad_c = gradients
@@ -220,7 +226,7 @@ def lstm_backward(
 def _gate_gradients(
     gates: Tensor, cells: Tensor, earlier_cells: Tensor, grad: Tensor, grad_c: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """The gradients of one step's gates before their activations, [n, H] each, and of its cell state [n, H]."""
+    """The gradients of a step's gates before their activations, each [n, H], and of its cell state [n, H]."""
     i, f, g, o = gates.chunk(4, dim=1)
     tanh_c = cells.tanh()
     grad_cell = grad_c + grad * o * (1 - tanh_c**2)
@@ -247,7 +253,7 @@ def _native_backward_declines(
     hits: Tensor | None = None,
 ) -> str | None:
     if topk is None or topk.blocks != 1:
-        return "native kernels go through an LSTM with top-k only, within all units of a gate"
+        return "native kernels run an LSTM with top-k only, without blocks within a gate"
     reason = _native_declines(batch_sizes, x, weight_ih, weight_hh, *gradients)
     if reason is None:
         reason = native.declines_scattered(*trace, dtypes=native.FLOAT32)

@@ -1,7 +1,8 @@
-"""The compiled CPU kernels, `meprop._C`: float32 and bfloat16. What they promise is in csrc/drivers.h and kernels.h.
+"""The compiled CPU kernels, `meprop._C`, for float32 and bfloat16.
 
-Here are the extension, its instruction-set levels, and what every call of it needs: the check of the tensors that it is
-handed, and their addresses. The calls are beside the operations that they implement.
+csrc/drivers.h and csrc/kernels.h hold their contracts. This module loads the extension and sets its instruction-set
+level. It also checks the tensors that a call passes, and takes their addresses. The calls themselves are beside the
+operations that they implement.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack  #
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension, at the instruction-set level that MEPROP_ISA asks for; or why there is none."""
+    """The extension at the instruction-set level that MEPROP_ISA asks for, or why there is none."""
     try:
-        from meprop import _C  # after torch, whose OpenMP runtime it shares
+        from meprop import _C  # torch comes first: the extension shares its OpenMP runtime
     except ImportError as error:
-        return None, f"the compiled extension meprop._C is not there ({error}); reinstall where a C++ compiler is"
+        return None, f"the compiled extension meprop._C is not there ({error}); reinstall meprop with a C++ compiler"
     wanted = os.environ.get("MEPROP_ISA")
     if wanted and wanted not in _C.levels():
         raise ValueError(f"MEPROP_ISA={wanted!r}: this machine and build have {', '.join(_C.levels())}")
@@ -42,33 +43,37 @@ _extension, _reason_missing = _load()
 
 
 def extension() -> ModuleType:
-    """The extension, which is there wherever this backend serves a call."""
+    """The extension. It is loaded whenever this backend serves a call."""
     assert _extension is not None
     return _extension
 
 
 def reason_missing() -> str | None:
-    """Why the extension is not loaded, or None if it is."""
+    """Why the extension is not loaded. None if it is."""
     return _reason_missing
 
 
 def extension_file() -> Path | None:
-    """Where the extension lies; None without it."""
+    """The file of the extension. None without it."""
     return Path(_extension.__file__) if _extension is not None and _extension.__file__ is not None else None
 
 
 def levels() -> list[str]:
-    """The instruction-set levels that run here, slowest first; empty without the extension."""
+    """The instruction-set levels that run on this machine, slowest first. It is empty without the extension."""
     return _extension.levels() if _extension is not None else []
 
 
 def level() -> str | None:
-    """The instruction-set level in use."""
+    """The instruction-set level in use. None without the extension."""
     return _extension.level() if _extension is not None else None
 
 
 def use_level(name: str) -> None:
-    """Serves later calls with that level, for tests and benchmarks; ValueError if it is not one of `levels()`."""
+    """Serves later calls with this level. It is for tests and benchmarks.
+
+    Raises:
+        ValueError: The level is not one of `levels()`, or the extension is not loaded.
+    """
     if _extension is None:
         raise ValueError(_reason_missing)
     _extension.use_level(name)
@@ -91,10 +96,10 @@ register(backend)
 
 
 def declines(*tensors: Tensor | None, dtypes: Collection[torch.dtype] = DTYPE_CODES) -> str | None:
-    """Why native code cannot read and write such tensors, or None if it can: the check of every tensor of every call.
+    """Why native code cannot read and write such tensors. None if it can. Every tensor of every call is checked.
 
-    It can where a tensor is nothing but memory on the CPU, in rows and columns, of one of these dtypes. A subclass may
-    have its data elsewhere, and so may a tensor inside of a transform of `torch.func`.
+    Native code can read and write a strided tensor on the CPU of one of these dtypes. It cannot work with other
+    subclasses of Tensor than Parameter, nor inside a transform of `torch.func`, because the data may lie elsewhere.
     """
     for tensor in tensors:
         if tensor is None:
@@ -108,7 +113,7 @@ def declines(*tensors: Tensor | None, dtypes: Collection[torch.dtype] = DTYPE_CO
                 and not _transform()
             ):
                 continue
-        except RuntimeError:  # a sparse layout, which has no pointer
+        except RuntimeError:  # a tensor of a sparse layout has no pointer
             pass
         reason = _why_not(tensor, dtypes)
         if reason is not None:
@@ -117,7 +122,7 @@ def declines(*tensors: Tensor | None, dtypes: Collection[torch.dtype] = DTYPE_CO
 
 
 def declines_scattered(*tensors: Tensor | None, dtypes: Collection[torch.dtype]) -> str | None:
-    """As `declines`, of tensors that have to be contiguous as well."""
+    """The same as `declines`, for tensors that also have to be contiguous."""
     reason = declines(*tensors, dtypes=dtypes)
     if reason is not None:
         return reason
@@ -128,7 +133,7 @@ def declines_scattered(*tensors: Tensor | None, dtypes: Collection[torch.dtype])
 
 
 def _why_not(tensor: Tensor, dtypes: Collection[torch.dtype]) -> str | None:
-    """The reason in words; None of an empty tensor, which needs no memory."""
+    """The reason in words. None for an empty tensor, which needs no memory."""
     if _transform() is not None:
         return "native kernels read memory, which tensors inside of torch.func transforms do not have"
     if type(tensor) not in PLAIN:
@@ -149,19 +154,19 @@ def _why_not(tensor: Tensor, dtypes: Collection[torch.dtype]) -> str | None:
 
 
 def readable(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix in this dtype, its rows' elements adjacent."""
+    """The matrix in this dtype, with adjacent elements in each row."""
     if matrix.dtype == dtype and matrix.stride(1) == 1 and not matrix.is_neg():
         return matrix
     return matrix.resolve_neg().to(dtype).contiguous()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The same values one after the other."""
+    """The same values in contiguous memory."""
     return None if tensor is None else tensor.resolve_neg().contiguous()
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the tensor's memory begins; 0 of None."""
+    """The address of the tensor's memory. 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -1,4 +1,7 @@
-"""Steps of optimizers on a parameter [O, *] whose gradient has only some rows; and what the copies of weights need."""
+"""Steps of optimizers on a parameter [O, *] whose gradient has only some rows.
+
+The module also has what `meprop.copies` asks of gradients and copies.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from meprop.ops.registry import operation
 
 @dataclass(frozen=True)
 class GradientRows:
-    """The rows of a parameter [O, *] that a step has a gradient for.
+    """The rows of a parameter [O, *] for which a step has a gradient.
 
     Attributes:
-        indices: Which they are [k], int64, ascending.
-        values: Their gradients [k, *].
+        indices: The indices of the rows [k], int64, ascending.
+        values: The gradients of the rows [k, *].
         every_row: Whether the other rows move as well, with a gradient of zeros.
-        row_step: The step until which each row's state is up to date [O], float32; the step makes up for what a moving
-            row has missed, and notes it here. None: all are up to date.
-        bf16_copy: A bfloat16 copy of the parameter, which is to get what becomes of the rows that move; None: there is
-            none.
+        row_step: The step until which the state of each row is up to date [O], float32. A step makes up for what a
+            moving row has missed, and writes its own number here. None means that all rows are up to date.
+        bf16_copy: A bfloat16 copy of the parameter. The new values of the rows that move are written into it. None
+            means that there is no copy.
     """
 
     indices: Tensor
@@ -34,7 +37,7 @@ class GradientRows:
     bf16_copy: Tensor | None = None
 
     def check(self, weight: Tensor, *state: Tensor | None) -> None:
-        """Raises a ValueError where a parameter, the state that it has [O, *], and this do not go together."""
+        """Raises a ValueError if the shapes of a parameter, of its state [O, *], and of this gradient do not fit."""
         fits = self.values.shape == (len(self.indices), *weight.shape[1:])
         fits = fits and (self.row_step is None or self.row_step.shape == weight.shape[:1])
         fits = fits and all(each is None or each.shape == weight.shape for each in (*state, self.bf16_copy))
@@ -47,7 +50,7 @@ class GradientRows:
 
 
 def _declines(rows: GradientRows, *tensors: Tensor | None) -> str | None:
-    """Why native code cannot take a step on such tensors: the parameter and its state."""
+    """Why native code cannot take a step on such tensors, which are the parameter and its state. None if it can."""
     reason = native.declines_scattered(*tensors, rows.values, rows.row_step, dtypes=native.FLOAT32)
     if reason is None:
         reason = native.declines_scattered(rows.indices, dtypes=native.INT64)
@@ -57,7 +60,7 @@ def _declines(rows: GradientRows, *tensors: Tensor | None) -> str | None:
 
 
 def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
-    """What the native calls of all optimizers begin with."""
+    """The first arguments of the native calls of all optimizers."""
     return (
         len(weight),
         weight.numel() // max(1, len(weight)),
@@ -73,7 +76,10 @@ def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
 
 
 def _moving_rows(weight: Tensor, rows: GradientRows, step: float) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Which rows move, their gradients, and how many steps each has missed: as a column, or 0 of all."""
+    """The rows that move, their gradients, and the number of steps that each has missed.
+
+    The number is a column. It is 0.0 if no row has missed a step.
+    """
     at, grad = rows.indices, rows.values
     if rows.every_row:
         at, grad = torch.arange(len(weight), device=weight.device), torch.zeros_like(weight).index_copy_(0, at, grad)
@@ -109,17 +115,17 @@ def sgd_rows(
 
     Args:
         weight: The parameter [O, *].
-        buffer: That of the momentum [O, *]; None without momentum.
+        buffer: The momentum buffer [O, *]. None without momentum.
         rows: The gradient.
-        step: The number of this step, from 1.
-        lr: As torch's.
-        momentum: As torch's.
-        dampening: As torch's.
-        weight_decay: As torch's.
-        nesterov: As torch's.
+        step: The number of this step, counted from 1.
+        lr: The same as torch's.
+        momentum: The same as torch's.
+        dampening: The same as torch's.
+        weight_decay: The same as torch's.
+        nesterov: The same as torch's.
 
     Raises:
-        ValueError: The shapes do not go together.
+        ValueError: The shapes do not fit.
     """
     rows.check(weight, buffer)
     at, grad, missed_steps = _moving_rows(weight, rows, step)
@@ -175,23 +181,23 @@ def adam_rows(
     weight_decay: float,
     decoupled: bool,
 ) -> None:
-    """`torch.optim.Adam` on the rows that move, in place, or AdamW, with decoupled weight decay.
+    """`torch.optim.Adam` on the rows that move, in place. With decoupled weight decay it is AdamW.
 
     Args:
         weight: The parameter [O, *].
         exp_avg: The first moment [O, *].
         exp_avg_sq: The second moment [O, *].
-        max_exp_avg_sq: With AMSGrad, the largest second moment so far [O, *]; else None.
+        max_exp_avg_sq: The largest second moment so far [O, *] with AMSGrad, else None.
         rows: The gradient.
-        step: The number of this step, from 1.
-        lr: As torch's.
-        betas: As torch's.
-        eps: As torch's.
-        weight_decay: As torch's.
-        decoupled: Whether the weight decay is AdamW's.
+        step: The number of this step, counted from 1.
+        lr: The same as torch's.
+        betas: The same as torch's.
+        eps: The same as torch's.
+        weight_decay: The same as torch's.
+        decoupled: Whether the weight decay is decoupled, as in AdamW.
 
     Raises:
-        ValueError: The shapes do not go together.
+        ValueError: The shapes do not fit.
     """
     rows.check(weight, exp_avg, exp_avg_sq, max_exp_avg_sq)
     at, grad, missed_steps = _moving_rows(weight, rows, step)
@@ -258,13 +264,13 @@ def adagrad_rows(
         weight: The parameter [O, *].
         sum_: The sum of the squared gradients [O, *].
         rows: The gradient.
-        step: The number of this step, from 1.
+        step: The number of this step, counted from 1.
         lr: The learning rate of this step.
-        eps: As torch's.
-        weight_decay: As torch's.
+        eps: The same as torch's.
+        weight_decay: The same as torch's.
 
     Raises:
-        ValueError: The shapes do not go together.
+        ValueError: The shapes do not fit.
     """
     rows.check(weight, sum_)
     at, grad, _ = _moving_rows(weight, rows, step)
@@ -287,7 +293,7 @@ def _native_adagrad_rows(
     native.written(weight, rows.bf16_copy, sum_)
 
 
-# ---------------------------------------------------------------- what is asked of a gradient, and of a copy
+# ---------------------------------------------------------------- questions about a gradient and about a copy
 
 
 @operation()
@@ -307,7 +313,10 @@ def _native_ascending(indices: Tensor, rows: int) -> bool:
 
 @operation()
 def copy_agrees(weight: Tensor, copy: Tensor, samples: int, /) -> bool:
-    """Whether a copy has what becomes of a contiguous weight in its dtype, at about so many entries evenly spread."""
+    """Whether a copy equals a contiguous weight that is cast to its dtype.
+
+    About `samples` entries are compared. They are evenly spread.
+    """
     flat = weight.detach().view(-1)
     stride = max(1, len(flat) // samples) | 1  # odd, so that the samples lie in different columns
     found, expected = copy.view(-1)[::stride], flat[::stride].to(copy.dtype)

@@ -1,11 +1,12 @@
-"""The operations, and the backends that serve them: in order, each saying per call why it declines.
+"""The registry of operations and of the backends that serve them.
 
-An operation is its literal reference: a function whose docstring is the contract of all implementations. A backend is
-one file that implements some of the operations. A call goes to the first backend that implements the operation and does
-not decline the call; the reference implements every operation and never declines.
+An operation has a literal reference, whose docstring is the contract of all implementations. A backend is one file that
+implements some of the operations. Backends are asked in order, and may decline a call with a reason. A call goes to the
+first backend that implements the operation and does not decline. The reference implements every operation and never
+declines.
 
-Under `torch.compile` a call takes another way: to the operator `torch.ops.meprop.*` of the same name, whose results'
-shapes torch can tell without running it. In the compiled program that operator is served as an eager call is.
+Under `torch.compile` a call goes to the operator `torch.ops.meprop.*` of the same name instead. Torch can tell the
+shapes of its results without running it. The compiled program serves that operator in the same way as an eager call.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Run = TypeVar("Run", bound=Callable[..., Any])
 Declines = Callable[..., str | None]
-"""From the arguments of a call, why it cannot be served; None: it can."""
+"""A function from the arguments of a call to the reason why it cannot be served. None means that it can."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""The types of tensors that are nothing but their memory: subclasses may be fake, distributed or wrapped."""
+"""The types of tensors that only consist of their memory. Subclasses may be fake, distributed or wrapped."""
 
 _is_compiling = torch.compiler.is_compiling
 _library = torch.library.Library("meprop", "DEF")
@@ -35,13 +36,14 @@ _library = torch.library.Library("meprop", "DEF")
 class Operator:
     """How an operation appears to `torch.compile`, as `torch.ops.meprop.*`.
 
-    An eager call does not come this way: a Python operator costs several microseconds, a direct call a fraction of one.
+    An eager call does not use the operator. A Python operator costs several microseconds. A direct call costs a
+    fraction of a microsecond.
 
     Attributes:
-        schema: Arguments and results, e.g. "(Tensor grad, int k) -> (Tensor, Tensor)".
-        fake: From the operator's arguments to empty results of the right shapes.
-        flatten: From the operation's arguments to the operator's; None: they are the same.
-        restore: From the operator's arguments to the operation's; None: they are the same.
+        schema: The arguments and results, e.g. "(Tensor grad, int k) -> (Tensor, Tensor)".
+        fake: A function from the operator's arguments to empty results of the right shapes.
+        flatten: A function from the operation's arguments to the operator's. None if they are the same.
+        restore: A function from the operator's arguments to the operation's. None if they are the same.
     """
 
     schema: str
@@ -51,11 +53,11 @@ class Operator:
 
 
 class Operation(Generic[P, R]):
-    """One operation, called as its reference is; made by `operation`.
+    """One operation, with the arguments of its reference. `operation` makes it.
 
     Attributes:
-        name: By which backends and `torch.ops.meprop` know it.
-        reference: The literal implementation, the oracle of all others.
+        name: The name of the operation in backends and in `torch.ops.meprop`.
+        reference: The literal implementation, with which all others are compared.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Operation(Generic[P, R]):
         self._served_by: tuple[tuple[Callable[..., Any], Declines | None, Backend], ...] = ()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Serves the call; what implementations give becomes what callers get."""
+        """Serves the call, and turns the result of an implementation into that of the operation."""
         if self._traced is not None and (_is_compiling() or type(args[self._tensor_at]) not in PLAIN):
             found = self._traced(*args, **kwargs)
             return found if self._result is None else self._result(found, *args, **kwargs)
@@ -86,12 +88,12 @@ class Operation(Generic[P, R]):
         raise AssertionError("the reference serves every call")
 
     def literally(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """As a call, of the reference."""
+        """The same as a call, but always by the reference."""
         found = self.reference(*args, **kwargs)
         return found if self._result is None else self._result(found, *args, **kwargs)
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> tuple[str, dict[str, str]]:
-        """Which backend would serve such a call, and why those before it decline."""
+        """The name of the backend that would serve such a call, and why the backends before it decline."""
         reasons: dict[str, str] = {}
         for _, declines, backend in self._served_by:
             reason = None if declines is None else declines(*args, **kwargs)
@@ -101,12 +103,12 @@ class Operation(Generic[P, R]):
         raise AssertionError("the reference serves every call")
 
     def find_backends(self) -> None:
-        """Notes who implements it, in order."""
+        """Looks up the backends that implement this operation, in order."""
         able = [backend for backend in _order if backend.missing is None and self.name in backend]
         self._served_by = tuple((*backend.implementations[self.name], backend) for backend in able)
 
     def _define(self, operator: Operator) -> Callable[..., Any]:
-        """Defines the operator, and returns what calls it with the operation's arguments."""
+        """Defines the operator, and returns a function that calls it with the operation's arguments."""
         restore, flatten = operator.restore, operator.flatten
 
         def run(*args: Any) -> Any:
@@ -138,13 +140,14 @@ def operation(
     tensor_at: int = 0,
     result: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, Any]], Operation[P, Any]]:
-    """Makes an operation of its literal reference, whose name it has.
+    """Makes an operation from its literal reference. The operation has the name of the reference.
 
     Args:
-        operator: How `torch.compile` sees it.
-        traced: What a call does under `torch.compile`, in place of an operator: consist of other operations.
-        tensor_at: Which argument, by its place, is the tensor that tells whether such a call is traced.
-        result: From what implementations give, and the arguments of the call, to what callers get; None: the same.
+        operator: How the operation appears to `torch.compile`.
+        traced: A function that is called under `torch.compile` in place of an operator. It composes other operations.
+        tensor_at: The place of the argument whose type tells whether a call is traced. It is a tensor.
+        result: A function from the result of an implementation and the arguments of the call to the result of the
+            operation. None if the two results are the same.
     """
 
     def decorate(reference_: Callable[P, Any]) -> Operation[P, Any]:
@@ -157,12 +160,12 @@ def operation(
 
 
 class Backend:
-    """Implementations of some operations, which are its attributes by the operations' names.
+    """Implementations of some operations. Each one is an attribute with the name of its operation.
 
     Args:
-        name: In `backend_info` and in `backend`.
-        missing: Why it cannot be used here at all; None: it can.
-        details: More that `backend_info` says of it.
+        name: The name of the backend in `backend_info` and in `backend`.
+        missing: Why the backend cannot be used on this machine. None if it can.
+        details: A function that returns further entries for `backend_info`.
     """
 
     def __init__(
@@ -175,8 +178,9 @@ class Backend:
         """Makes the decorated function this backend's implementation of an operation.
 
         Args:
-            operation: Which one; the function takes its arguments and keeps its contract.
-            declines: From the same arguments, why such a call cannot be served; None: every call can be.
+            operation: The operation. The function takes its arguments and keeps its contract.
+            declines: A function from the same arguments to the reason why such a call cannot be served. None if every
+                call can be served.
         """
 
         def decorate(run: Run) -> Run:
@@ -202,20 +206,22 @@ class Backend:
 _operations: dict[str, Operation[..., Any]] = {}
 
 reference = Backend("reference")
-"""The literal implementations: any floating dtype, any device."""
+"""The literal implementations, for any floating dtype and any device."""
 
 _order = [reference]
 
 
 def register(backend_: Backend, *, before: str = "reference") -> None:
-    """Lets a backend serve calls from now on, those that it implements and does not decline; not if it is missing.
+    """Lets a backend serve the calls that it implements and does not decline, from now on.
+
+    A backend that is missing is registered as well, but serves no calls.
 
     Args:
         backend_: The backend.
-        before: The name of the backend that it is asked before.
+        before: The name of another backend. The new backend is asked before it.
 
     Raises:
-        ValueError: Its name is taken, or no backend is called `before`.
+        ValueError: The name of the new backend is taken, or no backend is called `before`.
     """
     names = [each.name for each in _order]
     if backend_.name in names:
@@ -227,7 +233,7 @@ def register(backend_: Backend, *, before: str = "reference") -> None:
 
 
 def remove(backend_: Backend) -> None:
-    """Lets a backend serve no more calls."""
+    """Removes a backend, which then serves no more calls."""
     _order.remove(backend_)
     _find_backends()
 
@@ -238,10 +244,10 @@ def _find_backends() -> None:
 
 
 def backend(name: str) -> Backend:
-    """The backend of this name; its attributes are its implementations.
+    """The backend of this name. Its attributes are its implementations.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such backend.
     """
     for each in _order:
         if each.name == name:
@@ -250,12 +256,13 @@ def backend(name: str) -> Backend:
 
 
 def backend_info() -> dict[str, Any]:
-    """What serves calls here, and why what does not, does not.
+    """The backends that serve calls on this machine, and the reasons why others do not.
 
     Returns:
-        A dict: "native" (whether the compiled kernels are in use), "isa" (their instruction-set level, or None),
-        "levels" (those that run here), "forced" (the value of MEPROP_ISA, or None), "threads", "triton" (False: no GPU
-        kernels yet), "reasons" (per backend not in use, why). A backend of one's own is there by its name.
+        A dict. "native" is whether the compiled kernels are in use, "isa" is their instruction-set level or None,
+        "levels" are the levels that run on this machine, "forced" is the value of MEPROP_ISA or None, "threads" is the
+        number of threads, "triton" is False because there are no GPU kernels yet, and "reasons" says for each backend
+        that is not in use why it is not. A backend that a user has registered has an entry under its name.
     """
     info: dict[str, Any] = {}
     reasons: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""Top-k: the largest entries of each row of an output gradient [N, O], its largest columns, its largest channels.
+"""Top-k: the largest entries of each row of an output gradient [N, O], its largest columns, or its largest channels.
 
-Magnitudes are compared; of equals the lower index is taken, and NaN is the largest. Indices are int32 and ascending.
+Magnitudes are compared. Among equal ones the lower index is taken. NaN is the largest. Indices are int32 and ascending.
 The paper is meProp (Sun et al., ICML 2017).
 """
 
@@ -31,9 +31,9 @@ def _row_selection(found: tuple[Tensor, Tensor], grad: Tensor, _k: int) -> RowSe
 
 @operation(operator=Operator("(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_rows), result=_row_selection)
 def topk_rows(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
-    """The k largest |g| of each row of grad [N, O], which is the paper's top-k; 1 <= k <= O.
+    """The k largest |g| of each row of grad [N, O], where 1 <= k <= O. This is the paper's top-k.
 
-    A call gives a RowSelection, an implementation its values [N, k] and indices [N, k].
+    A call returns a RowSelection. An implementation returns its values [N, k] and its indices [N, k].
     """
     by_magnitude = grad.abs().sort(dim=1, descending=True, stable=True).indices
     indices = by_magnitude[:, :k].sort(dim=1).values
@@ -50,7 +50,7 @@ def _native_topk_rows(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @operation()
 def column_scores(grad: Tensor, /) -> Tensor:
-    """The sum of |g| of each column of grad [N, O], in float64: [O]. By it `topk_columns` chooses."""
+    """The sum of |g| of each column of grad [N, O], as [O] in float64. `topk_columns` chooses by these sums."""
     return grad.abs().double().sum(dim=0)
 
 
@@ -82,9 +82,10 @@ def _column_selection(found: tuple[Tensor, Tensor], grad: Tensor, _k: int) -> Co
 
 @operation(operator=Operator("(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_columns), result=_column_selection)
 def topk_columns(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
-    """The k columns of grad [N, O] with the largest `column_scores`: the paper's unified top-k; 1 <= k <= O.
+    """The k columns of grad [N, O] with the largest `column_scores`, where 1 <= k <= O.
 
-    A call gives a ColumnSelection, an implementation its values [N, k] and indices [k].
+    This is the paper's unified top-k. A call returns a ColumnSelection. An implementation returns its values [N, k] and
+    its indices [k].
     """
     indices = largest(column_scores.reference(grad), k)
     return grad[:, indices], indices.int()
@@ -96,7 +97,10 @@ def _native_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
-    """The places of the k largest scores, ascending; of equals the lower place; NaN is the largest."""
+    """The places of the k largest scores, ascending.
+
+    Among equal scores the lower place is taken. NaN is the largest.
+    """
     return scores.sort(descending=True, stable=True).indices[:k].sort().values
 
 
@@ -131,7 +135,9 @@ def _fake_topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @operation(operator=Operator("(Tensor grad, int k) -> (Tensor, Tensor)", _fake_topk_channels))
 def topk_channels(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
-    """The k channels of grad [N, O, *S] with the largest sum of |g| over batch and positions, in float64; 1 <= k <= O.
+    """The k channels of grad [N, O, *S] with the largest sums of |g| over batch and positions, where 1 <= k <= O.
+
+    The sums are formed in float64.
 
     Returns:
         The channels [N, k, *S], in the `memory_format` of grad, and their indices [k].
@@ -153,6 +159,6 @@ def _native_topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """torch.channels_last, of a tensor that is nothing but that; else torch.contiguous_format."""
+    """torch.channels_last for a tensor that is only contiguous in that format, else torch.contiguous_format."""
     channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last and not tensor.is_contiguous() else torch.contiguous_format

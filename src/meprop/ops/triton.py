@@ -1,4 +1,4 @@
-"""GPU kernels, of which there are none yet: the place for them."""
+"""The place for GPU kernels. There are none yet."""
 
 from __future__ import annotations
 

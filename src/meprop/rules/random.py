@@ -22,8 +22,8 @@ class RandomK(KeepK):
 
     Args:
         k: See `TopK`.
-        scope: "example" draws k entries anew for each row of the gradient. "batch" draws k features for all rows, in
-            place of those of unified top-k.
+        scope: "example" draws k entries anew for each row of the gradient. "batch" draws k features for all rows. It
+            is the counterpart of unified top-k.
 
     Raises:
         ValueError: k or scope is out of range.

@@ -104,8 +104,8 @@ class SynchronizedTopK(TopK):
     def __getstate__(self) -> dict[str, Any]:
         if self.group is not None:
             raise NotSupportedError(
-                "a SynchronizedTopK with a group cannot be pickled, as the group is of this process; save the model's "
-                "state_dict, or use group=None"
+                "a SynchronizedTopK with a group cannot be pickled, because the group belongs to this process. Save "
+                "the model's state_dict, or use group=None."
             )
         return vars(self)
 
