@@ -54,7 +54,7 @@ class Activity:
         self.examples += selection.rows // positions
         hit = selection.values != 0
         if isinstance(selection, ColumnSelection):
-            hit = hit.view(-1, positions, hit.shape[1]).any(dim=1)
+            hit = hit.unflatten(0, (-1, positions)).any(dim=1)
             self.hits.index_add_(0, selection.indices, hit.sum(dim=0))
             return
         units = selection.indices[hit].long()
@@ -174,10 +174,10 @@ class Policy:
             return False
         if self.when == "always" or self.record is None or rows == 0:  # no rows tell nothing about batches to come
             return True
-        if self.record.decision is None and torch.compiler.is_compiling():  # where nothing can be measured
-            return True
         if self.record.decision is None:  # else an earlier product of this layer has decided
-            self.record.decision = speed.decide(self.rule, shape())
+            if not speed.can_measure() or (timed := shape()).device == "meta":
+                return True
+            self.record.decision = speed.decide(self.rule, timed)
         return self.record.decision.sparse
 
     # ---- refusals
@@ -186,10 +186,15 @@ class Policy:
         """Refuses a forward pass whose backward pass would go wrong.
 
         Raises:
-            NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; a weight that is a
-                DTensor; row-sparse gradients in DistributedDataParallel.
+            NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; within transforms of
+                torch.func; a weight that is a DTensor; row-sparse gradients in DistributedDataParallel.
         """
         if not torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                raise NotSupportedError(
+                    "a transform of torch.func (grad, vmap, jvp and so on), which a sparse backward pass has no rules "
+                    "for; transform a plain copy of the model, made by copy.deepcopy and meprop.revert"
+                )
             return self._refuse_distributed(weight)
         if self.sparse_grad:
             raise NotSupportedError(
