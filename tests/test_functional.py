@@ -401,3 +401,11 @@ def test_compiled_code_counts_through_a_graph_break_or_not_at_all():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Simplifier watches.*Simplifier\.compact"):
         torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_transforms_of_torch_func_are_refused_and_say_what_to_do():
+    layer = meprop.nn.Linear(3, 8, rule=meprop.TopK(2))
+    with pytest.raises(meprop.NotSupportedError, match=r"torch\.func.*revert"):
+        torch.func.grad(lambda x: layer(x).sum())(torch.ones(2, 3))
+    with pytest.raises(meprop.NotSupportedError, match=r"torch\.func.*revert"):
+        torch.vmap(layer)(torch.ones(4, 2, 3))

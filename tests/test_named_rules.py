@@ -21,7 +21,7 @@ from meprop import cli, experiments, ops
 from meprop.experiments import Records
 from meprop.reporting import figures
 from meprop.reporting import reproduce as report
-from meprop.rules import Rule, named
+from meprop.rules import Rule, TopK, named
 from meprop.rules.base import unregister
 from meprop.training import tasks
 from meprop.training.config import TrainingConfig
@@ -137,3 +137,12 @@ def test_a_rule_that_does_not_say_how_much_it_keeps_has_no_density(toy, tmp_path
 def test_an_unknown_rule_is_refused_with_those_that_are_there():
     with pytest.raises(ValueError, match=r"rule is 'toy'; the rules are .*topk"):
         TrainingConfig().rule("toy")
+
+
+def test_a_subclass_without_a_name_of_its_own_leaves_that_of_its_base():
+    class Another(TopK):
+        pass
+
+    with pytest.raises(KeyError, match="Another is no named rule"):
+        unregister(Another)
+    assert named()["topk"] is TopK

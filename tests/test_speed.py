@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -373,7 +374,8 @@ def test_an_empty_batch_decides_nothing(measured):
     assert net[0].decision is None
 
 
-def test_a_rule_that_cannot_be_known_again_is_not_remembered(measured, cache):
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_rule_that_cannot_be_known_again_is_not_remembered(measured, cache, blocks):
     class Anonymous(meprop.Rule):
         def count(self, features):
             return 5
@@ -382,7 +384,7 @@ def test_a_rule_that_cannot_be_known_again_is_not_remembered(measured, cache):
             return RULE.select(grad_output_NO)
 
     net = model()
-    meprop.convert(net, Anonymous())
+    meprop.convert(net, Anonymous() if blocks == 1 else meprop.InBlocks(Anonymous(), blocks))
     backward(net)
     assert len(measured.shapes) == 1
     assert not (cache / "speed").exists()
@@ -472,3 +474,16 @@ def test_a_real_measurement_of_a_convolution_leaves_everything_as_it_was(dims):
     assert 0 < sparse < 1e6
     assert torch.equal(state, torch.get_rng_state())
     assert "to 70 w" in str(shape)
+
+
+def test_tensors_without_memory_decide_nothing(measured):
+    net = model()
+    meprop.convert(net, RULE)
+    meta = copy.deepcopy(net).to("meta")
+    meta(torch.empty(2, 20, device="meta")).sum().backward()
+    with FakeTensorMode():
+        fake = model()
+        meprop.convert(fake, RULE)
+        backward(fake)
+    assert measured.shapes == []
+    assert meta[0].decision is fake[0].decision is None

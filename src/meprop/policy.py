@@ -55,7 +55,7 @@ class Activity:
         self.examples += selection.rows // positions
         hit = selection.values != 0
         if isinstance(selection, ColumnSelection):
-            hit = hit.view(-1, positions, hit.shape[1]).any(dim=1)
+            hit = hit.unflatten(0, (-1, positions)).any(dim=1)
             self.hits.index_add_(0, selection.indices, hit.sum(dim=0))
             return
         units = selection.indices[hit].long()
@@ -176,10 +176,10 @@ class Policy:
             return False
         if self.when == "always" or self.record is None or rows == 0:  # an empty batch tells nothing about later ones
             return True
-        if self.record.decision is None and torch.compiler.is_compiling():  # nothing can be measured there
-            return True
-        if self.record.decision is None:  # otherwise an earlier product of this layer has decided
-            self.record.decision = speed.decide(self.rule, shape())
+        if self.record.decision is None:  # else an earlier product of this layer has decided
+            if not speed.can_measure() or (timed := shape()).device == "meta":
+                return True
+            self.record.decision = speed.decide(self.rule, timed)
         return self.record.decision.sparse
 
     # ---- refusals
@@ -188,10 +188,15 @@ class Policy:
         """Refuses a forward pass whose backward pass would go wrong.
 
         Raises:
-            NotSupportedError: Row-sparse gradients or a Simplifier's counts are wanted under torch.compile, row-sparse
-                gradients are wanted in DistributedDataParallel, or the weight is a DTensor.
+            NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; within transforms of
+                torch.func; a weight that is a DTensor; row-sparse gradients in DistributedDataParallel.
         """
         if not torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                raise NotSupportedError(
+                    "a transform of torch.func (grad, vmap, jvp and so on), which a sparse backward pass has no rules "
+                    "for; transform a plain copy of the model, made by copy.deepcopy and meprop.revert"
+                )
             return self._refuse_distributed(weight)
         if self.sparse_grad:
             raise NotSupportedError(

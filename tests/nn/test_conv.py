@@ -582,3 +582,33 @@ def test_row_sparse_gradients_train_as_dense_ones_do(sparse_rows):
         runs.append(layer.weight.detach())
     if sparse_rows == "exact":
         torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
+
+
+class Nothing(meprop.Rule):
+    scope = "batch"
+
+    def select(self, grad_output_NO):
+        none = torch.zeros(0, dtype=torch.int32)
+        return meprop.ColumnSelection(grad_output_NO[:, :0], none, grad_output_NO.shape[1])
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_a_rule_may_keep_no_channel(kernel, sparse_grad):
+    layer = meprop.nn.Conv2d(2, 5, kernel, rule=Nothing(), sparse_grad=sparse_grad)
+    layer.activity = Activity.of_units(5)
+    x = torch.randn(3, 2, 4, 4, requires_grad=True)
+    output = layer(x)
+    output.sum().backward()
+    assert not x.grad.any()
+    assert not layer.weight.grad.to_dense().any()
+    assert torch.equal(layer.bias.grad, torch.full((5,), float(output[:, 0].numel())))
+    assert layer.activity.examples == 3
+    assert not layer.activity.hits.any()
+
+
+def test_a_rule_that_the_layer_cannot_have_is_refused_when_it_is_set():
+    layer = meprop.nn.Conv2d(2, 5, 3, rule=BATCH)
+    with pytest.raises(meprop.NotSupportedError, match=r"position.*scope='batch'"):
+        layer.rule = meprop.TopK(3)
+    assert layer.rule == BATCH

@@ -6,7 +6,7 @@ import torch
 import meprop
 from meprop import ops
 from meprop.ops import native
-from meprop.ops.registry import Backend, backend, backend_info, register, remove
+from meprop.ops.registry import Backend, backend, backend_info, reference, register, remove
 from meprop.selection import PlainTopK, RowSelection
 
 needs_native = pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
@@ -227,3 +227,9 @@ def test_an_optimizers_step_on_what_is_not_contiguous_is_left_to_the_reference()
         name, reasons = ops.adagrad_rows.explain(weight, state, gradient, 1.0, **options)
         assert name == "reference"
         assert "contiguous" in reasons["native"]
+
+
+@pytest.mark.parametrize("other", [reference, Backend("another")])
+def test_what_cannot_be_removed_says_so(other):
+    with pytest.raises(ValueError, match="the backends that can be are native, triton"):
+        remove(other)

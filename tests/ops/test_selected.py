@@ -334,16 +334,31 @@ def test_what_is_not_row_sparse_is_refused(serve):
 
 
 @pytest.mark.parametrize("wrong", ["grad", "weight", "x", "hits"])
-def test_shapes_that_do_not_go_together_are_refused(wrong):
+@pytest.mark.parametrize("backend", [kernels, reference])
+def test_shapes_that_do_not_go_together_are_refused(wrong, backend):
     tensors = {"grad": torch.ones(2, 8), "weight": torch.ones(8, 4), "x": torch.ones(2, 4)}
     tensors["hits"] = torch.zeros(8, dtype=torch.int64)
     tensors[wrong] = tensors[wrong][:1]
     rows = RowSelection(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32), 8)
     with pytest.raises(ValueError, match=r"\[2, 8\] does not go with"):
-        kernels.linear_backward(
+        backend.linear_backward(
             rows,
             *(tensors[name] for name in ("grad", "weight", "x")),
             needs_bias=True,
             row_sparse=False,
             hits=tensors["hits"],
         )
+
+
+@pytest.mark.parametrize("starts", [[0, 2, 3], [1, 2, 4], [0, 5, 4], [-1, 2, 4], [0, 2, 5]])
+def test_the_reference_refuses_starts_that_are_not_those_of_the_entries(starts):
+    rows = RowSelection(torch.ones(4), torch.tensor([0, 1, 0, 1]).int(), 8, starts=torch.tensor(starts))
+    with pytest.raises(IndexError, match="its starts go from 0"):
+        reference.linear_backward(rows, torch.ones(2, 8), torch.ones(8, 4), None, needs_bias=False, row_sparse=False)
+
+
+@pytest.mark.parametrize("indices", [[1, 0], [1, 1], [0, 8], [-1, 0]])
+def test_the_reference_refuses_indices_that_do_not_ascend_within_the_features(indices):
+    columns = ColumnSelection(torch.ones(2, 2), torch.tensor(indices).int(), 8)
+    with pytest.raises(IndexError, match="must ascend"):
+        reference.linear_backward(columns, torch.ones(2, 8), torch.ones(8, 4), None, needs_bias=False, row_sparse=False)

@@ -1,5 +1,6 @@
 """Which units go together, and which must stay because of who else has them."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -89,3 +90,13 @@ def test_normalisation_of_units_and_of_something_else_is_not_pruned():
     meprop.convert(model, meprop.TopK(2), min_features=4, when="always")
     reason = quietly(model, example_inputs=(torch.randn(8, 6),)).report().layers[0].reason
     assert reason == "'norm' is called several times, with different units"
+
+
+def test_units_are_not_pruned_where_the_rule_goes_with_this_width_only():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    meprop.convert(model, meprop.InBlocks(meprop.TopK(1), 4), min_features=3, when="always")
+    with pytest.warns(meprop.NoEffectWarning, match="not 4 equal blocks"):
+        simplifier = meprop.Simplifier(model, 1.0, check_every=1)
+    model(torch.randn(3, 6)).sum().backward()
+    simplifier.step()
+    assert simplifier.widths == {"0": 8}

@@ -249,14 +249,19 @@ class _Backward:
         kept, indices = self._select_channels()
         if self.policy.activity is not None:
             self.policy.activity.count(ColumnSelection(_rows(kept), indices, outputs), self._positions)
-        needs = (self.needs[0], self.needs[1], False)
-        grad_x, grad_rows, _ = self.geometry.gradients(kept, self.x, weight.index_select(0, indices), needs)
+        needs_x, needs_weight, needs_bias = self.needs
+        if len(indices) > 0:
+            needs = (needs_x, needs_weight, False)
+            grad_x, grad_rows, _ = self.geometry.gradients(kept, self.x, weight.index_select(0, indices), needs)
+        else:  # torch has no convolution without channels
+            grad_x = torch.zeros_like(self.x) if needs_x else None
+            grad_rows = weight.new_empty(0, *weight.shape[1:]) if needs_weight else None
         grad_weight = grad_rows
         if grad_rows is not None and self.policy.sparse_grad:
             grad_weight = ops.row_sparse_tensor(indices, grad_rows, outputs)
         elif grad_rows is not None:
             grad_weight = torch.zeros_like(weight).index_copy_(0, indices.long(), grad_rows)
-        return grad_x, grad_weight, grad.sum(dim=[0, *range(2, grad.dim())]) if self.needs[2] else None
+        return grad_x, grad_weight, grad.sum(dim=[0, *range(2, grad.dim())]) if needs_bias else None
 
     def _select_channels(self) -> tuple[Tensor, Tensor]:
         """The kept channels of the output gradient [N, k, *T], and their indices [k]."""
@@ -266,9 +271,14 @@ class _Backward:
             return ops.topk_channels(grad, topk.k)
         selection = rule.select(_rows(grad))
         if isinstance(selection, RowSelection):
-            raise NotSupportedError(f"{rule} chooses anew at each position, which only pointwise convolutions support")
+            raise NotSupportedError(
+                f"{rule} chooses anew at each position, which goes for pointwise convolutions only; select columns"
+            )
         if selection.shared is not None:
-            raise NotSupportedError(f"{rule} adds a shared part to all rows, which only pointwise convolutions support")
+            raise NotSupportedError(
+                f"{rule} gives all rows something in addition (shared), which goes for pointwise convolutions only; "
+                "share nothing"
+            )
         kept = selection.values.reshape(len(grad), *grad.shape[2:], len(selection.indices)).movedim(-1, 1)
         return kept, selection.indices
 

@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 
+from meprop.errors import NotSupportedError
 from meprop.policy import Activity, Policy, When
 from meprop.rules import Rule
 from meprop.speed import Decision
@@ -66,7 +67,7 @@ class SparseLayer:
 
     @rule.setter
     def rule(self, rule: Rule) -> None:
-        self.policy = replace(self.policy, rule=rule)
+        self._change(rule=rule)
 
     @property
     def sparse_grad(self) -> bool:
@@ -75,7 +76,7 @@ class SparseLayer:
 
     @sparse_grad.setter
     def sparse_grad(self, sparse_grad: bool) -> None:
-        self.policy = replace(self.policy, sparse_grad=sparse_grad)
+        self._change(sparse_grad=sparse_grad)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -84,7 +85,7 @@ class SparseLayer:
 
     @compute_dtype.setter
     def compute_dtype(self, compute_dtype: torch.dtype | None) -> None:
-        self.policy = replace(self.policy, compute_dtype=compute_dtype)
+        self._change(compute_dtype=compute_dtype)
 
     @property
     def when(self) -> When:
@@ -93,7 +94,15 @@ class SparseLayer:
 
     @when.setter
     def when(self, when: When) -> None:
-        self.policy = replace(self.policy, when=when)
+        self._change(when=when)
+
+    def _change(self, **options: Any) -> None:
+        policy = replace(self.policy, **options)
+        layer = cast("torch.nn.Module", self)
+        descriptor = descriptor_of(layer)
+        if descriptor is not None and (reason := descriptor.why_dense(layer, policy)) is not None:
+            raise NotSupportedError(f"this {type(self).__name__} cannot have {options}: {reason}")
+        self.policy = policy
 
     @property
     def decision(self) -> Decision | None:
@@ -213,7 +222,13 @@ def register(descriptor: Descriptor[Any]) -> None:
 
 
 def unregister(descriptor: Descriptor[Any]) -> None:
-    """Undoes `register`."""
+    """Takes `register` back.
+
+    Raises:
+        ValueError: The descriptor is not registered.
+    """
+    if descriptor not in _descriptors:
+        raise ValueError(f"{descriptor!r} is not registered")
     _descriptors.remove(descriptor)
 
 

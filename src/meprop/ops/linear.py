@@ -14,6 +14,7 @@ from meprop.ops import native
 from meprop.ops.products import (
     Choice,
     Gradients,
+    check_fits,
     count_hits,
     grad_input,
     grad_weight,
@@ -75,9 +76,15 @@ def _refuse_row_sparse(choice: Choice) -> None:
     """Raises a ValueError for a choice whose weight gradient has more than the selected rows."""
     by_row = choice.scope == "example" if isinstance(choice, PlainTopK) else isinstance(choice, RowSelection)
     if by_row:
-        raise ValueError("entries of each row can be of any row of the weight, whose gradient is not row-sparse then")
+        raise ValueError(
+            "entries by row are of any row of the weight, whose gradient is not row-sparse then: select columns, or "
+            "leave out sparse_grad"
+        )
     if not isinstance(choice, PlainTopK) and choice.shared is not None:
-        raise ValueError("what all rows share gives each row of the weight a gradient, which is not row-sparse then")
+        raise ValueError(
+            "what all rows share gives each row of the weight a gradient, which is not row-sparse then: share nothing, "
+            "or leave out sparse_grad"
+        )
 
 
 def _traced_linear_backward(
@@ -130,6 +137,8 @@ def linear_backward(
             blocks is out of range.
         IndexError: The indices of a given selection do not ascend, or are not output features.
     """
+    if not isinstance(choice, PlainTopK):
+        check_fits(choice, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
     return _consist_of(Operation.literally, choice, grad, weight, x, needs_bias, row_sparse, hits)
 
 

@@ -50,6 +50,36 @@ def _entries(selection: RowSelection) -> Iterator[tuple[slice | Tensor, Tensor, 
         yield rows, selection.values[places], selection.indices[places]
 
 
+def check_fits(selection: Selection, tensors: dict[str, Tensor | None]) -> None:
+    """Raises the errors of `linear_backward` that concern a given selection and what it is to be multiplied with."""
+    rows, width = selection.rows, selection.width
+    lengths = {"output gradient": rows, "weight": width, "input": rows, "hits": width}
+    if any(each is not None and len(each) != lengths[name] for name, each in tensors.items()):
+        raise _misfit(rows, width, tensors)
+    if selection.indices.is_cpu:  # of a GPU, asking would be a wait for it
+        _check_order(selection)
+
+
+def _check_order(selection: Selection) -> None:
+    """Raises an IndexError for indices or starts that no selection has."""
+    indices, starts = selection.indices, _starts(selection)
+    valid = bool(((indices >= 0) & (indices < selection.width)).all())
+    if starts is not None:
+        entries = len(indices)
+        valid = valid and starts[0] == 0 and starts[-1] == entries and bool((starts.diff() >= 0).all())
+        # The first entry of a row may be before the last one of the row above.
+        ascends = indices.diff() > 0
+        ascends[starts[(starts > 0) & (starts < entries)] - 1] = True
+        valid = valid and bool(ascends.all())
+    else:
+        valid = valid and bool((indices.diff() > 0).all())
+    if not valid:
+        raise IndexError(
+            "the indices of a selection must ascend, and lie within the output features, and its starts go from 0 to "
+            "the number of its entries without descending"
+        )
+
+
 # ---------------------------------------------------------------- the input's gradient
 
 

@@ -233,7 +233,14 @@ def register(backend_: Backend, *, before: str = "reference") -> None:
 
 
 def remove(backend_: Backend) -> None:
-    """Removes a backend, which then serves no more calls."""
+    """Lets a backend serve no more calls.
+
+    Raises:
+        ValueError: It is not registered, or the reference, which serves what no other does.
+    """
+    if backend_ is reference or backend_ not in _order:
+        names = ", ".join(each.name for each in _order if each is not reference)
+        raise ValueError(f"{backend_!r} cannot be removed; the backends that can be are {names}")
     _order.remove(backend_)
     _find_backends()
 

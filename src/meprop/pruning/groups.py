@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from meprop.nn.base import Layout, SparseLayer, descriptor_of
+from meprop.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,11 @@ class Finder:
         self._block_shared_tensors()
         self._block_for_unseen(seen)
         for number, producer in enumerate(self._producers):
-            if not isinstance(self.model.get_submodule(producer.layer), SparseLayer):
+            layer = self.model.get_submodule(producer.layer)
+            if not isinstance(layer, SparseLayer):
                 self.block([number], "it is not converted, so that nothing is counted")
+            elif (reason := _why_of_this_width(layer.rule, producer.width)) is not None:
+                self.block([number], reason)
         for number, producer in enumerate(self._producers):  # the sets of one layer have one width
             if number in self._reasons:
                 same = [other for other, its in enumerate(self._producers) if its.layer == producer.layer]
@@ -207,6 +211,15 @@ class Finder:
             own = {_full_name(name, parameter) for parameter, _ in module.named_parameters(recurse=False)}
             if own - self._read_directly and not is_part(name, seen):
                 self.block_all(f"{name!r} is not seen in the traced graph, and may read it")
+
+
+def _why_of_this_width(rule: Rule, width: int) -> str | None:
+    """Why a rule does not go with fewer units; None if it does."""
+    try:
+        rule.count(max(1, width - 1))
+    except ValueError as error:
+        return f"its rule does not go with fewer: {error}"
+    return None
 
 
 def is_part(name: str, of: set[str]) -> bool:

@@ -95,6 +95,8 @@ def unregister(rule: type[Rule]) -> None:
     Raises:
         KeyError: There is no such named rule.
     """
+    if _named.get(rule.name) is not rule:
+        raise KeyError(f"{rule.__qualname__} is no named rule; they are {', '.join(_named)}")
     del _named[rule.name]
 
 
