@@ -192,7 +192,7 @@ class Policy:
                 torch.func; a weight that is a DTensor; row-sparse gradients in DistributedDataParallel.
         """
         if not torch.compiler.is_compiling():
-            if torch._C._are_functorch_transforms_active():
+            if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
                 raise NotSupportedError(
                     "a transform of torch.func (grad, vmap, jvp and so on), which a sparse backward pass has no rules "
                     "for; transform a plain copy of the model, made by copy.deepcopy and meprop.revert"
