@@ -130,11 +130,11 @@ def test_side_by_side_is_the_parts_one_after_the_other(kind):
 
 
 def test_the_last_rows_of_parts_side_by_side_may_be_empty():
-    indices, starts = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 2, 2, 2])
+    indices, starts = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 1, 2, 2, 2])
     part = meprop.RowSelection(torch.tensor([4.0, 5.0]), indices, 3, None, starts)
     whole = side_by_side([part, part])
-    assert whole.starts.tolist() == [0, 4, 4, 4]
-    assert whole.to_dense().tolist() == [[4.0, 0.0, 5.0] * 2, [0.0] * 6, [0.0] * 6]
+    assert whole.starts.tolist() == [0, 2, 4, 4, 4]
+    assert whole.to_dense().tolist() == [[4.0, 0.0, 0.0] * 2, [0.0, 0.0, 5.0] * 2, [0.0] * 6, [0.0] * 6]
 
 
 def test_only_parts_of_one_kind_and_of_the_same_rows_lie_side_by_side():

@@ -45,7 +45,8 @@ def test_a_tensor_subclass_goes_through_the_dispatcher():
         assert ops.grad_input(selection, torch.empty(O, I)).shape == (N, I)
         assert ops.grad_weight(selection, torch.empty(N, I)).shape == (O, I)
         indices, starts = torch.empty(9, dtype=torch.int32), torch.empty(N + 1, dtype=torch.int64)
-        ragged = meprop.RowSelection(torch.empty(9), indices, O, None, starts)  # the reference reads the starts
+        # The reference would read the starts.
+        ragged = meprop.RowSelection(torch.empty(9), indices, O, None, starts)
         assert ops.grad_input(ragged, torch.empty(O, I)).shape == (N, I)
         assert ops.grad_weight(ragged, torch.empty(N, I)).shape == (O, I)
 
