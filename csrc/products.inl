@@ -130,18 +130,33 @@ inline int64_t first_term(const Terms<T>& terms, int64_t row) {
   return terms.starts != nullptr ? terms.starts[row] : row * terms.per_row;
 }
 
+// What the sums of an output row begin with, where there is a base or none.
+template <class T, int Lines, bool HasBase>
+struct FirstSums {
+  FirstSums(Base<T>, int64_t) {}
+  PanelSums<T, Lines> of_row(int64_t) const { return {}; }
+};
+
+template <class T, int Lines>
+struct FirstSums<T, Lines, true> {
+  PanelSums<T, Lines> unscaled;
+  const T* factors;
+
+  FirstSums(Base<T> base, int64_t width) : factors(base.factors) { unscaled.begin_with(base.row, width); }
+  PanelSums<T, Lines> of_row(int64_t row) const {
+    PanelSums<T, Lines> sums = unscaled;
+    if (factors != nullptr) sums.scale(to_float(factors[row]));
+    return sums;
+  }
+};
+
 template <class T, int Lines, bool HasBase>
 inline void gather_lines(const T* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
                          int64_t row_end, int64_t width, T* out, int64_t out_ld) {
-  PanelSums<T, Lines> first;
-  if (HasBase) first.begin_with(base.row, width);
+  const FirstSums<T, Lines, HasBase> first(base, width);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t end = first_term(terms, row + 1);
-    PanelSums<T, Lines> sums;
-    if (HasBase) {
-      sums = first;
-      if (base.factors != nullptr) sums.scale(to_float(base.factors[row]));
-    }
+    PanelSums<T, Lines> sums = first.of_row(row);
     for (int64_t i = first_term(terms, row); i < end; ++i)
       sums.add_product(to_float(terms.coefficients[i]), source + terms.rows[i] * source_ld);
     sums.store(out + row * out_ld, width);
@@ -158,15 +173,14 @@ void gather_product(const T* source, int64_t source_ld, const Terms<T>& terms, B
 }
 
 // `Rows` output rows at once, so that each line of the panel is loaded once for all of them.
-template <class T, int Rows>
+template <class T, int Rows, bool HasBase>
 inline void dense_rows(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
                        int64_t depth_stride, Base<T> base, int64_t width, T* out, int64_t out_ld) {
   PanelSums<T, kPanelLines> sums[Rows];
-  if (base.row != nullptr)
-    for (int r = 0; r < Rows; ++r) {
-      sums[r].begin_with(base.row, width);
-      if (base.factors != nullptr) sums[r].scale(to_float(base.factors[r]));
-    }
+  if constexpr (HasBase) {
+    const FirstSums<T, kPanelLines, true> first(base, width);
+    for (int r = 0; r < Rows; ++r) sums[r] = first.of_row(r);
+  }
   for (int64_t d = 0; d < depth; ++d, source += source_ld, coefficients += depth_stride) {
     typename Line<T>::Entries entries[kPanelLines];
     for (int i = 0; i < kPanelLines; ++i) entries[i] = Line<T>::load(source + i * Line<T>::kEntries);
@@ -178,29 +192,38 @@ inline void dense_rows(const T* source, int64_t source_ld, int64_t depth, const 
   for (int r = 0; r < Rows; ++r) sums[r].store(out + r * out_ld, width);
 }
 
-template <class T, int Rows>
+template <class T, int Rows, bool HasBase>
 inline void dense_rest(int64_t rows, const T* source, int64_t source_ld, int64_t depth, const T* coefficients,
                        int64_t row_stride, int64_t depth_stride, Base<T> base, int64_t width, T* out, int64_t out_ld) {
   if (rows == Rows)
-    dense_rows<T, Rows>(source, source_ld, depth, coefficients, row_stride, depth_stride, base, width, out, out_ld);
+    dense_rows<T, Rows, HasBase>(source, source_ld, depth, coefficients, row_stride, depth_stride, base, width, out,
+                                 out_ld);
   else if constexpr (Rows > 1)
-    dense_rest<T, Rows - 1>(rows, source, source_ld, depth, coefficients, row_stride, depth_stride, base, width, out,
-                            out_ld);
+    dense_rest<T, Rows - 1, HasBase>(rows, source, source_ld, depth, coefficients, row_stride, depth_stride, base, width,
+                                     out, out_ld);
+}
+
+template <class T, bool HasBase>
+inline void dense_blocks(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
+                         int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
+                         int64_t out_ld) {
+  // Blocks of nearly equal numbers of rows: a last one of one or two would wait for the panel's lines.
+  constexpr int kRows = kSumRegisters / (kPanelLines * Line<T>::kSums);
+  for (int64_t row = row_begin, blocks = (row_end - row_begin + kRows - 1) / kRows; blocks > 0; --blocks) {
+    const int64_t rows = (row_end - row + blocks - 1) / blocks;
+    const Base<T> of_rows = {base.row, base.factors != nullptr ? base.factors + row : nullptr};
+    dense_rest<T, kRows, HasBase>(rows, source, source_ld, depth, coefficients + row * row_stride, row_stride,
+                                  depth_stride, of_rows, width, out + row * out_ld, out_ld);
+    row += rows;
+  }
 }
 
 template <class T>
 void dense_product(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
                    int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
                    int64_t out_ld) {
-  // Blocks of nearly equal numbers of rows: a last one of one or two would wait for the panel's lines.
-  constexpr int kRows = kSumRegisters / (kPanelLines * Line<T>::kSums);
-  for (int64_t row = row_begin, blocks = (row_end - row_begin + kRows - 1) / kRows; blocks > 0; --blocks) {
-    const int64_t rows = (row_end - row + blocks - 1) / blocks;
-    const Base<T> of_rows = {base.row, base.factors != nullptr ? base.factors + row : nullptr};
-    dense_rest<T, kRows>(rows, source, source_ld, depth, coefficients + row * row_stride, row_stride, depth_stride,
-                         of_rows, width, out + row * out_ld, out_ld);
-    row += rows;
-  }
+  const auto multiply = base.row != nullptr ? dense_blocks<T, true> : dense_blocks<T, false>;
+  multiply(source, source_ld, depth, coefficients, row_stride, depth_stride, base, row_begin, row_end, width, out, out_ld);
 }
 
 template <class T>

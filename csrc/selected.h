@@ -75,8 +75,9 @@ class Transposed {
     int64_t* counts = places_.get() + team.id * outputs_;
     std::memset(counts, 0, sizeof(int64_t) * static_cast<size_t>(outputs_));
     const Range rows = team.row_part(from.rows);
+    const int32_t* outputs = from.terms.rows;
     const int64_t end = from.first(rows.end);
-    for (int64_t i = from.first(rows.begin); i < end; ++i) ++counts[from.terms.rows[i]];
+    for (int64_t i = from.first(rows.begin); i < end; ++i) ++counts[outputs[i]];
   }
 
   // The second step. One thread calls it after all have counted. It turns each count into the place of the first entry.
@@ -98,14 +99,17 @@ class Transposed {
   void fill(Team team, const ByRow<T>& from) {
     int64_t* places = places_.get() + team.id * outputs_;
     const Range rows = team.row_part(from.rows);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const int64_t end = from.first(row + 1);
-      for (int64_t i = from.first(row); i < end; ++i) {
-        const int64_t to = places[from.terms.rows[i]]++;
-        source_rows_.get()[to] = static_cast<int32_t>(row);
-        values_.get()[to] = from.terms.coefficients[i];
+    const int32_t* outputs = from.terms.rows;
+    const T* coefficients = from.terms.coefficients;
+    int32_t* source_rows = source_rows_.get();
+    T* values = values_.get();
+    int64_t i = from.first(rows.begin);
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      for (const int64_t end = from.first(row + 1); i < end; ++i) {
+        const int64_t to = places[outputs[i]]++;
+        source_rows[to] = static_cast<int32_t>(row);
+        values[to] = coefficients[i];
       }
-    }
   }
 
   Terms<T> terms() const { return {starts_.get(), 0, source_rows_.get(), values_.get()}; }
