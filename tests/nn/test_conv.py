@@ -19,6 +19,7 @@ from meprop.functional.conv import convolution_with_policy
 from meprop.functional.geometry import Geometry, padded
 from meprop.ops import reference
 from meprop.policy import Activity, Policy, Record
+from meprop.rules import Rule
 
 BATCH = meprop.TopK(3, scope="batch")
 DENSE = {1: F.conv1d, 2: F.conv2d}
@@ -612,3 +613,21 @@ def test_a_rule_that_the_layer_cannot_have_is_refused_when_it_is_set():
     with pytest.raises(meprop.NotSupportedError, match=r"position.*scope='batch'"):
         layer.rule = meprop.TopK(3)
     assert layer.rule == BATCH
+
+
+def test_a_watched_pointwise_convolution_asks_its_rule_once():
+    """A rule that draws would else use up random numbers for a selection that nobody takes."""
+
+    class Counted(Rule):
+        asked = 0
+
+        def select(self, grad_output_NO):
+            self.asked += 1
+            return meprop.RandomK(2).select(grad_output_NO)
+
+    rule, activity = Counted(), Activity.of_units(17)
+    layer = meprop.nn.Conv2d(3, 17, 1, rule=rule)
+    layer.activity = activity
+    layer(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert rule.asked == 1
+    assert activity.examples == 2

@@ -72,13 +72,15 @@ def sparse_backward(
         positions: The number of adjacent rows that are one example. An example counts once.
     """
     rule, activity = policy.rule, policy.activity
-    choice = rule.as_topk(grad_NO.shape[1]) or rule.select(grad_NO)
-    hits = None if activity is None else activity.hits
+    hits = None
     if activity is not None and positions > 1:  # counting an example once needs a selection
-        choice, hits = rule.select(grad_NO), None
+        choice = rule.select(grad_NO)
         activity.count(choice, positions)
-    elif activity is not None:
-        activity.examples += len(grad_NO)
+    else:
+        choice = rule.as_topk(grad_NO.shape[1]) or rule.select(grad_NO)
+        if activity is not None:
+            hits = activity.hits
+            activity.examples += len(grad_NO)
     return ops.linear_backward(
         choice, grad_NO, weight, x_NI, needs_bias=needs_bias, row_sparse=policy.sparse_grad, hits=hits
     )

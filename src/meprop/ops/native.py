@@ -22,6 +22,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 SCOPE_CODES = {"example": 0, "batch": 1}
 FLOAT32, BFLOAT16, INT32, INT64 = ((dtype,) for dtype in (torch.float32, torch.bfloat16, torch.int32, torch.int64))
 
+_INSIDE_A_TRANSFORM = "native kernels read memory, which tensors inside of torch.func transforms do not have"
 _transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack  # pyright: ignore
 
 
@@ -105,20 +106,14 @@ def declines(*tensors: Tensor | None, dtypes: Collection[torch.dtype] = DTYPE_CO
         if tensor is None:
             continue
         try:
-            if (
-                type(tensor) in PLAIN
-                and tensor.dtype in dtypes
-                and tensor.is_cpu
-                and tensor.data_ptr()
-                and not _transform()
-            ):
+            if type(tensor) in PLAIN and tensor.dtype in dtypes and tensor.is_cpu and tensor.data_ptr():
                 continue
-        except RuntimeError:  # a tensor of a sparse layout has no pointer
+        except RuntimeError:  # a tensor of a sparse layout, or inside a transform, has no pointer
             pass
         reason = _why_not(tensor, dtypes)
         if reason is not None:
             return reason
-    return None
+    return None if _transform() is None else _INSIDE_A_TRANSFORM
 
 
 def declines_scattered(*tensors: Tensor | None, dtypes: Collection[torch.dtype]) -> str | None:
@@ -135,7 +130,7 @@ def declines_scattered(*tensors: Tensor | None, dtypes: Collection[torch.dtype])
 def _why_not(tensor: Tensor, dtypes: Collection[torch.dtype]) -> str | None:
     """The reason in words. None for an empty tensor, which needs no memory."""
     if _transform() is not None:
-        return "native kernels read memory, which tensors inside of torch.func transforms do not have"
+        return _INSIDE_A_TRANSFORM
     if type(tensor) not in PLAIN:
         return f"native kernels read memory, which a {type(tensor).__name__} may not have"
     if not tensor.is_cpu:
