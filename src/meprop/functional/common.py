@@ -15,9 +15,10 @@ def is_autocast(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def product_dtype(x: Tensor, policy: Policy) -> torch.dtype | None:
-    """The dtype that autocast or the policy gives a forward product. None means the dtype of the tensors."""
-    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else policy.compute_dtype
+def product_dtype(x: Tensor, policy: Policy) -> tuple[bool, torch.dtype | None]:
+    """Whether autocast is on, and the dtype of the forward product. None for the dtype of the tensors."""
+    autocast = is_autocast(x)
+    return autocast, torch.get_autocast_dtype(x.device.type) if autocast else policy.compute_dtype
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,11 +47,12 @@ def dtypes_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
 
 def in_dtypes(gradients: ops.Gradients, dtypes: Dtypes) -> ops.Gradients:
     """Gradients of input, weight and bias, cast to `dtypes`."""
-    grad_x, grad_weight, grad_bias = (
-        grad if grad is None or grad.dtype == dtype else grad.to(dtype)
-        for grad, dtype in zip(gradients, dtypes, strict=True)
+    (grad_x, grad_weight, grad_bias), (of_x, of_weight, of_bias) = gradients, dtypes
+    return (
+        grad_x if grad_x is None else grad_x.to(of_x),
+        grad_weight if grad_weight is None else grad_weight.to(of_weight),
+        grad_bias if grad_bias is None or of_bias is None else grad_bias.to(of_bias),
     )
-    return grad_x, grad_weight, grad_bias
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meprop import ops, speed
 from meprop.errors import NotSupportedError
-from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, is_autocast, product_dtype, sparse_backward
+from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, product_dtype, sparse_backward
 from meprop.functional.geometry import Geometry, Numbers, padded
 from meprop.policy import Policy, everything, refuse_dtype, refuse_second_derivatives
 from meprop.rules import Rule
@@ -131,7 +131,7 @@ def convolution_with_policy(
     is_sparse = needs_gradients and policy.may_be_sparse(len(weight))
     if is_sparse:
         policy.refuse(weight)
-    autocast, dtype = is_autocast(x), product_dtype(x, policy)
+    autocast, dtype = product_dtype(x, policy)
     unbatched = x.dim() == weight.dim() - 1
     batch = x[None] if unbatched else x
     if is_sparse or (dtype is not None and not autocast):

@@ -16,7 +16,6 @@ from meprop.functional.common import (
     cast_operands,
     dtypes_of,
     in_dtypes,
-    is_autocast,
     product_dtype,
     sparse_backward,
 )
@@ -87,7 +86,7 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
     is_sparse = needs_gradients and policy.may_be_sparse(weight.shape[0])
     if is_sparse:
         policy.refuse(weight)
-    autocast, dtype = is_autocast(x), product_dtype(x, policy)
+    autocast, dtype = product_dtype(x, policy)
     copy = None if dtype is None else _copy(weight, dtype, autocast, is_sparse and policy.sparse_grad)
     if autocast and (copy is None or (needs_gradients and not is_sparse)):
         assert dtype is not None
@@ -123,7 +122,7 @@ class _Linear(torch.autograd.Function):
         """A copy replaces the weight in the forward product, and under autocast in the backward products as well."""
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.policy, ctx.dtypes = policy, dtypes_of(x, weight, bias)
-        ctx.transposed = weight.t().is_contiguous() and not weight.is_contiguous()
+        ctx.transposed = policy.when == "auto" and weight.t().is_contiguous() and not weight.is_contiguous()
         output = _product(x, weight, bias, copy, autocast)
         if copy is not None and autocast:
             x, weight = cast(x, copy.dtype), copy

@@ -62,7 +62,10 @@ class SparseLayer:
 
     @property
     def rule(self) -> Rule:
-        """What the backward pass keeps. It may be replaced between passes."""
+        """What the backward pass keeps. It may be replaced between passes.
+
+        What was measured for the rule before stays. Set `decision` to None to let the layer measure anew.
+        """
         return self.policy.rule
 
     @rule.setter

@@ -192,7 +192,7 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             self.hidden_size,
             self.num_layers,
             2 if self.bidirectional else 1,
-            product_dtype(rows, self.policy) or rows.dtype,
+            product_dtype(rows, self.policy)[1] or rows.dtype,
             rows.device.type,
             rows.requires_grad,
         )
