@@ -196,9 +196,9 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, scope, needed):
     asked = []
     original = meprop.ops.linear_backward
 
-    def record(choice, grad, weight, x, **options):
-        asked.append((weight is not None, x is not None, options["needs_bias"]))
-        return original(choice, grad, weight, x, **options)
+    def record(choice, grad, weight, x, needs_bias, *others):
+        asked.append((weight is not None, x is not None, needs_bias))
+        return original(choice, grad, weight, x, needs_bias, *others)
 
     monkeypatch.setattr(meprop.ops, "linear_backward", record)
     y = meprop.functional.linear(x, weight, bias, rule=meprop.TopK(3, scope=scope))

@@ -136,7 +136,8 @@ class Policy:
     @property
     def activity(self) -> Activity | None:
         """What counts the units of a layer that has one set of them. None without a `meprop.Simplifier`."""
-        return self.activities[0] if self.activities else None
+        activities = self.activities
+        return activities[0] if activities else None
 
     @property
     def decision(self) -> speed.Decision | None:

@@ -279,9 +279,9 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, name, needed):
         asked.append(needs[:2])
         return convolve(self, grad, x, weight, needs)
 
-    def record_product(choice, grad, weight, x, **options):
+    def record_product(choice, grad, weight, x, *others):
         asked.append((weight is not None, x is not None))
-        return multiply(choice, grad, weight, x, **options)
+        return multiply(choice, grad, weight, x, *others)
 
     monkeypatch.setattr(Geometry, "gradients", record_convolution)
     monkeypatch.setattr(meprop.ops, "linear_backward", record_product)

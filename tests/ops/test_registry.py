@@ -19,7 +19,7 @@ toy = Backend("toy")
 served = []
 
 
-def declines(choice, grad, weight, x, *, needs_bias, row_sparse, hits=None):
+def declines(choice, grad, weight, x, needs_bias, row_sparse, hits=None):
     if not isinstance(choice, PlainTopK) or choice.blocks > 1 or choice.scope != "example":
         return "the toy takes k of each row only"
     if hits is not None:
@@ -28,7 +28,7 @@ def declines(choice, grad, weight, x, *, needs_bias, row_sparse, hits=None):
 
 
 @toy.implements(ops.linear_backward, declines)
-def linear_backward(choice, grad, weight, x, *, needs_bias, row_sparse, hits=None):
+def linear_backward(choice, grad, weight, x, needs_bias, row_sparse, hits=None):
     served.append(tuple(grad.shape))
     kept_NO = ops.topk_rows(grad, choice.k).to_dense()
     return (

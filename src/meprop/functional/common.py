@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -45,14 +47,18 @@ def dtypes_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Dtypes:
     return x.dtype, weight.dtype, None if bias is None else bias.dtype
 
 
+AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
+
+
+def in_dtype(tensor: AnyTensor, dtype: torch.dtype | None) -> AnyTensor:
+    """The tensor, if there is one, in `dtype`. A cast that changes nothing would take a microsecond."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
 def in_dtypes(gradients: ops.Gradients, dtypes: Dtypes) -> ops.Gradients:
     """Gradients of input, weight and bias, cast to `dtypes`."""
     (grad_x, grad_weight, grad_bias), (of_x, of_weight, of_bias) = gradients, dtypes
-    return (
-        grad_x if grad_x is None else grad_x.to(of_x),
-        grad_weight if grad_weight is None else grad_weight.to(of_weight),
-        grad_bias if grad_bias is None or of_bias is None else grad_bias.to(of_bias),
-    )
+    return in_dtype(grad_x, of_x), in_dtype(grad_weight, of_weight), in_dtype(grad_bias, of_bias)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -83,6 +89,4 @@ def sparse_backward(
         if activity is not None:
             hits = activity.hits
             activity.examples += len(grad_NO)
-    return ops.linear_backward(
-        choice, grad_NO, weight, x_NI, needs_bias=needs_bias, row_sparse=policy.sparse_grad, hits=hits
-    )
+    return ops.linear_backward(choice, grad_NO, weight, x_NI, needs_bias, policy.sparse_grad, hits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from meprop.functional.common import (
     cast,
     cast_operands,
     dtypes_of,
+    in_dtype,
     in_dtypes,
     product_dtype,
     sparse_backward,
@@ -134,8 +136,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         x, weight = ctx.saved_tensors
-        grad_output = grad_outputs[0].to(ctx.dtype)
-        grad_NO, x_NI = as_matrix(grad_output), None if x is None else as_matrix(x).to(ctx.dtype)
+        grad_output = in_dtype(grad_outputs[0], ctx.dtype)
+        grad_NO, x_NI = as_matrix(grad_output), None if x is None else in_dtype(as_matrix(x), ctx.dtype)
         inputs = x_NI.shape[1] if x_NI is not None else weight.shape[1]
         grad_x, grad_weight, grad_bias = _backward(ctx, grad_NO, weight, x_NI, inputs)
         if grad_x is not None and grad_output.dim() != 2:
@@ -146,20 +148,22 @@ class _Linear(torch.autograd.Function):
 def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None, inputs: int) -> ops.Gradients:
     """The gradients, sparse or dense as the policy decides."""
     policy: Policy = ctx.policy
-    (rows, outputs), needs = grad_NO.shape, ctx.needs_input_grad[:3]
-
-    def shape() -> LinearShape:
-        return LinearShape(rows, inputs, outputs, grad_NO.dtype, grad_NO.device.type, needs, ctx.transposed)
-
-    if policy.is_sparse(outputs, rows, shape):
-        return sparse_backward(grad_NO, weight, x_NI, needs[2], policy)
+    (rows, outputs), needs_bias = grad_NO.shape, ctx.needs_input_grad[2]
+    if policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
+        return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy)
     if policy.activity is not None:
         policy.activity.count(everything(grad_NO))
     return (
         None if weight is None else grad_NO @ weight,
         None if x_NI is None else grad_NO.t() @ x_NI,
-        grad_NO.sum(dim=0) if needs[2] else None,
+        grad_NO.sum(dim=0) if needs_bias else None,
     )
+
+
+def _shape(ctx: Any, grad_NO: Tensor, inputs: int) -> LinearShape:
+    rows, outputs = grad_NO.shape
+    device, needs = grad_NO.device.type, ctx.needs_input_grad[:3]
+    return LinearShape(rows, inputs, outputs, grad_NO.dtype, device, needs, ctx.transposed)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shapes: output gradient [N, O], weight [O, I], input x [N, I].
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,11 +22,12 @@ from meprop.ops.products import (
     grad_weight_rows,
     native_declines_selection,
     native_products,
+    refuse_row_sparse,
     row_sparse_tensor,
 )
 from meprop.ops.registry import Operation, operation
 from meprop.ops.topk import topk_columns, topk_rows
-from meprop.selection import PlainTopK, RowSelection, Selection, side_by_side
+from meprop.selection import PlainTopK, Selection, side_by_side
 
 
 def _consist_of(
@@ -36,14 +38,14 @@ def _consist_of(
     x: Tensor | None,
     needs_bias: bool,
     row_sparse: bool,
-    hits: Tensor | None,
+    hits: Tensor | None = None,
 ) -> Gradients:
     """The backward pass, composed of other operations. `call` runs one of them with its arguments."""
     selection = _selected(call, choice, grad)
     if x is None:
         weight_gradient = None
     elif row_sparse:
-        _refuse_row_sparse(selection)
+        refuse_row_sparse(selection)
         rows = call(grad_weight_rows, selection.values, x)
         weight_gradient = row_sparse_tensor(selection.indices, rows, selection.width)
     else:
@@ -72,47 +74,16 @@ def _selected(call: Callable[..., Any], choice: Choice, grad: Tensor) -> Selecti
     return side_by_side([call(topk, block, k) for block in grad.chunk(blocks, dim=1)])
 
 
-def _refuse_row_sparse(choice: Choice) -> None:
-    """Raises a ValueError for a choice whose weight gradient has more than the selected rows."""
-    by_row = choice.scope == "example" if isinstance(choice, PlainTopK) else isinstance(choice, RowSelection)
-    if by_row:
-        raise ValueError(
-            "entries by row are of any row of the weight, whose gradient is not row-sparse then: select columns, or "
-            "leave out sparse_grad"
-        )
-    if not isinstance(choice, PlainTopK) and choice.shared is not None:
-        raise ValueError(
-            "what all rows share gives each row of the weight a gradient, which is not row-sparse then: share nothing, "
-            "or leave out sparse_grad"
-        )
-
-
-def _traced_linear_backward(
-    choice: Choice,
-    grad: Tensor,
-    weight: Tensor | None,
-    x: Tensor | None,
-    /,
-    *,
-    needs_bias: bool,
-    row_sparse: bool,
-    hits: Tensor | None = None,
-) -> Gradients:
-    return _consist_of(_call, choice, grad, weight, x, needs_bias, row_sparse, hits)
-
-
 def _call(operation: Operation[..., Any], *args: Any) -> Any:
     return operation(*args)
 
 
-@operation(traced=_traced_linear_backward, tensor_at=1)
+@operation(traced=partial(_consist_of, _call), tensor_at=1)
 def linear_backward(
     choice: Choice,
     grad: Tensor,
     weight: Tensor | None,
     x: Tensor | None,
-    /,
-    *,
     needs_bias: bool,
     row_sparse: bool,
     hits: Tensor | None = None,
@@ -142,12 +113,11 @@ def linear_backward(
     return _consist_of(Operation.literally, choice, grad, weight, x, needs_bias, row_sparse, hits)
 
 
-def _native_linear_backward_declines(
+def _native_declines(
     choice: Choice,
     grad: Tensor,
     weight: Tensor | None,
     x: Tensor | None,
-    *,
     needs_bias: bool,
     row_sparse: bool,
     hits: Tensor | None = None,
@@ -159,18 +129,4 @@ def _native_linear_backward_declines(
     return reason if reason is not None or isinstance(choice, PlainTopK) else native_declines_selection(choice)
 
 
-@native.backend.implements(linear_backward, _native_linear_backward_declines)
-def _native_linear_backward(
-    choice: Choice,
-    grad: Tensor,
-    weight: Tensor | None,
-    x: Tensor | None,
-    *,
-    needs_bias: bool,
-    row_sparse: bool,
-    hits: Tensor | None = None,
-) -> Gradients:
-    row_sparse = row_sparse and x is not None
-    if row_sparse:
-        _refuse_row_sparse(choice)
-    return native_products(choice, grad, weight, x, needs_bias, hits, row_sparse)
+native.backend.implements(linear_backward, _native_declines)(native_products)

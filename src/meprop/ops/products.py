@@ -260,16 +260,35 @@ def _native_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
     return _native_grad_weight(ColumnSelection(values, torch.arange(k, dtype=torch.int32), k), x)
 
 
+def refuse_row_sparse(choice: Choice) -> None:
+    """Raises a ValueError for a choice whose weight gradient has more than the selected rows."""
+    by_row = choice.scope == "example" if isinstance(choice, PlainTopK) else isinstance(choice, RowSelection)
+    if by_row:
+        raise ValueError(
+            "entries by row are of any row of the weight, whose gradient is not row-sparse then: select columns, or "
+            "leave out sparse_grad"
+        )
+    if not isinstance(choice, PlainTopK) and choice.shared is not None:
+        raise ValueError(
+            "what all rows share gives each row of the weight a gradient, which is not row-sparse then: share nothing, "
+            "or leave out sparse_grad"
+        )
+
+
 def native_products(
     choice: Choice,
     grad: Tensor | None,
     weight: Tensor | None,
     x: Tensor | None,
     needs_bias: bool = False,
-    hits: Tensor | None = None,
     row_sparse: bool = False,
+    hits: Tensor | None = None,
 ) -> Gradients:
     """One native call that makes the selection, if it has not been made, and the gradients that are wanted."""
+    if row_sparse and x is not None:
+        refuse_row_sparse(choice)
+    else:
+        row_sparse = False
     if isinstance(choice, PlainTopK):
         assert grad is not None
         rows, width, dtype, arguments, tensors = _of_topk(choice, grad, row_sparse)
