@@ -46,6 +46,45 @@ Status topk_columns(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_
 template <class T>
 Status column_scores(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64_t outputs, double* scores, int threads);
 
+// Which entries of a whole output gradient are kept, whatever row they are in.
+//
+// The upper half of a key (kernels.h) is a magnitude in bfloat16, rounded towards zero. Thresholds are such magnitudes.
+// Entries of one upper half count as the middle between it and the next one, or as bounds that hold for all of them.
+// Random numbers are those of Philox 4x32-10 (Salmon et al., SC 2011) for `key` and the number of the row.
+enum class Keep {
+  kLargest,  // exactly `count` entries. Among equal magnitudes the lower row, then the lower column is taken. NaN is the
+             // largest
+  kEnergy,   // the largest ones, which hold at least `share` of the sum of squares
+  kNoise,    // drawn ones, under the largest threshold that adds variance of at most `share` of the sum of squares, and
+             // that keeps about `count` entries or more
+  kDrawn     // exactly `count` drawn ones, or all that are not zero if these are fewer
+};
+
+template <class T>
+struct Entries {
+  Keep keep;
+  int64_t rows, outputs;
+  Matrix<T> grad;
+  int64_t count;
+  double share;
+  uint64_t key;
+  // What plan_entries writes and write_entries reads.
+  int64_t* starts;  // [rows + 1], the place of each row's first entry
+  int32_t* states;  // [rows], how many entries equal to the cut a row keeps, or where its systematic sampling starts
+  uint32_t cut;
+  float threshold;
+  int threads;
+};
+
+// Finds the cut, the threshold, and how many entries each row keeps.
+template <class T>
+Status plan_entries(const Kernels& kernels, Entries<T>* entries);
+
+// Writes the values and the indices of the entries, one row after the other. If `left_out` [outputs] is not null, it
+// gets the mean over the rows of what is not kept: of the gradient less the written values. Summed in float64.
+template <class T>
+Status write_entries(const Kernels& kernels, const Entries<T>& entries, T* values, int32_t* indices, T* left_out);
+
 enum class Scope { kRows, kColumns };
 
 // The backward pass of a linear map whose output gradient is replaced by a selection of entries of each row or of

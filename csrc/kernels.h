@@ -42,6 +42,24 @@ struct Base {
   const T* factors;
 };
 
+// The key of an entry is its magnitude as the bits of a float32. All NaN have one key, which is infinity's plus one.
+constexpr uint32_t kNanKey = 0x7f800001u;
+
+// The least key above 0, or 0 if there is none, and the largest key.
+struct KeyRange {
+  uint32_t least, most;
+};
+struct KeyCounts {
+  int64_t above, equal;
+};
+
+// With which probability an entry is drawn: 1 if its key is at least `cut`, else its magnitude times scale * 2^-24,
+// rounded to a multiple of 2^-24.
+struct Probability {
+  uint32_t cut;
+  float scale;
+};
+
 template <class T>
 struct TypedKernels {
   // Exact top-k of rows [row_begin, row_end) of grad [rows, width].
@@ -52,6 +70,32 @@ struct TypedKernels {
   // requires: 1 <= k <= width < 2^31; scratch of 2 * (width + kScratchPad) words for the calling thread alone.
   void (*topk_rows)(const T* grad, int64_t grad_ld, int64_t row_begin, int64_t row_end, int64_t width, int64_t k,
                     T* values, int32_t* indices, uint32_t* scratch);
+
+  // The following seven read one row of `width` entries.
+  //
+  // Widens a range so that it has the row's keys.
+  void (*widen_range)(const T* row, int64_t width, KeyRange* range);
+  // Counts the entries by the upper halves of their keys. `counts` holds two tables of so many places, and each entry is
+  // counted in one of them. The first place is for upper halves below `first`, the second for `first`, and so on.
+  // requires: first >= 1.
+  void (*count_upper_halves)(const T* row, int64_t width, uint32_t first, int64_t table, uint32_t* counts);
+  // Adds the number of entries of each lower half to `counts` [2^16], among those with this upper half.
+  void (*count_lower_halves)(const T* row, int64_t width, uint32_t upper, uint32_t* counts);
+  // The numbers of entries whose key is above the cut and equal to it.
+  KeyCounts (*count_keys)(const T* row, int64_t width, uint32_t cut);
+  // Writes the values and the indices of the entries above the cut and of the first `ties` equal to it, by ascending
+  // index.
+  // requires: scratch of width + kScratchPad words.
+  void (*largest_entries)(const T* row, int64_t width, uint32_t cut, int64_t ties, T* values, int32_t* indices,
+                          uint32_t* scratch);
+  // The sum of the entries' probabilities, in units of 2^-24.
+  uint64_t (*sum_probabilities)(const T* row, int64_t width, Probability of);
+  // Systematic sampling: writes the entries at which the sum of the probabilities so far, begun with start * 2^-24,
+  // reaches the next integer. These are floor(start * 2^-24 + sum of all) entries. An entry below the cut is written as
+  // `threshold` with its sign.
+  // requires: start < 2^24; scratch of width + kScratchPad words.
+  void (*drawn_entries)(const T* row, int64_t width, Probability of, T threshold, uint32_t start, T* values,
+                        int32_t* indices, uint32_t* scratch);
 
   // Adds grad [rows, columns] to `sums` [columns], and its magnitudes to `magnitudes`, row after row. Either may be
   // null.

@@ -1,8 +1,5 @@
 // One level: everything that its unit compiles. Included inside the level's namespace, after its vector type.
 
-// The one key of every NaN: infinity's bits, plus one.
-constexpr uint32_t kNanKey = 0x7f800001u;
-
 // The guess of the next row's k-th largest magnitude, over this row's: a few candidates more than k, rarely fewer.
 constexpr float kGuessMargin = 0.93f;
 
@@ -10,6 +7,8 @@ constexpr float kGuessMargin = 0.93f;
 constexpr int kPanelLines = 4;
 
 #include "topk.inl"
+
+#include "entries.inl"
 
 #include "products.inl"
 
@@ -19,6 +18,13 @@ constexpr int kPanelLines = 4;
 
 template <class T>
 constexpr TypedKernels<T> kTyped = {topk_rows<T>,
+                                    widen_range<T>,
+                                    count_upper_halves<T>,
+                                    count_lower_halves<T>,
+                                    count_keys<T>,
+                                    largest_entries<T>,
+                                    sum_probabilities<T>,
+                                    drawn_entries<T>,
                                     add_columns<T>,
                                     add_scaled_rows<T>,
                                     kPanelLines * Line<T>::kEntries,

@@ -17,16 +17,6 @@ bool valid_selection(Matrix<T> grad, int64_t rows, int64_t outputs, int64_t k, i
          fits<T>(rows, outputs, grad.ld);
 }
 
-float rounded(double value, float*) { return static_cast<float>(value); }
-Bf16 rounded(double value, Bf16*) { return rounded_to_bf16(static_cast<float>(value)); }
-float widened(float value) { return value; }
-float widened(Bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
 // What all rows share adds a matrix of rank one to each product: shared W to every row of the input's gradient, and to row
 // o of the weight's shared[o] times the sum of the inputs. Summed in float64.
 template <class T>

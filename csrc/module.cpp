@@ -144,6 +144,78 @@ PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given)
   return run(args, given, 23, backward<float>, backward<Bf16>);
 }
 
+template <class T>
+Entries<T> entries_of(const int64_t* a) {
+  Entries<T> all;
+  all.keep = static_cast<Keep>(a[0]);
+  all.rows = a[1], all.outputs = a[2];
+  all.grad = {address<const T>(a[3]), a[4]};
+  all.count = a[5];
+  all.key = static_cast<uint64_t>(a[6]);
+  all.starts = address<int64_t>(a[7]), all.states = address<int32_t>(a[8]);
+  all.threads = thread_count(a[9]);
+  return all;
+}
+constexpr Py_ssize_t kEntriesIntegers = 10;
+
+bool read_entries(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_ssize_t floats, int64_t* a, double* f) {
+  if (given != integers + floats) {
+    PyErr_Format(PyExc_TypeError, "expected %zd integers and %zd floats, got %zd arguments", integers, floats, given);
+    return false;
+  }
+  if (!read_integers(args, integers, integers, a)) return false;
+  for (Py_ssize_t i = 0; i < floats; ++i) {
+    f[i] = PyFloat_AsDouble(args[integers + i]);
+    if (f[i] == -1 && PyErr_Occurred() != nullptr) return false;
+  }
+  if ((a[0] == kFloat32 || a[0] == kBfloat16) && a[1] >= 0 && a[1] <= static_cast<int64_t>(Keep::kDrawn)) return true;
+  PyErr_SetString(PyExc_ValueError, "unknown code of a dtype or of what is kept");
+  return false;
+}
+
+template <class T>
+Status plan(const int64_t* a, double share, int64_t* entries, uint32_t* cut, float* threshold) {
+  Entries<T> all = entries_of<T>(a);
+  all.share = share;
+  const Status status = plan_entries(*active, &all);
+  if (status == Status::kOk) *entries = all.starts[all.rows], *cut = all.cut, *threshold = all.threshold;
+  return status;
+}
+
+PyObject* py_plan_entries(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[1 + kEntriesIntegers], entries = 0;
+  double share;
+  if (!read_entries(args, given, 1 + kEntriesIntegers, 1, a, &share)) return nullptr;
+  uint32_t cut = 0;
+  float threshold = 0;
+  Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = (a[0] == kFloat32 ? plan<float> : plan<Bf16>)(a + 1, share, &entries, &cut, &threshold);
+  Py_END_ALLOW_THREADS;
+  if (status != Status::kOk) return finish(status);
+  return Py_BuildValue("(LId)", static_cast<long long>(entries), cut, static_cast<double>(threshold));
+}
+
+template <class T>
+Status write(const int64_t* a, double threshold) {
+  Entries<T> all = entries_of<T>(a);
+  all.threshold = static_cast<float>(threshold);
+  const int64_t* rest = a + kEntriesIntegers;
+  all.cut = static_cast<uint32_t>(rest[0]);
+  return write_entries(*active, all, address<T>(rest[1]), address<int32_t>(rest[2]), address<T>(rest[3]));
+}
+
+PyObject* py_write_entries(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[1 + kEntriesIntegers + 4];
+  double threshold;
+  if (!read_entries(args, given, 1 + kEntriesIntegers + 4, 1, a, &threshold)) return nullptr;
+  Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = (a[0] == kFloat32 ? write<float> : write<Bf16>)(a + 1, threshold);
+  Py_END_ALLOW_THREADS;
+  return finish(status);
+}
+
 Sequences sequences(const int64_t* a) { return {a[0], a[1], address<const int64_t>(a[2]), a[3] != 0}; }
 
 PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -310,6 +382,12 @@ PyMethodDef methods[] = {
     {"use_level", py_use_level, METH_O, "use_level(name): serve later calls with that level"},
     {"topk", as_method(py_topk), METH_FASTCALL,
      "topk(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads)"},
+    {"plan_entries", as_method(py_plan_entries), METH_FASTCALL,
+     "plan_entries(dtype, keep, rows, outputs, grad, grad_ld, count, key, starts, states, threads, share) -> the number of "
+     "entries, the cut, the threshold"},
+    {"write_entries", as_method(py_write_entries), METH_FASTCALL,
+     "write_entries(dtype, keep, rows, outputs, grad, grad_ld, count, key, starts, states, threads, cut, values, indices, "
+     "left_out, threshold)"},
     {"column_scores", as_method(py_column_scores), METH_FASTCALL,
      "column_scores(dtype, scope, grad, grad_ld, rows, outputs, scores, threads)"},
     {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,

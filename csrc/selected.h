@@ -20,6 +20,16 @@ inline const TypedKernels<Bf16>& typed(const Kernels& kernels) {
   return kernels.bf16;
 }
 
+inline float rounded(double value, float*) { return static_cast<float>(value); }
+inline Bf16 rounded(double value, Bf16*) { return rounded_to_bf16(static_cast<float>(value)); }
+inline float widened(float value) { return value; }
+inline float widened(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
 // The score of a column. Scores are ordered by preference: the larger sum comes first, then the lower index.
 struct Scored {
   uint64_t key;

@@ -48,11 +48,27 @@ inline U32 either(U32 a, U32 b) { return _mm256_or_si256(a, b); }
 inline U32 up_16(U32 a) { return _mm256_slli_epi32(a, 16); }
 inline U32 up_23(U32 a) { return _mm256_slli_epi32(a, 23); }
 inline U32 down_16(U32 a) { return _mm256_srli_epi32(a, 16); }
+inline U32 down_24(U32 a) { return _mm256_srli_epi32(a, 24); }
+inline U32 minus(U32 a, U32 b) { return _mm256_sub_epi32(a, b); }
+inline U32 last_lane(U32 a) { return _mm256_permutevar8x32_epi32(a, _mm256_set1_epi32(7)); }
+// Each lane plus all lanes before it.
+inline U32 sums_so_far(U32 a) {
+  a = plus(a, _mm256_slli_si256(a, 4));
+  a = plus(a, _mm256_slli_si256(a, 8));
+  const U32 lower = _mm256_permute2x128_si256(a, a, 0x08);  // the lower half in place of the upper one, which is zero
+  return plus(a, _mm256_shuffle_epi32(lower, 0xff));
+}
+// `then` in the lanes where a < b, else `otherwise`. Signed, as is_greater.
+inline U32 where_less(U32 a, U32 b, U32 then, U32 otherwise) {
+  return _mm256_blendv_epi8(otherwise, then, _mm256_cmpgt_epi32(b, a));
+}
 
 inline F32 zero() { return _mm256_setzero_ps(); }
 inline F32 as_float(U32 bits) { return _mm256_castsi256_ps(bits); }
 inline F32 broadcast(float value) { return _mm256_set1_ps(value); }
 inline U32 as_bits(F32 a) { return _mm256_castps_si256(a); }
+// To the nearest integer, ties to even.
+inline U32 to_integer(F32 a) { return _mm256_cvtps_epi32(a); }
 inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 inline F32 subtract(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 inline F32 multiply(F32 a, F32 b) { return _mm256_mul_ps(a, b); }

@@ -30,11 +30,28 @@ inline U32 either(U32 a, U32 b) { return _mm512_or_si512(a, b); }
 inline U32 up_16(U32 a) { return _mm512_slli_epi32(a, 16); }
 inline U32 up_23(U32 a) { return _mm512_slli_epi32(a, 23); }
 inline U32 down_16(U32 a) { return _mm512_srli_epi32(a, 16); }
+inline U32 down_24(U32 a) { return _mm512_srli_epi32(a, 24); }
+inline U32 minus(U32 a, U32 b) { return _mm512_sub_epi32(a, b); }
+inline U32 last_lane(U32 a) { return _mm512_permutexvar_epi32(_mm512_set1_epi32(15), a); }
+// Each lane plus all lanes before it.
+inline U32 sums_so_far(U32 a) {
+  const U32 none = _mm512_setzero_si512();
+  a = plus(a, _mm512_alignr_epi32(a, none, 15));
+  a = plus(a, _mm512_alignr_epi32(a, none, 14));
+  a = plus(a, _mm512_alignr_epi32(a, none, 12));
+  return plus(a, _mm512_alignr_epi32(a, none, 8));
+}
+// `then` in the lanes where a < b, else `otherwise`.
+inline U32 where_less(U32 a, U32 b, U32 then, U32 otherwise) {
+  return _mm512_mask_mov_epi32(otherwise, _mm512_cmplt_epu32_mask(a, b), then);
+}
 
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 as_float(U32 bits) { return _mm512_castsi512_ps(bits); }
 inline F32 broadcast(float value) { return _mm512_set1_ps(value); }
 inline U32 as_bits(F32 a) { return _mm512_castps_si512(a); }
+// To the nearest integer, ties to even.
+inline U32 to_integer(F32 a) { return _mm512_cvtps_epi32(a); }
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 subtract(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 multiply(F32 a, F32 b) { return _mm512_mul_ps(a, b); }

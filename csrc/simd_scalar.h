@@ -34,6 +34,13 @@ inline U32 either(U32 a, U32 b) { return a | b; }
 inline U32 up_16(U32 a) { return a << 16; }
 inline U32 up_23(U32 a) { return a << 23; }
 inline U32 down_16(U32 a) { return a >> 16; }
+inline U32 down_24(U32 a) { return a >> 24; }
+inline U32 minus(U32 a, U32 b) { return a - b; }
+inline U32 last_lane(U32 a) { return a; }
+// Each lane plus all lanes before it.
+inline U32 sums_so_far(U32 a) { return a; }
+// `then` where a < b, else `otherwise`.
+inline U32 where_less(U32 a, U32 b, U32 then, U32 otherwise) { return a < b ? then : otherwise; }
 
 inline F32 zero() { return 0; }
 inline F32 broadcast(float value) { return value; }
@@ -43,6 +50,8 @@ inline F32 as_float(U32 bits) {
   return value;
 }
 inline U32 as_bits(F32 a) { return load_words(&a); }
+// To the nearest integer, ties to even. What no integer can express becomes 0.
+inline U32 to_integer(F32 a) { return a < 2147483648.0f ? static_cast<U32>(__builtin_lrintf(a)) : 0; }
 inline F32 add(F32 a, F32 b) { return a + b; }
 inline F32 subtract(F32 a, F32 b) { return a - b; }
 inline F32 multiply(F32 a, F32 b) { return a * b; }

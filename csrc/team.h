@@ -46,6 +46,9 @@ enum Use {
   kBases,
   kWeightBase,
   kFactors,
+  kKeyCounts,
+  kKeyRanges,
+  kLeftOut,
   kUses
 };
 

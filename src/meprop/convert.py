@@ -294,6 +294,10 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any]) ->
     if decision is not None and not decision.sparse:
         return dense(rule, reason)
     density = rule.density(width)
+    record = layer.policy.record
+    if density is None and record is not None and record.density is not None:
+        density = record.density
+        reason += f"; kept in {record.passes} passes so far, {record.dense_passes} of them dense"
     return LayerReport(
         name, kind, inputs, width, "sparse", rule.count(width), nan if density is None else density, rule, reason
     )

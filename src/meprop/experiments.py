@@ -216,8 +216,10 @@ def _variant(
     }
     found = _checked(table, allowed, where, required=("rule",))
     dense = found["rule"] == DENSE
-    if ("k" in found) == dense:
-        raise ValueError(f"{where}rule is {found['rule']!r}; " + ("dense has no k" if dense else "give its k"))
+    needs_k = not dense and found.get("training", {}).get("noise") is None
+    if ("k" in found) != needs_k:
+        reason = "dense has no k" if dense else "give its k" if needs_k else "a noise decides how many, instead of k"
+        raise ValueError(f"{where}rule is {found['rule']!r}; {reason}")
     if dense and "simplify" in found:
         raise ValueError(f"{where}simplify: what is not selected shows what to remove; dense selects nothing")
     against = found.get("against")
@@ -230,7 +232,7 @@ def _variant(
     published = _checked(found.get("published", {}), _hints(Published), f"{where}published ")
     simplify = _checked(found.get("simplify", {}), _hints(SimplifyConfig), f"{where}simplify ")
     try:
-        k = {} if dense else {"k": found["k"]}
+        k = {"k": found["k"]} if needs_k else {}
         task, shared = config(**settings), TrainingConfig(**training, **k)
         simplified = SimplifyConfig(**simplify) if "simplify" in found else None
     except ValueError as error:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meprop import speed
 from meprop.errors import NotSupportedError
 from meprop.rules import InBlocks, Rule
-from meprop.selection import ColumnSelection, Selection
+from meprop.selection import ColumnSelection, Selection, is_everything
 
 __all__ = ["Activity", "Policy", "Record", "When"]
 
@@ -78,10 +78,23 @@ class Record:
         decision: With ``when="auto"``, whether the layer is sparse. None before the first pass that decides.
         activities: What a `meprop.Simplifier` counts, one for each set of units of the layer. It is empty without a
             Simplifier.
+        passes: How many backward passes a rule has selected for by `Rule.select`.
+        dense_passes: How many of these kept everything.
+        kept: How many entries they kept.
+        seen: How many entries their output gradients had.
     """
 
     decision: speed.Decision | None = None
     activities: tuple[Activity, ...] = ()
+    passes: int = 0
+    dense_passes: int = 0
+    kept: int = 0
+    seen: int = 0
+
+    @property
+    def density(self) -> float | None:
+        """The share of the entries that was kept. None before the first one."""
+        return self.kept / self.seen if self.seen else None
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,15 @@ class Policy:
             self.record.decision = speed.decide(self.rule, timed)
         return self.record.decision.sparse
 
+    def note(self, selection: Selection) -> None:
+        """Notes the density of a backward pass."""
+        if self.record is not None:
+            entries = selection.rows * selection.width
+            self.record.passes += 1
+            self.record.dense_passes += is_everything(selection)
+            self.record.kept += round(selection.density * entries)
+            self.record.seen += entries
+
     # ---- refusals
 
     def refuse(self, weight: Tensor) -> None:
@@ -239,12 +261,6 @@ def refuse_second_derivatives() -> None:
             "create_graph=True: a sparse backward pass has no gradient of its own. What it left out has no graph. "
             "For this pass call meprop.revert(model), or use torch's own function."
         )
-
-
-def everything(grad_NO: Tensor) -> ColumnSelection:
-    """The selection that keeps a whole output gradient."""
-    outputs = grad_NO.shape[1]
-    return ColumnSelection(grad_NO, torch.arange(outputs, dtype=torch.int32, device=grad_NO.device), outputs)
 
 
 def _saved_tensors_are_hooked() -> bool:

@@ -12,11 +12,25 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ColumnSelection", "PlainTopK", "RowSelection", "Scope", "Selection", "side_by_side"]
+__all__ = [
+    "ColumnSelection",
+    "Entries",
+    "PlainTopK",
+    "RowSelection",
+    "Scope",
+    "Selection",
+    "everything",
+    "is_everything",
+    "side_by_side",
+]
 
 
-Scope = Literal["example", "batch"]
-"""Whether a rule chooses entries of each row ("example") or the same columns for all rows (unified top-k, "batch")."""
+Scope = Literal["example", "batch", "global"]
+"""Among what a rule chooses.
+
+"example" is for entries of each row, "batch" for the same columns for all rows (unified top-k), "global" for entries of
+the whole output gradient, whatever row they are in.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +150,38 @@ class PlainTopK(NamedTuple):
     k: int
     scope: Scope
     blocks: int = 1
+
+
+class Entries(NamedTuple):
+    """Entries of a whole output gradient that are yet to be chosen. `meprop.ops.choose_entries` says what they are.
+
+    Attributes:
+        keep: "largest" for a number of the largest entries, "energy" for the largest ones that hold a share of the sum
+            of squares, "noise" for drawn ones under a budget of variance, "drawn" for a number of drawn ones.
+        k: How many entries are kept of a row on average. With "noise" it is the least number.
+        share: The share of the sum of squares, with "energy" and "noise".
+        exact_sum: Whether all rows share the mean of what is left out.
+        key: The key of the random numbers, int64 [], with "noise" and "drawn".
+        ceiling: The density above which everything is kept.
+    """
+
+    keep: Literal["largest", "energy", "noise", "drawn"]
+    k: int = 0
+    share: float = 0.0
+    exact_sum: bool = False
+    key: Tensor | None = None
+    ceiling: float = 1.0
+
+
+def everything(grad_NO: Tensor) -> ColumnSelection:
+    """The selection that keeps a whole output gradient."""
+    outputs = grad_NO.shape[1]
+    return ColumnSelection(grad_NO, torch.arange(outputs, dtype=torch.int32, device=grad_NO.device), outputs)
+
+
+def is_everything(selection: Selection) -> bool:
+    """Whether a selection is that of `everything`, so that its products are the dense ones."""
+    return isinstance(selection, ColumnSelection) and len(selection.indices) == selection.width
 
 
 def side_by_side(parts: Sequence[Selection]) -> Selection:

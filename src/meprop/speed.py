@@ -85,7 +85,11 @@ def can_measure() -> bool:
 
 
 def decide(rule: Rule, shape: Shape) -> Decision:
-    """The faster backward pass for a layer of this shape on this machine. It is measured now if it was not before."""
+    """The faster backward pass for a layer of this shape on this machine. It is measured now if it was not before.
+
+    A rule whose density depends on the gradient is measured by its `typical` rule, because the data are random.
+    """
+    rule = rule.typical()
     path = machine.cache_folder() / "speed" / f"{_fingerprint()}.json"
     key = _key(rule, shape)
     if " at 0x" in key:  # an address in the rule's repr, or in that of what it holds: another process has other ones

@@ -297,7 +297,7 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     task: TaskConfig
     k: int | float
     """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
-    scope: Literal["example", "batch"]
+    scope: meprop.rules.Scope
     """The k entries are chosen for each example, or once for the whole batch (unified top-k)."""
     optimizer: Literal["adam", "adagrad", "sgd"]
     """Optimizer of the whole step. It is torch's fused implementation."""

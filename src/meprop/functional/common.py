@@ -9,6 +9,7 @@ from torch import Tensor
 
 from meprop import ops
 from meprop.policy import Policy
+from meprop.selection import ColumnSelection, PlainTopK, is_everything
 
 
 def is_autocast(tensor: Tensor) -> bool:
@@ -80,13 +81,21 @@ def sparse_backward(
         positions: The number of adjacent rows that are one example. An example counts once.
     """
     rule, activity = policy.rule, policy.activity
-    hits = None
-    if activity is not None and positions > 1:  # counting an example once needs a selection
+    width, hits = grad_NO.shape[1], None
+    if torch.compiler.is_compiling() and (entries := rule.as_entries(width, grad_NO.device)) is not None:
+        return ops.entries_backward(entries, grad_NO, weight, x_NI, needs_bias)
+    choice = rule.as_topk(width)
+    if choice is None or (activity is not None and positions > 1):  # counting an example once needs a selection
         choice = rule.select(grad_NO)
-        activity.count(choice, positions)
-    else:
-        choice = rule.as_topk(grad_NO.shape[1]) or rule.select(grad_NO)
+        policy.note(choice)
+    if isinstance(choice, ColumnSelection) and is_everything(choice):
         if activity is not None:
-            hits = activity.hits
-            activity.examples += len(grad_NO)
+            activity.count(choice, positions)
+        return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
+    if activity is not None and positions > 1:
+        assert not isinstance(choice, PlainTopK)  # it was selected above
+        activity.count(choice, positions)
+    elif activity is not None:
+        hits = activity.hits
+        activity.examples += len(grad_NO)
     return ops.linear_backward(choice, grad_NO, weight, x_NI, needs_bias, policy.sparse_grad, hits)

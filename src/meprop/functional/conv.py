@@ -15,9 +15,9 @@ from meprop import ops, speed
 from meprop.errors import NotSupportedError
 from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, product_dtype, sparse_backward
 from meprop.functional.geometry import Geometry, Numbers, padded
-from meprop.policy import Policy, everything, refuse_dtype, refuse_second_derivatives
+from meprop.policy import Policy, refuse_dtype, refuse_second_derivatives
 from meprop.rules import Rule
-from meprop.selection import ColumnSelection, RowSelection
+from meprop.selection import ColumnSelection, RowSelection, everything
 
 
 def conv1d(

@@ -21,8 +21,9 @@ from meprop.functional.common import (
     product_dtype,
     sparse_backward,
 )
-from meprop.policy import Policy, everything, refuse_dtype, refuse_second_derivatives
+from meprop.policy import Policy, refuse_dtype, refuse_second_derivatives
 from meprop.rules import Rule
+from meprop.selection import everything
 
 
 def linear(
@@ -153,11 +154,7 @@ def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | N
         return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy)
     if policy.activity is not None:
         policy.activity.count(everything(grad_NO))
-    return (
-        None if weight is None else grad_NO @ weight,
-        None if x_NI is None else grad_NO.t() @ x_NI,
-        grad_NO.sum(dim=0) if needs_bias else None,
-    )
+    return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
 
 
 def _shape(ctx: Any, grad_NO: Tensor, inputs: int) -> LinearShape:

@@ -6,7 +6,8 @@ Each file holds one family of operations. Every operation has a contract, a lite
 
 from meprop.ops import native as native  # isort: skip  (backends register in this order)
 from meprop.ops import triton as triton
-from meprop.ops.linear import linear_backward
+from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_entries
+from meprop.ops.linear import dense_backward, entries_backward, linear_backward
 from meprop.ops.lstm import lstm_backward, lstm_forward
 from meprop.ops.optimizer import GradientRows, adagrad_rows, adam_rows, ascending, copy_agrees, sgd_rows
 from meprop.ops.products import (
@@ -31,12 +32,18 @@ __all__ = [
     "ascending",
     "backend",
     "backend_info",
+    "choose_entries",
     "column_scores",
     "copy_agrees",
     "count_hits",
+    "dense_backward",
+    "draw_columns",
+    "draw_rows",
+    "entries_backward",
     "grad_input",
     "grad_weight",
     "grad_weight_rows",
+    "keep_entries",
     "linear_backward",
     "lstm_backward",
     "lstm_forward",

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from meprop.ops import native
+from meprop.ops.entries import keep_entries
 from meprop.ops.products import (
     Choice,
     Gradients,
@@ -25,9 +26,9 @@ from meprop.ops.products import (
     refuse_row_sparse,
     row_sparse_tensor,
 )
-from meprop.ops.registry import Operation, operation
+from meprop.ops.registry import Operation, Operator, operation
 from meprop.ops.topk import topk_columns, topk_rows
-from meprop.selection import PlainTopK, Selection, side_by_side
+from meprop.selection import Entries, PlainTopK, Selection, is_everything, side_by_side
 
 
 def _consist_of(
@@ -130,3 +131,77 @@ def _native_declines(
 
 
 native.backend.implements(linear_backward, _native_declines)(native_products)
+
+
+# ---------------------------------------------------------------- entries of the whole gradient, for torch.compile
+
+
+def _flat_entries(
+    entries: Entries, grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool
+) -> tuple[object, ...]:
+    keep, k, share, exact_sum, key, ceiling = entries
+    return grad, weight, x, needs_bias, keep, k, share, exact_sum, key, ceiling
+
+
+def _whole_entries(
+    grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool, *entries: Any
+) -> tuple[Entries, Tensor, Tensor | None, Tensor | None, bool]:
+    return Entries(*entries), grad, weight, x, needs_bias
+
+
+def _fake_entries_backward(
+    grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, width), nothing = grad.shape, grad.new_empty(0)
+    return (
+        nothing if weight is None else weight.new_empty(rows, weight.shape[1]),
+        grad.new_empty(0) if x is None else x.new_empty(width, x.shape[1]),
+        grad.new_empty(width if needs_bias else 0),
+    )
+
+
+def _wanted(
+    found: tuple[Tensor, Tensor, Tensor],
+    _entries: Entries,
+    _grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    needs_bias: bool,
+) -> Gradients:
+    of_input, of_weight, of_bias = found
+    return None if weight is None else of_input, None if x is None else of_weight, of_bias if needs_bias else None
+
+
+@operation(
+    operator=Operator(
+        "(Tensor grad, Tensor? weight, Tensor? x, bool needs_bias, str keep, int k, float share, bool exact_sum, "
+        "Tensor? key, float ceiling) -> (Tensor, Tensor, Tensor)",
+        _fake_entries_backward,
+        _flat_entries,
+        _whole_entries,
+    ),
+    tensor_at=1,
+    result=_wanted,
+)
+def entries_backward(
+    entries: Entries, grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool, /
+) -> tuple[Tensor, ...]:
+    """`linear_backward` with `keep_entries`, in one operation whose results have shapes that are known before.
+
+    An implementation returns an empty tensor for a gradient that is not wanted.
+    """
+    selection = keep_entries(grad, entries)
+    if is_everything(selection):
+        gradients = dense_backward(grad, weight, x, needs_bias)
+    else:
+        gradients = linear_backward(selection, grad, weight, x, needs_bias, False)
+    return tuple(grad.new_empty(0) if each is None else each for each in gradients)
+
+
+def dense_backward(grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool) -> Gradients:
+    """The backward pass with the whole output gradient, by torch."""
+    return (
+        None if weight is None else grad @ weight,
+        None if x is None else grad.t() @ x,
+        grad.sum(dim=0) if needs_bias else None,
+    )

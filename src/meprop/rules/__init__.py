@@ -7,7 +7,8 @@ from meprop.rules.base import Rule, named
 from meprop.rules.blocks import InBlocks
 from meprop.rules.compensated import CompensatedTopK
 from meprop.rules.random import RandomK
+from meprop.rules.sampled import Sampled
 from meprop.rules.topk import TopK
 from meprop.selection import Scope
 
-__all__ = ["CompensatedTopK", "InBlocks", "RandomK", "Rule", "Scope", "TopK", "named"]
+__all__ = ["CompensatedTopK", "InBlocks", "RandomK", "Rule", "Sampled", "Scope", "TopK", "named"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
+import torch
 from torch import Tensor
 
-from meprop.selection import ColumnSelection, PlainTopK, RowSelection, Scope, Selection
+from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection, Scope, Selection
 
 
 class Rule(ABC):
@@ -23,12 +24,13 @@ class Rule(ABC):
 
     Attributes:
         name: The name of the rule on the command line and in results, e.g. "topk". It is "" for a rule that they do not
-            offer. A rule with a name is made by ``cls(k, scope=scope)``.
+            offer. A rule with a name is made by `of_settings`.
         label: The rule's name in tables and legends, e.g. "top-k".
         color: The color of its lines in figures, in a form that matplotlib takes.
         marker: The marker of its points in figures.
-        scope: "example" for entries of each row, "batch" for the same columns for all rows (unified top-k). None means
-            that the rule does not say. Code that needs a scope then looks at each selection.
+        scope: "example" for entries of each row, "batch" for the same columns for all rows (unified top-k), "global"
+            for entries of the whole gradient. None means that the rule does not say. Code that needs a scope then looks
+            at each selection.
     """
 
     name: ClassVar[str] = ""
@@ -45,6 +47,25 @@ class Rule(ABC):
                 raise ValueError(f"rule name {name!r} of {cls.__qualname__} is already that of {other.__qualname__}")
             _named[name] = cls
 
+    @classmethod
+    def of_settings(
+        cls, k: int | float, scope: Scope, *, noise: float | None = None, exact_sum: bool | None = None
+    ) -> Rule:
+        """The rule with the settings of the command line and of experiments: ``cls(k, scope=scope)``.
+
+        Raises:
+            ValueError: The rule does not have the setting `noise` or `exact_sum`, or a setting is out of range.
+        """
+        if noise is not None:
+            raise ValueError(f"noise={noise!r} is no setting of the rule {cls.name!r}")
+        options = {} if exact_sum is None else {"exact_sum": exact_sum}
+        try:
+            return cls(k, scope=scope, **options)  # pyright: ignore[reportCallIssue]  (a rule with a name takes these)
+        except TypeError as error:
+            if exact_sum is None:
+                raise
+            raise ValueError(f"exact_sum={exact_sum!r} is no setting of the rule {cls.name!r}") from error
+
     @property
     def communicates(self) -> bool:
         """Whether several processes choose together. Then each process has to ask the rule whenever the others do."""
@@ -55,7 +76,7 @@ class Rule(ABC):
         """The entries of grad_output_NO [N, O] to propagate."""
 
     def count(self, features: int) -> int | None:
-        """How many of `features` output features each row keeps. None means that it depends on the gradient.
+        """How many of `features` output features each row keeps, on average. None: it depends on the gradient.
 
         A count of `features` means the plain dense product.
 
@@ -74,6 +95,21 @@ class Rule(ABC):
         """Whether all of `features` output features are kept. Then the layer computes what torch's own does."""
         count = self.count(features)
         return count is not None and count >= features
+
+    def as_entries(self, features: int, device: torch.device) -> Entries | None:
+        """The entries of a whole gradient that equal `select`, which `torch.compile` then keeps in one call.
+
+        None if there are none, as with rules that choose rows or columns. Random numbers are drawn on the device.
+        """
+        del features, device
+        return None
+
+    def typical(self) -> Rule:
+        """The rule that is timed in place of this one, where random numbers stand for the gradient.
+
+        A rule whose density depends on the gradient returns one of a density that it has in training.
+        """
+        return self
 
     def as_topk(self, features: int) -> PlainTopK | None:
         """The top-k that equals `select`, so that one call of `ops` selects and multiplies. None if there is none."""
@@ -102,57 +138,114 @@ def unregister(rule: type[Rule]) -> None:
 
 @dataclass(frozen=True)
 class KeepK(Rule):
-    """The base of rules that keep k entries. It holds k, the scope, and the checks of both."""
+    """The base of rules that keep k entries. It holds k, the scope and `exact_sum`, and their checks."""
 
     k: int | float
     scope: Scope = "example"  # pyright: ignore[reportIncompatibleVariableOverride]  (it is narrower, and frozen)
+    exact_sum: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        allowed = "an int of at least 1 (a count) or a float above 0 and at most 1 (a share of the output features)"
-        if isinstance(self.k, bool):
-            raise ValueError(f"k={self.k!r} is a bool; k is {allowed}")
-        if isinstance(self.k, numbers.Integral):
-            if self.k < 1:
-                raise ValueError(f"k={self.k!r} keeps nothing; k is {allowed}")
-            object.__setattr__(self, "k", int(self.k))
-        elif isinstance(self.k, numbers.Real):
-            if math.isnan(self.k) or not 0 < self.k <= 1:
-                raise ValueError(f"k={self.k!r} is out of range; k is {allowed}")
-            object.__setattr__(self, "k", float(self.k))
-        else:
-            raise TypeError(f"k={self.k!r} is of type {type(self.k).__name__}; k is {allowed}")
+        object.__setattr__(self, "k", checked_k(self.k))
         if self.scope not in get_args(Scope):
-            raise ValueError(f"scope={self.scope!r}; the scope is 'example' or 'batch'")
+            raise ValueError(f"scope={self.scope!r}; the scope is 'example', 'batch' or 'global'")
+        if self.exact_sum and self.scope == "batch":
+            raise ValueError(
+                f"exact_sum=True with scope={self.scope!r}: columns that are left out would then be filled up in all "
+                "rows; use scope 'example' or 'global'"
+            )
+
+    def __repr__(self) -> str:
+        exact = ", exact_sum=True" if self.exact_sum else ""
+        return f"{type(self).__name__}(k={self.k!r}, scope={self.scope!r}{exact})"
 
     def count(self, features: int) -> int:
-        """How many of `features` output features are kept, between 1 and `features`."""
+        """How many of `features` output features each row keeps, on average. It is between 1 and `features`."""
         k = self.k if isinstance(self.k, int) else max(1, round(self.k * features))
         return min(k, features)
 
     def select(self, grad_output_NO: Tensor) -> Selection:
-        """The kept entries of each row, or the kept columns.
+        """The kept entries of each row or of the whole gradient, or the kept columns.
 
         Args:
             grad_output_NO: Output gradient [N, O] of any floating dtype. O is at least 1, and N may be 0.
 
         Returns:
-            A RowSelection with scope "example", a ColumnSelection with scope "batch". The indices ascend.
+            A RowSelection with scope "example" or "global", a ColumnSelection with scope "batch". The indices ascend.
 
         Raises:
             ValueError: grad_output_NO is not a matrix with at least one column.
             TypeError: grad_output_NO is not of a floating dtype.
         """
-        if grad_output_NO.dim() != 2 or grad_output_NO.shape[1] == 0:
-            raise ValueError(
-                f"an output gradient is [N, O] with O >= 1, not {list(grad_output_NO.shape)}; flatten it first"
-            )
-        if not grad_output_NO.is_floating_point():
-            raise TypeError(f"an output gradient is of a floating dtype, not {grad_output_NO.dtype}")
+        check_output_gradient(grad_output_NO)
         k = self.count(grad_output_NO.shape[1])
-        return self._rows(grad_output_NO, k) if self.scope == "example" else self._columns(grad_output_NO, k)
+        if self.scope == "batch":
+            return self._columns(grad_output_NO, k)
+        if self.scope == "global":
+            return self._entries(grad_output_NO, k)
+        kept = self._rows(grad_output_NO, k)
+        return with_exact_sum(kept, grad_output_NO) if self.exact_sum else kept
 
     @abstractmethod
     def _rows(self, grad_NO: Tensor, k: int) -> RowSelection: ...
 
     @abstractmethod
     def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection: ...
+
+    @abstractmethod
+    def _entries(self, grad_NO: Tensor, k: int) -> RowSelection: ...
+
+
+def checked_k(k: int | float) -> int | float:
+    """k as an int or a float, if it is a count of at least 1 or a share above 0 and at most 1.
+
+    Raises:
+        ValueError: It is out of range, or a bool.
+        TypeError: It is not a number.
+    """
+    allowed = "an int of at least 1 (a count) or a float above 0 and at most 1 (a share of the output features)"
+    if isinstance(k, bool):
+        raise ValueError(f"k={k!r} is a bool; k is {allowed}")
+    if isinstance(k, numbers.Integral):
+        if k < 1:
+            raise ValueError(f"k={k!r} keeps nothing; k is {allowed}")
+        return int(k)
+    if isinstance(k, numbers.Real):
+        if math.isnan(k) or not 0 < k <= 1:
+            raise ValueError(f"k={k!r} is out of range; k is {allowed}")
+        return float(k)
+    raise TypeError(f"k={k!r} is of type {type(k).__name__}; k is {allowed}")
+
+
+def checked_share(name: str, share: float, *, below_one: bool = True) -> float:
+    """A share as a float, if it is above 0 and, unless it may be any number, below 1.
+
+    Raises:
+        ValueError: It is out of range, or a bool.
+        TypeError: It is not a number.
+    """
+    allowed = "a number above 0 and below 1" if below_one else "a finite number above 0"
+    if isinstance(share, bool):
+        raise ValueError(f"{name}={share!r} is a bool; {name} is {allowed}")
+    if not isinstance(share, numbers.Real):
+        raise TypeError(f"{name}={share!r} is of type {type(share).__name__}; {name} is {allowed}")
+    if not 0 < share < (1 if below_one else math.inf):
+        raise ValueError(f"{name}={share!r} is out of range; {name} is {allowed}")
+    return float(share)
+
+
+def check_output_gradient(grad_output_NO: Tensor) -> None:
+    """Raises the errors of a rule's `select` for what is no output gradient."""
+    if grad_output_NO.dim() != 2 or grad_output_NO.shape[1] == 0:
+        raise ValueError(
+            f"an output gradient is [N, O] with O >= 1, not {list(grad_output_NO.shape)}; flatten it first"
+        )
+    if not grad_output_NO.is_floating_point():
+        raise TypeError(f"an output gradient is of a floating dtype, not {grad_output_NO.dtype}")
+
+
+def with_exact_sum(kept: RowSelection, grad_NO: Tensor) -> RowSelection:
+    """The same entries, and for all rows the mean over the rows of what is left out of grad_NO [N, O]."""
+    left_out = grad_NO.sum(dim=0, dtype=torch.promote_types(grad_NO.dtype, torch.float32))
+    left_out.index_add_(0, kept.indices.flatten(), kept.values.flatten().to(left_out.dtype), alpha=-1)
+    shared = (left_out / max(1, kept.rows)).to(grad_NO.dtype)
+    return RowSelection(kept.values, kept.indices, kept.width, shared, kept.starts)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from meprop import ops
-from meprop.rules.base import KeepK
-from meprop.selection import ColumnSelection, RowSelection
+from meprop.rules.topk import TopK
 
 
-class CompensatedTopK(KeepK):
-    """Top-k whose mean over the batch is exact: each row also gets the batch's mean of what top-k leaves out.
+@dataclass(frozen=True, repr=False)
+class CompensatedTopK(TopK):
+    """``TopK(k, exact_sum=True)``: each row also gets the batch's mean of what top-k leaves out.
 
     Let g be the output gradient and S its top-k. The rule propagates ``S + mean(g - S)``, where the mean is over the N
     rows. Top-k keeps the features of each row that the row would change most. It leaves out many features that the row
@@ -24,7 +21,7 @@ class CompensatedTopK(KeepK):
 
     Args:
         k: See `TopK`.
-        scope: "example". With "batch" nothing would be left out of the weight's gradient.
+        scope: "example" or "global". See `TopK`.
 
     Raises:
         ValueError: k is out of range, or the scope is another one.
@@ -41,18 +38,12 @@ class CompensatedTopK(KeepK):
     color: ClassVar[str] = "#CC79A7"
     marker: ClassVar[str] = "D"
 
+    exact_sum: bool = field(default=True, init=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope != "example":
-            raise ValueError(f"scope={self.scope!r}; CompensatedTopK is for scope 'example' only")
+        if self.scope == "batch" or self.energy is not None:
+            raise ValueError(f"{self} is for scope 'example' or 'global', with a k; with columns use TopK")
 
-    def _rows(self, grad_NO: Tensor, k: int) -> RowSelection:
-        kept = ops.topk_rows(grad_NO, k)
-        rows, width = grad_NO.shape
-        left_out = grad_NO.sum(dim=0, dtype=torch.promote_types(grad_NO.dtype, torch.float32))
-        left_out.index_add_(0, kept.indices.flatten(), kept.values.flatten().to(left_out.dtype), alpha=-1)
-        shared = (left_out / max(1, rows)).to(grad_NO.dtype)
-        return RowSelection(kept.values, kept.indices, width, shared)
-
-    def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
-        raise AssertionError("refused when it was made")
+    def __repr__(self) -> str:
+        return f"CompensatedTopK(k={self.k!r}, scope={self.scope!r})"

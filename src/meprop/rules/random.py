@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.rules.base import KeepK
-from meprop.selection import ColumnSelection, RowSelection
+from meprop.rules.base import KeepK, with_exact_sum
+from meprop.selection import ColumnSelection, Entries, RowSelection
 
 
 class RandomK(KeepK):
@@ -23,10 +23,11 @@ class RandomK(KeepK):
     Args:
         k: See `TopK`.
         scope: "example" draws k entries anew for each row of the gradient. "batch" draws k features for all rows. It
-            is the counterpart of unified top-k.
+            is the counterpart of unified top-k. "global" draws k N entries of the whole gradient of N rows.
+        exact_sum: See `TopK`.
 
     Raises:
-        ValueError: k or scope is out of range.
+        ValueError: k or scope is out of range, or `exact_sum` is used with scope "batch".
         TypeError: k is not a number.
 
     Example:
@@ -48,3 +49,10 @@ class RandomK(KeepK):
     def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
         indices = ops.topk_columns(torch.rand(1, grad_NO.shape[1], device=grad_NO.device), k).indices
         return ColumnSelection(grad_NO.index_select(1, indices), indices, grad_NO.shape[1])
+
+    def _entries(self, grad_NO: Tensor, k: int) -> RowSelection:
+        numbers = torch.rand(grad_NO.shape, device=grad_NO.device)
+        kept = ops.choose_entries(numbers, Entries("largest", k))
+        values = grad_NO[kept.row_numbers(), kept.indices.long()]
+        kept = RowSelection(values, kept.indices, kept.width, starts=kept.starts)
+        return with_exact_sum(kept, grad_NO) if self.exact_sum else kept

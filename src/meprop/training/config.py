@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -42,8 +42,16 @@ class TrainingConfig:
     """Seeds of the initial weights, the order of the data and dropout. Each is a run of its own."""
     k: int | float = 20
     """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
-    scope: Literal["example", "batch"] = "example"
-    """The k entries are chosen for each example (as in the paper), or once for the whole batch (unified top-k)."""
+    scope: Literal["example", "batch", "global"] = "example"
+    """Among what entries are chosen.
+    example: k entries of each example, as in the paper.
+    batch: The same k features for the whole batch (unified top-k).
+    global: k entries of each example on average, of the whole gradient."""
+    noise: float | None = None
+    """The budget of added variance of the rule sampled, as a share of the squared gradient. It decides how many entries
+    are kept, so that k and scope have no meaning with it. None: k entries are drawn."""
+    exact_sum: bool | None = None
+    """Whether each row also gets the batch's mean of what is left out. None: as the rule has it."""
     sparse_rows: Literal["no", "exact", "decay", "lazy"] = "no"
     """What meprop.optim does with the rows of a weight that get no gradient; needs scope batch.
     no: Gradients are dense, and so are torch's optimizers.
@@ -72,19 +80,21 @@ class TrainingConfig:
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
         if self.sparse_rows != "no" and self.scope != "batch":
             raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
-        self.rule()
+        if self.noise is None and self.exact_sum is None:
+            self.rule()
+        else:
+            self.rule("sampled" if self.noise is not None else DEFAULT_RULE)
 
     def rule(self, name: str = DEFAULT_RULE) -> Rule:
-        """Return the rule of this name, with the k and scope of these settings.
+        """Return the rule of this name, with these settings.
 
         Raises:
-            ValueError: There is no rule of this name, or it does not fit k or scope.
+            ValueError: There is no rule of this name, or it does not fit the settings.
         """
         found = rules.named()
         if name not in found:
             raise ValueError(f"rule is {name!r}; the rules are {', '.join(found)}")
-        make = cast("Callable[..., Rule]", found[name])
-        return make(self.k, scope=self.scope)
+        return found[name].of_settings(self.k, self.scope, noise=self.noise, exact_sum=self.exact_sum)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import meprop
 from meprop import optim
 from meprop.errors import MepropError
+from meprop.nn.base import SparseLayer
 from meprop.rules import Rule
 from meprop.speed import Decision
 from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig
@@ -96,6 +97,7 @@ class Trainer:
         """Sum of their losses."""
         self.seconds = Seconds()
         self.curve: list[EpochRecord] = []
+        self._entries = 0, 0  # kept and seen before this epoch, in layers where the gradient decides
 
     @property
     def name(self) -> str:
@@ -106,7 +108,7 @@ class Trainer:
 
     @property
     def k(self) -> int | float | None:
-        """The rule's, or, where it has none, the one that it was made with; None if dense."""
+        """The rule's, or, where it has none, the one that it was made with. None if dense, or if the gradient decides."""
         return None if self.rule is None else getattr(self.rule, "k", self.config.k)
 
     @property
@@ -188,9 +190,20 @@ class Trainer:
                 if not isfinite(value):
                     raise DivergedError(self, f"{split} {metric} became {value} in epoch {self.epoch + 1}")
         widths = {} if self.simplifier is None else self.simplifier.widths
-        self.curve.append(EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths))
+        density = self._density_of_epoch()
+        self.curve.append(
+            EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths, density)
+        )
         self.step, self.loss_sum, self._batches = 0, 0.0, None
         self._epoch_order = self._order.get_state()
+
+    def _density_of_epoch(self) -> float | None:
+        """The share of the entries that was kept since the last call, in layers where the gradient decides."""
+        records = [layer.policy.record for layer in self.model.modules() if isinstance(layer, SparseLayer)]
+        kept = sum(record.kept for record in records if record is not None)
+        seen = sum(record.seen for record in records if record is not None)
+        (kept_before, seen_before), self._entries = self._entries, (kept, seen)
+        return (kept - kept_before) / (seen - seen_before) if seen > seen_before else None
 
     def _random_state(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda_devices)]
@@ -252,7 +265,7 @@ class Trainer:
             test=self.curve[-1].test,
             seconds=asdict(self.seconds),
             k=self.k,
-            density=_density([layer for layer in layers if layer["status"] == "sparse"]),
+            density=_density([layer for layer in layers if layer["status"] == "sparse"], self.curve),
             curve=[asdict(record) for record in self.curve],
             layers=layers,
             checks=[] if self.simplifier is None else [asdict(check) for check in self.simplifier.history],
@@ -277,12 +290,16 @@ def fit(trainers: Sequence[Trainer], after_turn: Callable[[Trainer], None], turn
     return [trainer.result() for trainer in trainers]
 
 
-def _density(layers: Sequence[dict[str, Any]]) -> float | None:
-    """The share of the entries that sparse layers propagate, from their reports; None if a rule does not say."""
+def _density(layers: Sequence[dict[str, Any]], curve: Sequence[EpochRecord]) -> float | None:
+    """The share of the entries that sparse layers propagate, from their reports or from the epochs.
+
+    None if neither the rule nor the epochs say.
+    """
     if not layers:
         return 1.0
     if any(layer["k"] is None for layer in layers):
-        return None
+        densities = [record.density for record in curve if record.density is not None]
+        return sum(densities) / len(densities) if densities else None
     return sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
 
 

@@ -33,6 +33,8 @@ class EpochRecord:
     """Seconds of training steps so far."""
     widths: dict[str, int] = field(default_factory=dict[str, int])
     """Units of each set of the model, if it is simplified."""
+    density: float | None = None
+    """The share of the entries that was propagated in this epoch, if that depends on the gradient."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,428 @@
+#include <cmath>
+
+#include "drivers.h"
+#include "selected.h"
+#include "team.h"
+
+namespace meprop {
+namespace {
+
+constexpr uint64_t kOne = uint64_t{1} << 24;  // the probability 1
+constexpr int64_t kLowerHalves = int64_t{1} << 16, kMostUppers = 0x7f90;
+constexpr float kLeastThreshold = 0x1p-100f;
+constexpr int64_t kFinite = 0x7f80;  // the upper halves below are of finite magnitudes
+
+// Philox 4x32-10: the four random words of a counter.
+struct Words {
+  uint32_t word[4];
+};
+Words philox(uint64_t key, uint64_t counter) {
+  Words c = {{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0}};
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9e3779b9u, k1 += 0xbb67ae85u) {
+    const uint64_t a = uint64_t{0xd2511f53u} * c.word[0], b = uint64_t{0xcd9e8d57u} * c.word[2];
+    c = {{static_cast<uint32_t>(b >> 32) ^ c.word[1] ^ k0, static_cast<uint32_t>(b),
+          static_cast<uint32_t>(a >> 32) ^ c.word[3] ^ k1, static_cast<uint32_t>(a)}};
+  }
+  return c;
+}
+
+// A random number below 2^24 for each row.
+uint64_t uniform(uint64_t key, int64_t row) {
+  return philox(key, static_cast<uint64_t>(row) >> 2).word[row & 3] >> 8;
+}
+
+float of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// The least magnitude of an upper half.
+double edge(int64_t upper) { return upper < kFinite ? of_bits(static_cast<uint32_t>(upper) << 16) : 0x1p128; }
+
+// The largest threshold that is not above a positive value.
+uint32_t threshold_below(double value) {
+  const float largest = of_bits(static_cast<uint32_t>(kFinite - 1) << 16);
+  if (!(value < largest)) return bits_of(largest);
+  const float nearest = static_cast<float>(value);
+  return (bits_of(nearest) - (nearest > value)) & 0xffff0000u;
+}
+
+// How the magnitudes are distributed.
+struct Distribution {
+  const uint32_t* counts;  // by upper halves, from that of `first` on
+  int64_t first, end;      // the upper halves of finite entries that are not zero are in [first, end)
+  int64_t entries;         // that are not zero
+  double width;            // of an upper half: the magnitudes are between its edge and this part of the way to the next
+
+  double bound(int64_t upper) const { return edge(upper) + width * (edge(upper + 1) - edge(upper)); }
+  double middle(int64_t upper) const { return edge(upper) + width / 2 * (edge(upper + 1) - edge(upper)); }
+
+  // Calls body(upper half, number of entries) for each upper half that has entries, ascending, until it returns true.
+  template <class Body>
+  void ascend(Body body) const {
+    for (int64_t upper = first; upper < end; ++upper)
+      if (counts[upper - first] != 0 && body(upper, counts[upper - first])) return;
+  }
+};
+
+// The largest threshold that is not above limit(sum, squares, others). These are the sums of the magnitudes below the
+// threshold and of their squares, and the number of the other entries. The limit falls as the threshold rises.
+template <class Limit>
+uint32_t largest_threshold(const Distribution& of, Limit limit) {
+  double sum = 0, squares = 0, last = 0, most = HUGE_VAL;
+  int64_t others = of.entries;
+  of.ascend([&](int64_t upper, int64_t count) {
+    if (sum > 0) most = limit(sum, squares, others);
+    if (most < edge(upper)) return true;
+    const double magnitude = of.middle(upper);
+    sum += static_cast<double>(count) * magnitude;
+    squares += static_cast<double>(count) * magnitude * magnitude;
+    others -= count;
+    last = edge(upper);
+    return false;
+  });
+  if (sum == 0) return 0;
+  if (most >= last) most = limit(sum, squares, others);
+  return threshold_below(std::max(most, last));
+}
+
+// The limit of `count` entries on average.
+double limit_of_count(double count, double sum, int64_t others) {
+  return count > static_cast<double>(others) ? sum / (count - static_cast<double>(others)) : HUGE_VAL;
+}
+
+// The middle of an upper half is at most this part of a magnitude away from it.
+double error_of(const Distribution& of) { return of.width / 256; }
+
+uint32_t threshold_for_noise(const Distribution& of, double noise, int64_t count) {
+  double squares = 0;
+  of.ascend([&](int64_t upper, int64_t entries) {
+    squares += static_cast<double>(entries) * of.middle(upper) * of.middle(upper);
+    return false;
+  });
+  const double error = error_of(of), budget = noise * squares * (1 - 2 * error);
+  return largest_threshold(of, [&](double sum, double below, int64_t others) {
+    return std::min((budget + below) / (sum * (1 + error)), limit_of_count(static_cast<double>(count), sum, others));
+  });
+}
+
+// The largest key that is left out. The entries above it hold at least so much of the sum of squares.
+uint32_t cut_for_energy(const Distribution& of, double share) {
+  double left_out = 0, kept = 0;
+  of.ascend([&](int64_t upper, int64_t entries) {
+    left_out += static_cast<double>(entries) * of.bound(upper) * of.bound(upper);
+    return false;
+  });
+  for (int64_t upper = of.end - 1; upper >= of.first; --upper) {
+    const double entries = of.counts[upper - of.first];
+    if (entries == 0) continue;
+    kept += entries * edge(upper) * edge(upper);
+    left_out -= entries * of.bound(upper) * of.bound(upper);
+    if (kept >= share * (kept + std::max(left_out, 0.0))) return (static_cast<uint32_t>(upper) << 16) - 1;
+  }
+  return 0;
+}
+
+// The key of the entry that is the `count`-th largest by half a key, and how many entries of this half are kept.
+struct Place {
+  int64_t half, rest;
+};
+Place place_of(const uint32_t* counts, int64_t halves, int64_t count) {
+  int64_t half = halves - 1;
+  for (; half > 0 && counts[half] < count; --half) count -= counts[half];
+  return {half, count};
+}
+
+template <class T>
+const T* row_of(const Entries<T>& of, int64_t row) {
+  return of.grad.data + row * of.grad.ld;
+}
+
+// Without a threshold only what is certain is kept.
+template <class T>
+Probability probability(const Entries<T>& of) {
+  return {of.cut, of.threshold > 0 ? static_cast<float>(kOne) / of.threshold : 0};
+}
+
+template <class T>
+class Planner {
+ public:
+  Planner(const TypedKernels<T>& kernels, Entries<T>* entries, int threads)
+      : kernels_(kernels),
+        all_(*entries),
+        tables_(kKeyCounts, threads * std::max(2 * kMostUppers, kLowerHalves)),
+        parts_(kPlaces, 2 * threads),
+        ranges_(kKeyRanges, threads) {}
+
+  explicit operator bool() const { return tables_ && parts_ && ranges_; }
+
+  void run(Team team) {
+    find_range(team);
+    count(team, 2 * table_, [&](const T* row, uint32_t* counts) {
+      kernels_.count_upper_halves(row, all_.outputs, first_, table_, counts);
+    });
+    if (team.id == 0) read_distribution();
+    team.wait();
+    if (all_.keep == Keep::kLargest) {
+      count(team, kLowerHalves, [&](const T* row, uint32_t* counts) {
+        kernels_.count_lower_halves(row, all_.outputs, static_cast<uint32_t>(place_.half), counts);
+      });
+      if (team.id == 0) {
+        const Place lower = place_of(tables_.get(), kLowerHalves, place_.rest);
+        all_.cut = static_cast<uint32_t>(place_.half << 16 | lower.half);
+        ties_ = lower.rest;
+      }
+      team.wait();
+    }
+    if (all_.keep == Keep::kDrawn) lower_threshold(team);
+    if (all_.keep == Keep::kLargest || all_.keep == Keep::kEnergy)
+      count_rows(team);
+    else
+      sum_rows(team);
+  }
+
+ private:
+  // Which upper halves there are: the tables have places for these only.
+  void find_range(Team team) {
+    KeyRange own = {0, 0};
+    const Range rows = team.part(all_.rows);
+    for (int64_t row = rows.begin; row < rows.end; ++row) kernels_.widen_range(row_of(all_, row), all_.outputs, &own);
+    ranges_.get()[team.id] = own;
+    team.wait();
+    if (team.id == 0) {
+      for (int thread = 1; thread < team.size; ++thread) {
+        own.least = std::min(own.least - 1, ranges_.get()[thread].least - 1) + 1;  // that of 0 is the largest number
+        own.most = std::max(own.most, ranges_.get()[thread].most);
+      }
+      first_ = std::max(own.least >> 16, 1u);
+      table_ = std::max<int64_t>((own.most >> 16) - int64_t{first_} + 2, 2);
+    }
+    team.wait();
+  }
+
+  // Counts all rows in the first table, which has so many places.
+  template <class Count>
+  void count(Team team, int64_t size, Count count) {
+    const int64_t room = std::max(2 * kMostUppers, kLowerHalves);
+    uint32_t* own = tables_.get() + team.id * room;
+    std::memset(own, 0, static_cast<size_t>(size) * sizeof(uint32_t));
+    const Range rows = team.part(all_.rows);
+    for (int64_t row = rows.begin; row < rows.end; ++row) count(row_of(all_, row), own);
+    team.wait();
+    const Range part = team.part(size, 16);
+    for (int thread = 1; thread < team.size; ++thread)
+      for (int64_t i = part.begin; i < part.end; ++i) tables_.get()[i] += tables_.get()[thread * room + i];
+    team.wait();
+  }
+
+  void read_distribution() {
+    uint32_t* counts = tables_.get();
+    for (int64_t place = 0; place < table_; ++place) counts[place] += counts[table_ + place];
+    if (all_.keep == Keep::kLargest) {
+      place_ = place_of(counts, table_, all_.count);
+      place_.half += place_.half > 0 ? first_ - 1 : 0;
+      return;
+    }
+    const int64_t end = first_ + table_ - 1;
+    Distribution of = {counts + 1, first_, std::min(end, kFinite), 0, sizeof(T) == sizeof(Bf16) ? 0.0 : 1.0};
+    for (int64_t place = 1; place < table_; ++place) of.entries += counts[place];
+    if (all_.keep == Keep::kEnergy) {
+      all_.cut = cut_for_energy(of, all_.share);
+      return;
+    }
+    uint32_t threshold = 0;
+    if (all_.keep == Keep::kNoise) {
+      threshold = threshold_for_noise(of, all_.share, all_.count);
+    } else if (all_.count < of.entries) {  // one that keeps too few on average, from where it can only fall
+      const double upper = 1 + error_of(of);
+      threshold = largest_threshold(of, [&](double sum, double, int64_t others) {
+        return limit_of_count(static_cast<double>(all_.count), sum * upper, others);
+      });
+      threshold = std::min(threshold + 0x10000u, static_cast<uint32_t>(kFinite - 1) << 16);
+    }
+    set_threshold(of_bits(threshold));
+  }
+
+  // A threshold whose inverse might overflow keeps every entry that is not zero.
+  void set_threshold(float threshold) {
+    const bool draws = threshold > kLeastThreshold;
+    all_.threshold = draws ? threshold : 0;
+    all_.cut = draws ? bits_of(threshold) : 1;
+  }
+
+  // Lowers the threshold until the probabilities add up to `count`: an entry that comes to be kept for certain leaves the
+  // others more. Every pass is with fewer entries below the threshold, or the last.
+  void lower_threshold(Team team) {
+    int64_t* sums = parts_.get();
+    int64_t kept = -1;
+    for (bool again = all_.threshold > 0; again;) {
+      const Probability of = probability(all_);
+      int64_t certain = 0, sum = 0;
+      const Range rows = team.part(all_.rows);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        certain += kernels_.count_keys(row_of(all_, row), all_.outputs, of.cut - 1).above;
+        sum += static_cast<int64_t>(kernels_.sum_probabilities(row_of(all_, row), all_.outputs, of));
+      }
+      sums[2 * team.id] = certain, sums[2 * team.id + 1] = sum;
+      team.wait();
+      certain = sum = 0;  // of all threads, added up by each of them
+      for (int thread = 0; thread < team.size; ++thread) certain += sums[2 * thread], sum += sums[2 * thread + 1];
+      const double below = static_cast<double>(sum - certain * kOne) / static_cast<double>(kOne);
+      again = certain != kept && certain < all_.count && below > 0;
+      kept = certain;
+      const double threshold = all_.threshold * below / static_cast<double>(all_.count - certain);
+      team.wait();
+      if (again && team.id == 0) set_threshold(static_cast<float>(threshold));
+      team.wait();
+    }
+  }
+
+  // How many of the largest entries each row keeps.
+  void count_rows(Team team) {
+    const Range rows = team.part(all_.rows);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const KeyCounts counts = kernels_.count_keys(row_of(all_, row), all_.outputs, all_.cut);
+      all_.starts[row + 1] = counts.above;
+      all_.states[row] = static_cast<int32_t>(counts.equal);
+    }
+    team.wait();
+    if (team.id != 0) return;
+    for (int64_t row = 0; row < all_.rows; ++row) {
+      const int64_t equal = std::min<int64_t>(all_.states[row], ties_);
+      ties_ -= equal;
+      all_.states[row] = static_cast<int32_t>(equal);
+      all_.starts[row + 1] += equal + all_.starts[row];
+    }
+  }
+
+  // How many entries of each row are drawn, and where its sampling starts.
+  void sum_rows(Team team) {
+    const Range rows = team.part(all_.rows);
+    const Probability of = probability(all_);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      all_.starts[row + 1] = static_cast<int64_t>(kernels_.sum_probabilities(row_of(all_, row), all_.outputs, of));
+      all_.states[row] = static_cast<int32_t>(uniform(all_.key, row));
+    }
+    team.wait();
+    if (team.id != 0) return;
+    if (all_.keep == Keep::kDrawn && all_.threshold > 0) share_out();
+    for (int64_t row = 0; row < all_.rows; ++row)
+      all_.starts[row + 1] = all_.starts[row] + ((all_.starts[row + 1] + all_.states[row]) >> 24);
+  }
+
+  // Chooses where the rows' sampling starts so that they draw `count` entries together. The rows' numbers are drawn by
+  // systematic sampling too, each of them the integer below or above its mean.
+  void share_out() {
+    int64_t total = 0;
+    for (int64_t row = 0; row < all_.rows; ++row) total += all_.starts[row + 1];
+    const int64_t one = kOne, excess = std::clamp(total - all_.count * one, -one, one);  // by rounding
+    const int64_t start = static_cast<int64_t>(uniform(all_.key, all_.rows)) * (one - std::abs(excess)) / one;
+    int64_t before = start + std::max<int64_t>(-excess, 0);
+    for (int64_t row = 0; row < all_.rows; ++row) {
+      const int64_t sum = all_.starts[row + 1], to = before + sum;
+      const int64_t least = sum % one;  // with a start from one - least on, one entry more is drawn
+      const bool more = (to >> 24) - (before >> 24) > sum >> 24;
+      const int64_t range = more ? least : one - least;
+      all_.states[row] = static_cast<int32_t>((more ? one - least : 0) + all_.states[row] * range / one);
+      before = to;
+    }
+  }
+
+  const TypedKernels<T>& kernels_;
+  Entries<T>& all_;
+  Scratch<uint32_t> tables_;
+  Scratch<int64_t> parts_;
+  Scratch<KeyRange> ranges_;
+  uint32_t first_ = 1;
+  int64_t table_ = 0;
+  Place place_ = {0, 0};
+  int64_t ties_ = 0;
+};
+
+template <class T>
+bool valid(const Entries<T>& of) {
+  return of.outputs >= 1 && of.outputs <= INT32_MAX - kScratchPad && of.rows <= INT32_MAX && of.threads >= 1 &&
+         fits<T>(of.rows, of.outputs, of.grad.ld) && fits<double>(of.rows, of.outputs, 0) && of.count >= 0 &&
+         of.count <= of.rows * of.outputs;
+}
+
+float as_entry(float value, const float*) { return value; }
+Bf16 as_entry(float value, const Bf16*) { return rounded_to_bf16(value); }
+
+}  // namespace
+
+template <class T>
+Status plan_entries(const Kernels& kernels, Entries<T>* entries) {
+  const TrimAtEnd trim;
+  if (!valid(*entries)) return Status::kBadSize;
+  entries->starts[0] = 0;
+  const int threads = team_size(entries->threads, entries->rows * entries->outputs, 0);
+  Planner<T> planner(typed<T>(kernels), entries, threads);
+  if (!planner) return Status::kNoMemory;
+  run_team(threads, [&](Team team) { planner.run(team); });
+  return Status::kOk;
+}
+
+template <class T>
+Status write_entries(const Kernels& kernels, const Entries<T>& all, T* values, int32_t* indices, T* left_out) {
+  const TrimAtEnd trim;
+  if (!valid(all)) return Status::kBadSize;
+  const int threads = team_size(all.threads, all.rows * all.outputs, 0);
+  const int64_t words = all.outputs + kScratchPad, block = rows_per_block(all.rows);
+  const Scratch<uint32_t> scratch(kCandidates, threads * words);
+  const Scratch<double> sums(kLeftOut, left_out != nullptr ? (all.rows / block + 1) * all.outputs : 0);
+  if (!scratch || !sums) return Status::kNoMemory;
+  const TypedKernels<T>& typed_kernels = typed<T>(kernels);
+  const bool draws = all.keep == Keep::kNoise || all.keep == Keep::kDrawn;
+  const T threshold = as_entry(all.threshold, values);
+
+  const auto write = [&](int64_t row, uint32_t* own) {
+    T* to = values + all.starts[row];
+    int32_t* at = indices + all.starts[row];
+    if (draws)
+      typed_kernels.drawn_entries(row_of(all, row), all.outputs, probability(all), threshold,
+                                  static_cast<uint32_t>(all.states[row]), to, at, own);
+    else
+      typed_kernels.largest_entries(row_of(all, row), all.outputs, all.cut, all.states[row], to, at, own);
+  };
+  // The sums of a block of rows, then of all blocks: the same for every number of threads.
+  const auto add_left_out = [&](int64_t begin, int64_t end) {
+    double* of_block = sums.get() + begin / block * all.outputs;
+    std::fill_n(of_block, all.outputs, 0.0);
+    typed_kernels.add_columns(row_of(all, begin), all.grad.ld, end - begin, all.outputs, of_block, nullptr);
+    for (int64_t i = all.starts[begin]; i < all.starts[end]; ++i) of_block[indices[i]] -= widened(values[i]);
+  };
+  run_team(threads, [&](Team team) {
+    const Range part = team.row_part(all.rows);
+    for (int64_t begin = part.begin; begin < part.end; begin += block) {
+      const int64_t end = std::min(begin + block, part.end);
+      for (int64_t row = begin; row < end; ++row)
+        if (all.starts[row] < all.starts[row + 1]) write(row, scratch.get() + team.id * words);
+      if (left_out != nullptr) add_left_out(begin, end);
+    }
+    if (left_out == nullptr) return;
+    team.wait();
+    const Range columns = team.part(all.outputs, 16);
+    for (int64_t c = columns.begin; c < columns.end; ++c) {
+      double sum = 0;
+      for (int64_t begin = 0; begin < all.rows; begin += block) sum += sums.get()[begin / block * all.outputs + c];
+      left_out[c] = rounded(sum / static_cast<double>(std::max<int64_t>(all.rows, 1)), left_out);
+    }
+  });
+  return Status::kOk;
+}
+
+#define MEPROP_INSTANTIATE(T)                                       \
+  template Status plan_entries(const Kernels&, Entries<T>*);        \
+  template Status write_entries(const Kernels&, const Entries<T>&, T*, int32_t*, T*);
+MEPROP_INSTANTIATE(float)
+MEPROP_INSTANTIATE(Bf16)
+
+}  // namespace meprop

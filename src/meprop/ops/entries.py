@@ -1,0 +1,384 @@
+"""Entries of a whole output gradient [N, O] that are kept, whatever row they are in: the largest ones, or drawn ones.
+
+A magnitude has a key, which is its bits as a float32. The upper half of the key is the magnitude in bfloat16, rounded
+towards zero. Thresholds are such magnitudes. Where only the upper half of a magnitude is looked at, it counts as the
+middle between this magnitude in bfloat16 and the next one, or as a bound that holds for all between them. All NaN have
+one key, which is above infinity's. They are kept whatever else is, as infinity is.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from meprop.ops import native
+from meprop.ops.registry import Operator, operation
+from meprop.ops.topk import largest
+from meprop.selection import ColumnSelection, Entries, RowSelection, Selection, everything
+
+_Found = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Values [E], indices [E], starts [N + 1], and what all rows share [O], or [0] if they share nothing."""
+
+_CODES = {"largest": 0, "energy": 1, "noise": 2, "drawn": 3}
+_ONE = 1 << 24  # probability 1
+_LEAST_THRESHOLD = 2.0**-100  # the inverse of a smaller one might overflow
+_INFINITY = 0x7F80  # the upper half of its key
+
+
+def _fake_entries(grad: Tensor, *_: object) -> _Found:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    rows, width = grad.shape
+    starts = grad.new_empty(rows + 1, dtype=torch.int64)
+    return grad.new_empty(entries), grad.new_empty(entries, dtype=torch.int32), starts, grad.new_empty(width)
+
+
+def _flat(grad: Tensor, entries: Entries) -> tuple[object, ...]:
+    return grad, entries.keep, entries.k, entries.share, entries.exact_sum, entries.key
+
+
+def _whole(
+    grad: Tensor, keep: str, k: int, share: float, exact_sum: bool, key: Tensor | None
+) -> tuple[Tensor, Entries]:
+    return grad, Entries(keep, k, share, exact_sum, key)  # pyright: ignore[reportArgumentType]  (it was one of them)
+
+
+def _row_selection(found: _Found, grad: Tensor, entries: Entries) -> RowSelection:
+    values, indices, starts, shared = found
+    return RowSelection(values, indices, grad.shape[1], shared if entries.exact_sum else None, starts)
+
+
+_operator = Operator(
+    "(Tensor grad, str keep, int k, float share, bool exact_sum, Tensor? key) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_entries,
+    _flat,
+    _whole,
+)
+
+
+@operation(operator=_operator, result=_row_selection)
+def choose_entries(grad: Tensor, entries: Entries, /) -> _Found:
+    """The entries of grad [N, O] that are described, in a RowSelection with starts.
+
+    With `keep` "largest" these are the k N largest magnitudes. Of equal ones the lower row is taken, then the lower
+    column.
+
+    With "energy" they are the largest ones that hold at least `share` of the sum of all squares. They are all the
+    entries that are not below a threshold.
+
+    With "noise" a threshold t is found. An entry g with |g| >= t is kept as it is. A smaller one is drawn with
+    probability |g| / t, and becomes t with the sign of g. The mean over all draws is g, and the variance is
+    |g| t - g^2. The threshold is the largest one for which the sum of the variances is at most `share` of the sum of
+    all squares, and for which k entries of a row or more are kept on average.
+
+    With "drawn" the threshold is the one for which k N entries are kept on average, and exactly so many are drawn. If
+    fewer are not zero, these are kept as they are.
+
+    Probabilities are multiples of 2^-24. Each row is sampled systematically (Madow 1949): with a random number u in
+    [0, 1), entry o is drawn if floor(u + p[0] + ... + p[o]) is above floor(u + p[0] + ... + p[o - 1]). The numbers u
+    are those of Philox 4x32-10 (Salmon et al., SC 2011) for the key and the number of the row. With "drawn" they are
+    mapped so that the numbers of entries add up.
+
+    Args:
+        grad: Output gradient [N, O].
+        entries: What is kept.
+
+    Returns:
+        A RowSelection with starts. With `exact_sum` all rows share the mean over the rows of what is left out, which
+        is grad less the entries. An implementation returns values [E], indices [E], starts [N + 1] and the shared part
+        [O], which is empty without `exact_sum`.
+    """
+    rows, width = grad.shape
+    if entries.keep == "largest":
+        places = largest(grad.abs().flatten(), entries.k * rows)
+        values = grad.flatten()[places]
+    elif entries.keep == "energy":
+        keys = _keys(grad).flatten()
+        places = (keys > _cut_for_energy(_Distribution.of(grad), entries.share)).nonzero()[:, 0]
+        values = grad.flatten()[places]
+    else:
+        places, values = _draw(grad, entries)
+    starts = torch.zeros(rows + 1, dtype=torch.int64, device=grad.device)
+    starts[1:] = torch.bincount(places // width, minlength=rows).cumsum(0)
+    shared = grad.new_empty(0)
+    if entries.exact_sum:
+        left_out = grad.double().sum(dim=0)
+        left_out.index_add_(0, places % width, values.double(), alpha=-1)
+        shared = (left_out / max(1, rows)).to(grad.dtype)
+    return values, (places % width).int(), starts, shared
+
+
+def _native_declines(grad: Tensor, _entries: Entries) -> str | None:
+    return native.declines(grad)
+
+
+@native.backend.implements(choose_entries, _native_declines)
+def _native_choose_entries(grad: Tensor, entries: Entries) -> _Found:
+    grad = native.readable(grad, grad.dtype)
+    (rows, width), dtype = grad.shape, grad.dtype
+    starts, states = torch.empty(rows + 1, dtype=torch.int64), torch.empty(rows, dtype=torch.int32)
+    key = 0 if entries.key is None else int(entries.key)
+    arguments = (
+        *(native.DTYPE_CODES[dtype], _CODES[entries.keep], rows, width, grad.data_ptr(), grad.stride(0)),
+        *(min(entries.k, width) * rows, key, starts.data_ptr(), states.data_ptr(), torch.get_num_threads()),
+    )
+    count, cut, threshold = native.extension().plan_entries(*arguments, entries.share)
+    values, indices = torch.empty(count, dtype=dtype), torch.empty(count, dtype=torch.int32)
+    shared = torch.empty(width if entries.exact_sum else 0, dtype=dtype)
+    shared_at = shared.data_ptr() if entries.exact_sum else 0
+    native.extension().write_entries(*arguments, cut, values.data_ptr(), indices.data_ptr(), shared_at, threshold)
+    return values, indices, starts, shared
+
+
+def keep_entries(grad: Tensor, entries: Entries) -> Selection:
+    """`choose_entries`, or everything if that is more than the ceiling of grad [N, O]."""
+    kept = choose_entries(grad, entries)
+    return everything(grad) if kept.density > entries.ceiling else kept
+
+
+# ---------------------------------------------------------------- drawn rows and columns
+
+
+def draw_rows(grad: Tensor, k: int, key: Tensor) -> RowSelection:
+    """k entries of each row of grad [N, O], drawn as those with "drawn" in `choose_entries`, with a threshold a row.
+
+    A row of which fewer entries are not zero keeps these.
+    """
+    rows, width = grad.shape
+    magnitudes = grad.abs().double().nan_to_num(math.inf)
+    most = magnitudes.topk(k, dim=1).values  # those of which some are kept for certain
+    certain = torch.arange(k, device=grad.device)
+    below = magnitudes.sum(dim=1, keepdim=True) - (most.cumsum(dim=1) - most)
+    threshold = below / (k - certain)  # if the largest `certain` entries are kept for certain
+    fits = (most <= threshold) | (certain == k - 1)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    threshold = threshold.gather(1, first).float()
+    share = magnitudes.float() / threshold
+    probabilities = torch.where(magnitudes.float() >= threshold, _ONE, (share * _ONE).nan_to_num(0.0).round().long())
+    probabilities[magnitudes == 0] = 0
+    excess = (probabilities.sum(dim=1) - k * _ONE).clamp(-_ONE, _ONE)  # by rounding, or as there are fewer entries
+    starts = uniform(int(key), rows, grad.device) * (_ONE - excess.abs()) // _ONE - excess.clamp(max=0)
+    reached = (starts[:, None] + probabilities.cumsum(dim=1)) >> 24
+    drawn = reached.diff(dim=1, prepend=(starts >> 24)[:, None]) > 0
+    places = drawn.flatten().nonzero()[:, 0]
+    values = grad.flatten()[places]
+    at_least = threshold.to(grad.dtype)[places // width, 0].copysign(values)
+    values = torch.where(probabilities.flatten()[places] < _ONE, at_least, values)
+    ends = torch.zeros(rows + 1, dtype=torch.int64, device=grad.device)
+    ends[1:] = drawn.sum(dim=1).cumsum(0)
+    return RowSelection(values, (places % width).int(), width, starts=ends)
+
+
+def draw_columns(grad: Tensor, k: int, key: Tensor) -> ColumnSelection:
+    """k columns of grad [N, O], drawn by their norms, and divided by the probabilities."""
+    norms = torch.linalg.vector_norm(grad.double(), dim=0)
+    kept = draw_rows(norms[None], k, key)
+    indices = kept.indices.long()
+    factors = (kept.values / norms[indices]).nan_to_num(1.0)
+    values = (grad[:, indices].double() * factors).to(grad.dtype)
+    return ColumnSelection(values, kept.indices, grad.shape[1])
+
+
+# ---------------------------------------------------------------- keys and thresholds, literally
+
+
+def _keys(grad: Tensor) -> Tensor:
+    """The keys of the magnitudes, int64."""
+    bits = grad.abs().float().view(torch.int32).long()
+    return bits.clamp(max=(_INFINITY << 16) + 1)
+
+
+def _of_bits(bits: int) -> float:
+    return struct.unpack("f", struct.pack("I", bits))[0]
+
+
+def _bits_of(value: float) -> int:
+    return struct.unpack("I", struct.pack("f", value))[0]
+
+
+def _edge(upper: int) -> float:
+    """The least magnitude of an upper half. That of infinity stands for 2^128, the end of the last finite one."""
+    return _of_bits(upper << 16) if upper < _INFINITY else 2.0**128
+
+
+def _threshold_below(value: float) -> float:
+    """The largest threshold that is not above a positive value."""
+    if value >= _edge(_INFINITY - 1):
+        return _edge(_INFINITY - 1)
+    nearest = _bits_of(value)
+    return _of_bits((nearest - (_of_bits(nearest) > value)) & 0xFFFF0000)
+
+
+class _Distribution(NamedTuple):
+    """How many entries have which upper half. Only finite entries that are not zero have one here."""
+
+    uppers: list[int]
+    counts: list[int]
+    entries: int
+    """The number of entries that are not zero, with those that are not finite."""
+    width: float
+    """The magnitudes of an upper half are between its edge and this part of the way to the next one."""
+
+    @classmethod
+    def of(cls, grad: Tensor) -> _Distribution:
+        counts = torch.bincount((_keys(grad) >> 16).flatten(), minlength=_INFINITY + 1)
+        uppers = counts[1:_INFINITY].nonzero()[:, 0] + 1
+        width = 0.0 if grad.dtype == torch.bfloat16 else 1.0
+        return cls(uppers.tolist(), counts[uppers].tolist(), int(counts[1:].sum()), width)
+
+    @property
+    def error(self) -> float:
+        """The middle of an upper half is at most this part of a magnitude away from it."""
+        return self.width / 256
+
+    def bound(self, upper: int) -> float:
+        return _edge(upper) + self.width * (_edge(upper + 1) - _edge(upper))
+
+    def middle(self, upper: int) -> float:
+        return _edge(upper) + self.width / 2 * (_edge(upper + 1) - _edge(upper))
+
+
+def _largest_threshold(of: _Distribution, limit: Callable[[float, float, int], float]) -> float:
+    """The largest threshold that is not above limit(sum, squares, others).
+
+    These are the sum of the magnitudes below the threshold, the sum of their squares, and the number of all other
+    entries. The limit falls as the threshold rises.
+    """
+    total = squares = last = 0.0
+    most, others = math.inf, of.entries
+    for upper, count in zip(of.uppers, of.counts, strict=True):
+        if total > 0:
+            most = limit(total, squares, others)
+        if most < _edge(upper):
+            break
+        magnitude = of.middle(upper)
+        total += count * magnitude
+        squares += count * magnitude * magnitude
+        others -= count
+        last = _edge(upper)
+    if total == 0:
+        return 0.0
+    if most >= last:
+        most = limit(total, squares, others)
+    return _threshold_below(max(most, last))
+
+
+def _limit_of_count(count: int, total: float, others: int) -> float:
+    """The threshold that keeps `count` entries on average."""
+    return total / (count - others) if count > others else math.inf
+
+
+def _threshold_for_noise(of: _Distribution, noise: float, count: int) -> float:
+    squares = 0.0
+    for upper, entries in zip(of.uppers, of.counts, strict=True):
+        squares += entries * of.middle(upper) * of.middle(upper)
+    budget = noise * squares * (1 - 2 * of.error)
+
+    def limit(total: float, below: float, others: int) -> float:
+        return min((budget + below) / (total * (1 + of.error)), _limit_of_count(count, total, others))
+
+    return _largest_threshold(of, limit)
+
+
+def _threshold_for_count(grad: Tensor, of: _Distribution, count: int) -> float:
+    """The threshold for which the probabilities add up to `count`. 0 if no more entries are not zero."""
+    if count >= of.entries:
+        return 0.0
+    upper = 1 + of.error
+    least = _largest_threshold(of, lambda total, _, others: _limit_of_count(count, total * upper, others))
+    threshold, kept = _of_bits(min(_bits_of(least) + 0x10000, (_INFINITY - 1) << 16)), -1
+    while threshold > _LEAST_THRESHOLD:  # an entry that comes to be kept for certain leaves the others more
+        keys = _keys(grad)
+        certain = int((keys >= _bits_of(threshold)).sum())
+        below = (int(_probabilities(keys, threshold).sum()) - certain * _ONE) / _ONE
+        if certain == kept or certain >= count or below <= 0:
+            break
+        kept, threshold = certain, _of_bits(_bits_of(threshold * below / (count - certain)))
+    return threshold
+
+
+def _cut_for_energy(of: _Distribution, share: float) -> int:
+    """The largest key that is left out."""
+    kept = left_out = 0.0
+    for upper, count in zip(of.uppers, of.counts, strict=True):
+        left_out += count * of.bound(upper) * of.bound(upper)
+    for upper, count in zip(reversed(of.uppers), reversed(of.counts), strict=True):
+        kept += count * _edge(upper) * _edge(upper)
+        left_out -= count * of.bound(upper) * of.bound(upper)
+        if kept >= share * (kept + max(left_out, 0.0)):
+            return (upper << 16) - 1
+    return 0
+
+
+# ---------------------------------------------------------------- drawing, literally
+
+
+def _probabilities(keys: Tensor, threshold: float) -> Tensor:
+    """The probabilities of entries with these keys, in units of 2^-24."""
+    scale = torch.tensor(float(_ONE), dtype=torch.float32, device=keys.device) / threshold
+    share = (keys.int().view(torch.float32) * scale).nan_to_num(0.0, 0.0).round().long()
+    return torch.where(keys >= _bits_of(threshold), _ONE, share)
+
+
+def _draw(grad: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+    """The places of the drawn entries in the flattened gradient, ascending, and their values."""
+    assert entries.key is not None
+    rows, width = grad.shape
+    of, count = _Distribution.of(grad), min(entries.k, width) * rows
+    keys = _keys(grad)
+    if entries.keep == "noise":
+        threshold = _threshold_for_noise(of, entries.share, count)
+    else:
+        threshold = _threshold_for_count(grad, of, count)
+    if threshold <= _LEAST_THRESHOLD:
+        places = (keys > 0).flatten().nonzero()[:, 0]
+        return places, grad.flatten()[places]
+    probabilities = _probabilities(keys, threshold)
+    starts = uniform(int(entries.key), rows + 1, grad.device)
+    starts = starts[:rows] if entries.keep == "noise" else _shared_out(probabilities.sum(dim=1), starts, count)
+    reached = (starts[:, None] + probabilities.cumsum(dim=1)) >> 24
+    drawn = reached.diff(dim=1, prepend=torch.zeros_like(reached[:, :1])) > 0
+    places = drawn.flatten().nonzero()[:, 0]
+    values = grad.flatten()[places]
+    below = keys.flatten()[places] < _bits_of(threshold)
+    return places, torch.where(below, torch.full_like(values, threshold).copysign(values), values)
+
+
+def _shared_out(sums: Tensor, uniform_numbers: Tensor, count: int) -> Tensor:
+    """Where the sampling of each row starts, so that the rows draw `count` entries together.
+
+    The rows' numbers of entries are drawn by systematic sampling too. Each is the integer below or above its mean.
+    """
+    own, of_all = uniform_numbers[:-1], int(uniform_numbers[-1])
+    excess = min(max(int(sums.sum()) - count * _ONE, -_ONE), _ONE)  # by rounding
+    ends = of_all * (_ONE - abs(excess)) // _ONE + max(-excess, 0) + sums.cumsum(0)
+    more = (ends >> 24) - ((ends - sums) >> 24) > sums >> 24
+    least = sums % _ONE  # from _ONE - least on, a row draws one entry more
+    return torch.where(more, _ONE - least + own * least // _ONE, own * (_ONE - least) // _ONE)
+
+
+def uniform(key: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The random numbers below 2^24 of Philox 4x32-10 for a key and the numbers from 0 to count - 1, int64 [count].
+
+    Number n is the upper 24 bits of word n % 4 of counter n // 4.
+    """
+    counters = torch.arange((count + 3) // 4, device=device)
+    words = [counters & 0xFFFFFFFF, counters >> 32, torch.zeros_like(counters), torch.zeros_like(counters)]
+    keys = [key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        (high_a, low_a), (high_b, low_b) = _product(0xD2511F53, words[0]), _product(0xCD9E8D57, words[2])
+        words = [high_b ^ words[1] ^ keys[0], low_b, high_a ^ words[3] ^ keys[1], low_a]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return (torch.stack(words, dim=1).flatten() >> 8)[:count]
+
+
+def _product(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of the products of 32-bit words."""
+    low, high = factor * (words & 0xFFFF), factor * (words >> 16)  # each below 2^48
+    low_word = (low + ((high & 0xFFFF) << 16)) & 0xFFFFFFFF
+    carry = (low + ((high & 0xFFFF) << 16)) >> 32
+    return (high >> 16) + carry, low_word

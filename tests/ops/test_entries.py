@@ -1,0 +1,174 @@
+"""Entries of a whole gradient: literally against native, and what they promise."""
+
+import itertools
+
+import pytest
+import torch
+from tests.cases import GRADIENTS, LAYOUTS, NATIVE_DTYPES, SELECTIONS, gradient
+
+from meprop import ops
+from meprop.ops import native
+from meprop.ops.entries import uniform
+from meprop.ops.registry import backend
+from meprop.selection import Entries
+
+needs_native = pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+
+KEY = torch.tensor(0x1234_5678_9ABC_DEF)
+
+
+def described(k: int) -> dict[str, Entries]:
+    return {
+        "largest": Entries("largest", k),
+        "energy": Entries("energy", share=0.9),
+        "noise": Entries("noise", share=0.25, key=KEY),
+        "much noise": Entries("noise", share=3.0, key=KEY),
+        "noise and a floor": Entries("noise", k, share=3.0, key=KEY),
+        "drawn": Entries("drawn", k, key=KEY),
+    }
+
+
+KINDS = list(described(1))
+
+
+def same(found, expected) -> None:
+    assert found.starts.tolist() == expected.starts.tolist()
+    assert found.indices.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0, equal_nan=True)
+    assert (found.shared is None) == (expected.shared is None)
+    if found.shared is not None:
+        torch.testing.assert_close(found.shared, expected.shared, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@needs_native
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_native_equals_the_reference(dtype, kind, level):
+    before = native.level()
+    native.use_level(level)
+    try:
+        for (rows, width, k), content in itertools.product(SELECTIONS, GRADIENTS):
+            grad = gradient(content, rows, width, dtype)
+            entries = described(k)[kind]._replace(exact_sum=content in ("normal", "ties"))
+            same(ops.choose_entries(grad, entries), ops.choose_entries.literally(grad, entries))
+    finally:
+        native.use_level(before)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_reads_every_layout(kind, layout):
+    grad = gradient("normal", 9, 257, torch.float32)
+    grad = grad[:1].expand(9, 257) if layout == "rows on top of one another" else grad
+    entries = described(20)[kind]._replace(exact_sum=True)
+    same(ops.choose_entries(LAYOUTS[layout](grad), entries), ops.choose_entries.literally(grad, entries))
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_threads_changes_no_bit(kind):
+    grad = gradient("rows of all scales", 300, 257, torch.float32)
+    entries, before, found = described(20)[kind]._replace(exact_sum=True), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(ops.choose_entries(grad, entries))
+    finally:
+        torch.set_num_threads(before)
+    for each in found[1:]:
+        same(each, found[0])
+        assert torch.equal(each.shared, found[0].shared)
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_largest_are_those_of_a_stable_sort(name):
+    run = backend(name)
+    if run.missing is not None:
+        pytest.skip(run.missing)
+    grad = gradient("ties", 40, 63, torch.float32)
+    values, indices, starts, _ = run.choose_entries(grad, Entries("largest", 5))
+    order = sorted(range(grad.numel()), key=lambda place: (-abs(grad.flatten()[place].item()), place))[: 5 * 40]
+    rows = torch.arange(40).repeat_interleave(starts.diff())
+    assert (rows * 63 + indices).tolist() == sorted(order)
+    assert torch.equal(values, grad[rows, indices.long()])
+
+
+@pytest.mark.parametrize("content", ["normal", "rows of all scales", "mostly zero", "constant"])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("noise", [0.05, 0.25, 1.0, 8.0])
+def test_the_variance_is_within_the_budget_and_uses_it(noise, dtype, content):
+    grad = gradient(content, 64, 257, dtype)
+    kept = ops.choose_entries(grad, Entries("noise", share=noise, key=KEY))
+    magnitudes = grad.abs().double()
+    drawn = kept.values.double().abs()
+    # The threshold is what is written for entries below it, and no entry that is kept as it is lies below.
+    changed = drawn != magnitudes[kept.row_numbers(), kept.indices.long()]
+    threshold = drawn[changed].max() if changed.any() else drawn.min()
+    below = magnitudes < threshold
+    variance = (magnitudes * threshold - magnitudes.square())[below].sum() / magnitudes.square().sum()
+    assert variance <= noise * (1 + 1e-6)
+    largest = magnitudes.max()
+    if content != "constant" and threshold < largest:
+        assert variance >= 0.93 * noise
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_energy_is_held_by_hardly_more_entries_than_necessary(share):
+    grad = gradient("rows of all scales", 64, 257, torch.float32)
+    kept = ops.choose_entries(grad, Entries("energy", share=share))
+    squares = grad.double().square()
+    assert kept.values.double().square().sum() >= share * squares.sum()
+    held = squares.flatten().sort(descending=True).values.cumsum(0)
+    enough = int((held < (share + 0.02 * (1 - share)) * squares.sum()).sum()) + 1
+    assert len(kept.indices) <= 1.02 * enough + 1
+
+
+@pytest.mark.parametrize("kind", ["noise", "much noise", "drawn"])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_draws_have_the_gradient_as_their_mean(dtype, kind):
+    grad = gradient("rows of all scales", 12, 40, dtype)
+    draws = 10_000
+    total = torch.zeros(grad.shape, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for key in range(draws):
+        entries = described(4)[kind]._replace(key=torch.tensor(key * 0x9E37_79B9 + 7))
+        dense = ops.choose_entries(grad, entries).to_dense().double()
+        total += dense
+        squares += dense.square()
+    variance = squares / draws - (total / draws).square()
+    off = (total / draws - grad.double()) / (variance / draws).sqrt()
+    often = (variance > 0) & ((total.abs() / grad.double().abs().amax()) > 30)  # drawn often enough for a normal law
+    assert often.sum() > 20
+    assert off[often].abs().max() < 4.5
+    assert 0.8 < off[often].std() < 1.2
+    kept = variance == 0
+    never = kept & (total == 0)
+    torch.testing.assert_close((total / draws)[kept & ~never], grad.double()[kept & ~never])
+
+
+def test_drawn_are_exactly_so_many_or_all_that_are_not_zero():
+    for seed, (rows, width, k) in enumerate(SELECTIONS):
+        for content in ("normal", "ties", "mostly zero", "rows of all scales", "zeros"):
+            grad = gradient(content, rows, width, torch.float32, seed)
+            kept = ops.choose_entries(grad, Entries("drawn", k, key=torch.tensor(seed)))
+            assert len(kept.indices) == min(k * rows, int(grad.count_nonzero()))
+
+
+def test_random_numbers_are_philox():
+    # The vectors of the authors' test (Random123, kat_vectors: philox4x32 10), whose upper 24 bits are used.
+    assert uniform(0, 4).tolist() == [word >> 8 for word in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)]
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30])
+def test_the_scale_of_a_gradient_does_not_matter(scale):
+    grad = gradient("normal", 30, 40, torch.float32)
+    entries = Entries("noise", share=1.0, key=KEY)
+    places = [ops.choose_entries(each, entries).indices.tolist() for each in (grad, grad * 2.0**-60)]
+    assert places[0] == places[1]
+    kept = ops.choose_entries(grad * scale, entries)
+    if scale < 1e-35:
+        assert len(kept.indices) == grad.numel()  # no threshold: everything is kept as it is
+    else:
+        assert 0.2 < kept.density < 0.5
