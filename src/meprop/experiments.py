@@ -37,7 +37,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, TypedDict, get_args, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -266,7 +266,8 @@ def _checked(
         parts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(part, int) and abs(part) >= 2**63 for part in parts):
             raise ValueError(f"{where}{key} is beyond 64 bits; TOML has no such integers")
-        ok = allowed[key] is bool or not any(isinstance(part, bool) for part in parts)  # to Python a bool is an int
+        takes_bools = allowed[key] is bool or bool in get_args(allowed[key])
+        ok = takes_bools or not any(isinstance(part, bool) for part in parts)  # to Python a bool is an int
         try:
             check_type(value, allowed[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:

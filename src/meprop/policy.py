@@ -197,8 +197,8 @@ class Policy:
         return self.record.decision.sparse
 
     def note(self, selection: Selection) -> None:
-        """Notes the density of a backward pass."""
-        if self.record is not None:
+        """Notes the density of a backward pass, unless torch.compile traces it."""
+        if self.record is not None and not torch.compiler.is_compiling():
             entries = selection.rows * selection.width
             self.record.passes += 1
             self.record.dense_passes += is_everything(selection)

@@ -195,7 +195,7 @@ class KeepK(Rule):
     def _entries(self, grad_NO: Tensor, k: int) -> RowSelection: ...
 
 
-def checked_k(k: int | float) -> int | float:
+def checked_k(k: int | float | None) -> int | float:
     """k as an int or a float, if it is a count of at least 1 or a share above 0 and at most 1.
 
     Raises:

@@ -39,11 +39,7 @@ class CompensatedTopK(TopK):
     marker: ClassVar[str] = "D"
 
     exact_sum: bool = field(default=True, init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scope == "batch" or self.energy is not None:
-            raise ValueError(f"{self} is for scope 'example' or 'global', with a k; with columns use TopK")
+    energy: None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         return f"CompensatedTopK(k={self.k!r}, scope={self.scope!r})"

@@ -57,8 +57,6 @@ class TopK(KeepK):
 
     def __post_init__(self) -> None:
         if self.energy is None:
-            if self.k is None:
-                raise ValueError("neither k nor energy is given; TopK(0.04) and TopK(energy=0.99) are rules")
             object.__setattr__(self, "scope", self.scope or "example")
             return super().__post_init__()
         if self.k is not None:

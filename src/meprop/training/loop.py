@@ -108,7 +108,7 @@ class Trainer:
 
     @property
     def k(self) -> int | float | None:
-        """The rule's, or, where it has none, the one that it was made with. None if dense, or if the gradient decides."""
+        """The rule's, or, where it has none, the one that it was made with. None if dense or left to the gradient."""
         return None if self.rule is None else getattr(self.rule, "k", self.config.k)
 
     @property
