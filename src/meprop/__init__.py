@@ -11,7 +11,7 @@ from meprop import errors, functional, nn, optim
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
-from meprop.rules import CompensatedTopK, InBlocks, RandomK, Rule, Sampled, TopK
+from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK
 from meprop.selection import ColumnSelection, RowSelection
 
 if _distributed.is_available():
@@ -31,6 +31,7 @@ __all__ = [
     "MepropError",
     "NoEffectWarning",
     "NotSupportedError",
+    "PerProduct",
     "RandomK",
     "RowSelection",
     "Rule",

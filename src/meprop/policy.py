@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meprop import speed
 from meprop.errors import NotSupportedError
-from meprop.rules import InBlocks, Rule
+from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, Selection, is_everything
 
 __all__ = ["Activity", "Policy", "Record", "When"]
@@ -159,7 +159,7 @@ class Policy:
 
     def in_blocks(self, blocks: int) -> Policy:
         """The same policy for a product whose output features are several equal blocks. Both share one record."""
-        return self if blocks == 1 else replace(self, rule=InBlocks(self.rule, blocks))
+        return self if blocks == 1 else replace(self, rule=in_blocks(self.rule, blocks))
 
     # ---- the gate
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.policy import Policy
-from meprop.selection import ColumnSelection, PlainTopK, is_everything
+from meprop.policy import Activity, Policy
+from meprop.rules import Rule
+from meprop.selection import ColumnSelection, PlainTopK, everything, is_everything
 
 
 def is_autocast(tensor: Tensor) -> bool:
@@ -80,7 +81,31 @@ def sparse_backward(
         policy: The policy, with the rule and with the activity to count into, if there is one.
         positions: The number of adjacent rows that are one example. An example counts once.
     """
-    rule, activity = policy.rule, policy.activity
+    of_input, of_weight = policy.rule.products()
+    if of_input is of_weight:
+        return _backward_by(of_input, grad_NO, weight, x_NI, needs_bias, policy, policy.activity, positions)
+    grad_x, *_ = _backward_by(of_input, grad_NO, weight, None, False, policy, None, positions)
+    _, grad_weight, grad_bias = _backward_by(
+        of_weight, grad_NO, None, x_NI, needs_bias, policy, policy.activity, positions
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+def _backward_by(
+    rule: Rule | None,
+    grad_NO: Tensor,
+    weight: Tensor | None,
+    x_NI: Tensor | None,
+    needs_bias: bool,
+    policy: Policy,
+    activity: Activity | None,
+    positions: int,
+) -> ops.Gradients:
+    """The backward pass with what this rule keeps. None keeps everything."""
+    if rule is None or (weight is None and x_NI is None):
+        if activity is not None:
+            activity.count(everything(grad_NO), positions)
+        return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
     width, hits = grad_NO.shape[1], None
     if torch.compiler.is_compiling() and (entries := rule.as_entries(width, grad_NO.device)) is not None:
         return ops.entries_backward(entries, grad_NO, weight, x_NI, needs_bias)
@@ -98,4 +123,4 @@ def sparse_backward(
     elif activity is not None:
         hits = activity.hits
         activity.examples += len(grad_NO)
-    return ops.linear_backward(choice, grad_NO, weight, x_NI, needs_bias, policy.sparse_grad, hits)
+    return ops.linear_backward(choice, grad_NO, weight, x_NI, needs_bias, policy.sparse_grad and x_NI is not None, hits)

@@ -295,6 +295,8 @@ def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
             f"groups={groups}: a group's inputs get their gradient from its own outputs alone, so that groups without "
             "a kept channel would pass nothing back"
         )
+    if rule.differs and not pointwise:
+        return f"{rule} differs for the two products, which goes for pointwise convolutions only"
     if rule.scope not in (None, "batch") and not pointwise:
         return (
             f"{rule} keeps entries of their own at each position, for which the input's windows would have to be laid "

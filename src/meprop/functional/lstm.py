@@ -170,8 +170,10 @@ def lstm_policy(policy: Policy) -> Policy:
     """The policy itself, after a check that an LSTM can have it.
 
     Raises:
-        NotSupportedError: Several processes choose together by the rule.
+        NotSupportedError: Several processes choose together by the rule, or it has a rule for each product.
     """
+    if policy.rule.differs:
+        raise NotSupportedError(f"{policy.rule} of an LSTM, whose gates serve several products; use one rule for all")
     if policy.rule.communicates:
         raise NotSupportedError(
             f"{policy.rule} of an LSTM would have to wait for other processes at each time step; use meprop.TopK for it"

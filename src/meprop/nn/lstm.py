@@ -219,6 +219,8 @@ class LstmDescriptor(Descriptor[torch.nn.LSTM]):
             return f"it has projections (proj_size={layer.proj_size})"
         if policy.sparse_grad:
             return "sparse_grad: an LSTM chooses anew at each time step"
+        if policy.rule.differs:
+            return "its gates serve several products, for which the rule differs"
         if policy.rule.communicates:
             return "the rule would have to wait for other processes at each time step"
         return None

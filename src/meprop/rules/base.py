@@ -96,6 +96,16 @@ class Rule(ABC):
         count = self.count(features)
         return count is not None and count >= features
 
+    def products(self) -> tuple[Rule | None, Rule | None]:
+        """The rules for the gradients of input and weight: this one, unless it is a `meprop.PerProduct`."""
+        return self, self
+
+    @property
+    def differs(self) -> bool:
+        """Whether the rules of `products` differ."""
+        of_input, of_weight = self.products()
+        return of_input is not of_weight
+
     def as_entries(self, features: int, device: torch.device) -> Entries | None:
         """The entries of a whole gradient that equal `select`, which `torch.compile` then keeps in one call.
 

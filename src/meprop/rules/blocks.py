@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from meprop.rules.base import Rule
+from meprop.rules.products import PerProduct
 from meprop.selection import PlainTopK, Scope, Selection, side_by_side
+
+
+def in_blocks(rule: Rule, blocks: int) -> Rule:
+    """The rule within each of several equal blocks of the output features."""
+    if not rule.differs:
+        return InBlocks(rule, blocks)
+    of_input, of_weight = (None if each is None else InBlocks(each, blocks) for each in rule.products())
+    return PerProduct(input=of_input, weight=of_weight)
 
 
 @dataclass(frozen=True)
