@@ -268,6 +268,43 @@ class ColumnsPass {
   Scratch<Scored> scores_;
 };
 
+// The rows that have entries, if others have none and copying the former is worth it. Then the input's other rows need
+// not be copied.
+class ActiveRows {
+ public:
+  template <class T>
+  explicit ActiveRows(const LinearBackward<T>& call)
+      : numbers_(kActiveRows, wanted(call) ? call.rows : 0), places_(kActivePlaces, wanted(call) ? call.rows : 0) {
+    rows_ = call.rows;
+    if (!wanted(call) || !*this) return;
+    int64_t count = 0;
+    for (int64_t row = 0; row < call.rows; ++row) {
+      numbers_.get()[count] = static_cast<int32_t>(row);
+      places_.get()[row] = static_cast<int32_t>(count);
+      count += call.starts[row + 1] > call.starts[row];
+    }
+    if (count > call.rows / 8 * 7 || call.entries < kUsesWorthPacking * count) return;
+    some_ = true;
+    rows_ = count;
+  }
+
+  explicit operator bool() const { return numbers_ && places_; }
+
+  int64_t rows() const { return rows_; }
+  const int32_t* numbers() const { return some_ ? numbers_.get() : nullptr; }
+  const int32_t* places() const { return some_ ? places_.get() : nullptr; }
+
+ private:
+  template <class T>
+  static bool wanted(const LinearBackward<T>& call) {
+    return call.starts != nullptr && call.grad_weight != nullptr;
+  }
+
+  Scratch<int32_t> numbers_, places_;
+  int64_t rows_;
+  bool some_ = false;
+};
+
 template <class T>
 Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads) {
   const bool needs_input = call.grad_input != nullptr, needs_weight = call.grad_weight != nullptr;
@@ -275,7 +312,10 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
   const int64_t selected = call.selected();
   const Packing<T> weight(kernels, {call.weight, nullptr, call.outputs, call.inputs},
                           selected >= kUsesWorthPacking * call.outputs);
-  const Packing<T> x(kernels, {call.x, nullptr, call.rows, call.inputs}, selected >= kUsesWorthPacking * call.rows);
+  const ActiveRows active(call);
+  if (!active) return Status::kNoMemory;
+  const Packing<T> x(kernels, {call.x, active.numbers(), active.rows(), call.inputs},
+                     selected >= kUsesWorthPacking * active.rows());
   const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
   const Scratch<T> packed(kPacked, threads * packed_size);
   RowsPass<T> pass(kernels, call.grad, call.rows, call.outputs, needs_bias, threads);
@@ -304,7 +344,7 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
                       });
     if (!needs_weight) return;
     team.wait();
-    transposed.fill(team, selection);
+    transposed.fill(team, selection, active.places());
     team.wait();
     x.multiply(team, own, call.outputs, kernels.gather_width,
                [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {

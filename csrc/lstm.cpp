@@ -441,7 +441,7 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
     team.wait();
     if (team.id == 0) transposed.allot(team);
     team.wait();
-    transposed.fill(team, selection);
+    transposed.fill(team, selection, nullptr);
     team.wait();
     if (call.grad_weight_ih != nullptr)
       x.multiply(team, own, outputs, step_width, gather(by_output, call.grad_weight_ih, call.inputs));

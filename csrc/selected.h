@@ -106,7 +106,8 @@ class Transposed {
   }
 
   // The third step. Every thread calls it after the places are allotted. The terms are complete after it and a wait.
-  void fill(Team team, const ByRow<T>& from) {
+  // `row_places` has the place of each row in the source, or is null if that is the row itself.
+  void fill(Team team, const ByRow<T>& from, const int32_t* row_places) {
     int64_t* places = places_.get() + team.id * outputs_;
     const Range rows = team.row_part(from.rows);
     const int32_t* outputs = from.terms.rows;
@@ -114,12 +115,14 @@ class Transposed {
     int32_t* source_rows = source_rows_.get();
     T* values = values_.get();
     int64_t i = from.first(rows.begin);
-    for (int64_t row = rows.begin; row < rows.end; ++row)
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int32_t place = row_places != nullptr ? row_places[row] : static_cast<int32_t>(row);
       for (const int64_t end = from.first(row + 1); i < end; ++i) {
         const int64_t to = places[outputs[i]]++;
-        source_rows[to] = static_cast<int32_t>(row);
+        source_rows[to] = place;
         values[to] = coefficients[i];
       }
+    }
   }
 
   Terms<T> terms() const { return {starts_.get(), 0, source_rows_.get(), values_.get()}; }

@@ -47,6 +47,8 @@ enum Use {
   kWeightBase,
   kFactors,
   kKeyCounts,
+  kActiveRows,
+  kActivePlaces,
   kKeyRanges,
   kLeftOut,
   kUses

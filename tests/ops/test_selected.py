@@ -362,3 +362,23 @@ def test_the_reference_refuses_indices_that_do_not_ascend_within_the_features(in
     columns = ColumnSelection(torch.ones(2, 2), torch.tensor(indices).int(), 8)
     with pytest.raises(IndexError, match="must ascend"):
         reference.linear_backward(columns, torch.ones(2, 8), torch.ones(8, 4), None, needs_bias=False, row_sparse=False)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("inputs", [1, 33, 700])
+@pytest.mark.parametrize("empty", ["some", "most", "all"])
+def test_rows_without_entries_add_nothing(level, dtype, inputs, empty):
+    torch.manual_seed(0)
+    rows, outputs, each = 120, 50, 10
+    has_entries = torch.rand(rows) < {"some": 0.6, "most": 0.1, "all": 0.0}[empty]
+    starts = torch.zeros(rows + 1, dtype=torch.int64)
+    starts[1:] = (has_entries * each).cumsum(0)
+    indices = torch.rand(int(has_entries.sum()), outputs).topk(each).indices.sort(dim=1).values.flatten()
+    selection = RowSelection(torch.randn(int(starts[-1])).to(dtype), indices.int(), outputs, starts=starts)
+    weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(rows, inputs).to(dtype)
+    x[~has_entries] = float("nan")
+    of_input, of_weight, _ = ops.linear_backward(selection, torch.empty(0), weight, x, False, False)
+    kept = selection.to_dense().double()
+    tolerance = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(of_input.double(), kept @ weight.double(), **tolerance)
+    torch.testing.assert_close(of_weight.double(), kept.t() @ x.double().nan_to_num(0.0), **tolerance)
