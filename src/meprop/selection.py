@@ -21,6 +21,7 @@ __all__ = [
     "Selection",
     "everything",
     "is_everything",
+    "one_after_another",
     "side_by_side",
 ]
 
@@ -213,6 +214,18 @@ def side_by_side(parts: Sequence[Selection]) -> Selection:
     starts = torch.zeros(parts[0].rows + 1, dtype=torch.int64, device=rows.device)
     starts[1:] = rows.bincount(minlength=parts[0].rows).cumsum(0)
     return RowSelection(values, torch.cat([each.flatten() for each in indices])[order], firsts[-1], shared, starts)
+
+
+def one_after_another(parts: Sequence[RowSelection]) -> RowSelection:
+    """One selection of the rows of all parts, without what their rows share. There is a part, and all are as wide."""
+    values = torch.cat([part.values.flatten() for part in parts])
+    indices = torch.cat([part.indices.flatten() for part in parts])
+    counts = [
+        torch.full((part.rows,), part.indices.shape[1]) if part.starts is None else part.starts.diff() for part in parts
+    ]
+    starts = torch.zeros(sum(part.rows for part in parts) + 1, dtype=torch.int64, device=indices.device)
+    torch.cumsum(torch.cat(counts), 0, out=starts[1:])
+    return RowSelection(values, indices, parts[0].width, starts=starts)
 
 
 def _shared_or_zeros(part: Selection) -> Tensor:

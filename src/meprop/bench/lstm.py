@@ -143,7 +143,16 @@ def _differs(
     of_output = (grad.double().flatten(0, 1), None, None)
     needs = (True, True, True, True, False, False)
     expected = reference.lstm_backward(
-        trace[:3], rows, weight_ih, weight_hh, sizes, False, of_output, None, case.rule.select, needs
+        trace[:3],
+        rows,
+        weight_ih,
+        weight_hh,
+        sizes,
+        False,
+        of_output,
+        None,
+        meprop.InBlocks(case.rule, 4).select,
+        needs,
     )
     names = ("input", "weight_ih", "weight_hh", "bias")
     for name, actual, exact in zip(names, gradients, expected, strict=False):

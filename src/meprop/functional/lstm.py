@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.functional.common import as_matrix, cast, is_autocast
 from meprop.policy import Activity, Policy, refuse_second_derivatives
-from meprop.rules import Rule
+from meprop.rules import Rule, in_blocks
+from meprop.selection import Selection
 
 
 def lstm(
@@ -31,7 +33,8 @@ def lstm(
 
     Each gate has a gradient before its activation. At each time step `rule` chooses among the H entries of each gate's
     gradient. With scope "example" it chooses for each sequence. With scope "batch" it chooses for all sequences of the
-    time step. Let S be the kept parts [n, 4H] of the four gates. Then the earlier output's gradient is S W_hh,
+    time step. With scope "global" it chooses among all sequences of the time step. `meprop.Sampled` draws from the four
+    gates together. Let S be the kept parts [n, 4H] of the four gates. Then the earlier output's gradient is S W_hh,
     dx = S W_ih, dW_ih = S^T x and dW_hh = S^T h (meProp, section 3). The choice within each gate is ours, because the
     paper does not mention gates.
 
@@ -150,7 +153,7 @@ class _Lstm(torch.autograd.Function):
             call.reverse,
             (grad_output, grad_h, grad_c),
             call.rule.as_topk(weight_hh.shape[1]),
-            call.rule.select,
+            partial(select_gates, call.rule),
             needs,
             None if call.activity is None else call.activity.hits,
         )
@@ -164,6 +167,18 @@ class _Lstm(torch.autograd.Function):
         if all(needs_biases) and grad_bias is not None:
             grad_biases[1] = grad_bias.clone()
         return grad_x, grad_h0, grad_c0, grad_ih, grad_hh, *grad_biases, None, None
+
+
+def select_gates(rule: Rule, gates_NO: Tensor) -> Selection:
+    """What the rule keeps of each gate of a time step [n, 4H], or draws of all of them together.
+
+    Draws have no bias, so that no gate gets less than its due. The largest entries of all gates would be of one gate.
+    """
+    units = gates_NO.shape[1] // 4
+    entries = rule.as_entries(units, gates_NO.device)
+    if entries is None or entries.key is None:
+        return in_blocks(rule, 4).select(gates_NO)
+    return ops.keep_entries(gates_NO, entries._replace(k=4 * entries.k))
 
 
 def lstm_policy(policy: Policy) -> Policy:

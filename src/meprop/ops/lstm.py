@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from meprop.ops import native
-from meprop.ops.products import count_hits
+from meprop.ops.linear import linear_backward
 from meprop.ops.registry import operation
-from meprop.selection import PlainTopK, Selection
+from meprop.selection import PlainTopK, RowSelection, Selection, one_after_another
 
 Trace = tuple[Tensor, Tensor, Tensor]
 """What a backward pass needs from its forward pass: outputs, cell states and gates."""
@@ -172,7 +172,7 @@ def lstm_backward(
     hits: Tensor | None = None,
     /,
 ) -> tuple[Tensor | None, ...]:
-    """Back-propagation through time, with a selection of each gate's gradient at each time step.
+    """Back-propagation through time, with a selection of the gates' gradients at each time step.
 
     The cells' own gradients are exact. Let S be the selections of all gates' gradients before their activations. S is
     [n, 4H] for a time step and [N, 4H] for all rows. Then the earlier output's gradient is S W_hh, dx = S W_ih,
@@ -187,8 +187,8 @@ def lstm_backward(
         batch_sizes: The number of rows of each time step [T].
         reverse: The same as in the forward pass.
         gradients: The gradients of output [N, H], last output [B, H] and last cell state [B, H]. None means zeros.
-        topk: The top-k that equals `select`, so that a backend may make it itself. None if there is none.
-        select: A function from a gate's gradient at a time step [n, H] to what is propagated of it.
+        topk: The top-k of each gate that equals `select`, so that a backend may make it itself. None if there is none.
+        select: A function from the gates' gradients at a time step [n, 4H] to what is propagated of them.
         needs: Which of the results are wanted.
         hits: A tensor [H], int64, or None. The number of rows that select each unit is added to it. See `count_hits`.
 
@@ -207,10 +207,10 @@ def lstm_backward(
         grad = grad_output[rows] + grad_h[:size]
         of_gates, grad_cell = _gate_gradients(gates[rows], cells[rows], earlier_cells[rows], grad, grad_c[:size])
         whole[rows] = torch.cat(of_gates, dim=1)
-        selections = [select(gate) for gate in of_gates]
-        kept[rows] = torch.cat([selection.to_dense() for selection in selections], dim=1)
+        selection = select(whole[rows])
+        kept[rows] = selection.to_dense()
         if hits is not None:
-            hits += count_hits(selections)
+            hits += _hits_of_units(selection)
         forget = gates[rows].chunk(4, dim=1)[1]
         grad_h, grad_c = _with_new(grad_h, kept[rows] @ weight_hh), _with_new(grad_c, grad_cell * forget)
     return (
@@ -221,6 +221,16 @@ def lstm_backward(
         grad_h if needs[4] else None,
         grad_c if needs[5] else None,
     )
+
+
+def _hits_of_units(selection: Selection) -> Tensor:
+    """The number of rows that hit each unit [H] in any of its gates, from a selection of all gates [n, 4H]."""
+    hit = torch.zeros(selection.rows, selection.width, dtype=torch.bool, device=selection.values.device)
+    if isinstance(selection, RowSelection):
+        hit[selection.row_numbers(), selection.indices.long()] = selection.values != 0
+    else:
+        hit[:, selection.indices.long()] = selection.values != 0
+    return hit.unflatten(1, (4, -1)).any(dim=1).sum(dim=0)
 
 
 def _gate_gradients(
@@ -252,8 +262,8 @@ def _native_backward_declines(
     _needs: tuple[bool, ...],
     hits: Tensor | None = None,
 ) -> str | None:
-    if topk is None or topk.blocks != 1:
-        return "native kernels run an LSTM with top-k only, without blocks within a gate"
+    if topk is not None and topk.blocks != 1:
+        return "native kernels run an LSTM with top-k without blocks within a gate"
     reason = _native_declines(batch_sizes, x, weight_ih, weight_hh, *gradients)
     if reason is None:
         reason = native.declines_scattered(*trace, dtypes=native.FLOAT32)
@@ -271,11 +281,13 @@ def _native_lstm_backward(
     batch_sizes: Tensor,
     reverse: bool,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    topk: PlainTopK,
-    _select: Callable[[Tensor], Selection],
+    topk: PlainTopK | None,
+    select: Callable[[Tensor], Selection],
     needs: tuple[bool, ...],
     hits: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    if topk is None:
+        return _step_by_step(trace, x, (weight_ih, weight_hh), batch_sizes, reverse, gradients, select, needs, hits)
     inputs, units, batch = x.shape[1], weight_hh.shape[1], int(batch_sizes[0])
     x, weight_ih, weight_hh = (native.readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
     gradients_ = [native.contiguous(gradient) for gradient in gradients]
@@ -300,3 +312,68 @@ def _native_lstm_backward(
         torch.get_num_threads(),
     )
     return tuple(results)
+
+
+def _step_by_step(
+    trace: Trace,
+    x: Tensor,
+    weights: tuple[Tensor, Tensor],
+    batch_sizes: Tensor,
+    reverse: bool,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    select: Callable[[Tensor], Selection],
+    needs: tuple[bool, ...],
+    hits: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The backward pass with any selection. Its products are native, the cells' gradients are torch's."""
+    (outputs, cells, gates), (grad_output, grad_h, grad_c), (weight_ih, weight_hh) = trace, gradients, weights
+    batch = int(batch_sizes[0])
+    grad_h, grad_c = _or_zeros(grad_h, batch_sizes, weight_hh), _or_zeros(grad_c, batch_sizes, weight_hh)
+    earlier_cells, cells = _earlier(cells, batch_sizes, reverse), cells[batch:]
+    whole, kept = torch.empty_like(gates), dict[int, tuple[slice, Selection]]()
+    for rows in _steps(batch_sizes, not reverse):
+        size = rows.stop - rows.start
+        grad = grad_h[:size] if grad_output is None else grad_output[rows] + grad_h[:size]
+        of_gates, grad_cell = _gate_gradients(gates[rows], cells[rows], earlier_cells[rows], grad, grad_c[:size])
+        torch.cat(of_gates, dim=1, out=whole[rows])
+        selection = select(whole[rows])
+        kept[rows.start] = rows, selection
+        if hits is not None:
+            hits += _hits_of_units(selection)
+        earlier, *_ = linear_backward(selection, whole[rows], weight_hh, None, False, False)
+        assert earlier is not None
+        forget = gates[rows].chunk(4, dim=1)[1]
+        grad_h, grad_c = _with_new(grad_h, earlier), _with_new(grad_c, grad_cell * forget)
+    steps = [kept[start] for start in sorted(kept)]  # in the order of the rows, whatever that of the walk
+    return (
+        *_of_all_steps(steps, weight_ih if needs[0] else None, x if needs[1] else None),
+        _of_all_steps(steps, None, _earlier(outputs, batch_sizes, reverse))[1] if needs[2] else None,
+        whole.sum(dim=0) if needs[3] else None,
+        grad_h if needs[4] else None,
+        grad_c if needs[5] else None,
+    )
+
+
+def _of_all_steps(
+    steps: list[tuple[slice, Selection]], weight: Tensor | None, source: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The products S W and S^T source for the selections of all time steps. What a step's rows share is added last."""
+    rows_of = [selection for _, selection in steps if isinstance(selection, RowSelection)]
+    if len(rows_of) < len(steps):  # a step keeps columns, such as all of them
+        dense = torch.cat([selection.to_dense() for _, selection in steps])
+        return None if weight is None else dense @ weight, None if source is None else dense.t() @ source
+    of_input, of_weight, _ = linear_backward(
+        one_after_another(rows_of), steps[0][1].values, weight, source, False, False
+    )
+    if any(selection.shared is not None for selection in rows_of):
+        shared = torch.stack([_shared(selection) for selection in rows_of])
+        if of_input is not None and weight is not None:
+            for (rows, _), added in zip(steps, shared @ weight, strict=True):
+                of_input[rows] += added
+        if of_weight is not None and source is not None:
+            of_weight.addmm_(shared.t(), torch.stack([source[rows].sum(dim=0) for rows, _ in steps]))
+    return of_input, of_weight
+
+
+def _shared(selection: RowSelection) -> Tensor:
+    return selection.values.new_zeros(selection.width) if selection.shared is None else selection.shared
