@@ -23,6 +23,40 @@ def topk(
     threads: int,
     /,
 ) -> None: ...
+def plan_entries(
+    dtype: int,
+    keep: int,
+    rows: int,
+    outputs: int,
+    grad: int,
+    grad_ld: int,
+    count: int,
+    key: int,
+    starts: int,
+    states: int,
+    threads: int,
+    share: float,
+    /,
+) -> tuple[int, int, float]: ...
+def write_entries(
+    dtype: int,
+    keep: int,
+    rows: int,
+    outputs: int,
+    grad: int,
+    grad_ld: int,
+    count: int,
+    key: int,
+    starts: int,
+    states: int,
+    threads: int,
+    cut: int,
+    values: int,
+    indices: int,
+    left_out: int,
+    threshold: float,
+    /,
+) -> None: ...
 def column_scores(
     dtype: int, scope: int, grad: int, grad_ld: int, rows: int, outputs: int, scores: int, threads: int, /
 ) -> None: ...

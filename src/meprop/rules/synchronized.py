@@ -23,7 +23,7 @@ _groups_of_rules: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = Weak
 """For the group of all processes, the second group in which rules without a group of their own choose."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SynchronizedTopK(TopK):
     """Keeps k features for the batch of all processes: the paper's unified top-k, over many machines.
 
@@ -59,6 +59,8 @@ class SynchronizedTopK(TopK):
 
     name: ClassVar[str] = ""
     scope: Scope = field(default="batch", init=False)
+    exact_sum: bool = field(default=False, init=False)
+    energy: None = field(default=None, init=False)
     group: dist.ProcessGroup | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
