@@ -450,3 +450,26 @@ def test_a_model_without_memory_tells_its_shapes(layer, shape):
     loss = (output[0] if isinstance(output, tuple) else output).sum()
     loss.backward()
     assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+def test_without_a_rule_entries_are_drawn_under_a_budget_of_noise():
+    model = torch.nn.Sequential(torch.nn.Linear(30, 200), torch.nn.ReLU(), torch.nn.Linear(200, 10))
+    report = meprop.convert(model)
+    assert report.layers[0].rule == meprop.Sampled() == meprop.Sampled(noise=0.25)
+    assert report.layers[0].k is None
+    assert "by the gradient" in str(report)
+
+
+def test_a_report_says_what_was_kept_so_far():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 200), torch.nn.Linear(200, 200))
+    meprop.convert(model, meprop.Sampled(noise=1.0), when="always")
+    grad = torch.randn(40, 200) * torch.exp(3 * torch.randn(40, 1))
+    for _ in range(3):
+        model(torch.randn(40, 30)).backward(grad)
+    report = meprop.report(model)
+    for layer in report.layers:
+        assert 0 < layer.density < 1
+        assert "kept in 3 passes so far, 0 of them dense" in layer.reason
+    model(torch.randn(40, 30)).backward(torch.ones(40, 200))  # nothing to choose: everything is kept
+    assert "1 of them dense" in meprop.report(model).layers[1].reason

@@ -137,10 +137,18 @@ def test_the_last_rows_of_parts_side_by_side_may_be_empty():
     assert whole.to_dense().tolist() == [[4.0, 0.0, 0.0] * 2, [0.0, 0.0, 5.0] * 2, [0.0] * 6, [0.0] * 6]
 
 
-def test_only_parts_of_one_kind_and_of_the_same_rows_lie_side_by_side():
-    rows, columns = parts_of("k of each row"), parts_of("columns")
-    for parts in ([rows[0], columns[1]], [rows[0], meprop.TopK(1).select(torch.ones(5, 3))], []):
-        with pytest.raises(ValueError, match="selections side by side are of one kind and of the same rows, not"):
+@pytest.mark.parametrize("kind", ["k of each row", "ragged"])
+def test_columns_beside_entries_of_rows_become_entries_of_rows(kind):
+    parts = [parts_of(kind)[0], parts_of("columns")[1]]
+    whole = side_by_side(parts)
+    assert isinstance(whole, meprop.RowSelection)
+    assert torch.equal(whole.to_dense(), torch.cat([part.to_dense() for part in parts], dim=1))
+
+
+def test_only_parts_of_the_same_rows_lie_side_by_side():
+    rows = parts_of("k of each row")
+    for parts in ([rows[0], meprop.TopK(1).select(torch.ones(5, 3))], []):
+        with pytest.raises(ValueError, match="selections side by side are of the same rows, not"):
             side_by_side(parts)
 
 

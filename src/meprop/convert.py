@@ -16,7 +16,7 @@ from meprop import copies
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import Descriptor, SparseLayer, descriptor_of
 from meprop.policy import Policy, When
-from meprop.rules import Rule
+from meprop.rules import Rule, Sampled
 from meprop.table import text_table
 
 Filter = Callable[[str, torch.nn.Module], bool]
@@ -113,7 +113,7 @@ def _kept(layer: LayerReport) -> str:
 
 def convert(
     model: torch.nn.Module,
-    rule: Rule,
+    rule: Rule | None = None,
     *,
     filter: Filter | None = None,
     min_features: int = 128,
@@ -142,7 +142,8 @@ def convert(
 
     Args:
         model: Any module; it may itself be a Linear.
-        rule: What to keep, e.g. `meprop.TopK(0.05)`.
+        rule: What to keep, e.g. `meprop.TopK(0.05)`. None means `meprop.Sampled()`, whose results are close to those of
+            dense training without a number to choose (docs/entries.md).
         filter: Called with (name, layer) for each layer that could be converted. Those with a false answer stay as they
             are.
         min_features: Layers with fewer output features stay dense, since among few there is little to leave out. The
@@ -177,7 +178,7 @@ def convert(
         NoEffectWarning: no layer back-propagates sparsely.
     """
     check_model(model)
-    policy = Policy(rule, sparse_grad, compute_dtype, when)
+    policy = Policy(Sampled() if rule is None else rule, sparse_grad, compute_dtype, when)
     if min_features < 1:
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 

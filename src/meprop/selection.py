@@ -188,14 +188,16 @@ def is_everything(selection: Selection) -> bool:
 def side_by_side(parts: Sequence[Selection]) -> Selection:
     """One selection of the features of all parts, one part after the other.
 
-    All parts have to be of one kind and of the same rows.
+    Columns beside entries of rows become entries of rows.
 
     Raises:
-        ValueError: There are no parts, or they are of both kinds, or their numbers of rows differ.
+        ValueError: There are no parts, or their numbers of rows differ.
     """
-    if len({(type(part), part.rows) for part in parts}) != 1:
+    if len({part.rows for part in parts}) != 1:
         found = ", ".join(f"{type(part).__name__} of {part.rows} rows" for part in parts)
-        raise ValueError(f"selections side by side are of one kind and of the same rows, not {found or 'none'}")
+        raise ValueError(f"selections side by side are of the same rows, not {found or 'none'}")
+    if len({type(part) for part in parts}) > 1:
+        parts = [_by_row(part) for part in parts]
     firsts = [sum(part.width for part in parts[:number]) for number in range(len(parts) + 1)]
     indices = [part.indices + first for part, first in zip(parts, firsts, strict=False)]
     shared = None
@@ -214,6 +216,13 @@ def side_by_side(parts: Sequence[Selection]) -> Selection:
     starts = torch.zeros(parts[0].rows + 1, dtype=torch.int64, device=rows.device)
     starts[1:] = rows.bincount(minlength=parts[0].rows).cumsum(0)
     return RowSelection(values, torch.cat([each.flatten() for each in indices])[order], firsts[-1], shared, starts)
+
+
+def _by_row(selection: Selection) -> RowSelection:
+    if isinstance(selection, RowSelection):
+        return selection
+    indices = selection.indices.expand(selection.values.shape)
+    return RowSelection(selection.values, indices, selection.width, selection.shared)
 
 
 def one_after_another(parts: Sequence[RowSelection]) -> RowSelection:
