@@ -159,3 +159,25 @@ TESTS = {
 
 def test_every_example_has_a_test_here():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(TESTS)
+
+
+def test_deformed_digits_compares_rules(tmp_path, monkeypatch, capsys):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 5100), ("t10k", 20)):
+        for kind, array in (
+            ("images-idx3", random.integers(0, 256, (count, 28, 28))),
+            ("labels-idx1", np.arange(count) % 10),
+        ):
+            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+            (tmp_path / f"{split}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+    results = tmp_path / "results.json"
+    options = ("--steps", "2", "--seeds", "0", "1", "--hidden", "150", "--out", str(results))
+    run(monkeypatch, "deformed_digits.py", "--data", str(tmp_path), "--rules", "dense", "rows", "noise", *options)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\w+) +dev \d+\.\d\d ± \d+\.\d\d% test", printed, re.MULTILINE) == ["dense", "rows", "noise"]
+    runs = json.loads(results.read_text())["runs"]
+    assert {name: [run["density"] for run in each] for name, each in runs.items() if name != "noise"} == {
+        "dense": [1.0, 1.0],
+        "rows": [0.04, 0.04],
+    }
+    assert runs["dense"] != runs["rows"]
