@@ -26,6 +26,9 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
 	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py tests/ops/test_selected.py tests/ops/test_registry.py \
+	  tests/ops/test_entries.py::test_native_equals_the_reference \
+	  tests/ops/test_entries.py::test_native_reads_every_layout \
+	  tests/ops/test_entries.py::test_the_number_of_threads_changes_no_bit \
 	  tests/nn/test_lstm.py::test_sparse_gradients_are_those_of_a_literal_lstm \
 	  tests/nn/test_lstm.py::test_the_number_of_threads_changes_no_bit \
 	  tests/nn/test_lstm.py::test_a_unit_is_hit_where_any_of_its_gates_is \
