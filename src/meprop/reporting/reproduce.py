@@ -271,7 +271,7 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
         Whether there was something to draw.
     """
     found = [row for row in _rows(experiment, records) if row.results and row.variant.simplify is None]
-    rows = [row for row in found if _kept(row) is not None]
+    rows = [row for row in found if _kept(row) is not None and row.variant.training.noise is None]
     curves: dict[_Curve, list[_Row]] = {}
     for row in sorted(rows, key=_density):
         if row.variant.rule != DENSE:

@@ -57,7 +57,7 @@ class Sampled(Rule):
 
     name: ClassVar[str] = "sampled"
     label: ClassVar[str] = "sampled"
-    color: ClassVar[str] = "#0072B2"
+    color: ClassVar[str] = "#56B4E9"
     marker: ClassVar[str] = "^"
 
     k: int | float | None = None
