@@ -77,3 +77,40 @@ def test_what_is_not_one_linear_map_stays_dense_or_refuses():
 def test_wrong_rules_are_refused(of_input, of_weight, error):
     with pytest.raises(error):
         meprop.PerProduct(input=of_input, weight=of_weight)
+
+
+def test_equal_rules_are_two_rules_all_the_same():
+    layer = meprop.nn.MultiheadAttention(40, 4, rule=meprop.PerProduct(input=TOP, weight=TOP))
+    x = torch.randn(3, 2, 40)
+    layer(x, x, x)[0].sum().backward()
+    assert layer.in_proj_weight.grad.abs().sum() > 0
+    with pytest.raises(meprop.NotSupportedError, match="one rule for all"):
+        meprop.nn.LSTM(9, 20, rule=meprop.PerProduct(input=TOP, weight=TOP))
+    with pytest.raises(TypeError, match="no single rule"):
+        meprop.InBlocks(meprop.PerProduct(input=TOP, weight=TOP), 2)
+
+
+def test_a_part_that_does_not_fit_a_width_leaves_that_layer_dense():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 20), torch.nn.Linear(20, 21))
+    rule = meprop.PerProduct(input=meprop.InBlocks(meprop.TopK(1), 3), weight=None)
+    report = meprop.convert(model, rule, min_features=5, when="always")
+    assert [layer.status for layer in report.layers] == ["dense", "sparse"]
+    assert "not 3 equal blocks" in report.layers[0].reason
+
+
+def test_of_a_frozen_weight_a_simplifier_counts_what_its_rule_keeps():
+    model = torch.nn.Sequential(torch.nn.Linear(9, 20), torch.nn.ReLU(), torch.nn.Linear(20, 4))
+    meprop.convert(model, meprop.PerProduct(input=None, weight=TOP), min_features=5, when="always")
+    simplifier = meprop.Simplifier(model, 0.0, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), check_every=100)
+    model[0].weight.requires_grad_(False)
+    model(torch.randn(6, 9, requires_grad=True)).sum().backward()
+    assert 0 < model[0].policy.activity.hits.sum() <= 6 * 3
+    assert simplifier is not None
+
+
+def test_the_density_of_one_product_is_not_that_of_both():
+    model = torch.nn.Sequential(torch.nn.Linear(9, 200))
+    rule = meprop.PerProduct(input=meprop.Sampled(noise=1.0), weight=None)
+    meprop.convert(model, rule, when="always")
+    model(torch.randn(20, 9, requires_grad=True)).backward(torch.randn(20, 200))
+    assert "by the gradient" in str(meprop.report(model))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from meprop import ops
+from meprop.ops.registry import PLAIN
 from meprop.policy import Activity, Policy
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, PlainTopK, everything, is_everything
@@ -81,14 +82,19 @@ def sparse_backward(
         policy: The policy, with the rule and with the activity to count into, if there is one.
         positions: The number of adjacent rows that are one example. An example counts once.
     """
+    if not policy.rule.differs:
+        return _backward_by(policy.rule, grad_NO, weight, x_NI, needs_bias, policy, policy.activity, positions)
     of_input, of_weight = policy.rule.products()
-    if of_input is of_weight:
-        return _backward_by(of_input, grad_NO, weight, x_NI, needs_bias, policy, policy.activity, positions)
     grad_x, *_ = _backward_by(of_input, grad_NO, weight, None, False, policy, None, positions)
     _, grad_weight, grad_bias = _backward_by(
         of_weight, grad_NO, None, x_NI, needs_bias, policy, policy.activity, positions
     )
     return grad_x, grad_weight, grad_bias
+
+
+def _needs_known_shapes(tensor: Tensor) -> bool:
+    """Whether the shapes of all results have to be known before: in a graph, and for tensors without contents."""
+    return torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in PLAIN
 
 
 def _backward_by(
@@ -104,16 +110,17 @@ def _backward_by(
     """The backward pass with what this rule keeps. None keeps everything."""
     if rule is None or (weight is None and x_NI is None):
         if activity is not None:
-            activity.count(everything(grad_NO), positions)
+            activity.count(everything(grad_NO) if rule is None else rule.select(grad_NO), positions)
         return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
     width, hits = grad_NO.shape[1], None
-    if torch.compiler.is_compiling() and (entries := rule.as_entries(width, grad_NO.device)) is not None:
+    if _needs_known_shapes(grad_NO) and (entries := rule.as_entries(width, grad_NO.device)) is not None:
         return ops.entries_backward(entries, grad_NO, weight, x_NI, needs_bias)
     choice = rule.as_topk(width)
     if choice is None or (activity is not None and positions > 1):  # counting an example once needs a selection
         choice = rule.select(grad_NO)
-        policy.note(choice)
-    if isinstance(choice, ColumnSelection) and is_everything(choice):
+        if not policy.rule.differs:  # the density of one of two products says nothing of the other
+            policy.note(choice)
+    if isinstance(choice, ColumnSelection) and not torch.compiler.is_compiling() and is_everything(choice):
         if activity is not None:
             activity.count(choice, positions)
         return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -94,17 +93,23 @@ def lstm_with_policy(
     rows, *others = tensors
     assert rows is not None
     sizes = torch.full((x.shape[0],), x.shape[1], device="cpu") if batch_sizes is None else batch_sizes.contiguous()
-    output, h_n, c_n = _Lstm.apply(as_matrix(rows), *others, sizes, _Call(reverse, policy.rule, activity))  # pyright: ignore[reportGeneralTypeIssues]
+    output, h_n, c_n = _Lstm.apply(as_matrix(rows), *others, sizes, _Call(reverse, policy, activity))  # pyright: ignore[reportGeneralTypeIssues]
     return output if batch_sizes is not None else output.view(*x.shape[:2], -1), (h_n, c_n)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of a call that are not tensors: the direction, the rule, and what counts its selections."""
+    """The arguments of a call that are not tensors: the direction, the policy, and what counts its selections."""
 
     reverse: bool
-    rule: Rule
+    policy: Policy
     activity: Activity | None
+
+    def select(self, gates_NO: Tensor) -> Selection:
+        """What is kept of the gates of a time step [n, 4H]. It is noted."""
+        selection = select_gates(self.policy.rule, gates_NO)
+        self.policy.note(selection)
+        return selection
 
 
 class _Lstm(torch.autograd.Function):
@@ -152,8 +157,8 @@ class _Lstm(torch.autograd.Function):
             batch_sizes,
             call.reverse,
             (grad_output, grad_h, grad_c),
-            call.rule.as_topk(weight_hh.shape[1]),
-            partial(select_gates, call.rule),
+            call.policy.rule.as_topk(weight_hh.shape[1]),
+            call.select,
             needs,
             None if call.activity is None else call.activity.hits,
         )

@@ -78,6 +78,9 @@ def choose_entries(grad: Tensor, entries: Entries, /) -> _Found:
     With "drawn" the threshold is the one for which k N entries are kept on average, and exactly so many are drawn. If
     fewer are not zero, these are kept as they are.
 
+    A threshold of "drawn" is no magnitude in bfloat16. Entries of that dtype become the nearest one, which is off by at
+    most 0.4%. In float16 no threshold is above the largest number, so that more entries may be kept.
+
     Probabilities are multiples of 2^-24. Each row is sampled systematically (Madow 1949): with a random number u in
     [0, 1), entry o is drawn if floor(u + p[0] + ... + p[o]) is above floor(u + p[0] + ... + p[o - 1]). The numbers u
     are those of Philox 4x32-10 (Salmon et al., SC 2011) for the key and the number of the row. With "drawn" they are
@@ -135,8 +138,13 @@ def _native_choose_entries(grad: Tensor, entries: Entries) -> _Found:
 
 
 def keep_entries(grad: Tensor, entries: Entries) -> Selection:
-    """`choose_entries`, or everything if that is more than the ceiling of grad [N, O]."""
+    """`choose_entries`, or everything if that is more than the ceiling of grad [N, O].
+
+    Under `torch.compile` it is always the former, as a graph cannot look at how many there are.
+    """
     kept = choose_entries(grad, entries)
+    if entries.ceiling == 1 or torch.compiler.is_compiling():
+        return kept
     return everything(grad) if kept.density > entries.ceiling else kept
 
 
@@ -149,16 +157,19 @@ def draw_rows(grad: Tensor, k: int, key: Tensor) -> RowSelection:
     A row of which fewer entries are not zero keeps these.
     """
     rows, width = grad.shape
-    magnitudes = grad.abs().double().nan_to_num(math.inf)
+    magnitudes = grad.abs().double()
+    # What is not finite stands above all that is, so that it is kept for certain.
+    above_all = magnitudes.nan_to_num(0.0, 0.0).sum(dim=1, keepdim=True) + 1
+    magnitudes = torch.where(magnitudes.isfinite(), magnitudes, above_all)
     most = magnitudes.topk(k, dim=1).values  # those of which some are kept for certain
     certain = torch.arange(k, device=grad.device)
     below = magnitudes.sum(dim=1, keepdim=True) - (most.cumsum(dim=1) - most)
     threshold = below / (k - certain)  # if the largest `certain` entries are kept for certain
     fits = (most <= threshold) | (certain == k - 1)
     first = fits.int().argmax(dim=1, keepdim=True)
-    threshold = threshold.gather(1, first).float()
-    share = magnitudes.float() / threshold
-    probabilities = torch.where(magnitudes.float() >= threshold, _ONE, (share * _ONE).nan_to_num(0.0).round().long())
+    threshold = threshold.gather(1, first).clamp(max=torch.finfo(grad.dtype).max)
+    share = (magnitudes / threshold * _ONE).nan_to_num(0.0).round().long()
+    probabilities = torch.where(magnitudes >= threshold, _ONE, share)
     probabilities[magnitudes == 0] = 0
     excess = (probabilities.sum(dim=1) - k * _ONE).clamp(-_ONE, _ONE)  # by rounding, or as there are fewer entries
     starts = uniform(int(key), rows, grad.device) * (_ONE - excess.abs()) // _ONE - excess.clamp(max=0)
@@ -178,8 +189,10 @@ def draw_columns(grad: Tensor, k: int, key: Tensor) -> ColumnSelection:
     norms = torch.linalg.vector_norm(grad.double(), dim=0)
     kept = draw_rows(norms[None], k, key)
     indices = kept.indices.long()
-    factors = (kept.values / norms[indices]).nan_to_num(1.0)
-    values = (grad[:, indices].double() * factors).to(grad.dtype)
+    factors = (kept.values / norms[indices]).nan_to_num(1.0)  # of a column that is not finite
+    most = torch.finfo(grad.dtype).max
+    values = grad[:, indices].double() * factors
+    values = torch.where(values.isfinite(), values.clamp(-most, most), values).to(grad.dtype)
     return ColumnSelection(values, kept.indices, grad.shape[1])
 
 
@@ -267,6 +280,11 @@ def _largest_threshold(of: _Distribution, limit: Callable[[float, float, int], f
     return _threshold_below(max(most, last))
 
 
+def _largest_threshold_of(dtype: torch.dtype) -> float:
+    """The largest threshold that entries of this dtype can be set to. A smaller one than wanted keeps more entries."""
+    return _threshold_below(torch.finfo(dtype).max)
+
+
 def _limit_of_count(count: int, total: float, others: int) -> float:
     """The threshold that keeps `count` entries on average."""
     return total / (count - others) if count > others else math.inf
@@ -334,6 +352,7 @@ def _draw(grad: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
         threshold = _threshold_for_noise(of, entries.share, count)
     else:
         threshold = _threshold_for_count(grad, of, count)
+    threshold = min(threshold, _largest_threshold_of(grad.dtype))
     if threshold <= _LEAST_THRESHOLD:
         places = (keys > 0).flatten().nonzero()[:, 0]
         return places, grad.flatten()[places]

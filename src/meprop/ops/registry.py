@@ -78,7 +78,8 @@ class Operation(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Serves the call, and turns the result of an implementation into that of the operation."""
-        if self._traced is not None and (_is_compiling() or type(args[self._tensor_at]) not in PLAIN):
+        tensor: Any = args[self._tensor_at]
+        if self._traced is not None and (_is_compiling() or type(tensor) not in PLAIN or tensor.is_meta):
             found = self._traced(*args, **kwargs)
             return found if self._result is None else self._result(found, *args, **kwargs)
         for run, declines, _ in self._served_by:

@@ -102,9 +102,8 @@ class Rule(ABC):
 
     @property
     def differs(self) -> bool:
-        """Whether the rules of `products` differ."""
-        of_input, of_weight = self.products()
-        return of_input is not of_weight
+        """Whether each of the two products has a selection of its own."""
+        return False
 
     def as_entries(self, features: int, device: torch.device) -> Entries | None:
         """The entries of a whole gradient that equal `select`, which `torch.compile` then keeps in one call.

@@ -48,6 +48,8 @@ class InBlocks(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"rule={self.rule!r} is of type {type(self.rule).__name__}; it is a rule of each block")
+        if self.rule.differs:
+            raise TypeError(f"rule={self.rule!r} is no single rule; give each of its rules InBlocks")
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, int):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"blocks={self.blocks!r} is of type {type(self.blocks).__name__}; it is an int")
         if self.blocks < 1:

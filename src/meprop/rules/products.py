@@ -59,6 +59,20 @@ class PerProduct(Rule):
         """The rule for the input's gradient and that for the weight's."""
         return self.input, self.weight
 
+    @property
+    def differs(self) -> bool:
+        """True, also if both rules are equal."""
+        return True
+
+    def count(self, features: int) -> int | None:
+        """How many of `features` output features are kept for both. None if that differs, or depends on the gradient.
+
+        Raises:
+            ValueError: One of the rules does not fit so many features.
+        """
+        first, second = (features if rule is None else rule.count(features) for rule in self.products())
+        return first if first == second else None
+
     def keeps_all(self, features: int) -> bool:
         """Whether both keep all of `features` output features."""
         return all(rule is None or rule.keeps_all(features) for rule in (self.input, self.weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,8 @@ from meprop.selection import Entries, Scope, Selection, everything
 
 NOISE = 0.25
 """The budget of a rule without arguments."""
+CEILING = 0.3
+"""The density above which a step is dense, unless another is given."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,8 +43,9 @@ class Sampled(Rule):
         noise: The budget r of added variance, above 0. It is 0.25 if neither k nor noise is given.
         exact_sum: Give each row in addition the batch's mean of what is missing, so that the batch's sum is exact. With
             scope "batch" it has no place, and has to be False.
-        floor: The least density on average, with `noise`.
-        ceiling: The density above which a step is dense. It should be that at which the kernels are as fast as dense.
+        floor: The least density on average, with `noise`. It is rounded up to whole entries of a row.
+        ceiling: The density above which a step is dense, with `noise`. It should be that at which the kernels are as
+            fast as dense. `torch.compile` does not look at it.
 
     Raises:
         ValueError: k, scope, noise, floor or ceiling is out of range, k and noise are given together, a scope needs k,
@@ -65,14 +69,15 @@ class Sampled(Rule):
     noise: float | None = field(default=None, kw_only=True)
     exact_sum: bool | None = field(default=None, kw_only=True)
     floor: float = field(default=0.0, kw_only=True)
-    ceiling: float = field(default=0.3, kw_only=True)
+    ceiling: float = field(default=CEILING, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.scope not in ("example", "batch", "global"):
             raise ValueError(f"scope={self.scope!r}; the scope is 'example', 'batch' or 'global'")
         if self.k is not None:
-            if self.noise is not None or self.floor != 0:
-                raise ValueError(f"k={self.k!r} with noise={self.noise!r}, floor={self.floor!r}; k fixes the density")
+            if self.noise is not None or self.floor != 0 or self.ceiling != CEILING:
+                others = f"noise={self.noise!r}, floor={self.floor!r}, ceiling={self.ceiling!r}"
+                raise ValueError(f"k={self.k!r} with {others}; k fixes the density")
             object.__setattr__(self, "k", checked_k(self.k))
         elif self.scope != "global":
             raise ValueError(f"scope={self.scope!r} needs k; noise is for scope 'global'")
@@ -94,7 +99,9 @@ class Sampled(Rule):
         parts = [f"noise={self.noise!r}" if self.k is None else f"k={self.k!r}"]
         parts += [f"scope={self.scope!r}"] * (self.scope != "global")
         parts += ["exact_sum=False"] * (not self.exact_sum and self.scope != "batch")
-        parts += [f"floor={self.floor!r}"] * (self.floor != 0) + [f"ceiling={self.ceiling!r}"] * (self.ceiling != 0.3)
+        parts += [f"floor={self.floor!r}"] * (self.floor != 0) + [f"ceiling={self.ceiling!r}"] * (
+            self.ceiling != CEILING
+        )
         return f"Sampled({', '.join(parts)})"
 
     @classmethod
@@ -119,9 +126,10 @@ class Sampled(Rule):
         """With scope "global", k N entries or those of the budget, with a new key."""
         if self.scope != "global":
             return None
-        least = round(self.floor * features)
+        least = ceil(self.floor * features)
         keep, k = ("noise", least) if self.noise is not None else ("drawn", self.count(features) or 0)
-        return Entries(keep, k, self.noise or 0.0, bool(self.exact_sum), _new_key(device), self.ceiling)
+        ceiling = 1.0 if self.noise is None else self.ceiling
+        return Entries(keep, k, self.noise or 0.0, bool(self.exact_sum), _new_key(device), ceiling)
 
     def select(self, grad_output_NO: Tensor) -> Selection:
         """What is drawn of grad_output_NO [N, O], or everything if that is more than `ceiling` of it.

@@ -34,9 +34,9 @@ class TopK(KeepK):
             `CompensatedTopK`.
 
     Raises:
-        ValueError: k, scope or energy is out of range, k and energy are given together or none of them, or `exact_sum`
-            is used with scope "batch".
-        TypeError: k or energy is not a number.
+        ValueError: k, scope or energy is out of range, k and energy are given together, or `exact_sum` is used with
+            scope "batch".
+        TypeError: k or energy is not a number, or none of them is given.
 
     Example:
         >>> import torch
@@ -57,6 +57,8 @@ class TopK(KeepK):
 
     def __post_init__(self) -> None:
         if self.energy is None:
+            if self.k is None:
+                raise TypeError("k=None without energy; k is an int (a count) or a float (a share), or give energy")
             object.__setattr__(self, "scope", self.scope or "example")
             return super().__post_init__()
         if self.k is not None:
