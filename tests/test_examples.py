@@ -149,18 +149,6 @@ def test_the_distributed_example_says_how_few_bytes_are_sent():
     assert float(found[1][1]) == pytest.approx(float(found[2][1]), abs=0.01)  # the same gradients
 
 
-TESTS = {
-    **dict.fromkeys(PRINTING, test_an_example_prints_dense_and_sparse_which_differ_by_what_is_left_out),
-    "image_classifier.py": test_the_image_classifier_trains_on_images_of_ones_own,
-    "char_gpt.py": test_char_gpt_records_dense_and_sparse,
-    "distributed.py": test_the_distributed_example_says_how_few_bytes_are_sent,
-}
-
-
-def test_every_example_has_a_test_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(TESTS)
-
-
 def test_deformed_digits_compares_rules(tmp_path, monkeypatch, capsys):
     random = np.random.default_rng(0)
     for split, count in (("train", 5100), ("t10k", 20)):
@@ -181,3 +169,16 @@ def test_deformed_digits_compares_rules(tmp_path, monkeypatch, capsys):
         "rows": [0.04, 0.04],
     }
     assert runs["dense"] != runs["rows"]
+
+
+TESTS = {
+    **dict.fromkeys(PRINTING, test_an_example_prints_dense_and_sparse_which_differ_by_what_is_left_out),
+    "image_classifier.py": test_the_image_classifier_trains_on_images_of_ones_own,
+    "char_gpt.py": test_char_gpt_records_dense_and_sparse,
+    "deformed_digits.py": test_deformed_digits_compares_rules,
+    "distributed.py": test_the_distributed_example_says_how_few_bytes_are_sent,
+}
+
+
+def test_every_example_has_a_test_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(TESTS)
