@@ -48,7 +48,8 @@ Status column_scores(const Kernels& kernels, Matrix<T> grad, int64_t rows, int64
 
 // Which entries of a whole output gradient are kept, whatever row they are in.
 //
-// The upper half of a key (kernels.h) is a magnitude in bfloat16, rounded towards zero. Thresholds are such magnitudes.
+// The upper half of a key (kernels.h) is a magnitude in bfloat16, rounded towards zero. Thresholds are such magnitudes,
+// but for that of kDrawn.
 // Entries of one upper half count as the middle between it and the next one, or as bounds that hold for all of them.
 // Random numbers are those of Philox 4x32-10 (Salmon et al., SC 2011) for `key` and the number of the row.
 enum class Keep {

@@ -9,6 +9,7 @@ namespace {
 
 constexpr uint64_t kOne = uint64_t{1} << 24;  // the probability 1
 constexpr int64_t kLowerHalves = int64_t{1} << 16, kMostUppers = 0x7f90;
+constexpr int64_t kTable = std::max(2 * kMostUppers, kLowerHalves);  // counts of a thread
 constexpr float kLeastThreshold = 0x1p-100f;
 constexpr int64_t kFinite = 0x7f80;  // the upper halves below are of finite magnitudes
 
@@ -62,6 +63,8 @@ struct Distribution {
   double width;            // of an upper half: the magnitudes are between its edge and this part of the way to the next
 
   double bound(int64_t upper) const { return edge(upper) + width * (edge(upper + 1) - edge(upper)); }
+  // The middle is at most this part of a magnitude away from it.
+  double error() const { return width / 256; }
   double middle(int64_t upper) const { return edge(upper) + width / 2 * (edge(upper + 1) - edge(upper)); }
 
   // Calls body(upper half, number of entries) for each upper half that has entries, ascending, until it returns true.
@@ -98,16 +101,13 @@ double limit_of_count(double count, double sum, int64_t others) {
   return count > static_cast<double>(others) ? sum / (count - static_cast<double>(others)) : HUGE_VAL;
 }
 
-// The middle of an upper half is at most this part of a magnitude away from it.
-double error_of(const Distribution& of) { return of.width / 256; }
-
 uint32_t threshold_for_noise(const Distribution& of, double noise, int64_t count) {
   double squares = 0;
   of.ascend([&](int64_t upper, int64_t entries) {
     squares += static_cast<double>(entries) * of.middle(upper) * of.middle(upper);
     return false;
   });
-  const double error = error_of(of), budget = noise * squares * (1 - 2 * error);
+  const double error = of.error(), budget = noise * squares * (1 - 2 * error);
   return largest_threshold(of, [&](double sum, double below, int64_t others) {
     return std::min((budget + below) / (sum * (1 + error)), limit_of_count(static_cast<double>(count), sum, others));
   });
@@ -157,7 +157,7 @@ class Planner {
   Planner(const TypedKernels<T>& kernels, Entries<T>* entries, int threads)
       : kernels_(kernels),
         all_(*entries),
-        tables_(kKeyCounts, threads * std::max(2 * kMostUppers, kLowerHalves)),
+        tables_(kKeyCounts, threads * kTable),
         parts_(kPlaces, 2 * threads),
         ranges_(kKeyRanges, threads) {}
 
@@ -210,15 +210,14 @@ class Planner {
   // Counts all rows in the first table, which has so many places.
   template <class Count>
   void count(Team team, int64_t size, Count count) {
-    const int64_t room = std::max(2 * kMostUppers, kLowerHalves);
-    uint32_t* own = tables_.get() + team.id * room;
+    uint32_t* own = tables_.get() + team.id * kTable;
     std::memset(own, 0, static_cast<size_t>(size) * sizeof(uint32_t));
     const Range rows = team.part(all_.rows);
     for (int64_t row = rows.begin; row < rows.end; ++row) count(row_of(all_, row), own);
     team.wait();
     const Range part = team.part(size, 16);
     for (int thread = 1; thread < team.size; ++thread)
-      for (int64_t i = part.begin; i < part.end; ++i) tables_.get()[i] += tables_.get()[thread * room + i];
+      for (int64_t i = part.begin; i < part.end; ++i) tables_.get()[i] += tables_.get()[thread * kTable + i];
     team.wait();
   }
 
@@ -241,7 +240,7 @@ class Planner {
     if (all_.keep == Keep::kNoise) {
       threshold = threshold_for_noise(of, all_.share, all_.count);
     } else if (all_.count < of.entries) {  // one that keeps too few on average, from where it can only fall
-      const double upper = 1 + error_of(of);
+      const double upper = 1 + of.error();
       threshold = largest_threshold(of, [&](double sum, double, int64_t others) {
         return limit_of_count(static_cast<double>(all_.count), sum * upper, others);
       });
@@ -353,9 +352,6 @@ bool valid(const Entries<T>& of) {
          of.count <= of.rows * of.outputs;
 }
 
-float as_entry(float value, const float*) { return value; }
-Bf16 as_entry(float value, const Bf16*) { return rounded_to_bf16(value); }
-
 }  // namespace
 
 template <class T>
@@ -381,7 +377,7 @@ Status write_entries(const Kernels& kernels, const Entries<T>& all, T* values, i
   if (!scratch || !sums) return Status::kNoMemory;
   const TypedKernels<T>& typed_kernels = typed<T>(kernels);
   const bool draws = all.keep == Keep::kNoise || all.keep == Keep::kDrawn;
-  const T threshold = as_entry(all.threshold, values);
+  const T threshold = rounded(all.threshold, values);
 
   const auto write = [&](int64_t row, uint32_t* own) {
     T* to = values + all.starts[row];

@@ -58,6 +58,20 @@ bool read_integers(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, in
   return true;
 }
 
+// Reads so many integers, then so many floats; on failure sets a Python exception.
+bool read_numbers(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_ssize_t floats, int64_t* a, double* f) {
+  if (given != integers + floats) {
+    PyErr_Format(PyExc_TypeError, "expected %zd integers and %zd floats, got %zd arguments", integers, floats, given);
+    return false;
+  }
+  if (!read_integers(args, integers, integers, a)) return false;
+  for (Py_ssize_t i = 0; i < floats; ++i) {
+    f[i] = PyFloat_AsDouble(args[integers + i]);
+    if (f[i] == -1 && PyErr_Occurred() != nullptr) return false;
+  }
+  return true;
+}
+
 PyObject* finish(Status status) {
   switch (status) {
     case Status::kOk:
@@ -158,16 +172,7 @@ Entries<T> entries_of(const int64_t* a) {
 }
 constexpr Py_ssize_t kEntriesIntegers = 10;
 
-bool read_entries(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_ssize_t floats, int64_t* a, double* f) {
-  if (given != integers + floats) {
-    PyErr_Format(PyExc_TypeError, "expected %zd integers and %zd floats, got %zd arguments", integers, floats, given);
-    return false;
-  }
-  if (!read_integers(args, integers, integers, a)) return false;
-  for (Py_ssize_t i = 0; i < floats; ++i) {
-    f[i] = PyFloat_AsDouble(args[integers + i]);
-    if (f[i] == -1 && PyErr_Occurred() != nullptr) return false;
-  }
+bool valid_codes(const int64_t* a) {
   if ((a[0] == kFloat32 || a[0] == kBfloat16) && a[1] >= 0 && a[1] <= static_cast<int64_t>(Keep::kDrawn)) return true;
   PyErr_SetString(PyExc_ValueError, "unknown code of a dtype or of what is kept");
   return false;
@@ -185,7 +190,7 @@ Status plan(const int64_t* a, double share, int64_t* entries, uint32_t* cut, flo
 PyObject* py_plan_entries(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int64_t a[1 + kEntriesIntegers], entries = 0;
   double share;
-  if (!read_entries(args, given, 1 + kEntriesIntegers, 1, a, &share)) return nullptr;
+  if (!read_numbers(args, given, 1 + kEntriesIntegers, 1, a, &share) || !valid_codes(a)) return nullptr;
   uint32_t cut = 0;
   float threshold = 0;
   Status status;
@@ -208,7 +213,7 @@ Status write(const int64_t* a, double threshold) {
 PyObject* py_write_entries(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int64_t a[1 + kEntriesIntegers + 4];
   double threshold;
-  if (!read_entries(args, given, 1 + kEntriesIntegers + 4, 1, a, &threshold)) return nullptr;
+  if (!read_numbers(args, given, 1 + kEntriesIntegers + 4, 1, a, &threshold) || !valid_codes(a)) return nullptr;
   Status status;
   Py_BEGIN_ALLOW_THREADS;
   status = (a[0] == kFloat32 ? write<float> : write<Bf16>)(a + 1, threshold);
@@ -274,15 +279,7 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
 constexpr Py_ssize_t kRowsIntegers = 10;
 bool read_step(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_ssize_t count, int64_t* a, double* f,
                SparseRows* call) {
-  if (given != integers + count) {
-    PyErr_Format(PyExc_TypeError, "expected %zd integers and %zd floats, got %zd arguments", integers, count, given);
-    return false;
-  }
-  if (!read_integers(args, integers, integers, a)) return false;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    f[i] = PyFloat_AsDouble(args[integers + i]);
-    if (f[i] == -1 && PyErr_Occurred() != nullptr) return false;
-  }
+  if (!read_numbers(args, given, integers, count, a, f)) return false;
   *call = {a[0],
            a[1],
            a[2],

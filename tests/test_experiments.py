@@ -101,7 +101,11 @@ def test_what_is_compared_is_trained_in_turns(experiment):
         ("epochs = 2", "epochs = true", r"\[training\] epochs is True; it must be int"),
         ("epochs = 2", "lr = '1e-3'", r"\[training\] lr is '1e-3'; it must be float"),
         ("epochs = 2", "epochs = 0", r"\[variants\.dense\] --epochs must be at least 1, got 0"),
-        ("epochs = 2", "scope = 'row'", r"scope is 'row'; it must be Literal\['example', 'batch', 'global'\]"),
+        (
+            "epochs = 2",
+            "scope = 'row'",
+            r"\[training\] scope is 'row'; it must be Literal\['example', 'batch', 'global'\]",
+        ),
         ("dropout = 0.1", "drop = 0.1", r"\[task\] drop: there is no such key; there are hidden, dropout"),
         ("dropout = 0.1", "dropout = 1.5", r"\[variants\.dense\] dropout is 1\.5"),
         ("dropout = 0.1", "data_dir = '/x'", r"\[task\] data_dir: there is no such key"),

@@ -194,13 +194,13 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, scope, needed):
     for tensor, needs in zip((x, weight, bias), needed, strict=True):
         tensor.requires_grad_(needs)
     asked = []
-    original = meprop.ops.linear_backward
+    original = meprop.ops.backward_with
 
     def record(choice, grad, weight, x, needs_bias, *others):
         asked.append((weight is not None, x is not None, needs_bias))
         return original(choice, grad, weight, x, needs_bias, *others)
 
-    monkeypatch.setattr(meprop.ops, "linear_backward", record)
+    monkeypatch.setattr(meprop.ops, "backward_with", record)
     y = meprop.functional.linear(x, weight, bias, rule=meprop.TopK(3, scope=scope))
     saved = [] if y.grad_fn is None or not hasattr(y.grad_fn, "saved_tensors") else y.grad_fn.saved_tensors
     y.backward(grad_output)

@@ -30,14 +30,15 @@ def test_wrong_settings_are_refused(options, message):
         meprop.Sampled(**options)
 
 
-@pytest.mark.parametrize("rule", ALL, ids=repr)
+@pytest.mark.parametrize("rule", [meprop.Sampled(ceiling=1), *ALL[1:]], ids=repr)
 def test_the_mean_of_many_draws_is_the_gradient(rule):
     torch.manual_seed(0)
     grad = torch.randn(6, 30) * torch.randn(6, 1).exp()
     draws = torch.stack([rule.select(grad).to_dense() for _ in range(2000)])
     error = draws.std(dim=0) / 2000**0.5
     off = ((draws.mean(dim=0) - grad) / error)[error > 1e-2 * grad.abs().amax() / 2000**0.5]
-    assert off.abs().max() < 6 if off.numel() else rule.k is None  # a step above the ceiling is dense
+    assert off.numel() > 50
+    assert off.abs().max() < 6
 
 
 @pytest.mark.parametrize("scope", ["global", "example"])

@@ -320,8 +320,7 @@ def test_a_large_sparse_layer_is_faster_than_dense_here():
     if not meprop.backend_info()["native"]:
         pytest.skip("without the native kernels it is not")
     shape = LinearShape(256, 1024, 1024, torch.float32, "cpu", (True, True, True))
-    measured = (speed.measure(meprop.TopK(0.04), shape) for _ in range(5))  # other work on the machine may hide it
-    assert any(sparse_us < dense_us for dense_us, sparse_us in measured)
+    assert speed.decide(meprop.TopK(0.04), shape).sparse
 
 
 def test_compiled_before_it_decided_a_layer_is_sparse(measured):

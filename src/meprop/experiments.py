@@ -234,6 +234,8 @@ def _variant(
     try:
         k = {"k": found["k"]} if needs_k else {}
         task, shared = config(**settings), TrainingConfig(**training, **k)
+        if not dense:
+            shared.rule(found["rule"])  # whether it takes these settings
         simplified = SimplifyConfig(**simplify) if "simplify" in found else None
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error

@@ -22,6 +22,7 @@ __all__ = [
     "everything",
     "is_everything",
     "one_after_another",
+    "shared_or_zeros",
     "side_by_side",
 ]
 
@@ -202,7 +203,7 @@ def side_by_side(parts: Sequence[Selection]) -> Selection:
     indices = [part.indices + first for part, first in zip(parts, firsts, strict=False)]
     shared = None
     if any(part.shared is not None for part in parts):
-        shared = torch.cat([_shared_or_zeros(part) for part in parts])
+        shared = torch.cat([shared_or_zeros(part) for part in parts])
     if isinstance(parts[0], ColumnSelection):
         values = torch.cat([part.values for part in parts], dim=1)
         return ColumnSelection(values, torch.cat(indices), firsts[-1], shared)
@@ -237,7 +238,8 @@ def one_after_another(parts: Sequence[RowSelection]) -> RowSelection:
     return RowSelection(values, indices, parts[0].width, starts=starts)
 
 
-def _shared_or_zeros(part: Selection) -> Tensor:
+def shared_or_zeros(part: Selection) -> Tensor:
+    """What all rows share [O], or zeros."""
     return part.values.new_zeros(part.width) if part.shared is None else part.shared
 
 

@@ -273,7 +273,7 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, name, needed):
     for tensor, needs in zip(tensors, needed, strict=True):
         tensor.requires_grad_(needs)
     asked = []
-    convolve, multiply = Geometry.gradients, meprop.ops.linear_backward
+    convolve, multiply = Geometry.gradients, meprop.ops.backward_with
 
     def record_convolution(self, grad, x, weight, needs):
         asked.append(needs[:2])
@@ -284,7 +284,7 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch, name, needed):
         return multiply(choice, grad, weight, x, *others)
 
     monkeypatch.setattr(Geometry, "gradients", record_convolution)
-    monkeypatch.setattr(meprop.ops, "linear_backward", record_product)
+    monkeypatch.setattr(meprop.ops, "backward_with", record_product)
     output = functional.conv2d(*tensors, rule=BATCH, **arguments)
     if needed[:2] == (True, False):
         assert output.grad_fn.saved_tensors[0] is None  # the input of a frozen layer is not kept in memory

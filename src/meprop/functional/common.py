@@ -11,7 +11,7 @@ from meprop import ops
 from meprop.ops.registry import PLAIN
 from meprop.policy import Activity, Policy
 from meprop.rules import Rule
-from meprop.selection import ColumnSelection, PlainTopK, everything, is_everything
+from meprop.selection import PlainTopK, everything
 
 
 def is_autocast(tensor: Tensor) -> bool:
@@ -120,14 +120,11 @@ def _backward_by(
         choice = rule.select(grad_NO)
         if not policy.rule.differs:  # the density of one of two products says nothing of the other
             policy.note(choice)
-    if isinstance(choice, ColumnSelection) and not torch.compiler.is_compiling() and is_everything(choice):
-        if activity is not None:
-            activity.count(choice, positions)
-        return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
     if activity is not None and positions > 1:
         assert not isinstance(choice, PlainTopK)  # it was selected above
         activity.count(choice, positions)
     elif activity is not None:
         hits = activity.hits
         activity.examples += len(grad_NO)
-    return ops.linear_backward(choice, grad_NO, weight, x_NI, needs_bias, policy.sparse_grad and x_NI is not None, hits)
+    row_sparse = policy.sparse_grad and x_NI is not None
+    return ops.backward_with(choice, grad_NO, weight, x_NI, needs_bias, row_sparse, hits)

@@ -7,7 +7,7 @@ Each file holds one family of operations. Every operation has a contract, a lite
 from meprop.ops import native as native  # isort: skip  (backends register in this order)
 from meprop.ops import triton as triton
 from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_entries
-from meprop.ops.linear import dense_backward, entries_backward, linear_backward
+from meprop.ops.linear import backward_with, dense_backward, entries_backward, linear_backward
 from meprop.ops.lstm import lstm_backward, lstm_forward
 from meprop.ops.optimizer import GradientRows, adagrad_rows, adam_rows, ascending, copy_agrees, sgd_rows
 from meprop.ops.products import (
@@ -32,6 +32,7 @@ __all__ = [
     "ascending",
     "backend",
     "backend_info",
+    "backward_with",
     "choose_entries",
     "column_scores",
     "copy_agrees",

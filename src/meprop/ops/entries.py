@@ -8,16 +8,23 @@ one key, which is above infinity's. They are kept whatever else is, as infinity 
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from meprop.ops import native
 from meprop.ops.registry import Operator, operation
+from meprop.ops.thresholds import (
+    LEAST_THRESHOLD,
+    ONE,
+    Distribution,
+    bits_of,
+    cut_for_energy,
+    keys_of,
+    largest_threshold_of,
+    probabilities_of,
+    threshold_for_count,
+    threshold_for_noise,
+)
 from meprop.ops.topk import largest
 from meprop.selection import ColumnSelection, Entries, RowSelection, Selection, everything
 
@@ -25,9 +32,6 @@ _Found = tuple[Tensor, Tensor, Tensor, Tensor]
 """Values [E], indices [E], starts [N + 1], and what all rows share [O], or [0] if they share nothing."""
 
 _CODES = {"largest": 0, "energy": 1, "noise": 2, "drawn": 3}
-_ONE = 1 << 24  # probability 1
-_LEAST_THRESHOLD = 2.0**-100  # the inverse of a smaller one might overflow
-_INFINITY = 0x7F80  # the upper half of its key
 
 
 def _fake_entries(grad: Tensor, *_: object) -> _Found:
@@ -100,8 +104,8 @@ def choose_entries(grad: Tensor, entries: Entries, /) -> _Found:
         places = largest(grad.abs().flatten(), entries.k * rows)
         values = grad.flatten()[places]
     elif entries.keep == "energy":
-        keys = _keys(grad).flatten()
-        places = (keys > _cut_for_energy(_Distribution.of(grad), entries.share)).nonzero()[:, 0]
+        keys = keys_of(grad).flatten()
+        places = (keys > cut_for_energy(Distribution.of(grad), entries.share)).nonzero()[:, 0]
         values = grad.flatten()[places]
     else:
         places, values = _draw(grad, entries)
@@ -168,17 +172,17 @@ def draw_rows(grad: Tensor, k: int, key: Tensor) -> RowSelection:
     fits = (most <= threshold) | (certain == k - 1)
     first = fits.int().argmax(dim=1, keepdim=True)
     threshold = threshold.gather(1, first).clamp(max=torch.finfo(grad.dtype).max)
-    share = (magnitudes / threshold * _ONE).nan_to_num(0.0).round().long()
-    probabilities = torch.where(magnitudes >= threshold, _ONE, share)
+    share = (magnitudes / threshold * ONE).nan_to_num(0.0).round().long()
+    probabilities = torch.where(magnitudes >= threshold, ONE, share)
     probabilities[magnitudes == 0] = 0
-    excess = (probabilities.sum(dim=1) - k * _ONE).clamp(-_ONE, _ONE)  # by rounding, or as there are fewer entries
-    starts = uniform(int(key), rows, grad.device) * (_ONE - excess.abs()) // _ONE - excess.clamp(max=0)
+    excess = (probabilities.sum(dim=1) - k * ONE).clamp(-ONE, ONE)  # by rounding, or as there are fewer entries
+    starts = uniform(int(key), rows, grad.device) * (ONE - excess.abs()) // ONE - excess.clamp(max=0)
     reached = (starts[:, None] + probabilities.cumsum(dim=1)) >> 24
     drawn = reached.diff(dim=1, prepend=(starts >> 24)[:, None]) > 0
     places = drawn.flatten().nonzero()[:, 0]
     values = grad.flatten()[places]
     at_least = threshold.to(grad.dtype)[places // width, 0].copysign(values)
-    values = torch.where(probabilities.flatten()[places] < _ONE, at_least, values)
+    values = torch.where(probabilities.flatten()[places] < ONE, at_least, values)
     ends = torch.zeros(rows + 1, dtype=torch.int64, device=grad.device)
     ends[1:] = drawn.sum(dim=1).cumsum(0)
     return RowSelection(values, (places % width).int(), width, starts=ends)
@@ -196,174 +200,31 @@ def draw_columns(grad: Tensor, k: int, key: Tensor) -> ColumnSelection:
     return ColumnSelection(values, kept.indices, grad.shape[1])
 
 
-# ---------------------------------------------------------------- keys and thresholds, literally
-
-
-def _keys(grad: Tensor) -> Tensor:
-    """The keys of the magnitudes, int64."""
-    bits = grad.abs().float().view(torch.int32).long()
-    return bits.clamp(max=(_INFINITY << 16) + 1)
-
-
-def _of_bits(bits: int) -> float:
-    return struct.unpack("f", struct.pack("I", bits))[0]
-
-
-def _bits_of(value: float) -> int:
-    return struct.unpack("I", struct.pack("f", value))[0]
-
-
-def _edge(upper: int) -> float:
-    """The least magnitude of an upper half. That of infinity stands for 2^128, the end of the last finite one."""
-    return _of_bits(upper << 16) if upper < _INFINITY else 2.0**128
-
-
-def _threshold_below(value: float) -> float:
-    """The largest threshold that is not above a positive value."""
-    if value >= _edge(_INFINITY - 1):
-        return _edge(_INFINITY - 1)
-    nearest = _bits_of(value)
-    return _of_bits((nearest - (_of_bits(nearest) > value)) & 0xFFFF0000)
-
-
-class _Distribution(NamedTuple):
-    """How many entries have which upper half. Only finite entries that are not zero have one here."""
-
-    uppers: list[int]
-    counts: list[int]
-    entries: int
-    """The number of entries that are not zero, with those that are not finite."""
-    width: float
-    """The magnitudes of an upper half are between its edge and this part of the way to the next one."""
-
-    @classmethod
-    def of(cls, grad: Tensor) -> _Distribution:
-        counts = torch.bincount((_keys(grad) >> 16).flatten(), minlength=_INFINITY + 1)
-        uppers = counts[1:_INFINITY].nonzero()[:, 0] + 1
-        width = 0.0 if grad.dtype == torch.bfloat16 else 1.0
-        return cls(uppers.tolist(), counts[uppers].tolist(), int(counts[1:].sum()), width)
-
-    @property
-    def error(self) -> float:
-        """The middle of an upper half is at most this part of a magnitude away from it."""
-        return self.width / 256
-
-    def bound(self, upper: int) -> float:
-        return _edge(upper) + self.width * (_edge(upper + 1) - _edge(upper))
-
-    def middle(self, upper: int) -> float:
-        return _edge(upper) + self.width / 2 * (_edge(upper + 1) - _edge(upper))
-
-
-def _largest_threshold(of: _Distribution, limit: Callable[[float, float, int], float]) -> float:
-    """The largest threshold that is not above limit(sum, squares, others).
-
-    These are the sum of the magnitudes below the threshold, the sum of their squares, and the number of all other
-    entries. The limit falls as the threshold rises.
-    """
-    total = squares = last = 0.0
-    most, others = math.inf, of.entries
-    for upper, count in zip(of.uppers, of.counts, strict=True):
-        if total > 0:
-            most = limit(total, squares, others)
-        if most < _edge(upper):
-            break
-        magnitude = of.middle(upper)
-        total += count * magnitude
-        squares += count * magnitude * magnitude
-        others -= count
-        last = _edge(upper)
-    if total == 0:
-        return 0.0
-    if most >= last:
-        most = limit(total, squares, others)
-    return _threshold_below(max(most, last))
-
-
-def _largest_threshold_of(dtype: torch.dtype) -> float:
-    """The largest threshold that entries of this dtype can be set to. A smaller one than wanted keeps more entries."""
-    return _threshold_below(torch.finfo(dtype).max)
-
-
-def _limit_of_count(count: int, total: float, others: int) -> float:
-    """The threshold that keeps `count` entries on average."""
-    return total / (count - others) if count > others else math.inf
-
-
-def _threshold_for_noise(of: _Distribution, noise: float, count: int) -> float:
-    squares = 0.0
-    for upper, entries in zip(of.uppers, of.counts, strict=True):
-        squares += entries * of.middle(upper) * of.middle(upper)
-    budget = noise * squares * (1 - 2 * of.error)
-
-    def limit(total: float, below: float, others: int) -> float:
-        return min((budget + below) / (total * (1 + of.error)), _limit_of_count(count, total, others))
-
-    return _largest_threshold(of, limit)
-
-
-def _threshold_for_count(grad: Tensor, of: _Distribution, count: int) -> float:
-    """The threshold for which the probabilities add up to `count`. 0 if no more entries are not zero."""
-    if count >= of.entries:
-        return 0.0
-    upper = 1 + of.error
-    least = _largest_threshold(of, lambda total, _, others: _limit_of_count(count, total * upper, others))
-    threshold, kept = _of_bits(min(_bits_of(least) + 0x10000, (_INFINITY - 1) << 16)), -1
-    while threshold > _LEAST_THRESHOLD:  # an entry that comes to be kept for certain leaves the others more
-        keys = _keys(grad)
-        certain = int((keys >= _bits_of(threshold)).sum())
-        below = (int(_probabilities(keys, threshold).sum()) - certain * _ONE) / _ONE
-        if certain == kept or certain >= count or below <= 0:
-            break
-        kept, threshold = certain, _of_bits(_bits_of(threshold * below / (count - certain)))
-    return threshold
-
-
-def _cut_for_energy(of: _Distribution, share: float) -> int:
-    """The largest key that is left out."""
-    kept = left_out = 0.0
-    for upper, count in zip(of.uppers, of.counts, strict=True):
-        left_out += count * of.bound(upper) * of.bound(upper)
-    for upper, count in zip(reversed(of.uppers), reversed(of.counts), strict=True):
-        kept += count * _edge(upper) * _edge(upper)
-        left_out -= count * of.bound(upper) * of.bound(upper)
-        if kept >= share * (kept + max(left_out, 0.0)):
-            return (upper << 16) - 1
-    return 0
-
-
 # ---------------------------------------------------------------- drawing, literally
-
-
-def _probabilities(keys: Tensor, threshold: float) -> Tensor:
-    """The probabilities of entries with these keys, in units of 2^-24."""
-    scale = torch.tensor(float(_ONE), dtype=torch.float32, device=keys.device) / threshold
-    share = (keys.int().view(torch.float32) * scale).nan_to_num(0.0, 0.0).round().long()
-    return torch.where(keys >= _bits_of(threshold), _ONE, share)
 
 
 def _draw(grad: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     """The places of the drawn entries in the flattened gradient, ascending, and their values."""
     assert entries.key is not None
     rows, width = grad.shape
-    of, count = _Distribution.of(grad), min(entries.k, width) * rows
-    keys = _keys(grad)
+    of, count = Distribution.of(grad), min(entries.k, width) * rows
+    keys = keys_of(grad)
     if entries.keep == "noise":
-        threshold = _threshold_for_noise(of, entries.share, count)
+        threshold = threshold_for_noise(of, entries.share, count)
     else:
-        threshold = _threshold_for_count(grad, of, count)
-    threshold = min(threshold, _largest_threshold_of(grad.dtype))
-    if threshold <= _LEAST_THRESHOLD:
+        threshold = threshold_for_count(grad, of, count)
+    threshold = min(threshold, largest_threshold_of(grad.dtype))
+    if threshold <= LEAST_THRESHOLD:
         places = (keys > 0).flatten().nonzero()[:, 0]
         return places, grad.flatten()[places]
-    probabilities = _probabilities(keys, threshold)
+    probabilities = probabilities_of(keys, threshold)
     starts = uniform(int(entries.key), rows + 1, grad.device)
     starts = starts[:rows] if entries.keep == "noise" else _shared_out(probabilities.sum(dim=1), starts, count)
     reached = (starts[:, None] + probabilities.cumsum(dim=1)) >> 24
     drawn = reached.diff(dim=1, prepend=torch.zeros_like(reached[:, :1])) > 0
     places = drawn.flatten().nonzero()[:, 0]
     values = grad.flatten()[places]
-    below = keys.flatten()[places] < _bits_of(threshold)
+    below = keys.flatten()[places] < bits_of(threshold)
     return places, torch.where(below, torch.full_like(values, threshold).copysign(values), values)
 
 
@@ -373,11 +234,11 @@ def _shared_out(sums: Tensor, uniform_numbers: Tensor, count: int) -> Tensor:
     The rows' numbers of entries are drawn by systematic sampling too. Each is the integer below or above its mean.
     """
     own, of_all = uniform_numbers[:-1], int(uniform_numbers[-1])
-    excess = min(max(int(sums.sum()) - count * _ONE, -_ONE), _ONE)  # by rounding
-    ends = of_all * (_ONE - abs(excess)) // _ONE + max(-excess, 0) + sums.cumsum(0)
+    excess = min(max(int(sums.sum()) - count * ONE, -ONE), ONE)  # by rounding
+    ends = of_all * (ONE - abs(excess)) // ONE + max(-excess, 0) + sums.cumsum(0)
     more = (ends >> 24) - ((ends - sums) >> 24) > sums >> 24
-    least = sums % _ONE  # from _ONE - least on, a row draws one entry more
-    return torch.where(more, _ONE - least + own * least // _ONE, own * (_ONE - least) // _ONE)
+    least = sums % ONE  # from ONE - least on, a row draws one entry more
+    return torch.where(more, ONE - least + own * least // ONE, own * (ONE - least) // ONE)
 
 
 def uniform(key: int, count: int, device: torch.device | str = "cpu") -> Tensor:

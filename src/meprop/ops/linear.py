@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meprop.ops import native
@@ -190,12 +191,25 @@ def entries_backward(
 
     An implementation returns an empty tensor for a gradient that is not wanted.
     """
-    selection = keep_entries(grad, entries)
-    if is_everything(selection):
-        gradients = dense_backward(grad, weight, x, needs_bias)
-    else:
-        gradients = linear_backward(selection, grad, weight, x, needs_bias, False)
+    gradients = backward_with(keep_entries(grad, entries), grad, weight, x, needs_bias)
     return tuple(grad.new_empty(0) if each is None else each for each in gradients)
+
+
+def backward_with(
+    choice: Choice,
+    grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    needs_bias: bool = False,
+    row_sparse: bool = False,
+    hits: Tensor | None = None,
+) -> Gradients:
+    """`linear_backward`, or `dense_backward` if everything is kept. Under `torch.compile` it is always the former."""
+    if isinstance(choice, PlainTopK) or torch.compiler.is_compiling() or not is_everything(choice):
+        return linear_backward(choice, grad, weight, x, needs_bias, row_sparse, hits)
+    if hits is not None:
+        hits += count_hits([choice])
+    return dense_backward(grad, weight, x, needs_bias)
 
 
 def dense_backward(grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool) -> Gradients:

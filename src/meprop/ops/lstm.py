@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from meprop.ops import native
-from meprop.ops.linear import linear_backward
+from meprop.ops.linear import backward_with, linear_backward
+from meprop.ops.products import count_hits_of_blocks
 from meprop.ops.registry import operation
-from meprop.selection import PlainTopK, RowSelection, Selection, one_after_another
+from meprop.selection import PlainTopK, RowSelection, Selection, one_after_another, shared_or_zeros
 
 Trace = tuple[Tensor, Tensor, Tensor]
 """What a backward pass needs from its forward pass: outputs, cell states and gates."""
@@ -210,7 +211,7 @@ def lstm_backward(
         selection = select(whole[rows])
         kept[rows] = selection.to_dense()
         if hits is not None:
-            hits += _hits_of_units(selection)
+            hits += count_hits_of_blocks(selection, 4)
         forget = gates[rows].chunk(4, dim=1)[1]
         grad_h, grad_c = _with_new(grad_h, kept[rows] @ weight_hh), _with_new(grad_c, grad_cell * forget)
     return (
@@ -221,16 +222,6 @@ def lstm_backward(
         grad_h if needs[4] else None,
         grad_c if needs[5] else None,
     )
-
-
-def _hits_of_units(selection: Selection) -> Tensor:
-    """The number of rows that hit each unit [H] in any of its gates, from a selection of all gates [n, 4H]."""
-    hit = torch.zeros(selection.rows, selection.width, dtype=torch.bool, device=selection.values.device)
-    if isinstance(selection, RowSelection):
-        hit[selection.row_numbers(), selection.indices.long()] = selection.values != 0
-    else:
-        hit[:, selection.indices.long()] = selection.values != 0
-    return hit.unflatten(1, (4, -1)).any(dim=1).sum(dim=0)
 
 
 def _gate_gradients(
@@ -339,8 +330,8 @@ def _step_by_step(
         selection = select(whole[rows])
         kept[rows.start] = rows, selection
         if hits is not None:
-            hits += _hits_of_units(selection)
-        earlier, *_ = linear_backward(selection, whole[rows], weight_hh, None, False, False)
+            hits += count_hits_of_blocks(selection, 4)
+        earlier, *_ = backward_with(selection, whole[rows], weight_hh, None)
         assert earlier is not None
         forget = gates[rows].chunk(4, dim=1)[1]
         grad_h, grad_c = _with_new(grad_h, earlier), _with_new(grad_c, grad_cell * forget)
@@ -362,18 +353,13 @@ def _of_all_steps(
     if len(rows_of) < len(steps):  # a step keeps columns, such as all of them
         dense = torch.cat([selection.to_dense() for _, selection in steps])
         return None if weight is None else dense @ weight, None if source is None else dense.t() @ source
-    of_input, of_weight, _ = linear_backward(
-        one_after_another(rows_of), steps[0][1].values, weight, source, False, False
-    )
+    kept = one_after_another(rows_of)
+    of_input, of_weight, _ = linear_backward(kept, kept.values, weight, source, False, False)
     if any(selection.shared is not None for selection in rows_of):
-        shared = torch.stack([_shared(selection) for selection in rows_of])
+        shared = torch.stack([shared_or_zeros(selection) for selection in rows_of])
         if of_input is not None and weight is not None:
             for (rows, _), added in zip(steps, shared @ weight, strict=True):
                 of_input[rows] += added
         if of_weight is not None and source is not None:
             of_weight.addmm_(shared.t(), torch.stack([source[rows].sum(dim=0) for rows, _ in steps]))
     return of_input, of_weight
-
-
-def _shared(selection: RowSelection) -> Tensor:
-    return selection.values.new_zeros(selection.width) if selection.shared is None else selection.shared

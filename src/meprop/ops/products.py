@@ -212,16 +212,22 @@ def count_hits(selections: Sequence[Selection]) -> Tensor:
     A row hits a unit if any of the selections [N, O] has an entry of that unit in that row that is not zero. NaN counts
     as not zero. The part that all rows share counts as not selected.
     """
-    first = selections[0]
-    hit_NO = torch.zeros(first.rows, first.width, dtype=torch.bool, device=first.values.device)
-    for selection in selections:
-        chosen = torch.zeros_like(hit_NO)
-        if isinstance(selection, RowSelection):
-            chosen[selection.row_numbers(), selection.indices.long()] = selection.values != 0
-        else:
-            chosen[:, selection.indices.long()] = selection.values != 0
-        hit_NO |= chosen
-    return hit_NO.sum(dim=0)
+    return torch.stack([_hit(selection) for selection in selections]).any(dim=0).sum(dim=0)
+
+
+def count_hits_of_blocks(selection: Selection, blocks: int) -> Tensor:
+    """`count_hits` of the equal blocks of a selection's features, each of which has the same units."""
+    return _hit(selection).unflatten(1, (blocks, -1)).any(dim=1).sum(dim=0)
+
+
+def _hit(selection: Selection) -> Tensor:
+    """Which units each row hits [N, O]."""
+    hit_NO = torch.zeros(selection.rows, selection.width, dtype=torch.bool, device=selection.values.device)
+    if isinstance(selection, RowSelection):
+        hit_NO[selection.row_numbers(), selection.indices.long()] = selection.values != 0
+    else:
+        hit_NO[:, selection.indices.long()] = selection.values != 0
+    return hit_NO
 
 
 # ---------------------------------------------------------------- the native call of all of them

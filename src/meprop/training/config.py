@@ -80,10 +80,7 @@ class TrainingConfig:
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
         if self.sparse_rows != "no" and self.scope != "batch":
             raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
-        if self.noise is None and self.exact_sum is None:
-            self.rule()
-        else:
-            self.rule("sampled" if self.noise is not None else DEFAULT_RULE)
+        self.rule(DEFAULT_RULE if self.noise is None else "sampled")
 
     def rule(self, name: str = DEFAULT_RULE) -> Rule:
         """Return the rule of this name, with these settings.
