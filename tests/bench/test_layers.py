@@ -141,14 +141,14 @@ def test_unified_selection_is_timed_too():
 
 @pytest.mark.parametrize(("position", "name"), [(1, "weight"), (2, "bias")])
 def test_a_wrong_product_is_not_timed_and_fails(monkeypatch, capsys, position, name):
-    real = ops.linear_backward
+    real = ops.backward_with
 
     def off_by_a_little(*args, **options):
         gradients = list(real(*args, **options))
         gradients[position].view(-1)[-1] += 0.1
         return tuple(gradients)
 
-    monkeypatch.setattr(ops, "linear_backward", off_by_a_little)
+    monkeypatch.setattr(ops, "backward_with", off_by_a_little)
     Path("page.md").write_text("\n".join(pages.markers("bench layers tiny")))
     assert bench("--page", "page.md") == 1
     assert [row["name"] for row in result()["layers"]] == ["0", "3"]

@@ -186,7 +186,7 @@ def test_help_explains_every_option(capsys):
 
 def off_by_a_little(position):
     """The real backward pass, one element of one gradient off by more than rounding explains."""
-    real = ops.linear_backward
+    real = ops.backward_with
 
     def backward(*args, **options):
         gradients = list(real(*args, **options))
@@ -200,7 +200,7 @@ def off_by_a_little(position):
 @pytest.mark.parametrize(("position", "name"), [(0, "input"), (1, "weight"), (2, "bias")])
 @pytest.mark.parametrize("kind", ["example", "batch"])
 def test_a_wrong_product_shows_no_ratio_and_fails(monkeypatch, capsys, kind, position, name):
-    monkeypatch.setattr(ops, "linear_backward", off_by_a_little(position))
+    monkeypatch.setattr(ops, "backward_with", off_by_a_little(position))
     page = Path("page.md")
     page.write_text(f"{BEGIN}\n{END}\n")
     assert bench("--page", "page.md", cases=[f"{kind}-fp32-8x16x40-k4", "topk-fp32-8x40-k3"]) == 1
@@ -229,38 +229,38 @@ def test_a_wrong_selection_shows_no_ratio_and_fails(monkeypatch, case):
 
 def test_the_products_of_another_selection_are_wrong(monkeypatch):
     """The fused backward pass makes a selection of its own, which must be the oracle's too."""
-    real = ops.linear_backward
+    real = ops.backward_with
 
     def one_less(topk, *args, **options):
         return real(topk._replace(k=topk.k - 1), *args, **options)
 
-    monkeypatch.setattr(ops, "linear_backward", one_less)
+    monkeypatch.setattr(ops, "backward_with", one_less)
     assert bench(cases=["example-bf16-8x16x40-k4"]) == 1
 
 
 def test_a_pass_that_varies_is_wrong(monkeypatch):
     """As one whose threads race: right when checked, wrong a little later."""
-    wrong, right, calls = off_by_a_little(1), ops.linear_backward, []
+    wrong, right, calls = off_by_a_little(1), ops.backward_with, []
 
     def now_and_then(*args, **options):
         calls.append(1)
         return (wrong if len(calls) % 4 == 0 else right)(*args, **options)
 
-    monkeypatch.setattr(ops, "linear_backward", now_and_then)
+    monkeypatch.setattr(ops, "backward_with", now_and_then)
     assert bench(cases=["example-fp32-8x16x40-k4"]) == 1
     assert "when repeated" in result()["cases"][0]["wrong"]
 
 
 def test_a_nan_beside_the_checked_columns_is_found(monkeypatch):
     monkeypatch.setattr(oracle, "_CHECKED_COLUMNS", 0)
-    real = ops.linear_backward
+    real = ops.backward_with
 
     def with_nan(*args, **options):
         grad_x, *others = real(*args, **options)
         grad_x[0, 0] = float("nan")
         return grad_x, *others
 
-    monkeypatch.setattr(ops, "linear_backward", with_nan)
+    monkeypatch.setattr(ops, "backward_with", with_nan)
     assert bench(cases=["example-fp32-8x16x40-k4"]) == 1
 
 
