@@ -68,13 +68,19 @@ class Roofline:
 
 def measure_limits() -> Limits:
     """Measure the limits that do not depend on the case, with torch's current number of threads."""
-    square = torch.randn(_SQUARE, _SQUARE)
-    square_bf16 = square.bfloat16()
-    times = interleaved({"fp32": lambda: square @ square, "bf16": lambda: square_bf16 @ square_bf16}, _SECONDS)
-    rates = {dtype: _SQUARE**3 / time.best for dtype, time in times.items()}
+    small = _multiply_adds_per_second(["fp32", "bf16"], _SQUARE // 8)
+    # A large product takes minutes on a CPU without instructions for bf16.
+    dtypes = ["fp32", "bf16"] if small["bf16"] > small["fp32"] / 4 else ["fp32"]
+    rates = _multiply_adds_per_second(dtypes, _SQUARE)
     # bf16 numbers can be multiplied as fp32 ones: where torch's own bf16 product is the slower one, it is no limit.
     rates["bf16"] = max(rates.values())
     return Limits(rates, _cache_bytes_per_second())
+
+
+def _multiply_adds_per_second(dtypes: list[str], size: int) -> dict[str, float]:
+    squares = {"fp32": torch.randn(size, size), "bf16": torch.randn(size, size).bfloat16()}
+    times = interleaved({dtype: lambda square=squares[dtype]: square @ square for dtype in dtypes}, _SECONDS)
+    return {dtype: size**3 / times[dtype].best for dtype in dtypes}
 
 
 def _cache_bytes_per_second() -> float:
