@@ -1,8 +1,8 @@
+#include "entries.h"
+
 #include <cmath>
 
-#include "drivers.h"
 #include "selected.h"
-#include "team.h"
 
 namespace meprop {
 namespace {
@@ -130,16 +130,6 @@ uint32_t cut_for_energy(const Distribution& of, double share) {
   return 0;
 }
 
-// The key of the entry that is the `count`-th largest by half a key, and how many entries of this half are kept.
-struct Place {
-  int64_t half, rest;
-};
-Place place_of(const uint32_t* counts, int64_t halves, int64_t count) {
-  int64_t half = halves - 1;
-  for (; half > 0 && counts[half] < count; --half) count -= counts[half];
-  return {half, count};
-}
-
 template <class T>
 const T* row_of(const Entries<T>& of, int64_t row) {
   return of.grad.data + row * of.grad.ld;
@@ -152,198 +142,36 @@ Probability probability(const Entries<T>& of) {
 }
 
 template <class T>
-class Planner {
- public:
-  Planner(const TypedKernels<T>& kernels, Entries<T>* entries, int threads)
-      : kernels_(kernels),
-        all_(*entries),
-        tables_(kKeyCounts, threads * kTable),
-        parts_(kPlaces, 2 * threads),
-        ranges_(kKeyRanges, threads) {}
+bool draws(const Entries<T>& of) {
+  return of.keep == Keep::kNoise || of.keep == Keep::kDrawn;
+}
 
-  explicit operator bool() const { return tables_ && parts_ && ranges_; }
+// A threshold whose inverse might overflow keeps every entry that is not zero.
+template <class T>
+void set_threshold(Entries<T>* all, float threshold) {
+  const bool draws = threshold > kLeastThreshold;
+  all->threshold = draws ? threshold : 0;
+  all->cut = draws ? bits_of(threshold) : 1;
+}
 
-  void run(Team team) {
-    find_range(team);
-    count(team, 2 * table_, [&](const T* row, uint32_t* counts) {
-      kernels_.count_upper_halves(row, all_.outputs, first_, table_, counts);
-    });
-    if (team.id == 0) read_distribution();
-    team.wait();
-    if (all_.keep == Keep::kLargest) {
-      count(team, kLowerHalves, [&](const T* row, uint32_t* counts) {
-        kernels_.count_lower_halves(row, all_.outputs, static_cast<uint32_t>(place_.half), counts);
-      });
-      if (team.id == 0) {
-        const Place lower = place_of(tables_.get(), kLowerHalves, place_.rest);
-        all_.cut = static_cast<uint32_t>(place_.half << 16 | lower.half);
-        ties_ = lower.rest;
-      }
-      team.wait();
-    }
-    if (all_.keep == Keep::kDrawn) lower_threshold(team);
-    if (all_.keep == Keep::kLargest || all_.keep == Keep::kEnergy)
-      count_rows(team);
-    else
-      sum_rows(team);
+// Chooses where the rows' sampling starts so that they draw `count` entries together. The rows' numbers are drawn by
+// systematic sampling too, each of them the integer below or above its mean.
+template <class T>
+void share_out(const Entries<T>& all) {
+  int64_t total = 0;
+  for (int64_t row = 0; row < all.rows; ++row) total += all.starts[row + 1];
+  const int64_t one = kOne, excess = std::clamp(total - all.count * one, -one, one);  // by rounding
+  const int64_t start = static_cast<int64_t>(uniform(all.key, all.rows)) * (one - std::abs(excess)) / one;
+  int64_t before = start + std::max<int64_t>(-excess, 0);
+  for (int64_t row = 0; row < all.rows; ++row) {
+    const int64_t sum = all.starts[row + 1], to = before + sum;
+    const int64_t least = sum % one;  // with a start from one - least on, one entry more is drawn
+    const bool more = (to >> 24) - (before >> 24) > sum >> 24;
+    const int64_t range = more ? least : one - least;
+    all.states[row] = static_cast<int32_t>((more ? one - least : 0) + all.states[row] * range / one);
+    before = to;
   }
-
- private:
-  // Which upper halves there are: the tables have places for these only.
-  void find_range(Team team) {
-    KeyRange own = {0, 0};
-    const Range rows = team.part(all_.rows);
-    for (int64_t row = rows.begin; row < rows.end; ++row) kernels_.widen_range(row_of(all_, row), all_.outputs, &own);
-    ranges_.get()[team.id] = own;
-    team.wait();
-    if (team.id == 0) {
-      for (int thread = 1; thread < team.size; ++thread) {
-        own.least = std::min(own.least - 1, ranges_.get()[thread].least - 1) + 1;  // that of 0 is the largest number
-        own.most = std::max(own.most, ranges_.get()[thread].most);
-      }
-      first_ = std::max(own.least >> 16, 1u);
-      table_ = std::max<int64_t>((own.most >> 16) - int64_t{first_} + 2, 2);
-    }
-    team.wait();
-  }
-
-  // Counts all rows in the first table, which has so many places.
-  template <class Count>
-  void count(Team team, int64_t size, Count count) {
-    uint32_t* own = tables_.get() + team.id * kTable;
-    std::memset(own, 0, static_cast<size_t>(size) * sizeof(uint32_t));
-    const Range rows = team.part(all_.rows);
-    for (int64_t row = rows.begin; row < rows.end; ++row) count(row_of(all_, row), own);
-    team.wait();
-    const Range part = team.part(size, 16);
-    for (int thread = 1; thread < team.size; ++thread)
-      for (int64_t i = part.begin; i < part.end; ++i) tables_.get()[i] += tables_.get()[thread * kTable + i];
-    team.wait();
-  }
-
-  void read_distribution() {
-    uint32_t* counts = tables_.get();
-    for (int64_t place = 0; place < table_; ++place) counts[place] += counts[table_ + place];
-    if (all_.keep == Keep::kLargest) {
-      place_ = place_of(counts, table_, all_.count);
-      place_.half += place_.half > 0 ? first_ - 1 : 0;
-      return;
-    }
-    const int64_t end = first_ + table_ - 1;
-    Distribution of = {counts + 1, first_, std::min(end, kFinite), 0, sizeof(T) == sizeof(Bf16) ? 0.0 : 1.0};
-    for (int64_t place = 1; place < table_; ++place) of.entries += counts[place];
-    if (all_.keep == Keep::kEnergy) {
-      all_.cut = cut_for_energy(of, all_.share);
-      return;
-    }
-    uint32_t threshold = 0;
-    if (all_.keep == Keep::kNoise) {
-      threshold = threshold_for_noise(of, all_.share, all_.count);
-    } else if (all_.count < of.entries) {  // one that keeps too few on average, from where it can only fall
-      const double upper = 1 + of.error();
-      threshold = largest_threshold(of, [&](double sum, double, int64_t others) {
-        return limit_of_count(static_cast<double>(all_.count), sum * upper, others);
-      });
-      threshold = std::min(threshold + 0x10000u, static_cast<uint32_t>(kFinite - 1) << 16);
-    }
-    set_threshold(of_bits(threshold));
-  }
-
-  // A threshold whose inverse might overflow keeps every entry that is not zero.
-  void set_threshold(float threshold) {
-    const bool draws = threshold > kLeastThreshold;
-    all_.threshold = draws ? threshold : 0;
-    all_.cut = draws ? bits_of(threshold) : 1;
-  }
-
-  // Lowers the threshold until the probabilities add up to `count`: an entry that comes to be kept for certain leaves the
-  // others more. Every pass is with fewer entries below the threshold, or the last.
-  void lower_threshold(Team team) {
-    int64_t* sums = parts_.get();
-    int64_t kept = -1;
-    for (bool again = all_.threshold > 0; again;) {
-      const Probability of = probability(all_);
-      int64_t certain = 0, sum = 0;
-      const Range rows = team.part(all_.rows);
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        certain += kernels_.count_keys(row_of(all_, row), all_.outputs, of.cut - 1).above;
-        sum += static_cast<int64_t>(kernels_.sum_probabilities(row_of(all_, row), all_.outputs, of));
-      }
-      sums[2 * team.id] = certain, sums[2 * team.id + 1] = sum;
-      team.wait();
-      certain = sum = 0;  // of all threads, added up by each of them
-      for (int thread = 0; thread < team.size; ++thread) certain += sums[2 * thread], sum += sums[2 * thread + 1];
-      const double below = static_cast<double>(sum - certain * kOne) / static_cast<double>(kOne);
-      again = certain != kept && certain < all_.count && below > 0;
-      kept = certain;
-      const double threshold = all_.threshold * below / static_cast<double>(all_.count - certain);
-      team.wait();
-      if (again && team.id == 0) set_threshold(static_cast<float>(threshold));
-      team.wait();
-    }
-  }
-
-  // How many of the largest entries each row keeps.
-  void count_rows(Team team) {
-    const Range rows = team.part(all_.rows);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const KeyCounts counts = kernels_.count_keys(row_of(all_, row), all_.outputs, all_.cut);
-      all_.starts[row + 1] = counts.above;
-      all_.states[row] = static_cast<int32_t>(counts.equal);
-    }
-    team.wait();
-    if (team.id != 0) return;
-    for (int64_t row = 0; row < all_.rows; ++row) {
-      const int64_t equal = std::min<int64_t>(all_.states[row], ties_);
-      ties_ -= equal;
-      all_.states[row] = static_cast<int32_t>(equal);
-      all_.starts[row + 1] += equal + all_.starts[row];
-    }
-  }
-
-  // How many entries of each row are drawn, and where its sampling starts.
-  void sum_rows(Team team) {
-    const Range rows = team.part(all_.rows);
-    const Probability of = probability(all_);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      all_.starts[row + 1] = static_cast<int64_t>(kernels_.sum_probabilities(row_of(all_, row), all_.outputs, of));
-      all_.states[row] = static_cast<int32_t>(uniform(all_.key, row));
-    }
-    team.wait();
-    if (team.id != 0) return;
-    if (all_.keep == Keep::kDrawn && all_.threshold > 0) share_out();
-    for (int64_t row = 0; row < all_.rows; ++row)
-      all_.starts[row + 1] = all_.starts[row] + ((all_.starts[row + 1] + all_.states[row]) >> 24);
-  }
-
-  // Chooses where the rows' sampling starts so that they draw `count` entries together. The rows' numbers are drawn by
-  // systematic sampling too, each of them the integer below or above its mean.
-  void share_out() {
-    int64_t total = 0;
-    for (int64_t row = 0; row < all_.rows; ++row) total += all_.starts[row + 1];
-    const int64_t one = kOne, excess = std::clamp(total - all_.count * one, -one, one);  // by rounding
-    const int64_t start = static_cast<int64_t>(uniform(all_.key, all_.rows)) * (one - std::abs(excess)) / one;
-    int64_t before = start + std::max<int64_t>(-excess, 0);
-    for (int64_t row = 0; row < all_.rows; ++row) {
-      const int64_t sum = all_.starts[row + 1], to = before + sum;
-      const int64_t least = sum % one;  // with a start from one - least on, one entry more is drawn
-      const bool more = (to >> 24) - (before >> 24) > sum >> 24;
-      const int64_t range = more ? least : one - least;
-      all_.states[row] = static_cast<int32_t>((more ? one - least : 0) + all_.states[row] * range / one);
-      before = to;
-    }
-  }
-
-  const TypedKernels<T>& kernels_;
-  Entries<T>& all_;
-  Scratch<uint32_t> tables_;
-  Scratch<int64_t> parts_;
-  Scratch<KeyRange> ranges_;
-  uint32_t first_ = 1;
-  int64_t table_ = 0;
-  Place place_ = {0, 0};
-  int64_t ties_ = 0;
-};
+}
 
 template <class T>
 bool valid(const Entries<T>& of) {
@@ -355,67 +183,244 @@ bool valid(const Entries<T>& of) {
 }  // namespace
 
 template <class T>
+EntriesPass<T>::EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_t outputs, bool left_out, int threads)
+    : kernels_(kernels),
+      outputs_(outputs),
+      tables_(kKeyCounts, threads * kTable),
+      parts_(kParts, 2 * threads),
+      ranges_(kKeyRanges, threads),
+      candidates_(kCandidates, threads * (outputs + kScratchPad)),
+      sums_(kLeftOut, left_out ? (std::min(rows / kLeastRowsPerBlock, kRowBlocks) + 1) * outputs : 0) {}
+
+template <class T>
+void EntriesPass<T>::plan(Team team, Entries<T>* all) {
+  find_range(team, *all);
+  count(team, *all, 2 * table_, [&](const T* row, uint32_t* counts) {
+    kernels_.count_upper_halves(row, outputs_, first_, table_, counts);
+  });
+  if (team.id == 0) {
+    all->starts[0] = 0;
+    ties_ = 0;
+    read_distribution(all);
+  }
+  team.wait();
+  if (all->keep == Keep::kLargest) {
+    count(team, *all, kLowerHalves, [&](const T* row, uint32_t* counts) {
+      kernels_.count_lower_halves(row, outputs_, static_cast<uint32_t>(place_.half), counts);
+    });
+    if (team.id == 0) {
+      const Place lower = place_of(tables_.get(), kLowerHalves, place_.rest);
+      all->cut = static_cast<uint32_t>(place_.half << 16 | lower.half);
+      ties_ = lower.rest;
+    }
+    team.wait();
+  }
+  if (all->keep == Keep::kDrawn) lower_threshold(team, all);
+  if (draws(*all))
+    sum_rows(team, all);
+  else
+    count_rows(team, all);
+  team.wait();
+}
+
+template <class T>
+typename EntriesPass<T>::Place EntriesPass<T>::place_of(const uint32_t* counts, int64_t halves, int64_t count) {
+  int64_t half = halves - 1;
+  for (; half > 0 && counts[half] < count; --half) count -= counts[half];
+  return {half, count};
+}
+
+// Which upper halves there are: the tables have places for these only.
+template <class T>
+void EntriesPass<T>::find_range(Team team, const Entries<T>& all) {
+  KeyRange own = {0, 0};
+  const Range rows = team.part(all.rows);
+  for (int64_t row = rows.begin; row < rows.end; ++row) kernels_.widen_range(row_of(all, row), outputs_, &own);
+  ranges_.get()[team.id] = own;
+  team.wait();
+  if (team.id == 0) {
+    for (int thread = 1; thread < team.size; ++thread) {
+      own.least = std::min(own.least - 1, ranges_.get()[thread].least - 1) + 1;  // that of 0 is the largest number
+      own.most = std::max(own.most, ranges_.get()[thread].most);
+    }
+    first_ = std::max(own.least >> 16, 1u);
+    table_ = std::max<int64_t>((own.most >> 16) - int64_t{first_} + 2, 2);
+  }
+  team.wait();
+}
+
+// Counts all rows in the first table, which has so many places.
+template <class T>
+template <class Count>
+void EntriesPass<T>::count(Team team, const Entries<T>& all, int64_t size, Count count) {
+  uint32_t* own = tables_.get() + team.id * kTable;
+  std::memset(own, 0, static_cast<size_t>(size) * sizeof(uint32_t));
+  const Range rows = team.part(all.rows);
+  for (int64_t row = rows.begin; row < rows.end; ++row) count(row_of(all, row), own);
+  team.wait();
+  const Range part = team.part(size, 16);
+  for (int thread = 1; thread < team.size; ++thread)
+    for (int64_t i = part.begin; i < part.end; ++i) tables_.get()[i] += tables_.get()[thread * kTable + i];
+  team.wait();
+}
+
+template <class T>
+void EntriesPass<T>::read_distribution(Entries<T>* all) {
+  uint32_t* counts = tables_.get();
+  for (int64_t place = 0; place < table_; ++place) counts[place] += counts[table_ + place];
+  if (all->keep == Keep::kLargest) {
+    place_ = place_of(counts, table_, all->count);
+    place_.half += place_.half > 0 ? first_ - 1 : 0;
+    return;
+  }
+  const int64_t end = first_ + table_ - 1;
+  Distribution of = {counts + 1, first_, std::min(end, kFinite), 0, sizeof(T) == sizeof(Bf16) ? 0.0 : 1.0};
+  for (int64_t place = 1; place < table_; ++place) of.entries += counts[place];
+  if (all->keep == Keep::kEnergy) {
+    all->cut = cut_for_energy(of, all->share);
+    return;
+  }
+  uint32_t threshold = 0;
+  if (all->keep == Keep::kNoise) {
+    threshold = threshold_for_noise(of, all->share, all->count);
+  } else if (all->count < of.entries) {  // one that keeps too few on average, from where it can only fall
+    const double upper = 1 + of.error();
+    threshold = largest_threshold(of, [&](double sum, double, int64_t others) {
+      return limit_of_count(static_cast<double>(all->count), sum * upper, others);
+    });
+    threshold = std::min(threshold + 0x10000u, static_cast<uint32_t>(kFinite - 1) << 16);
+  }
+  set_threshold(all, of_bits(threshold));
+}
+
+// Lowers the threshold until the probabilities add up to `count`: an entry that comes to be kept for certain leaves the
+// others more. Every pass is with fewer entries below the threshold, or the last.
+template <class T>
+void EntriesPass<T>::lower_threshold(Team team, Entries<T>* all) {
+  int64_t* sums = parts_.get();
+  int64_t kept = -1;
+  for (bool again = all->threshold > 0; again;) {
+    const Probability of = probability(*all);
+    int64_t certain = 0, sum = 0;
+    const Range rows = team.part(all->rows);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      certain += kernels_.count_keys(row_of(*all, row), outputs_, of.cut - 1).above;
+      sum += static_cast<int64_t>(kernels_.sum_probabilities(row_of(*all, row), outputs_, of));
+    }
+    sums[2 * team.id] = certain, sums[2 * team.id + 1] = sum;
+    team.wait();
+    certain = sum = 0;  // of all threads, added up by each of them
+    for (int thread = 0; thread < team.size; ++thread) certain += sums[2 * thread], sum += sums[2 * thread + 1];
+    const double below = static_cast<double>(sum - certain * kOne) / static_cast<double>(kOne);
+    again = certain != kept && certain < all->count && below > 0;
+    kept = certain;
+    const double threshold = all->threshold * below / static_cast<double>(all->count - certain);
+    team.wait();
+    if (again && team.id == 0) set_threshold(all, static_cast<float>(threshold));
+    team.wait();
+  }
+}
+
+// How many of the largest entries each row keeps.
+template <class T>
+void EntriesPass<T>::count_rows(Team team, Entries<T>* all) {
+  const Range rows = team.part(all->rows);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const KeyCounts counts = kernels_.count_keys(row_of(*all, row), outputs_, all->cut);
+    all->starts[row + 1] = counts.above;
+    all->states[row] = static_cast<int32_t>(counts.equal);
+  }
+  team.wait();
+  if (team.id != 0) return;
+  for (int64_t row = 0; row < all->rows; ++row) {
+    const int64_t equal = std::min<int64_t>(all->states[row], ties_);
+    ties_ -= equal;
+    all->states[row] = static_cast<int32_t>(equal);
+    all->starts[row + 1] += equal + all->starts[row];
+  }
+}
+
+// How many entries of each row are drawn, and where its sampling starts.
+template <class T>
+void EntriesPass<T>::sum_rows(Team team, Entries<T>* all) const {
+  const Range rows = team.part(all->rows);
+  const Probability of = probability(*all);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    all->starts[row + 1] = static_cast<int64_t>(kernels_.sum_probabilities(row_of(*all, row), outputs_, of));
+    all->states[row] = static_cast<int32_t>(uniform(all->key, row));
+  }
+  team.wait();
+  if (team.id != 0) return;
+  if (all->keep == Keep::kDrawn && all->threshold > 0) share_out(*all);
+  for (int64_t row = 0; row < all->rows; ++row)
+    all->starts[row + 1] = all->starts[row] + ((all->starts[row + 1] + all->states[row]) >> 24);
+}
+
+template <class T>
+void EntriesPass<T>::write_row(const Entries<T>& all, int64_t row, T* values, int32_t* indices, uint32_t* scratch) const {
+  T* to = values + all.starts[row];
+  int32_t* at = indices + all.starts[row];
+  if (draws(all))
+    kernels_.drawn_entries(row_of(all, row), outputs_, probability(all), rounded(all.threshold, values),
+                           static_cast<uint32_t>(all.states[row]), to, at, scratch);
+  else
+    kernels_.largest_entries(row_of(all, row), outputs_, all.cut, all.states[row], to, at, scratch);
+}
+
+// The sums over some rows of what they do not keep.
+template <class T>
+void EntriesPass<T>::add_left_out(const Entries<T>& all, Range rows, const T* values, const int32_t* indices,
+                                  double* sums) const {
+  std::fill_n(sums, outputs_, 0.0);
+  kernels_.add_columns(row_of(all, rows.begin), all.grad.ld, rows.size(), outputs_, sums, nullptr);
+  for (int64_t i = all.starts[rows.begin]; i < all.starts[rows.end]; ++i) sums[indices[i]] -= widened(values[i]);
+}
+
+template <class T>
+void EntriesPass<T>::write(Team team, const Entries<T>& all, T* values, int32_t* indices, T* left_out) const {
+  const int64_t block = rows_per_block(all.rows);
+  uint32_t* scratch = candidates_.get() + team.id * (outputs_ + kScratchPad);
+  const Range part = team.row_part(all.rows);
+  for (int64_t begin = part.begin; begin < part.end; begin += block) {
+    const Range rows = {begin, std::min(begin + block, part.end)};
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      if (all.starts[row] < all.starts[row + 1]) write_row(all, row, values, indices, scratch);
+    if (left_out != nullptr) add_left_out(all, rows, values, indices, sums_.get() + begin / block * outputs_);
+  }
+  if (left_out == nullptr) return;
+  team.wait();
+  const Range columns = team.part(outputs_, 16);
+  for (int64_t c = columns.begin; c < columns.end; ++c) {  // of all blocks: the same for every number of threads
+    double sum = 0;
+    for (int64_t begin = 0; begin < all.rows; begin += block) sum += sums_.get()[begin / block * outputs_ + c];
+    left_out[c] = rounded(sum / static_cast<double>(std::max<int64_t>(all.rows, 1)), left_out);
+  }
+}
+
+template <class T>
 Status plan_entries(const Kernels& kernels, Entries<T>* entries) {
   const TrimAtEnd trim;
   if (!valid(*entries)) return Status::kBadSize;
-  entries->starts[0] = 0;
   const int threads = team_size(entries->threads, entries->rows * entries->outputs, 0);
-  Planner<T> planner(typed<T>(kernels), entries, threads);
-  if (!planner) return Status::kNoMemory;
-  run_team(threads, [&](Team team) { planner.run(team); });
+  EntriesPass<T> pass(typed<T>(kernels), entries->rows, entries->outputs, false, threads);
+  if (!pass) return Status::kNoMemory;
+  run_team(threads, [&](Team team) { pass.plan(team, entries); });
   return Status::kOk;
 }
 
 template <class T>
-Status write_entries(const Kernels& kernels, const Entries<T>& all, T* values, int32_t* indices, T* left_out) {
+Status write_entries(const Kernels& kernels, const Entries<T>& entries, T* values, int32_t* indices, T* left_out) {
   const TrimAtEnd trim;
-  if (!valid(all)) return Status::kBadSize;
-  const int threads = team_size(all.threads, all.rows * all.outputs, 0);
-  const int64_t words = all.outputs + kScratchPad, block = rows_per_block(all.rows);
-  const Scratch<uint32_t> scratch(kCandidates, threads * words);
-  const Scratch<double> sums(kLeftOut, left_out != nullptr ? (all.rows / block + 1) * all.outputs : 0);
-  if (!scratch || !sums) return Status::kNoMemory;
-  const TypedKernels<T>& typed_kernels = typed<T>(kernels);
-  const bool draws = all.keep == Keep::kNoise || all.keep == Keep::kDrawn;
-  const T threshold = rounded(all.threshold, values);
-
-  const auto write = [&](int64_t row, uint32_t* own) {
-    T* to = values + all.starts[row];
-    int32_t* at = indices + all.starts[row];
-    if (draws)
-      typed_kernels.drawn_entries(row_of(all, row), all.outputs, probability(all), threshold,
-                                  static_cast<uint32_t>(all.states[row]), to, at, own);
-    else
-      typed_kernels.largest_entries(row_of(all, row), all.outputs, all.cut, all.states[row], to, at, own);
-  };
-  // The sums of a block of rows, then of all blocks: the same for every number of threads.
-  const auto add_left_out = [&](int64_t begin, int64_t end) {
-    double* of_block = sums.get() + begin / block * all.outputs;
-    std::fill_n(of_block, all.outputs, 0.0);
-    typed_kernels.add_columns(row_of(all, begin), all.grad.ld, end - begin, all.outputs, of_block, nullptr);
-    for (int64_t i = all.starts[begin]; i < all.starts[end]; ++i) of_block[indices[i]] -= widened(values[i]);
-  };
-  run_team(threads, [&](Team team) {
-    const Range part = team.row_part(all.rows);
-    for (int64_t begin = part.begin; begin < part.end; begin += block) {
-      const int64_t end = std::min(begin + block, part.end);
-      for (int64_t row = begin; row < end; ++row)
-        if (all.starts[row] < all.starts[row + 1]) write(row, scratch.get() + team.id * words);
-      if (left_out != nullptr) add_left_out(begin, end);
-    }
-    if (left_out == nullptr) return;
-    team.wait();
-    const Range columns = team.part(all.outputs, 16);
-    for (int64_t c = columns.begin; c < columns.end; ++c) {
-      double sum = 0;
-      for (int64_t begin = 0; begin < all.rows; begin += block) sum += sums.get()[begin / block * all.outputs + c];
-      left_out[c] = rounded(sum / static_cast<double>(std::max<int64_t>(all.rows, 1)), left_out);
-    }
-  });
+  if (!valid(entries)) return Status::kBadSize;
+  const int threads = team_size(entries.threads, entries.rows * entries.outputs, 0);
+  const EntriesPass<T> pass(typed<T>(kernels), entries.rows, entries.outputs, left_out != nullptr, threads);
+  if (!pass) return Status::kNoMemory;
+  run_team(threads, [&](Team team) { pass.write(team, entries, values, indices, left_out); });
   return Status::kOk;
 }
 
 #define MEPROP_INSTANTIATE(T)                                       \
+  template class EntriesPass<T>;                                    \
   template Status plan_entries(const Kernels&, Entries<T>*);        \
   template Status write_entries(const Kernels&, const Entries<T>&, T*, int32_t*, T*);
 MEPROP_INSTANTIATE(float)

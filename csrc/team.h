@@ -50,6 +50,7 @@ enum Use {
   kActiveRows,
   kActivePlaces,
   kKeyRanges,
+  kParts,
   kLeftOut,
   kUses
 };

@@ -1,0 +1,59 @@
+// Entries of a whole matrix, chosen by a team of threads that is running already.
+//
+// This header is for the drivers (entries.cpp, lstm.cpp), which are compiled alike. The unit of a level must not include
+// it (kernels.h says why).
+#pragma once
+
+#include "drivers.h"
+#include "team.h"
+
+namespace meprop {
+
+// Chooses the entries of one matrix after the other, and owns the scratch for it. The teams have at most `threads`
+// threads, and the matrices at most `rows` rows. All have `outputs` columns.
+template <class T>
+class EntriesPass {
+ public:
+  // `left_out` is whether write is asked for what is left out.
+  EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_t outputs, bool left_out, int threads);
+
+  explicit operator bool() const { return tables_ && parts_ && ranges_ && candidates_ && sums_; }
+
+  // Every thread, with the same entries. Does what plan_entries does. All threads are done when it returns.
+  void plan(Team team, Entries<T>* entries);
+
+  // Every thread, with the same planned entries. Does what write_entries does. The entries of team.row_part are written
+  // when it returns. All others, and what is left out, are so after a wait.
+  void write(Team team, const Entries<T>& entries, T* values, int32_t* indices, T* left_out) const;
+
+ private:
+  // The key of the entry that is the `count`-th largest by half a key, and how many entries of this half are kept.
+  struct Place {
+    int64_t half, rest;
+  };
+
+  static Place place_of(const uint32_t* counts, int64_t halves, int64_t count);
+  void find_range(Team team, const Entries<T>& all);
+  template <class Count>
+  void count(Team team, const Entries<T>& all, int64_t size, Count count);
+  void read_distribution(Entries<T>* all);
+  void lower_threshold(Team team, Entries<T>* all);
+  void count_rows(Team team, Entries<T>* all);
+  void sum_rows(Team team, Entries<T>* all) const;
+  void write_row(const Entries<T>& all, int64_t row, T* values, int32_t* indices, uint32_t* scratch) const;
+  void add_left_out(const Entries<T>& all, Range rows, const T* values, const int32_t* indices, double* sums) const;
+
+  const TypedKernels<T>& kernels_;
+  int64_t outputs_;
+  Scratch<uint32_t> tables_;
+  Scratch<int64_t> parts_;
+  Scratch<KeyRange> ranges_;
+  Scratch<uint32_t> candidates_;
+  Scratch<double> sums_;
+  uint32_t first_ = 1;
+  int64_t table_ = 0;
+  Place place_ = {0, 0};
+  int64_t ties_ = 0;
+};
+
+}  // namespace meprop
