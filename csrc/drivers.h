@@ -72,6 +72,7 @@ struct Entries {
   // What plan_entries writes and write_entries reads.
   int64_t* starts;  // [rows + 1], the place of each row's first entry
   int32_t* states;  // [rows], how many entries equal to the cut a row keeps, or where its systematic sampling starts
+  uint32_t* groups;  // [rows, groups of kGroup outputs], the sums of probabilities. Not for kLargest and kEnergy
   uint32_t cut;
   float threshold;
   int threads;

@@ -10,7 +10,6 @@ namespace {
 constexpr uint64_t kOne = uint64_t{1} << 24;  // the probability 1
 constexpr int64_t kLowerHalves = int64_t{1} << 16, kMostUppers = 0x7f90;
 constexpr int64_t kTable = std::max(2 * kMostUppers, kLowerHalves);  // counts of a thread
-constexpr float kLeastThreshold = 0x1p-100f;
 constexpr int64_t kFinite = 0x7f80;  // the upper halves below are of finite magnitudes
 
 // Philox 4x32-10: the four random words of a counter.
@@ -44,82 +43,30 @@ uint32_t bits_of(float value) {
   return bits;
 }
 
+float of_upper(int64_t upper) { return of_bits(static_cast<uint32_t>(upper) << 16); }
+int64_t upper_of(float value) { return bits_of(value) >> 16; }
+
+// Smaller thresholds might have no inverse.
+constexpr int64_t kLeastUpper = (127 - 100) << 7;
+const float kLargestThreshold = of_upper(kFinite - 1);
+
 // The least magnitude of an upper half.
 double edge(int64_t upper) { return upper < kFinite ? of_bits(static_cast<uint32_t>(upper) << 16) : 0x1p128; }
-
-// The largest threshold that is not above a positive value.
-uint32_t threshold_below(double value) {
-  const float largest = of_bits(static_cast<uint32_t>(kFinite - 1) << 16);
-  if (!(value < largest)) return bits_of(largest);
-  const float nearest = static_cast<float>(value);
-  return (bits_of(nearest) - (nearest > value)) & 0xffff0000u;
-}
 
 // How the magnitudes are distributed.
 struct Distribution {
   const uint32_t* counts;  // by upper halves, from that of `first` on
   int64_t first, end;      // the upper halves of finite entries that are not zero are in [first, end)
-  int64_t entries;         // that are not zero
   double width;            // of an upper half: the magnitudes are between its edge and this part of the way to the next
 
   double bound(int64_t upper) const { return edge(upper) + width * (edge(upper + 1) - edge(upper)); }
-  // The middle is at most this part of a magnitude away from it.
-  double error() const { return width / 256; }
-  double middle(int64_t upper) const { return edge(upper) + width / 2 * (edge(upper + 1) - edge(upper)); }
-
-  // Calls body(upper half, number of entries) for each upper half that has entries, ascending, until it returns true.
-  template <class Body>
-  void ascend(Body body) const {
-    for (int64_t upper = first; upper < end; ++upper)
-      if (counts[upper - first] != 0 && body(upper, counts[upper - first])) return;
-  }
 };
-
-// The largest threshold that is not above limit(sum, squares, others). These are the sums of the magnitudes below the
-// threshold and of their squares, and the number of the other entries. The limit falls as the threshold rises.
-template <class Limit>
-uint32_t largest_threshold(const Distribution& of, Limit limit) {
-  double sum = 0, squares = 0, last = 0, most = HUGE_VAL;
-  int64_t others = of.entries;
-  of.ascend([&](int64_t upper, int64_t count) {
-    if (sum > 0) most = limit(sum, squares, others);
-    if (most < edge(upper)) return true;
-    const double magnitude = of.middle(upper);
-    sum += static_cast<double>(count) * magnitude;
-    squares += static_cast<double>(count) * magnitude * magnitude;
-    others -= count;
-    last = edge(upper);
-    return false;
-  });
-  if (sum == 0) return 0;
-  if (most >= last) most = limit(sum, squares, others);
-  return threshold_below(std::max(most, last));
-}
-
-// The limit of `count` entries on average.
-double limit_of_count(double count, double sum, int64_t others) {
-  return count > static_cast<double>(others) ? sum / (count - static_cast<double>(others)) : HUGE_VAL;
-}
-
-uint32_t threshold_for_noise(const Distribution& of, double noise, int64_t count) {
-  double squares = 0;
-  of.ascend([&](int64_t upper, int64_t entries) {
-    squares += static_cast<double>(entries) * of.middle(upper) * of.middle(upper);
-    return false;
-  });
-  const double error = of.error(), budget = noise * squares * (1 - 2 * error);
-  return largest_threshold(of, [&](double sum, double below, int64_t others) {
-    return std::min((budget + below) / (sum * (1 + error)), limit_of_count(static_cast<double>(count), sum, others));
-  });
-}
 
 // The largest key that is left out. The entries above it hold at least so much of the sum of squares.
 uint32_t cut_for_energy(const Distribution& of, double share) {
   double left_out = 0, kept = 0;
-  of.ascend([&](int64_t upper, int64_t entries) {
-    left_out += static_cast<double>(entries) * of.bound(upper) * of.bound(upper);
-    return false;
-  });
+  for (int64_t upper = of.first; upper < of.end; ++upper)
+    left_out += static_cast<double>(of.counts[upper - of.first]) * of.bound(upper) * of.bound(upper);
   for (int64_t upper = of.end - 1; upper >= of.first; --upper) {
     const double entries = of.counts[upper - of.first];
     if (entries == 0) continue;
@@ -128,6 +75,64 @@ uint32_t cut_for_energy(const Distribution& of, double share) {
     if (kept >= share * (kept + std::max(left_out, 0.0))) return (static_cast<uint32_t>(upper) << 16) - 1;
   }
   return 0;
+}
+
+// The search for the largest threshold that a budget of noise and a least number of entries allow. Thresholds are
+// magnitudes in bfloat16, which the class counts by their upper halves.
+//
+// The noise and the number of certain entries are known for the thresholds that were tried. The next one is that of
+// Newton's method. The noise is a convex function of the threshold, so that the steps come closer from above.
+class ThresholdSearch {
+ public:
+  // `noise` times the sum of squares is the budget. So many entries have to be kept on average.
+  ThresholdSearch(double noise, double count) : noise_(noise), count_(count) {}
+
+  // The threshold to try after this one, or this one if it is found. It is found if it uses up one of the limits but for
+  // kSlack of it, or if no larger one is allowed. 0: no threshold is allowed, or nothing is below this one and still no
+  // more than `count` entries are kept. A threshold so large that squares vanish is not allowed.
+  float next(float threshold, const DrawSums& sums) {
+    const double one = kOne, certain = static_cast<double>(sums.certain);
+    const double below = (static_cast<double>(sums.probabilities) - certain * one) / one;  // of the probabilities
+    const double added = below - sums.squares_below / (one * one), budget = noise_ * (sums.squares / (one * one));
+    const bool allowed = budget > 0 && added <= budget && certain + below >= count_;
+    (allowed ? allowed_ : forbidden_) = upper_of(threshold);
+    if (allowed && (added >= budget * (1 - kSlack) || certain + below <= count_ * (1 + kSlack))) return threshold;
+    if (certain + below < count_ && below == 0) return 0;
+    if (forbidden_ - allowed_ > 1) return of_upper(std::clamp(guess(threshold, certain, below, added, budget), allowed_ + 1, forbidden_ - 1));
+    return allowed_ < kLeastUpper ? 0 : of_upper(allowed_);
+  }
+
+ private:
+  // Where the tangent meets the middle of what is accepted, or the middle of what is left to search.
+  int64_t guess(double threshold, double certain, double below, double added, double budget) {
+    if (++steps_ > kNewtonSteps || !(budget > 0)) return (allowed_ + forbidden_) / 2;
+    const double middle = 1 - kSlack / 2, least = count_ / middle - certain;
+    const double by_noise = below > 0 ? threshold * (1 + (budget * middle - added) / below) : HUGE_VAL;
+    const double by_count = least > 0 ? threshold * below / least : HUGE_VAL;
+    const double found = std::min({by_noise, by_count, kLargestStep * threshold});
+    return found < kLargestThreshold ? upper_of(static_cast<float>(std::max(found, 0.0))) : kFinite - 1;
+  }
+
+  static constexpr double kSlack = 1.0 / 32;
+  static constexpr int kNewtonSteps = 8;
+  static constexpr double kLargestStep = 1 << 16;  // squares vanish below a much larger threshold
+
+  double noise_, count_;
+  int64_t allowed_ = kLeastUpper - 1, forbidden_ = kFinite;
+  int steps_ = 0;
+};
+
+// The threshold to try after this one, for which the probabilities shall add up to `count`. It is this one if no entry has
+// become certain or uncertain since the last, which had so many certain ones. From above, the steps come closer. 0: all
+// entries that are not zero are kept.
+float next_for_count(float threshold, const DrawSums& sums, double count, int64_t last_certain) {
+  const double one = kOne, certain = static_cast<double>(sums.certain);
+  const double below = (static_cast<double>(sums.probabilities) - certain * one) / one;
+  if (certain >= count && (below > 0 || certain > count)) return std::min(2 * threshold, kLargestThreshold);
+  if (sums.certain == last_certain || certain == count) return threshold;
+  if (below == 0) return 0;
+  const double found = threshold * (below / (count - certain));
+  return static_cast<float>(std::min<double>(found, kLargestThreshold));
 }
 
 template <class T>
@@ -146,13 +151,41 @@ bool draws(const Entries<T>& of) {
   return of.keep == Keep::kNoise || of.keep == Keep::kDrawn;
 }
 
-// A threshold whose inverse might overflow keeps every entry that is not zero.
+// Without a threshold every entry that is not zero is kept.
 template <class T>
 void set_threshold(Entries<T>* all, float threshold) {
-  const bool draws = threshold > kLeastThreshold;
+  const bool draws = upper_of(threshold) >= kLeastUpper;
   all->threshold = draws ? threshold : 0;
   all->cut = draws ? bits_of(threshold) : 1;
 }
+
+int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGroup; }
+
+// Groups of a matrix, from everywhere in it, one after the other. A matrix of few groups is copied whole.
+constexpr int64_t kSampled = 1024;  // groups, at most twice as many
+template <class T>
+struct Sample {
+  T* entries;  // [2 * kSampled * kGroup]
+  int64_t size = 0;   // of all groups, with the zeros that fill them up
+  double share = 0;   // of the matrix's entries
+  uint32_t most = 0;  // the largest key of a finite entry
+
+  Sample(const Entries<T>& from, T* to) : entries(to) {
+    const int64_t in_row = groups_of(from.outputs), all = from.rows * in_row, step = all / kSampled | 1;
+    int64_t read = 0;
+    for (int64_t group = 0; group < all; group += step, size += kGroup) {
+      const int64_t begin = group % in_row * kGroup, count = std::min<int64_t>(kGroup, from.outputs - begin);
+      const T* source = from.grad.data + group / in_row * from.grad.ld + begin;
+      for (int64_t i = 0; i < kGroup; ++i) entries[size + i] = i < count ? source[i] : T{};
+      read += count;
+    }
+    share = static_cast<double>(read) / static_cast<double>(std::max<int64_t>(from.rows * from.outputs, 1));
+    for (int64_t i = 0; i < size; ++i) {
+      const uint32_t key = bits_of(widened(entries[i])) & 0x7fffffffu;
+      if (key < static_cast<uint32_t>(kFinite) << 16) most = std::max(most, key);
+    }
+  }
+};
 
 // Chooses where the rows' sampling starts so that they draw `count` entries together. The rows' numbers are drawn by
 // systematic sampling too, each of them the integer below or above its mean.
@@ -187,39 +220,50 @@ EntriesPass<T>::EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_
     : kernels_(kernels),
       outputs_(outputs),
       tables_(kKeyCounts, threads * kTable),
-      parts_(kParts, 2 * threads),
+      parts_(kParts, 2 * (kRowBlocks + 1)),
+      samples_(kSamples, threads * 2 * kSampled * kGroup),
       ranges_(kKeyRanges, threads),
       candidates_(kCandidates, threads * (outputs + kScratchPad)),
       sums_(kLeftOut, left_out ? (std::min(rows / kLeastRowsPerBlock, kRowBlocks) + 1) * outputs : 0) {}
 
 template <class T>
 void EntriesPass<T>::plan(Team team, Entries<T>* all) {
-  find_range(team, *all);
-  count(team, *all, 2 * table_, [&](const T* row, uint32_t* counts) {
-    kernels_.count_upper_halves(row, outputs_, first_, table_, counts);
-  });
-  if (team.id == 0) {
-    all->starts[0] = 0;
-    ties_ = 0;
-    read_distribution(all);
+  if (team.id == 0) all->starts[0] = ties_ = 0;
+  if (draws(*all)) {
+    draw_rows(team, all);
+  } else {
+    find_range(team, *all);
+    if (all->keep == Keep::kLargest)
+      find_largest(team, all);
+    else
+      count_upper_halves(team, all);
+    count_rows(team, all);
   }
   team.wait();
-  if (all->keep == Keep::kLargest) {
-    count(team, *all, kLowerHalves, [&](const T* row, uint32_t* counts) {
-      kernels_.count_lower_halves(row, outputs_, static_cast<uint32_t>(place_.half), counts);
-    });
-    if (team.id == 0) {
-      const Place lower = place_of(tables_.get(), kLowerHalves, place_.rest);
-      all->cut = static_cast<uint32_t>(place_.half << 16 | lower.half);
-      ties_ = lower.rest;
-    }
+}
+
+// Finds the cut by the upper half of its key first, and then by the lower half.
+template <class T>
+void EntriesPass<T>::find_largest(Team team, Entries<T>* all) {
+  const uint32_t least = first_;
+  team.wait();
+  if (team.id == 0) leave_out_small_ones(*all);
+  team.wait();
+  count_upper_halves(team, all);
+  if (place_.half == 0 && first_ > least) {  // too many were left out
     team.wait();
+    if (team.id == 0) begin_table_with(least);
+    team.wait();
+    count_upper_halves(team, all);
   }
-  if (all->keep == Keep::kDrawn) lower_threshold(team, all);
-  if (draws(*all))
-    sum_rows(team, all);
-  else
-    count_rows(team, all);
+  count(team, *all, kLowerHalves, [&](const T* row, uint32_t* counts) {
+    kernels_.count_lower_halves(row, outputs_, static_cast<uint32_t>(place_.half), counts);
+  });
+  if (team.id == 0) {
+    const Place lower = place_of(tables_.get(), kLowerHalves, place_.rest);
+    all->cut = static_cast<uint32_t>(place_.half << 16 | lower.half);
+    ties_ = lower.rest;
+  }
   team.wait();
 }
 
@@ -243,9 +287,40 @@ void EntriesPass<T>::find_range(Team team, const Entries<T>& all) {
       own.least = std::min(own.least - 1, ranges_.get()[thread].least - 1) + 1;  // that of 0 is the largest number
       own.most = std::max(own.most, ranges_.get()[thread].most);
     }
-    first_ = std::max(own.least >> 16, 1u);
-    table_ = std::max<int64_t>((own.most >> 16) - int64_t{first_} + 2, 2);
+    most_ = own.most;
+    begin_table_with(std::max(own.least >> 16, 1u));
   }
+  team.wait();
+}
+
+// The tables begin with this upper half.
+template <class T>
+void EntriesPass<T>::begin_table_with(uint32_t first) {
+  first_ = first;
+  table_ = std::max<int64_t>((most_ >> 16) - int64_t{first_} + 2, 2);
+}
+
+// The upper halves below that of the entry that is the `count`-th largest need not be counted. A sample has it with some
+// entries to spare.
+template <class T>
+void EntriesPass<T>::leave_out_small_ones(const Entries<T>& all) {
+  const Sample<T> sample(all, samples_.get());
+  if (sample.share > 0.5) return;
+  uint32_t* counts = tables_.get();
+  std::memset(counts, 0, static_cast<size_t>(2 * table_) * sizeof(uint32_t));
+  kernels_.count_upper_halves(sample.entries, sample.size, first_, table_, counts);
+  for (int64_t place = 0; place < table_; ++place) counts[place] += counts[table_ + place];
+  const double wanted = static_cast<double>(all.count) * sample.share;
+  const Place place = place_of(counts, table_, static_cast<int64_t>(wanted * 1.25 + 4 * std::sqrt(wanted) + 8));
+  if (place.half > 0) begin_table_with(first_ + static_cast<uint32_t>(place.half) - 1);
+}
+
+template <class T>
+void EntriesPass<T>::count_upper_halves(Team team, Entries<T>* all) {
+  count(team, *all, 2 * table_, [&](const T* row, uint32_t* counts) {
+    kernels_.count_upper_halves(row, outputs_, first_, table_, counts);
+  });
+  if (team.id == 0) read_distribution(all);
   team.wait();
 }
 
@@ -273,52 +348,8 @@ void EntriesPass<T>::read_distribution(Entries<T>* all) {
     place_.half += place_.half > 0 ? first_ - 1 : 0;
     return;
   }
-  const int64_t end = first_ + table_ - 1;
-  Distribution of = {counts + 1, first_, std::min(end, kFinite), 0, sizeof(T) == sizeof(Bf16) ? 0.0 : 1.0};
-  for (int64_t place = 1; place < table_; ++place) of.entries += counts[place];
-  if (all->keep == Keep::kEnergy) {
-    all->cut = cut_for_energy(of, all->share);
-    return;
-  }
-  uint32_t threshold = 0;
-  if (all->keep == Keep::kNoise) {
-    threshold = threshold_for_noise(of, all->share, all->count);
-  } else if (all->count < of.entries) {  // one that keeps too few on average, from where it can only fall
-    const double upper = 1 + of.error();
-    threshold = largest_threshold(of, [&](double sum, double, int64_t others) {
-      return limit_of_count(static_cast<double>(all->count), sum * upper, others);
-    });
-    threshold = std::min(threshold + 0x10000u, static_cast<uint32_t>(kFinite - 1) << 16);
-  }
-  set_threshold(all, of_bits(threshold));
-}
-
-// Lowers the threshold until the probabilities add up to `count`: an entry that comes to be kept for certain leaves the
-// others more. Every pass is with fewer entries below the threshold, or the last.
-template <class T>
-void EntriesPass<T>::lower_threshold(Team team, Entries<T>* all) {
-  int64_t* sums = parts_.get();
-  int64_t kept = -1;
-  for (bool again = all->threshold > 0; again;) {
-    const Probability of = probability(*all);
-    int64_t certain = 0, sum = 0;
-    const Range rows = team.part(all->rows);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      certain += kernels_.count_keys(row_of(*all, row), outputs_, of.cut - 1).above;
-      sum += static_cast<int64_t>(kernels_.sum_probabilities(row_of(*all, row), outputs_, of));
-    }
-    sums[2 * team.id] = certain, sums[2 * team.id + 1] = sum;
-    team.wait();
-    certain = sum = 0;  // of all threads, added up by each of them
-    for (int thread = 0; thread < team.size; ++thread) certain += sums[2 * thread], sum += sums[2 * thread + 1];
-    const double below = static_cast<double>(sum - certain * kOne) / static_cast<double>(kOne);
-    again = certain != kept && certain < all->count && below > 0;
-    kept = certain;
-    const double threshold = all->threshold * below / static_cast<double>(all->count - certain);
-    team.wait();
-    if (again && team.id == 0) set_threshold(all, static_cast<float>(threshold));
-    team.wait();
-  }
+  const int64_t end = std::min<int64_t>(first_ + table_ - 1, kFinite);
+  all->cut = cut_for_energy({counts + 1, first_, end, sizeof(T) == sizeof(Bf16) ? 0.0 : 1.0}, all->share);
 }
 
 // How many of the largest entries each row keeps.
@@ -340,17 +371,76 @@ void EntriesPass<T>::count_rows(Team team, Entries<T>* all) {
   }
 }
 
-// How many entries of each row are drawn, and where its sampling starts.
+// The threshold that is right for a sample. 0 if the sample has only zeros and what is not finite.
 template <class T>
-void EntriesPass<T>::sum_rows(Team team, Entries<T>* all) const {
-  const Range rows = team.part(all->rows);
-  const Probability of = probability(*all);
+float EntriesPass<T>::first_threshold(Team team, const Entries<T>& all) const {
+  const Sample<T> sample(all, samples_.get() + team.id * 2 * kSampled * kGroup);
+  if (sample.most == 0) return 0;
+  const double noise = all.keep == Keep::kNoise ? all.share : HUGE_VAL;
+  ThresholdSearch search(noise, static_cast<double>(all.count) * sample.share);
+  const float most = of_upper(std::max<int64_t>(sample.most >> 16, kLeastUpper));
+  for (float threshold = most;;) {
+    DrawSums sums = {};
+    const Probability of = {bits_of(threshold), static_cast<float>(kOne) / threshold};
+    kernels_.sum_row(sample.entries, sample.size, of, nullptr, &sums);
+    const float next = search.next(threshold, sums);
+    if (next == 0) return most;
+    if (next == threshold) return threshold;
+    threshold = next;
+  }
+}
+
+// Sums up all rows for the threshold. The sums are formed in blocks of rows and then over the blocks. So they do not
+// depend on the number of threads. `sums` is for the blocks.
+template <class T>
+DrawSums EntriesPass<T>::sum_rows(Team team, const Entries<T>& all, DrawSums* sums) const {
+  const int64_t block = rows_per_block(all.rows), groups = groups_of(outputs_);
+  const Range rows = team.row_part(all.rows);
+  const Probability of = probability(all);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    all->starts[row + 1] = static_cast<int64_t>(kernels_.sum_probabilities(row_of(*all, row), outputs_, of));
-    all->states[row] = static_cast<int32_t>(uniform(all->key, row));
+    DrawSums* of_block = sums + row / block;
+    if (row % block == 0) *of_block = {};
+    all.starts[row + 1] =
+        static_cast<int64_t>(kernels_.sum_row(row_of(all, row), outputs_, of, all.groups + row * groups, of_block));
   }
   team.wait();
+  DrawSums total = {};
+  for (int64_t row = 0; row < all.rows; row += block, ++sums) {
+    total.probabilities += sums->probabilities;
+    total.certain += sums->certain;
+    total.squares_below += sums->squares_below;
+    total.squares += sums->squares;
+  }
+  return total;
+}
+
+// Finds the threshold, how many entries of each row are drawn, and where its sampling starts.
+template <class T>
+void EntriesPass<T>::draw_rows(Team team, Entries<T>* all) {
+  ThresholdSearch search(all->share, static_cast<double>(all->count));
+  Entries<T> own = *all;  // every thread goes the same way
+  set_threshold(&own, first_threshold(team, *all));
+  if (own.threshold == 0) {
+    find_range(team, *all);
+    if (most_ > 0) set_threshold(&own, of_upper(std::clamp<int64_t>(most_ >> 16, kLeastUpper, kFinite - 1)));
+  }
+  int64_t certain = -1;
+  // A thread may sum up the next time while another one reads the last sums. So there are two places for them.
+  for (int64_t time = 0;; ++time) {
+    const DrawSums sums = sum_rows(team, own, parts_.get() + time % 2 * (kRowBlocks + 1));
+    if (own.threshold == 0) break;
+    const float next = own.keep == Keep::kNoise
+                           ? search.next(own.threshold, sums)
+                           : next_for_count(own.threshold, sums, static_cast<double>(own.count), certain);
+    if (next == own.threshold) break;
+    certain = sums.certain;
+    set_threshold(&own, next);
+  }
+  const Range rows = team.row_part(all->rows);
+  for (int64_t row = rows.begin; row < rows.end; ++row) all->states[row] = static_cast<int32_t>(uniform(all->key, row));
+  team.wait();
   if (team.id != 0) return;
+  all->threshold = own.threshold, all->cut = own.cut;
   if (all->keep == Keep::kDrawn && all->threshold > 0) share_out(*all);
   for (int64_t row = 0; row < all->rows; ++row)
     all->starts[row + 1] = all->starts[row] + ((all->starts[row + 1] + all->states[row]) >> 24);
@@ -362,7 +452,7 @@ void EntriesPass<T>::write_row(const Entries<T>& all, int64_t row, T* values, in
   int32_t* at = indices + all.starts[row];
   if (draws(all))
     kernels_.drawn_entries(row_of(all, row), outputs_, probability(all), rounded(all.threshold, values),
-                           static_cast<uint32_t>(all.states[row]), to, at, scratch);
+                           static_cast<uint32_t>(all.states[row]), all.groups + row * groups_of(outputs_), to, at, scratch);
   else
     kernels_.largest_entries(row_of(all, row), outputs_, all.cut, all.states[row], to, at, scratch);
 }

@@ -17,7 +17,7 @@ class EntriesPass {
   // `left_out` is whether write is asked for what is left out.
   EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_t outputs, bool left_out, int threads);
 
-  explicit operator bool() const { return tables_ && parts_ && ranges_ && candidates_ && sums_; }
+  explicit operator bool() const { return tables_ && parts_ && samples_ && ranges_ && candidates_ && sums_; }
 
   // Every thread, with the same entries. Does what plan_entries does. All threads are done when it returns.
   void plan(Team team, Entries<T>* entries);
@@ -33,24 +33,30 @@ class EntriesPass {
   };
 
   static Place place_of(const uint32_t* counts, int64_t halves, int64_t count);
+  void find_largest(Team team, Entries<T>* all);
   void find_range(Team team, const Entries<T>& all);
+  void begin_table_with(uint32_t first);
+  void leave_out_small_ones(const Entries<T>& all);
+  void count_upper_halves(Team team, Entries<T>* all);
   template <class Count>
   void count(Team team, const Entries<T>& all, int64_t size, Count count);
   void read_distribution(Entries<T>* all);
-  void lower_threshold(Team team, Entries<T>* all);
   void count_rows(Team team, Entries<T>* all);
-  void sum_rows(Team team, Entries<T>* all) const;
+  float first_threshold(Team team, const Entries<T>& all) const;
+  DrawSums sum_rows(Team team, const Entries<T>& all, DrawSums* sums) const;
+  void draw_rows(Team team, Entries<T>* all);
   void write_row(const Entries<T>& all, int64_t row, T* values, int32_t* indices, uint32_t* scratch) const;
   void add_left_out(const Entries<T>& all, Range rows, const T* values, const int32_t* indices, double* sums) const;
 
   const TypedKernels<T>& kernels_;
   int64_t outputs_;
   Scratch<uint32_t> tables_;
-  Scratch<int64_t> parts_;
+  Scratch<DrawSums> parts_;
+  Scratch<T> samples_;
   Scratch<KeyRange> ranges_;
   Scratch<uint32_t> candidates_;
   Scratch<double> sums_;
-  uint32_t first_ = 1;
+  uint32_t first_ = 1, most_ = 0;
   int64_t table_ = 0;
   Place place_ = {0, 0};
   int64_t ties_ = 0;

@@ -34,13 +34,15 @@ void count_upper_halves(const T* row, int64_t width, uint32_t first, int64_t tab
   const U32 before = splat(first - 1);
   uint32_t places[kLanes];
   // Neighbours are counted in two tables, because adding to a count has to wait for the last addition to it.
-  for_vectors(row, width, [&](U32 bits, uint32_t valid) {
+  for_vectors(row, width, [&](U32 bits, uint32_t) {
     const U32 halves = down_16(magnitude_key(bits));
-    store_words(places, where_less(before, halves, minus(halves, before), splat(0)));
-    if (valid == kAllLanes)
+    uint32_t counted = is_greater(halves, before);
+    if (counted == 0) return;
+    store_words(places, minus(halves, before));
+    if (counted == kAllLanes)
       for (int lane = 0; lane < kLanes; ++lane) ++counts[places[lane] + (lane & 1) * table];
     else
-      for (; valid != 0; valid &= valid - 1) ++counts[places[__builtin_ctz(valid)]];
+      for (; counted != 0; counted &= counted - 1) ++counts[places[__builtin_ctz(counted)]];
   });
 }
 
@@ -100,18 +102,53 @@ inline U32 probabilities(U32 bits, const Probability& of) {
   return where_less(keys, splat(of.cut), to_integer(multiply(as_float(keys), broadcast(of.scale))), splat(1u << 24));
 }
 
+// Calls body(entries) for each group of the row. The last group is filled up with zeros.
+template <class T, class Body>
+inline void for_groups(const T* row, int64_t width, Body body) {
+  int64_t i = 0;
+  for (; i + kGroup <= width; i += kGroup) body(row + i);
+  if (i == width) return;
+  T rest[kGroup] = {};
+  __builtin_memcpy(rest, row + i, static_cast<size_t>(width - i) * sizeof(T));
+  body(static_cast<const T*>(rest));
+}
+
+// Sums of floats are formed for each place in a group, and then of the two halves of the places, of their two halves, and
+// so on. Every level does it in this order.
+constexpr int kVectors = kGroup / kLanes;
+inline double sum_places(F32 (&places)[kVectors]) {
+  for (int half = kVectors / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) places[i] = add(places[i], places[i + half]);
+  return static_cast<double>(sum_lanes(places[0]));
+}
+
 template <class T>
-uint64_t sum_probabilities(const T* row, int64_t width, Probability of) {
-  constexpr int64_t kEntries = 128 * kLanes;  // no lane overflows with so many vectors
+uint64_t sum_row(const T* row, int64_t width, Probability of, uint32_t* groups, DrawSums* sums) {
+  const U32 cut = splat(of.cut), infinity = splat(0x7f800000u), none = splat(0);
+  const F32 scale = broadcast(of.scale);
+  F32 squares[kVectors], squares_below[kVectors];
+  for (int i = 0; i < kVectors; ++i) squares[i] = squares_below[i] = zero();
+  U32 certain = none;
   uint64_t total = 0;
-  for (int64_t begin = 0; begin < width; begin += kEntries) {
-    U32 sums = splat(0);
-    for_vectors(row + begin, width - begin < kEntries ? width - begin : kEntries,
-                [&](U32 bits, uint32_t) { sums = plus(sums, probabilities(bits, of)); });
-    uint32_t lanes[kLanes];
-    store_words(lanes, sums);
-    for (const uint32_t lane : lanes) total += lane;
-  }
+  for_groups(row, width, [&](const T* group) {
+    U32 probabilities = none;
+    for (int i = 0; i < kVectors; ++i) {
+      const U32 keys = magnitude_key(load_bits(group + i * kLanes));
+      const F32 scaled = multiply(as_float(keys), scale);
+      const U32 square = as_bits(multiply(scaled, scaled));
+      squares[i] = add(squares[i], as_float(where_less(keys, infinity, square, none)));
+      squares_below[i] = add(squares_below[i], as_float(where_less(keys, cut, square, none)));
+      certain = plus(certain, where_less(keys, cut, none, splat(1)));
+      probabilities = plus(probabilities, where_less(keys, cut, to_integer(scaled), splat(1u << 24)));
+    }
+    const uint32_t sum = sum_of_lanes(probabilities);
+    total += sum;
+    if (groups != nullptr) *groups++ = sum;
+  });
+  sums->probabilities += total;
+  sums->certain += sum_of_lanes(certain);
+  sums->squares_below += sum_places(squares_below);
+  sums->squares += sum_places(squares);
   return total;
 }
 
@@ -121,19 +158,24 @@ inline Bf16 with_sign_of(Bf16 magnitude, Bf16 of) {
 }
 
 template <class T>
-void drawn_entries(const T* row, int64_t width, Probability of, T threshold, uint32_t start, T* values, int32_t* indices,
-                   uint32_t* scratch) {
-  const U32 step = splat(kLanes);
-  U32 at = lane_numbers(), before = splat(start);
+void drawn_entries(const T* row, int64_t width, Probability of, T threshold, uint32_t start, const uint32_t* groups,
+                   T* values, int32_t* indices, uint32_t* scratch) {
+  uint32_t sum = start;
   int64_t count = 0;
-  for_vectors(row, width, [&](U32 bits, uint32_t) {
-    const U32 own = probabilities(bits, of), to = plus(before, sums_so_far(own)), from = minus(to, own);
-    const uint32_t mask = ~is_equal(down_24(to), down_24(from)) & kAllLanes;
-    store_chosen(scratch + count, at, mask);
-    count += __builtin_popcount(mask);
-    at = plus(at, step);
-    before = last_lane(to);
-  });
+  for (int64_t begin = 0; begin < width; begin += kGroup) {
+    const uint32_t before_group = sum;
+    sum += *groups++;
+    if ((sum ^ before_group) >> 24 == 0) continue;  // nothing is drawn of this group
+    U32 before = splat(before_group), at = plus(splat(static_cast<uint32_t>(begin)), lane_numbers());
+    for_vectors(row + begin, width - begin < kGroup ? width - begin : kGroup, [&](U32 bits, uint32_t) {
+      const U32 own = probabilities(bits, of), to = plus(before, sums_so_far(own)), from = minus(to, own);
+      const uint32_t mask = ~is_equal(down_24(to), down_24(from)) & kAllLanes;
+      store_chosen(scratch + count, at, mask);
+      count += __builtin_popcount(mask);
+      at = plus(at, splat(kLanes));
+      before = last_lane(to);
+    });
+  }
   write_entries(row, scratch, count, values, indices, [&](T value) {
     return entry_key(entry_bits(&value)) < of.cut ? with_sign_of(threshold, value) : value;
   });

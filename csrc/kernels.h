@@ -60,6 +60,17 @@ struct Probability {
   float scale;
 };
 
+// What a Probability makes of some entries. Squares are of magnitudes times its scale.
+struct DrawSums {
+  uint64_t probabilities;  // in units of 2^-24
+  int64_t certain;         // the number of entries of probability 1, from the cut on
+  double squares_below;    // the sum over the entries below the cut
+  double squares;          // the sum over all finite entries
+};
+
+// A row is summed and drawn from in groups of so many neighbours. The last group may have fewer.
+constexpr int kGroup = 16;
+
 template <class T>
 struct TypedKernels {
   // Exact top-k of rows [row_begin, row_end) of grad [rows, width].
@@ -75,8 +86,8 @@ struct TypedKernels {
   //
   // Widens a range so that it has the row's keys.
   void (*widen_range)(const T* row, int64_t width, KeyRange* range);
-  // Counts the entries by the upper halves of their keys. `counts` holds two tables of so many places, and each entry is
-  // counted in one of them. The first place is for upper halves below `first`, the second for `first`, and so on.
+  // Counts the entries by the upper halves of their keys, from `first` on. `counts` holds two tables of so many places,
+  // and each entry is counted in one of them. The second place is for `first`, the third for the next, and so on.
   // requires: first >= 1.
   void (*count_upper_halves)(const T* row, int64_t width, uint32_t first, int64_t table, uint32_t* counts);
   // Adds the number of entries of each lower half to `counts` [2^16], among those with this upper half.
@@ -88,14 +99,15 @@ struct TypedKernels {
   // requires: scratch of width + kScratchPad words.
   void (*largest_entries)(const T* row, int64_t width, uint32_t cut, int64_t ties, T* values, int32_t* indices,
                           uint32_t* scratch);
-  // The sum of the entries' probabilities, in units of 2^-24.
-  uint64_t (*sum_probabilities)(const T* row, int64_t width, Probability of);
+  // Adds what becomes of the row to `sums`, and returns its sum of probabilities. Writes that of each group to `groups`,
+  // unless it is null.
+  uint64_t (*sum_row)(const T* row, int64_t width, Probability of, uint32_t* groups, DrawSums* sums);
   // Systematic sampling: writes the entries at which the sum of the probabilities so far, begun with start * 2^-24,
   // reaches the next integer. These are floor(start * 2^-24 + sum of all) entries. An entry below the cut is written as
-  // `threshold` with its sign.
+  // `threshold` with its sign. `groups` has what sum_row wrote.
   // requires: start < 2^24; scratch of width + kScratchPad words.
-  void (*drawn_entries)(const T* row, int64_t width, Probability of, T threshold, uint32_t start, T* values,
-                        int32_t* indices, uint32_t* scratch);
+  void (*drawn_entries)(const T* row, int64_t width, Probability of, T threshold, uint32_t start,
+                        const uint32_t* groups, T* values, int32_t* indices, uint32_t* scratch);
 
   // Adds grad [rows, columns] to `sums` [columns], and its magnitudes to `magnitudes`, row after row. Either may be
   // null.

@@ -166,11 +166,11 @@ Entries<T> entries_of(const int64_t* a) {
   all.grad = {address<const T>(a[3]), a[4]};
   all.count = a[5];
   all.key = static_cast<uint64_t>(a[6]);
-  all.starts = address<int64_t>(a[7]), all.states = address<int32_t>(a[8]);
-  all.threads = thread_count(a[9]);
+  all.starts = address<int64_t>(a[7]), all.states = address<int32_t>(a[8]), all.groups = address<uint32_t>(a[9]);
+  all.threads = thread_count(a[10]);
   return all;
 }
-constexpr Py_ssize_t kEntriesIntegers = 10;
+constexpr Py_ssize_t kEntriesIntegers = 11;
 
 bool valid_codes(const int64_t* a) {
   if ((a[0] == kFloat32 || a[0] == kBfloat16) && a[1] >= 0 && a[1] <= static_cast<int64_t>(Keep::kDrawn)) return true;
@@ -380,10 +380,10 @@ PyMethodDef methods[] = {
     {"topk", as_method(py_topk), METH_FASTCALL,
      "topk(dtype, scope, grad, grad_ld, rows, outputs, k, values, indices, threads)"},
     {"plan_entries", as_method(py_plan_entries), METH_FASTCALL,
-     "plan_entries(dtype, keep, rows, outputs, grad, grad_ld, count, key, starts, states, threads, share) -> the number of "
+     "plan_entries(dtype, keep, rows, outputs, grad, grad_ld, count, key, starts, states, groups, threads, share) -> the number of "
      "entries, the cut, the threshold"},
     {"write_entries", as_method(py_write_entries), METH_FASTCALL,
-     "write_entries(dtype, keep, rows, outputs, grad, grad_ld, count, key, starts, states, threads, cut, values, indices, "
+     "write_entries(dtype, keep, rows, outputs, grad, grad_ld, count, key, starts, states, groups, threads, cut, values, indices, "
      "left_out, threshold)"},
     {"column_scores", as_method(py_column_scores), METH_FASTCALL,
      "column_scores(dtype, scope, grad, grad_ld, rows, outputs, scores, threads)"},

@@ -226,30 +226,35 @@ void dense_product(const T* source, int64_t source_ld, int64_t depth, const T* c
   multiply(source, source_ld, depth, coefficients, row_stride, depth_stride, base, row_begin, row_end, width, out, out_ld);
 }
 
-template <class T>
-void add_columns(const T* grad, int64_t grad_ld, int64_t rows, int64_t columns, double* sums, double* magnitudes) {
-  constexpr int64_t kBlock = 512;  // columns whose sums of both kinds stay in L1
+// Adds rows to `sums` [columns], one after the other, each of whose entries counts as value(its row, itself). Several rows
+// at a time, which are added in the same order, so that a sum is read and written once for all of them.
+template <class T, class Value>
+inline void add_rows(const T* source, int64_t source_ld, int64_t rows, int64_t columns, double* sums, Value value) {
+  constexpr int64_t kBlock = 512;  // columns whose sums stay in L1
+  constexpr int kRows = 4;
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
     const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
-    const T* row = grad;
-    for (int64_t n = 0; n < rows; ++n, row += grad_ld) {
-      if (sums != nullptr)
-        for (int64_t c = begin; c < end; ++c) sums[c] += static_cast<double>(to_float(row[c]));
-      if (magnitudes != nullptr)
-        for (int64_t c = begin; c < end; ++c) magnitudes[c] += __builtin_fabs(static_cast<double>(to_float(row[c])));
-    }
+    int64_t n = 0;
+    for (; n + kRows <= rows; n += kRows)
+      for (int64_t c = begin; c < end; ++c) {
+        double sum = sums[c];
+        for (int i = 0; i < kRows; ++i) sum += value(n + i, static_cast<double>(to_float(source[(n + i) * source_ld + c])));
+        sums[c] = sum;
+      }
+    for (; n < rows; ++n)
+      for (int64_t c = begin; c < end; ++c) sums[c] += value(n, static_cast<double>(to_float(source[n * source_ld + c])));
   }
 }
 
 template <class T>
+void add_columns(const T* grad, int64_t grad_ld, int64_t rows, int64_t columns, double* sums, double* magnitudes) {
+  if (sums != nullptr) add_rows(grad, grad_ld, rows, columns, sums, [](int64_t, double entry) { return entry; });
+  if (magnitudes != nullptr)
+    add_rows(grad, grad_ld, rows, columns, magnitudes, [](int64_t, double entry) { return __builtin_fabs(entry); });
+}
+
+template <class T>
 void add_scaled_rows(const T* source, int64_t source_ld, const T* factors, int64_t rows, int64_t columns, double* sums) {
-  constexpr int64_t kBlock = 512;  // columns whose sums stay in L1
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
-    const T* row = source;
-    for (int64_t n = 0; n < rows; ++n, row += source_ld) {
-      const double factor = static_cast<double>(to_float(factors[n]));
-      for (int64_t c = begin; c < end; ++c) sums[c] += factor * static_cast<double>(to_float(row[c]));
-    }
-  }
+  add_rows(source, source_ld, rows, columns, sums,
+           [=](int64_t row, double entry) { return static_cast<double>(to_float(factors[row])) * entry; });
 }

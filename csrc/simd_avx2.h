@@ -51,6 +51,11 @@ inline U32 down_16(U32 a) { return _mm256_srli_epi32(a, 16); }
 inline U32 down_24(U32 a) { return _mm256_srli_epi32(a, 24); }
 inline U32 minus(U32 a, U32 b) { return _mm256_sub_epi32(a, b); }
 inline U32 last_lane(U32 a) { return _mm256_permutevar8x32_epi32(a, _mm256_set1_epi32(7)); }
+inline uint32_t sum_of_lanes(U32 a) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1))));
+}
 // Each lane plus all lanes before it.
 inline U32 sums_so_far(U32 a) {
   a = plus(a, _mm256_slli_si256(a, 4));

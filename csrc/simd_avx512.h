@@ -33,6 +33,7 @@ inline U32 down_16(U32 a) { return _mm512_srli_epi32(a, 16); }
 inline U32 down_24(U32 a) { return _mm512_srli_epi32(a, 24); }
 inline U32 minus(U32 a, U32 b) { return _mm512_sub_epi32(a, b); }
 inline U32 last_lane(U32 a) { return _mm512_permutexvar_epi32(_mm512_set1_epi32(15), a); }
+inline uint32_t sum_of_lanes(U32 a) { return static_cast<uint32_t>(_mm512_reduce_add_epi32(a)); }
 // Each lane plus all lanes before it.
 inline U32 sums_so_far(U32 a) {
   const U32 none = _mm512_setzero_si512();

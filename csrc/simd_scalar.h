@@ -37,6 +37,7 @@ inline U32 down_16(U32 a) { return a >> 16; }
 inline U32 down_24(U32 a) { return a >> 24; }
 inline U32 minus(U32 a, U32 b) { return a - b; }
 inline U32 last_lane(U32 a) { return a; }
+inline uint32_t sum_of_lanes(U32 a) { return a; }
 // Each lane plus all lanes before it.
 inline U32 sums_so_far(U32 a) { return a; }
 // `then` where a < b, else `otherwise`.

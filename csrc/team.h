@@ -51,6 +51,7 @@ enum Use {
   kActivePlaces,
   kKeyRanges,
   kParts,
+  kSamples,
   kLeftOut,
   kUses
 };

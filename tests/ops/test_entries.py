@@ -82,6 +82,64 @@ def test_the_number_of_threads_changes_no_bit(kind):
         assert torch.equal(each.shared, found[0].shared)
 
 
+def _one_row(grad):
+    grad[:-1] *= 1e-6
+
+
+def _one_entry(grad):
+    grad[333, 17] = 1e12
+
+
+def _one_that_is_not_zero(grad):
+    grad.zero_()[333, 17] = 1e-3
+
+
+def _too_large_to_square(grad):
+    grad *= 1e-37
+    grad[333, 17] = 1e37
+
+
+def _nothing_finite(grad):
+    grad.zero_()[333, 17:19] = torch.tensor([torch.inf, torch.nan])
+
+
+# Thresholds are searched for in a sample first. What it does not see must be found in the whole.
+MISLEADING = {
+    "nothing": lambda _: None,
+    "one row": _one_row,
+    "one entry": _one_entry,
+    "one that is not zero": _one_that_is_not_zero,
+    "too large to square": _too_large_to_square,
+    "nothing finite": _nothing_finite,
+    "zeros": torch.Tensor.zero_,
+}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("case", MISLEADING)
+def test_a_sample_that_misleads_changes_nothing(case, dtype):
+    grad = gradient("normal", 401, 300, torch.float32)  # more groups than a sample has
+    MISLEADING[case](grad)
+    grad = grad.to(dtype)
+    for entries in described(12).values():
+        found = ops.choose_entries(grad, entries)
+        same(found, ops.choose_entries.literally(grad, entries))
+        if entries.keep == "noise" and entries.k == 0:
+            assert added_noise(grad, found) <= entries.share
+
+
+def added_noise(grad, kept) -> float:
+    """The variance that draws add, over the sum of squares, for the threshold that the entries show."""
+    magnitudes, drawn = grad.abs().double(), kept.values.double().abs()
+    changed = drawn.isfinite() & (drawn != magnitudes[kept.row_numbers(), kept.indices.long()])
+    if not changed.any():
+        return 0.0
+    threshold, finite = drawn[changed].max(), magnitudes[magnitudes.isfinite()]
+    below = finite[finite < threshold]
+    return ((below * threshold - below * below).sum() / finite.square().sum()).item()
+
+
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_largest_are_those_of_a_stable_sort(name):
     run = backend(name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from meprop.ops import native
 from meprop.ops.registry import Operator, operation
 from meprop.ops.thresholds import (
-    LEAST_THRESHOLD,
+    GROUP,
     ONE,
     Distribution,
     bits_of,
@@ -22,8 +22,7 @@ from meprop.ops.thresholds import (
     keys_of,
     largest_threshold_of,
     probabilities_of,
-    threshold_for_count,
-    threshold_for_noise,
+    threshold_for_draws,
 )
 from meprop.ops.topk import largest
 from meprop.selection import ColumnSelection, Entries, RowSelection, Selection, everything
@@ -128,10 +127,18 @@ def _native_choose_entries(grad: Tensor, entries: Entries) -> _Found:
     grad = native.readable(grad, grad.dtype)
     (rows, width), dtype = grad.shape, grad.dtype
     starts, states = torch.empty(rows + 1, dtype=torch.int64), torch.empty(rows, dtype=torch.int32)
+    groups = torch.empty(rows * -(-width // GROUP) if entries.key is not None else 0, dtype=torch.int32)
     key = 0 if entries.key is None else int(entries.key)
     arguments = (
         *(native.DTYPE_CODES[dtype], _CODES[entries.keep], rows, width, grad.data_ptr(), grad.stride(0)),
-        *(min(entries.k, width) * rows, key, starts.data_ptr(), states.data_ptr(), torch.get_num_threads()),
+        *(
+            min(entries.k, width) * rows,
+            key,
+            starts.data_ptr(),
+            states.data_ptr(),
+            groups.data_ptr(),
+            torch.get_num_threads(),
+        ),
     )
     count, cut, threshold = native.extension().plan_entries(*arguments, entries.share)
     values, indices = torch.empty(count, dtype=dtype), torch.empty(count, dtype=torch.int32)
@@ -207,14 +214,10 @@ def _draw(grad: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     """The places of the drawn entries in the flattened gradient, ascending, and their values."""
     assert entries.key is not None
     rows, width = grad.shape
-    of, count = Distribution.of(grad), min(entries.k, width) * rows
-    keys = keys_of(grad)
-    if entries.keep == "noise":
-        threshold = threshold_for_noise(of, entries.share, count)
-    else:
-        threshold = threshold_for_count(grad, of, count)
+    keys, count = keys_of(grad), min(entries.k, width) * rows
+    threshold = threshold_for_draws(keys, entries.share if entries.keep == "noise" else None, count)
     threshold = min(threshold, largest_threshold_of(grad.dtype))
-    if threshold <= LEAST_THRESHOLD:
+    if threshold == 0:
         places = (keys > 0).flatten().nonzero()[:, 0]
         return places, grad.flatten()[places]
     probabilities = probabilities_of(keys, threshold)

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Iterable
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 ONE = 1 << 24
 """The probability 1, in the units of probabilities."""
-LEAST_THRESHOLD = 2.0**-100
-"""The inverse of a smaller threshold might overflow."""
+GROUP = 16
+"""A row is summed and drawn from in groups of so many neighbours."""
+SLACK = 1 / 32
+"""A threshold may leave this part of a limit unused."""
 _INFINITY = 0x7F80  # the upper half of its key
+_LEAST_UPPER = (127 - 100) << 7  # that of 2^-100; smaller thresholds might have no inverse
+_NEWTON_STEPS = 8  # before the interval is halved
+_LARGEST_STEP = 1 << 16  # squares vanish below a much larger threshold
+_SAMPLED = 1024  # groups in a sample, at most twice as many
 
 
 def keys_of(grad: Tensor) -> Tensor:
@@ -35,17 +44,210 @@ def bits_of(value: float) -> int:
     return struct.unpack("I", struct.pack("f", value))[0]
 
 
+def _of_upper(upper: int) -> float:
+    return _of_bits(upper << 16)
+
+
+def _upper_of(value: float) -> int:
+    return bits_of(value) >> 16
+
+
+_LARGEST = _of_upper(_INFINITY - 1)
+
+
 def _edge(upper: int) -> float:
     """The least magnitude of an upper half. That of infinity stands for 2^128, the end of the last finite one."""
     return _of_bits(upper << 16) if upper < _INFINITY else 2.0**128
 
 
-def _threshold_below(value: float) -> float:
-    """The largest threshold that is not above a positive value."""
-    if value >= _edge(_INFINITY - 1):
-        return _edge(_INFINITY - 1)
-    nearest = bits_of(value)
-    return _of_bits((nearest - (_of_bits(nearest) > value)) & 0xFFFF0000)
+def largest_threshold_of(dtype: torch.dtype) -> float:
+    """The largest threshold that entries of this dtype can be set to. A smaller one than wanted keeps more entries."""
+    return min(_LARGEST, _of_bits(bits_of(min(torch.finfo(dtype).max, _LARGEST)) & 0xFFFF0000))
+
+
+# ---------------------------------------------------------------- what a threshold makes of entries
+
+
+class DrawSums(NamedTuple):
+    """What a threshold makes of some entries. Squares are of magnitudes over the threshold, times 2^48."""
+
+    probabilities: Tensor
+    """The sum of each row's probabilities, in units of 2^-24, int64 [N]."""
+    certain: int
+    """The number of entries of probability 1, from the threshold on."""
+    squares_below: float
+    """The sum over the entries below the threshold."""
+    squares: float
+    """The sum over all finite entries."""
+
+    @property
+    def below(self) -> float:
+        """The sum of the probabilities of the entries below the threshold."""
+        return (float(int(self.probabilities.sum())) - self.certain * ONE) / ONE
+
+
+def sums_of(keys: Tensor, threshold: float) -> DrawSums:
+    """The sums over the entries with these keys [N, O], in the order in which native code adds."""
+    scaled = keys.int().view(torch.float32) * _scale(threshold, keys.device)
+    squares, none = scaled * scaled, torch.zeros((), device=keys.device)
+    below = keys < bits_of(threshold)
+    return DrawSums(
+        probabilities_of(keys, threshold).sum(dim=1),
+        int((~below).sum()),
+        _sum(torch.where(below, squares, none)),
+        _sum(torch.where(keys < _INFINITY << 16, squares, none)),
+    )
+
+
+def _sum(squares: Tensor) -> float:
+    """In float32 for each place in a group of a row, then of halves of the places; in float64 over rows and blocks."""
+    rows, width = squares.shape
+    places = torch.zeros(rows, GROUP, device=squares.device)
+    for group in pad(squares, (0, -width % GROUP)).split(GROUP, dim=1):
+        places = places + group
+    while places.shape[1] > 1:
+        places = places[:, : places.shape[1] // 2] + places[:, places.shape[1] // 2 :]
+    block = max(8, -(-rows // 32))
+    of_rows = places[:, 0].double().tolist()
+    return _in_order(_in_order(of_rows[begin : begin + block]) for begin in range(0, rows, block))
+
+
+def _in_order(numbers: Iterable[float]) -> float:
+    return reduce(add, numbers, 0.0)  # what `sum` does depends on the version of Python
+
+
+def _scale(threshold: float, device: torch.device) -> Tensor:
+    return torch.tensor(float(ONE), dtype=torch.float32, device=device) / threshold
+
+
+def probabilities_of(keys: Tensor, threshold: float) -> Tensor:
+    """The probabilities of entries with these keys, in units of 2^-24."""
+    share = (keys.int().view(torch.float32) * _scale(threshold, keys.device)).nan_to_num(0.0, 0.0).round().long()
+    return torch.where(keys >= bits_of(threshold), ONE, share)
+
+
+# ---------------------------------------------------------------- the search for a threshold
+
+
+class ThresholdSearch:
+    """The search for the largest threshold that a budget of noise and a least number of entries allow.
+
+    Thresholds are magnitudes in bfloat16, which the class counts by their upper halves. The noise and the number of
+    certain entries are known for the thresholds that were tried. The next one is that of Newton's method. The noise is a
+    convex function of the threshold, so that the steps come closer from above.
+
+    Args:
+        noise: So many times the sum of squares is the budget.
+        count: So many entries have to be kept on average.
+    """
+
+    def __init__(self, noise: float, count: float) -> None:
+        self.noise, self.count = noise, count
+        self.allowed, self.forbidden, self.steps = _LEAST_UPPER - 1, _INFINITY, 0
+
+    def next(self, threshold: float, sums: DrawSums) -> float:
+        """The threshold to try after this one, or this one if it is found.
+
+        It is found if it uses up one of the limits but for SLACK of it, or if no larger one is allowed. 0 says that no
+        threshold is allowed, or that nothing is below this one and still no more than `count` entries are kept. A
+        threshold so large that squares vanish is not allowed.
+        """
+        below, kept = sums.below, sums.certain + sums.below
+        added, budget = below - sums.squares_below / 2.0**48, self.noise * (sums.squares / 2.0**48)
+        allowed = budget > 0 and added <= budget and kept >= self.count
+        if allowed:
+            self.allowed = _upper_of(threshold)
+        else:
+            self.forbidden = _upper_of(threshold)
+        if allowed and (added >= budget * (1 - SLACK) or kept <= self.count * (1 + SLACK)):
+            return threshold
+        if kept < self.count and below == 0:
+            return 0.0
+        if self.forbidden - self.allowed > 1:
+            upper = self._guess(threshold, sums.certain, below, added, budget)
+            return _of_upper(min(max(upper, self.allowed + 1), self.forbidden - 1))
+        return 0.0 if self.allowed < _LEAST_UPPER else _of_upper(self.allowed)
+
+    def _guess(self, threshold: float, certain: int, below: float, added: float, budget: float) -> int:
+        """Where the tangent meets the middle of what is accepted, or the middle of what is left to search."""
+        self.steps += 1
+        if self.steps > _NEWTON_STEPS or not budget > 0:
+            return (self.allowed + self.forbidden) // 2
+        middle = 1 - SLACK / 2
+        least = self.count / middle - certain
+        by_noise = threshold * (1 + (budget * middle - added) / below) if below > 0 else math.inf
+        by_count = threshold * below / least if least > 0 else math.inf
+        found = min(by_noise, by_count, _LARGEST_STEP * threshold)
+        return _upper_of(max(found, 0.0)) if found < _LARGEST else _INFINITY - 1
+
+
+def _next_for_count(threshold: float, sums: DrawSums, count: int, last_certain: int) -> float:
+    """The threshold to try after this one, for which the probabilities shall add up to `count`.
+
+    It is this one if no entry has become certain or uncertain since the last, which had so many certain ones. From
+    above, the steps come closer. 0 says that all entries that are not zero are kept.
+    """
+    below, certain = sums.below, sums.certain
+    if certain >= count and (below > 0 or certain > count):
+        return min(2.0 * threshold, _LARGEST)
+    if certain in (last_certain, count):
+        return threshold
+    if below == 0:
+        return 0.0
+    return _of_bits(bits_of(min(threshold * (below / (count - certain)), _LARGEST)))
+
+
+def _sample(keys: Tensor) -> tuple[Tensor, float]:
+    """Groups of neighbours in rows of keys [N, O], one after the other [1, *], and their share of all entries.
+
+    A matrix of few groups is copied whole.
+    """
+    rows, width = keys.shape
+    in_row = -(-width // GROUP)
+    groups = pad(keys, (0, -width % GROUP)).view(rows * in_row, GROUP)
+    step = rows * in_row // _SAMPLED | 1
+    sizes = [min(GROUP, width - number % in_row * GROUP) for number in range(0, rows * in_row, step)]
+    return groups[::step].reshape(1, -1), sum(sizes) / max(rows * width, 1)
+
+
+def _first_threshold(keys: Tensor, noise: float, count: int) -> float:
+    """The threshold that is right for a sample of the keys [N, O]. 0 if all keys are those of zeros."""
+    sample, share = _sample(keys)
+    finite = sample[(sample > 0) & (sample < _INFINITY << 16)]
+    if len(finite) == 0:
+        most = int(keys.max()) >> 16 if len(keys) > 0 else 0
+        return _of_upper(min(max(most, _LEAST_UPPER), _INFINITY - 1)) if (keys > 0).any() else 0.0
+    search = ThresholdSearch(noise, count * share)
+    most = threshold = _of_upper(max(int(finite.max()) >> 16, _LEAST_UPPER))
+    while True:
+        following = search.next(threshold, sums_of(sample, threshold))
+        if following == 0:
+            return most
+        if following == threshold:
+            return threshold
+        threshold = following
+
+
+def threshold_for_draws(keys: Tensor, noise: float | None, count: int) -> float:
+    """The threshold for draws of entries with keys [N, O]. 0 if every entry that is not zero is kept.
+
+    With `noise` it is the largest one within the budget that keeps `count` entries or more on average. Otherwise it is
+    the one for which the probabilities add up to `count`.
+    """
+    threshold = _first_threshold(keys, math.inf if noise is None else noise, count)
+    search, certain = ThresholdSearch(0.0 if noise is None else noise, count), -1
+    while threshold > 0:
+        sums = sums_of(keys, threshold)
+        following = _next_for_count(threshold, sums, count, certain) if noise is None else search.next(threshold, sums)
+        if following == threshold:
+            break
+        threshold, certain = following, sums.certain
+        if _upper_of(threshold) < _LEAST_UPPER:
+            return 0.0
+    return threshold
+
+
+# ---------------------------------------------------------------- the largest entries that hold a share of the energy
 
 
 class Distribution(NamedTuple):
@@ -53,8 +255,6 @@ class Distribution(NamedTuple):
 
     uppers: list[int]
     counts: list[int]
-    entries: int
-    """The number of entries that are not zero, with those that are not finite."""
     width: float
     """The magnitudes of an upper half are between its edge and this part of the way to the next one."""
 
@@ -63,86 +263,11 @@ class Distribution(NamedTuple):
         """That of the entries of grad [N, O]."""
         counts = torch.bincount((keys_of(grad) >> 16).flatten(), minlength=_INFINITY + 1)
         uppers = counts[1:_INFINITY].nonzero()[:, 0] + 1
-        width = 0.0 if grad.dtype == torch.bfloat16 else 1.0
-        return cls(uppers.tolist(), counts[uppers].tolist(), int(counts[1:].sum()), width)
-
-    @property
-    def error(self) -> float:
-        """The middle of an upper half is at most this part of a magnitude away from it."""
-        return self.width / 256
+        return cls(uppers.tolist(), counts[uppers].tolist(), 0.0 if grad.dtype == torch.bfloat16 else 1.0)
 
     def bound(self, upper: int) -> float:
         """What no magnitude of this upper half is above."""
         return _edge(upper) + self.width * (_edge(upper + 1) - _edge(upper))
-
-    def middle(self, upper: int) -> float:
-        """What the magnitudes of this upper half count as."""
-        return _edge(upper) + self.width / 2 * (_edge(upper + 1) - _edge(upper))
-
-
-def _largest_threshold(of: Distribution, limit: Callable[[float, float, int], float]) -> float:
-    """The largest threshold that is not above limit(sum, squares, others).
-
-    These are the sum of the magnitudes below the threshold, the sum of their squares, and the number of all other
-    entries. The limit falls as the threshold rises.
-    """
-    total = squares = last = 0.0
-    most, others = math.inf, of.entries
-    for upper, count in zip(of.uppers, of.counts, strict=True):
-        if total > 0:
-            most = limit(total, squares, others)
-        if most < _edge(upper):
-            break
-        magnitude = of.middle(upper)
-        total += count * magnitude
-        squares += count * magnitude * magnitude
-        others -= count
-        last = _edge(upper)
-    if total == 0:
-        return 0.0
-    if most >= last:
-        most = limit(total, squares, others)
-    return _threshold_below(max(most, last))
-
-
-def largest_threshold_of(dtype: torch.dtype) -> float:
-    """The largest threshold that entries of this dtype can be set to. A smaller one than wanted keeps more entries."""
-    return _threshold_below(torch.finfo(dtype).max)
-
-
-def _limit_of_count(count: int, total: float, others: int) -> float:
-    """The threshold that keeps `count` entries on average."""
-    return total / (count - others) if count > others else math.inf
-
-
-def threshold_for_noise(of: Distribution, noise: float, count: int) -> float:
-    """The largest threshold within the budget that keeps `count` entries or more on average. 0 if all are zero."""
-    squares = 0.0
-    for upper, entries in zip(of.uppers, of.counts, strict=True):
-        squares += entries * of.middle(upper) * of.middle(upper)
-    budget = noise * squares * (1 - 2 * of.error)
-
-    def limit(total: float, below: float, others: int) -> float:
-        return min((budget + below) / (total * (1 + of.error)), _limit_of_count(count, total, others))
-
-    return _largest_threshold(of, limit)
-
-
-def threshold_for_count(grad: Tensor, of: Distribution, count: int) -> float:
-    """The threshold for which the probabilities add up to `count`. 0 if no more entries are not zero."""
-    if count >= of.entries:
-        return 0.0
-    upper = 1 + of.error
-    least = _largest_threshold(of, lambda total, _, others: _limit_of_count(count, total * upper, others))
-    threshold, kept = _of_bits(min(bits_of(least) + 0x10000, (_INFINITY - 1) << 16)), -1
-    while threshold > LEAST_THRESHOLD:  # an entry that comes to be kept for certain leaves the others more
-        keys = keys_of(grad)
-        certain = int((keys >= bits_of(threshold)).sum())
-        below = (int(probabilities_of(keys, threshold).sum()) - certain * ONE) / ONE
-        if certain == kept or certain >= count or below <= 0:
-            break
-        kept, threshold = certain, _of_bits(bits_of(threshold * below / (count - certain)))
-    return threshold
 
 
 def cut_for_energy(of: Distribution, share: float) -> int:
@@ -156,10 +281,3 @@ def cut_for_energy(of: Distribution, share: float) -> int:
         if kept >= share * (kept + max(left_out, 0.0)):
             return (upper << 16) - 1
     return 0
-
-
-def probabilities_of(keys: Tensor, threshold: float) -> Tensor:
-    """The probabilities of entries with these keys, in units of 2^-24."""
-    scale = torch.tensor(float(ONE), dtype=torch.float32, device=keys.device) / threshold
-    share = (keys.int().view(torch.float32) * scale).nan_to_num(0.0, 0.0).round().long()
-    return torch.where(keys >= bits_of(threshold), ONE, share)
