@@ -75,8 +75,8 @@ def choose_entries(grad: Tensor, entries: Entries, /) -> _Found:
 
     With "noise" a threshold t is found. An entry g with |g| >= t is kept as it is. A smaller one is drawn with
     probability |g| / t, and becomes t with the sign of g. The mean over all draws is g, and the variance is
-    |g| t - g^2. The threshold is the largest one for which the sum of the variances is at most `share` of the sum of
-    all squares, and for which k entries of a row or more are kept on average.
+    |g| t - g^2. The sum of the variances is at most `share` of the sum of all squares, and k entries of a row or more
+    are kept on average. The threshold is the largest one that allows both, or leaves at most 1/32 of a limit unused.
 
     With "drawn" the threshold is the one for which k N entries are kept on average, and exactly so many are drawn. If
     fewer are not zero, these are kept as they are.

@@ -133,8 +133,8 @@ class ThresholdSearch:
     """The search for the largest threshold that a budget of noise and a least number of entries allow.
 
     Thresholds are magnitudes in bfloat16, which the class counts by their upper halves. The noise and the number of
-    certain entries are known for the thresholds that were tried. The next one is that of Newton's method. The noise is a
-    convex function of the threshold, so that the steps come closer from above.
+    certain entries are known for the thresholds that were tried. The next one is that of Newton's method. The noise is
+    a convex function of the threshold, so that the steps come closer from above.
 
     Args:
         noise: So many times the sum of squares is the budget.

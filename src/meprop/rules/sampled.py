@@ -27,10 +27,10 @@ class Sampled(Rule):
     probability |g| / t, and becomes t with the sign of g. So nothing is added to the gradient but noise, of variance
     |g| t - g^2 for such an entry. No other choice of as many entries without bias has less (Horvitz and Thompson 1952).
 
-    With `noise` the threshold is the largest one for which the variances add up to at most `noise` times the sum of
-    g^2. The density then follows the gradient, and it falls in training as more and more rows have next to no
-    gradient. The noise of a batch that is smaller by 1 / (1 + noise) is as large. A step whose density would be above
-    `ceiling` is dense. With `k` the density is fixed, and the noise follows.
+    With `noise` the variances add up to at most `noise` times the sum of g^2. The threshold is the largest for that,
+    within 1/32 of the budget. The density then follows the gradient. It falls in training as more and more rows have
+    next to no gradient. The noise of a batch that is smaller by 1 / (1 + noise) is as large. A step whose density would
+    be above `ceiling` is dense. With `k` the density is fixed, and the noise follows.
 
     Random numbers are those of a counter-based generator. Its key comes from torch's global generator of the gradient's
     device, so that `torch.manual_seed` repeats them, for any number of threads. This rule is ours, not the paper's.
