@@ -114,6 +114,11 @@ class TrainingConfig:
             raise ValueError(f"rule is {name!r}; the rules are {', '.join(found)}")
         return found[name].of_settings(self.k, self.scope, noise=self.noise, exact_sum=self.exact_sum)
 
+    @property
+    def keeps_its_density(self) -> bool:
+        """Whether a sparse run keeps one share of the entries from its first step to its last."""
+        return self.noise is None and not (self.dense_warmup_steps or self.dense_end_steps)
+
     def rule_schedule(self, model: nn.Module, total_steps: int) -> meprop.RuleSchedule | None:
         """Return the schedule of a sparse run of so many steps. None if its rules stay what they are.
 
