@@ -25,7 +25,8 @@ def share_noise(model: torch.nn.Module, total: float) -> dict[str, float]:
 
     All layers count as if they were in series, attention twice, an LSTM once for each of its layers. So the budgets are
     rather too small where some are side by side. Within an LSTM noise also passes through time, which is not counted.
-    The product is exact if a layer passes noise and gradient on alike, as a random matrix does.
+    The product is that of layers which pass noise and gradient on alike, as random matrices do. Trained layers pass on
+    much less of the noise (docs/entries.md), so that `total` is a careful bound of theirs.
 
     Layers whose rule has no budget are left as they are, and so are those that were measured to be dense. Call it
     before a `meprop.RuleSchedule` is made.
