@@ -181,6 +181,16 @@ def test_resuming_with_other_options_or_from_a_damaged_file_is_refused(data, cap
     assert re.search(r"checkpoint\.pt is damaged .*--overwrite", err(capsys))
 
 
+def test_a_schedule_is_written_down_and_kept(data, capsys):
+    schedule = {"noise": 0.5, "noise_start": 0.1, "noise_of": "model", "dense_warmup_steps": 2, "dense_end_steps": 3}
+    options = [text for name, value in schedule.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    assert train(data, "--rule", "sampled", *options, "--out", "x") == 0
+    config = result("x")["config"]["training"]
+    assert {name: config[name] for name in schedule} == schedule
+    assert train(data, "--rule", "sampled", *options[:-1], "4", "--out", "x", "--resume") == 2
+    assert "dense_end_steps was 3, now 4" in err(capsys)
+
+
 def test_resuming_on_other_data_is_refused(data, tmp_path, capsys):
     assert train(data, "--out", "x") == 0
     shutil.copytree(data, "moved")

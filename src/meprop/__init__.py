@@ -8,10 +8,12 @@ from typing import Any as _Any
 from torch import distributed as _distributed
 
 from meprop import errors, functional, nn, optim
+from meprop.budgets import share_noise
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
 from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK
+from meprop.schedule import RuleSchedule, anneal
 from meprop.selection import ColumnSelection, RowSelection
 
 if _distributed.is_available():
@@ -35,9 +37,11 @@ __all__ = [
     "RandomK",
     "RowSelection",
     "Rule",
+    "RuleSchedule",
     "Sampled",
     "Simplifier",
     "TopK",
+    "anneal",
     "backend_info",
     "convert",
     "errors",
@@ -46,6 +50,7 @@ __all__ = [
     "optim",
     "report",
     "revert",
+    "share_noise",
 ]
 
 

@@ -283,7 +283,8 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any]) ->
         return dense(None, vars(layer).get(_REASON, "not converted"))
     rule, decision = layer.rule, layer.decision
     if rule.keeps_all(width):
-        return dense(rule, f"{rule} keeps everything")
+        own = layer.policy.own_rule
+        return dense(rule, f"{rule} keeps everything" + (f", by a schedule of {own}" if own else ""))
     if decision is not None:
         reason = str(decision)
     elif layer.when == "auto":

@@ -109,6 +109,8 @@ class Policy:
             faster. It is always "always" with `sparse_grad`, because an optimizer relies on row-sparse gradients. It is
             also "always" with a rule by which several processes choose together, because they wait for each other.
         record: What was measured and counted. None for a call without a layer, because nothing is then.
+        own_rule: The rule that the layer was converted with, while a `meprop.RuleSchedule` changes `rule`. It is the
+            one that is measured. None without a schedule.
 
     Raises:
         TypeError: `rule` is not a Rule.
@@ -121,6 +123,7 @@ class Policy:
     compute_dtype: torch.dtype | None = None
     when: When = "always"
     record: Record | None = field(default=None, compare=False, repr=False)
+    own_rule: Rule | None = None
 
     def __post_init__(self) -> None:
         if self.when not in get_args(When):
@@ -159,7 +162,10 @@ class Policy:
 
     def in_blocks(self, blocks: int) -> Policy:
         """The same policy for a product whose output features are several equal blocks. Both share one record."""
-        return self if blocks == 1 else replace(self, rule=in_blocks(self.rule, blocks))
+        if blocks == 1:
+            return self
+        own_rule = None if self.own_rule is None else in_blocks(self.own_rule, blocks)
+        return replace(self, rule=in_blocks(self.rule, blocks), own_rule=own_rule)
 
     # ---- the gate
 
@@ -193,7 +199,7 @@ class Policy:
         if self.record.decision is None:  # else an earlier product of this layer has decided
             if not speed.can_measure() or (timed := shape()).device == "meta":
                 return True
-            self.record.decision = speed.decide(self.rule, timed)
+            self.record.decision = speed.decide(self.own_rule or self.rule, timed)
         return self.record.decision.sparse
 
     def note(self, selection: Selection) -> None:

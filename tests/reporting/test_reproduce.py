@@ -279,3 +279,15 @@ def test_a_simplified_run_is_no_point_of_the_curve(experiment, filled, tmp_path)
     simplified = replace(experiment, variants=variants)
     filled.write(simplified.variant("topk-10"), run(0, [(90, 90)], 4.0, 0.3), TinyTask(), [])
     assert not report.draw_densities(simplified, filled, tmp_path / "figure.png")
+
+
+def test_a_run_with_dense_phases_is_no_point_of_the_curve(experiment, filled, tmp_path):
+    variants = tuple(
+        replace(variant, training=replace(variant.training, dense_end_steps=3))
+        if variant.name == "topk-10"
+        else variant
+        for variant in experiment.variants
+    )
+    scheduled = replace(experiment, variants=variants)
+    filled.write(scheduled.variant("topk-10"), run(0, [(90, 90)], 4.0, 0.3), TinyTask(), [])
+    assert not report.draw_densities(scheduled, filled, tmp_path / "figure.png")

@@ -11,7 +11,7 @@ pytest.importorskip("lightning_fabric")
 import meprop
 from meprop import machine
 from meprop.errors import DataError
-from meprop.training import checkpoint
+from meprop.training import checkpoint, tracking
 from meprop.training.config import SimplifyConfig, TrainingConfig
 from meprop.training.loop import Trainer, fit
 from tiny import TinyConfig, TinyTask
@@ -84,6 +84,41 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(task, tmp_path, s
     assert [r["loss"] for r in actual.curve] == [r["loss"] for r in expected.curve]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+SCHEDULED = {"noise": 0.5, "noise_start": 0.1, "noise_of": "model", "dense_warmup_steps": 4, "dense_end_steps": 5}
+
+
+@pytest.mark.parametrize("steps", [3, 4, 8, 9, 14, 21])  # in each phase and at its beginning; 8 steps are an epoch
+def test_a_resumed_run_with_a_schedule_equals_an_uninterrupted_one(task, tmp_path, steps):
+    config = TrainingConfig(epochs=3, accelerator="cpu", **SCHEDULED)
+    whole, interrupted, resumed = (Trainer(task, config, config.rule("sampled"), 7) for _ in range(3))
+    (expected,) = fit([whole], ignore)
+    for _ in range(steps):
+        interrupted.advance(1)
+    checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
+    interrupted.advance(3)
+    checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
+    (actual,) = fit([resumed], ignore)
+    assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
+    assert resumed.schedule.state_dict() == whole.schedule.state_dict() == {"steps": 24}
+
+
+def test_a_checkpoint_from_before_there_were_schedules_goes_on(task, tmp_path):
+    config = TrainingConfig(k=5, accelerator="cpu")
+    then = tracking.settings(TinyConfig(), config, "topk")
+    for name in ("noise_of", "noise_start", "dense_warmup_steps", "dense_end_steps"):
+        del then[name]
+    state = Trainer(task, config, config.rule(), 7).state_dict()
+    del state["schedule"]
+    checkpoint.save(tmp_path / "c.pt", state, then)
+    trainer = Trainer(task, config, config.rule(), 7)
+    checkpoint.resume(tmp_path / "c.pt", trainer, tracking.settings(TinyConfig(), config, "topk"), TinyConfig)
+    other = TrainingConfig(k=5, dense_end_steps=3)
+    with pytest.raises(ValueError, match="dense_end_steps was 0, now 3"):
+        checkpoint.load(tmp_path / "c.pt", tracking.settings(TinyConfig(), other, "topk"), TinyConfig)
 
 
 @pytest.mark.parametrize("failing", ["save", "fsync", "replace"])

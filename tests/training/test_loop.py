@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,44 @@ def test_taking_turns_changes_nothing(task, turn):
     pair = [Trainer(task, CONFIG, rule, 7) for rule in (None, CONFIG.rule())]
     fit(pair, lambda trainer: torch.rand(3), turn=turn)  # the caller draws numbers too
     assert_same_weights(weights(alone), weights(pair[1]))
+
+
+def test_phases_are_dense_and_annealed_at_their_steps(task):
+    config = TrainingConfig(epochs=2, noise=0.8, noise_start=0.1, dense_warmup_steps=4, dense_end_steps=8)
+    dense, trainer = (Trainer(task, config, rule, 7) for rule in (None, config.rule("sampled")))
+    assert dense.schedule is None
+    budgets = []
+    for step in range(16):
+        rule = trainer.model[0].rule
+        budgets.append(None if rule.keeps_all(128) else rule.noise)
+        for each in (dense, trainer):
+            if step == 8:
+                each.advance(1)  # the end of an epoch, which is a call of its own
+            each.advance(1)
+        equal = torch.equal(dense.model[0].weight, trainer.model[0].weight)
+        assert equal == (step < 4)
+    assert budgets[:4] + budgets[8:] == [None] * 12
+    assert budgets[4:8] == pytest.approx([0.1, 0.2, 0.4, 0.8])
+
+
+def test_the_density_of_a_scheduled_run_includes_its_dense_steps(task):
+    config = TrainingConfig(epochs=2, k=16, dense_warmup_steps=3, dense_end_steps=1)
+    (run,) = fit([Trainer(task, config, config.rule(), 7)], ignore)
+    assert run.density == pytest.approx((4 + 12 * 16 / 128) / 16)
+    assert [(layer["status"], layer["k"]) for layer in run.layers] == [("sparse", 16), ("dense", None)]
+
+
+def test_a_budget_of_the_model_is_shared(task):
+    config = TrainingConfig(noise=0.44, noise_of="model")
+    task.config = replace(task.config, hidden=(128, 128))
+    trainer = Trainer(task, config, config.rule("sampled"), 7)
+    assert [trainer.model[place].rule.noise for place in (0, 3)] == pytest.approx([0.2, 0.2])
+
+
+def test_dense_phases_that_take_all_steps_are_refused(task):
+    config = TrainingConfig(epochs=1, dense_warmup_steps=5, dense_end_steps=3)
+    with pytest.raises(ValueError, match=r"--dense-warmup-steps 5 and --dense-end-steps 3 .* the training has 8"):
+        Trainer(task, config, config.rule(), 7)
 
 
 def test_another_seed_is_another_run(task):
@@ -136,6 +175,11 @@ def test_epochs_are_checked(epochs):
         ({"k": 0}, "k=0"),
         ({"k": 1.5}, "k=1.5"),
         ({"sparse_rows": "lazy"}, "--sparse-rows lazy needs --scope batch"),
+        ({"dense_warmup_steps": -1}, "--dense-warmup-steps must be 0 or more, got -1"),
+        ({"dense_end_steps": -1}, "--dense-end-steps must be 0 or more, got -1"),
+        ({"noise_of": "model"}, "--noise-of model and --noise-start None need --noise"),
+        ({"noise_start": 0.1}, "--noise-of layer and --noise-start 0.1 need --noise"),
+        ({"noise": 0.5, "noise_start": 0.0}, "--noise-start=0.0 is out of range"),
     ],
 )
 def test_settings_are_checked(settings, message):

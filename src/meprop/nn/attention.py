@@ -233,6 +233,10 @@ class AttentionDescriptor(Descriptor[torch.nn.MultiheadAttention]):
         """The numbers of input and output features. Both are E."""
         return layer.embed_dim, layer.embed_dim
 
+    def depth(self, layer: torch.nn.MultiheadAttention) -> int:
+        """Two: the projections of query, key and value are side by side, and that of the output follows."""
+        return 2
+
     def parts(self, layer: torch.nn.MultiheadAttention) -> tuple[torch.nn.Module, ...]:
         """The last projection. The layer reads its weight, and never calls it."""
         return (layer.out_proj,)

@@ -64,13 +64,14 @@ class SparseLayer:
     def rule(self) -> Rule:
         """What the backward pass keeps. It may be replaced between passes.
 
-        What was measured for the rule before stays. Set `decision` to None to let the layer measure anew.
+        What was measured for the rule before stays. Set `decision` to None to let the layer measure anew. A
+        `meprop.RuleSchedule` of the model goes on from a rule that is set here.
         """
         return self.policy.rule
 
     @rule.setter
     def rule(self, rule: Rule) -> None:
-        self._change(rule=rule)
+        self._change(rule=rule, own_rule=None)
 
     @property
     def sparse_grad(self) -> bool:
@@ -168,6 +169,10 @@ class Descriptor(Generic[Layer]):
         """Why a layer has too few features to gain from sparsity. None if it has enough."""
         _, width = self.features(layer)
         return f"narrow: {width} {self.feature_name}, min_features={min_features}" if width < min_features else None
+
+    def depth(self, layer: Layer) -> int:
+        """How many linear maps with an output gradient of their own an input passes through, one after the other."""
+        return 1
 
     def policy(self, policy: Policy) -> Policy:
         """The policy without the options that such layers do not take."""

@@ -225,6 +225,10 @@ class LstmDescriptor(Descriptor[torch.nn.LSTM]):
             return "the rule would have to wait for other processes at each time step"
         return None
 
+    def depth(self, layer: torch.nn.LSTM) -> int:
+        """The number of layers. Time steps are not counted."""
+        return layer.num_layers
+
     def policy(self, policy: Policy) -> Policy:
         """The policy without `compute_dtype`, because the forward pass is in the dtype of the tensors."""
         return replace(policy, compute_dtype=None)

@@ -260,7 +260,7 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
     """Draw the test score over density into a PNG, ours and the paper's, if density is what the variants differ in.
 
     That is if the settings of the task are the same in all, and some rule was run with two densities. Simplified runs
-    are left out, because their models are others, and so are rules whose density depends on the gradient.
+    are left out, because their models are others, and so are rules whose density changes in training.
 
     Args:
         experiment: Variants without finished runs are left out.
@@ -271,7 +271,7 @@ def draw_densities(experiment: Experiment, records: Records, path: Path) -> bool
         Whether there was something to draw.
     """
     found = [row for row in _rows(experiment, records) if row.results and row.variant.simplify is None]
-    rows = [row for row in found if _kept(row) is not None and row.variant.training.noise is None]
+    rows = [row for row in found if _kept(row) is not None and row.variant.training.keeps_its_density]
     curves: dict[_Curve, list[_Row]] = {}
     for row in sorted(rows, key=_density):
         if row.variant.rule != DENSE:

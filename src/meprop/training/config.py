@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import nn
 import meprop
 from meprop import rules
 from meprop.rules import Rule
+from meprop.rules.base import checked_share
 
 DENSE = "dense"
 """What stands for a rule where a run has none."""
@@ -50,6 +51,17 @@ class TrainingConfig:
     noise: float | None = None
     """The budget of added variance of the rule sampled, as a share of the squared gradient. It decides how many entries
     are kept, so that k and scope have no meaning with it. None: k entries are drawn."""
+    noise_of: Literal["layer", "model"] = "layer"
+    """Of what noise is the budget.
+    layer: Of each layer. The budgets of layers in series multiply.
+    model: Of all layers together, which get equal shares."""
+    noise_start: float | None = None
+    """The budget in the first sparse step. It goes to noise geometrically, which it reaches in the last sparse step.
+    None: It is noise in all steps."""
+    dense_warmup_steps: int = 0
+    """How many steps are dense at the start of a sparse run."""
+    dense_end_steps: int = 0
+    """How many steps are dense at the end of a sparse run."""
     exact_sum: bool | None = None
     """Whether each row also gets the batch's mean of what is left out. None: as the rule has it."""
     sparse_rows: Literal["no", "exact", "decay", "lazy"] = "no"
@@ -80,6 +92,15 @@ class TrainingConfig:
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
         if self.sparse_rows != "no" and self.scope != "batch":
             raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
+        for name in ("dense_warmup_steps", "dense_end_steps"):
+            if (steps := getattr(self, name)) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {steps}")
+        if self.noise is None and (self.noise_of, self.noise_start) != ("layer", None):
+            raise ValueError(
+                f"--noise-of {self.noise_of} and --noise-start {self.noise_start} need --noise, the budget at the end"
+            )
+        if self.noise_start is not None:
+            checked_share("--noise-start", self.noise_start, below_one=False)
         self.rule(DEFAULT_RULE if self.noise is None else "sampled")
 
     def rule(self, name: str = DEFAULT_RULE) -> Rule:
@@ -92,6 +113,37 @@ class TrainingConfig:
         if name not in found:
             raise ValueError(f"rule is {name!r}; the rules are {', '.join(found)}")
         return found[name].of_settings(self.k, self.scope, noise=self.noise, exact_sum=self.exact_sum)
+
+    @property
+    def keeps_its_density(self) -> bool:
+        """Whether a sparse run keeps one share of the entries from its first step to its last."""
+        return self.noise is None and not (self.dense_warmup_steps or self.dense_end_steps)
+
+    def rule_schedule(self, model: nn.Module, total_steps: int) -> meprop.RuleSchedule | None:
+        """Return the schedule of a sparse run of so many steps. None if its rules stay what they are.
+
+        Raises:
+            ValueError: The dense steps leave none that is sparse.
+        """
+        first, last = self.dense_warmup_steps, total_steps - self.dense_end_steps
+        if first >= last:
+            raise ValueError(
+                f"--dense-warmup-steps {first} and --dense-end-steps {self.dense_end_steps} leave no sparse step: the "
+                f"training has {total_steps}"
+            )
+        if self.noise_start is None and last - first == total_steps:
+            return None
+
+        def rule_at(step: int, rule: Rule) -> Rule | None:
+            if not first <= step < last:
+                return None
+            if self.noise is None or self.noise_start is None or not isinstance(rule, rules.Sampled):
+                return rule
+            assert rule.noise is not None  # it is of `noise`
+            done = (step - first) / max(1, last - first - 1)
+            return replace(rule, noise=rule.noise * meprop.anneal(self.noise_start / self.noise, 1.0, done))
+
+        return meprop.RuleSchedule(model, rule_at)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from math import cos, isfinite, pi
 from time import perf_counter
@@ -51,7 +51,7 @@ class Trainer:
         simplify: How to simplify the model of a sparse run; None: not at all.
 
     Raises:
-        ValueError: The warm-up of `simplify` takes all epochs.
+        ValueError: The warm-up of `simplify` takes all epochs, or dense steps take all steps of a sparse run.
         MepropError: There is no such accelerator.
     """
 
@@ -82,11 +82,17 @@ class Trainer:
             self._random = self._random_state()
             if rule is not None:
                 meprop.convert(self.model, rule, sparse_grad=config.sparse_rows != "no", when=config.when)
+                if config.noise is not None and config.noise_of == "model":
+                    meprop.share_noise(self.model, config.noise)
         self.optimizer = _build_optimizer(self.model, config, self.device, sparse=rule is not None)
         self.simplifier: meprop.Simplifier | None = None
         if simplify is not None:
             inputs = self._fabric.to_device(task.example_inputs)
             self.simplifier = simplify.simplifier(self.model, self.optimizer, task.steps_per_epoch, inputs)
+
+        self.schedule: meprop.RuleSchedule | None = None
+        if rule is not None:
+            self.schedule = config.rule_schedule(self.model, config.epochs * task.steps_per_epoch)
 
         self._order = torch.Generator().manual_seed(seed)
         self._epoch_order = self._order.get_state()  # as it was when the current epoch began
@@ -113,8 +119,9 @@ class Trainer:
 
     @property
     def report(self) -> meprop.ConversionReport:
-        """What each layer does, and why."""
-        return meprop.report(self.model)
+        """What each layer does, and why. With a schedule, what it does by the rule that the schedule starts from."""
+        with nullcontext() if self.schedule is None else self.schedule.paused():
+            return meprop.report(self.model)
 
     @property
     def epoch(self) -> int:
@@ -156,6 +163,8 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.simplifier is not None:
             self.simplifier.step()
+        if self.schedule is not None:
+            self.schedule.step()
         end = clock()
 
         seconds.forward += forward_end - start
@@ -205,6 +214,24 @@ class Trainer:
         (kept_before, seen_before), self._entries = self._entries, (kept, seen)
         return (kept - kept_before) / (seen - seen_before) if seen > seen_before else None
 
+    def _density(self, layers: Sequence[dict[str, Any]]) -> float | None:
+        """The share of the entries that sparse layers propagate, from their reports or from the epochs.
+
+        None if neither the rule nor the epochs say.
+        """
+        if not layers:
+            return 1.0
+        if any(layer["k"] is None for layer in layers):
+            densities = [record.density for record in self.curve if record.density is not None]
+            if not densities:
+                return None
+            found = sum(densities) / len(densities)
+        else:
+            found = sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
+        dense_steps = self.config.dense_warmup_steps + self.config.dense_end_steps
+        dense = dense_steps / (self.config.epochs * self.task.steps_per_epoch)
+        return dense + (1 - dense) * found
+
     def _random_state(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda_devices)]
 
@@ -229,6 +256,7 @@ class Trainer:
             },
             "optimizer": self.optimizer.state_dict(),
             "simplifier": self.simplifier and self.simplifier.state_dict(),
+            "schedule": self.schedule and self.schedule.state_dict(),
             "random": self._random,
             "epoch_order": self._epoch_order,
             "step": self.step,
@@ -246,6 +274,8 @@ class Trainer:
             layer: Any = self.model.get_submodule(name)
             layer.decision = Decision(**decision)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
         self._random = state["random"]
         self._epoch_order = state["epoch_order"]
         self._order.set_state(self._epoch_order)
@@ -265,7 +295,7 @@ class Trainer:
             test=self.curve[-1].test,
             seconds=asdict(self.seconds),
             k=self.k,
-            density=_density([layer for layer in layers if layer["status"] == "sparse"], self.curve),
+            density=self._density([layer for layer in layers if layer["status"] == "sparse"]),
             curve=[asdict(record) for record in self.curve],
             layers=layers,
             checks=[] if self.simplifier is None else [asdict(check) for check in self.simplifier.history],
@@ -288,19 +318,6 @@ def fit(trainers: Sequence[Trainer], after_turn: Callable[[Trainer], None], turn
             trainer.advance(turn)
             after_turn(trainer)
     return [trainer.result() for trainer in trainers]
-
-
-def _density(layers: Sequence[dict[str, Any]], curve: Sequence[EpochRecord]) -> float | None:
-    """The share of the entries that sparse layers propagate, from their reports or from the epochs.
-
-    None if neither the rule nor the epochs say.
-    """
-    if not layers:
-        return 1.0
-    if any(layer["k"] is None for layer in layers):
-        densities = [record.density for record in curve if record.density is not None]
-        return sum(densities) / len(densities) if densities else None
-    return sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
 
 
 def _build_optimizer(

@@ -34,7 +34,7 @@ class EpochRecord:
     widths: dict[str, int] = field(default_factory=dict[str, int])
     """Units of each set of the model, if it is simplified."""
     density: float | None = None
-    """The share of the entries that was propagated in this epoch, if that depends on the gradient."""
+    """The share of the entries that was propagated in this epoch's sparse steps, if that depends on the gradient."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Run:
     k: int | float | None
     """The rule's; None if dense."""
     density: float | None
-    """The share of the entries that is propagated, over the output gradients of the sparse layers. It is 1 if there are
-    no such layers, and None if it depends on the gradient."""
+    """The share of the entries that is propagated, over the output gradients of the sparse layers, dense steps of a
+    schedule included. It is 1 if there are no such layers, and None if it depends on the gradient."""
     curve: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """`EpochRecord` of each epoch."""
     layers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])

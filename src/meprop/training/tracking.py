@@ -93,7 +93,8 @@ def plain(settings: Any) -> dict[str, Any]:
 def settings(task: Any, training: TrainingConfig, rule: str) -> dict[str, Any]:
     """Return all that a run's outcome depends on beside its seed and data, as plain data by option name."""
     found = {**plain(task), **plain(training), "rule": rule}
-    unused = ("data_dir", "seeds", *(("k", "scope", "sparse_rows") if rule == DENSE else ()))
+    of_rule = ("k", "scope", "sparse_rows", "noise_of", "noise_start", "dense_warmup_steps", "dense_end_steps")
+    unused = ("data_dir", "seeds", *(of_rule if rule == DENSE else ()))
     return {name: value for name, value in found.items() if name not in unused}
 
 
