@@ -152,11 +152,23 @@ struct LstmForward {
 
 Status lstm_forward(const Kernels& kernels, LstmForward call);
 
-// The backward pass of such a layer through time. At each time step a selection replaces each gate's gradient before
-// the activation. It is k entries of each row, or k units of all rows of the time step. The cells' own gradients are
-// exact. The pass reads what LstmForward wrote.
+// Entries of the whole gates' gradients [n, 4H] of each time step, as in Entries.
+struct StepEntries {
+  Keep keep;
+  int64_t k;  // entries of a row, which make up `count`
+  double share;
+  uint64_t key;    // that of time step t is key + t
+  bool exact_sum;  // whether all rows of a time step share the mean of what is left out
+  double ceiling;  // the density above which a time step keeps everything
+  int64_t* kept;   // [T], gets the number of entries that each time step keeps
+};
+
+// The backward pass of such a layer through time. At each time step a selection replaces the gates' gradients before
+// the activation. It is k entries of each gate of each row, or k units of each gate of all rows of the time step, or
+// entries of all gates together. The cells' own gradients are exact. The pass reads what LstmForward wrote.
 struct LstmBackward {
   Sequences sequences;
+  const StepEntries* entries;  // or null. Then scope and k say what is selected
   Scope scope;
   int64_t units, inputs, k;
   Matrix<float> weight_ih;   // [4H, I]
@@ -176,7 +188,8 @@ struct LstmBackward {
   float* grad_bias;       // [4H], from the whole gradients, not from the selections
   float* grad_h0;         // [B, H]
   float* grad_c0;         // [B, H]
-  // Adds the number of rows in which the selection of some gate has an entry of the unit that is not zero.
+  // Adds the number of rows in which the selection of some gate has an entry of the unit that is not zero. What all rows
+  // share does not count.
   int64_t* hits;  // [H], or null
   int threads;
 };

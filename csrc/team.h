@@ -1,6 +1,6 @@
 // What every operation needs before it can compute: threads that share out the work, and scratch memory.
 //
-// This header is for the drivers (linear.cpp, lstm.cpp), which are compiled alike. The unit of a level must not include
+// This header is for the drivers (linear.cpp, lstm.cpp and others), which are compiled alike. The unit of a level must not include
 // it (kernels.h says why).
 #pragma once
 
@@ -51,6 +51,16 @@ enum Use {
   kActivePlaces,
   kKeyRanges,
   kParts,
+  kStepStarts,
+  kStepStates,
+  kRowStarts,
+  kStepShared,
+  kStepInputs,
+  kStepOutputs,
+  kSharedInputs,
+  kRowSteps,
+  kAllOutputs,
+  kDense,
   kLeftOut,
   kUses
 };

@@ -140,6 +140,12 @@ def lstm_backward(
     grad_c0: int,
     hits: int,
     threads: int,
+    keep: int,
+    key: int,
+    exact_sum: int,
+    kept: int,
+    share: float,
+    ceiling: float,
     /,
 ) -> None: ...
 def sgd_rows(

@@ -205,6 +205,17 @@ class Policy:
             self.record.kept += round(selection.density * entries)
             self.record.seen += entries
 
+    def note_steps(self, kept: Tensor, seen: Tensor) -> None:
+        """Notes how many entries each time step of a backward pass kept [T], and how many it had [T].
+
+        Each time step counts as a pass.
+        """
+        if self.record is not None:
+            self.record.passes += len(kept)
+            self.record.dense_passes += int((kept == seen).sum())
+            self.record.kept += int(kept.sum())
+            self.record.seen += int(seen.sum())
+
     # ---- refusals
 
     def refuse(self, weight: Tensor) -> None:
