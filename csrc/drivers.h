@@ -158,7 +158,7 @@ struct StepEntries {
   int64_t k;  // entries of a row, which make up `count`
   double share;
   uint64_t key;    // that of time step t is key + t
-  bool exact_sum;  // whether all rows of a time step share the mean of what is left out
+  bool exact_sum;  // whether all rows of a time step share the mean of what is left out. One row alone keeps everything
   double ceiling;  // the density above which a time step keeps everything
   int64_t* kept;   // [T], gets the number of entries that each time step keeps
 };

@@ -44,10 +44,12 @@ class EntriesOfSteps {
       all_ = {chosen.keep, rows,  outputs_, {gates, outputs_}, std::min(chosen.k, outputs_) * rows,
               chosen.share, chosen.key + static_cast<uint64_t>(time), step_starts_.get(), states_.get(), 0, 0, team.size};
     team.wait();
-    pass_.plan(team, &all_);
-    int64_t count = step_starts_.get()[rows];
-    const bool dense = static_cast<double>(count) / static_cast<double>(rows * outputs_) > chosen.ceiling;
-    if (dense) count = rows * outputs_;
+    bool dense = rows == 1 && shares();  // what is missing of one row is its mean
+    if (!dense) {
+      pass_.plan(team, &all_);
+      dense = static_cast<double>(step_starts_.get()[rows]) / static_cast<double>(rows * outputs_) > chosen.ceiling;
+    }
+    const int64_t count = dense ? rows * outputs_ : step_starts_.get()[rows];
     const int64_t begin = walk_.reverse() ? starts_.get()[first] : starts_.get()[first + rows] - count;
     const Range own = team.row_part(rows);
     for (int64_t row = std::max<int64_t>(own.begin, 1); row < own.end; ++row)
@@ -245,14 +247,14 @@ class WalkBack {
     const auto piece = [&](int64_t column, int64_t columns) {
       const float* source = weight.data + begin + column;
       float* out = grad_output(0) + begin + column;
-      if (dense) {
+      if (dense && rows > 1) {
         for (int64_t at = 0; at < columns; at += panel_)
           kernels.dense_product(source + at, weight.ld, outputs, gate_gradients(0), outputs, 1, {}, 0, rows,
                                 std::min(panel_, columns - at), out + at, units_);
         return;
       }
       Base<float> base = {};
-      if (entries_.shares()) {
+      if (entries_.shares() && !dense) {
         float* sums = bases_.get() + team.id * kernels.gather_width;
         const Terms<float> all = {nullptr, outputs, all_outputs_.get(), entries_.shared(walk_.time(step))};
         kernels.gather_product(source, weight.ld, all, {}, 0, 1, columns, sums, columns);
@@ -512,7 +514,7 @@ class StepProducts {
   int64_t packed_size_;
   Scratch<float> packed_, whole_;
   Transposed<float> transposed_;
-  Scratch<int32_t> times_;
+  Scratch<int32_t> times_;  // of each row
   Scratch<float> of_inputs_, x_sums_, h_sums_;
   Scratch<double> sums_;
 };

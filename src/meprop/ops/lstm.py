@@ -27,7 +27,7 @@ from meprop.ops.steps import (
     time_steps,
     with_new,
 )
-from meprop.selection import Entries, PlainTopK, Selection
+from meprop.selection import Entries, PlainTopK, Selection, everything
 
 Trace = tuple[Tensor, Tensor, Tensor]
 """What a backward pass needs from its forward pass: outputs, cell states and gates."""
@@ -177,7 +177,7 @@ def lstm_backward(
         gradients: The gradients of output [N, H], last output [B, H] and last cell state [B, H]. None means zeros.
         choice: What is kept of the gates' gradients at each time step, if it is known. With a PlainTopK it equals
             `select`, so that a backend may make it itself. With Entries it is what `keep_entries` keeps of all gates
-            together, and time step t has the key plus t.
+            together, and time step t has the key plus t. With `exact_sum` a time step of one row keeps everything.
         select: A function from the gates' gradients at a time step [n, 4H] to what is propagated of them. It is not
             asked if `choice` is Entries.
         needs: Which of the results are wanted.
@@ -222,7 +222,10 @@ def _select(
     """What is propagated of the gates' gradients at a time step [n, 4H]."""
     if not isinstance(choice, Entries):
         return select(gates)
-    selection = keep_entries(gates, choice if choice.key is None else choice._replace(key=choice.key + time))
+    if choice.exact_sum and len(gates) == 1:  # what is missing of one row is its mean
+        selection = everything(gates)
+    else:
+        selection = keep_entries(gates, choice if choice.key is None else choice._replace(key=choice.key + time))
     if kept is not None:
         kept[time] = round(selection.density * gates.numel())
     return selection
