@@ -152,8 +152,9 @@ struct LstmForward {
 
 Status lstm_forward(const Kernels& kernels, LstmForward call);
 
-// Entries of the whole gates' gradients [n, 4H] of each time step, as in Entries.
+// Entries of the gates' gradients [n, 4H] of each time step, as in Entries.
 struct StepEntries {
+  bool each_gate;  // whether they are chosen in each gate [n, H], else in all gates together
   Keep keep;
   int64_t k;  // entries of a row, which make up `count`
   double share;
@@ -165,7 +166,7 @@ struct StepEntries {
 
 // The backward pass of such a layer through time. At each time step a selection replaces the gates' gradients before
 // the activation. It is k entries of each gate of each row, or k units of each gate of all rows of the time step, or
-// entries of all gates together. The cells' own gradients are exact. The pass reads what LstmForward wrote.
+// entries of all rows. The cells' own gradients are exact. The pass reads what LstmForward wrote.
 struct LstmBackward {
   Sequences sequences;
   const StepEntries* entries;  // or null. Then scope and k say what is selected

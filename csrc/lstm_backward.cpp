@@ -15,20 +15,26 @@ class EntriesOfSteps {
   EntriesOfSteps(const Kernels& kernels, const LstmBackward& call, const Walk& walk, int threads)
       : call_(call),
         walk_(walk),
+        used_(call.entries != nullptr),
         outputs_(4 * call.units),
-        capacity_(call.entries != nullptr ? walk.rows() * outputs_ : 0),
-        pass_(kernels.f32, walk.batch(), call.entries != nullptr ? outputs_ : 0, shares(),
-              call.entries != nullptr ? threads : 0),
-        step_starts_(kStepStarts, walk.batch() + 1),
-        states_(kStepStates, walk.batch()),
+        blocks_(used_ && call.entries->each_gate ? 4 : 1),
+        width_(outputs_ / blocks_),
+        capacity_(used_ ? walk.rows() * outputs_ : 0),
+        pass_(kernels.f32, walk.batch(), used_ ? width_ : 0, shares(), used_ ? threads : 0),
+        block_starts_(kStepStarts, blocks_ * (walk.batch() + 1)),
+        states_(kStepStates, blocks_ * walk.batch()),
         starts_(kRowStarts, walk.rows() + 1),
-        shared_(kStepShared, shares() ? walk.steps() * outputs_ : 0) {
+        shared_(kStepShared, shares() ? walk.steps() * outputs_ : 0),
+        block_values_(kBlockValues, blocks_ > 1 ? walk.batch() * outputs_ : 0),
+        block_indices_(kBlockIndices, blocks_ > 1 ? walk.batch() * outputs_ : 0) {
     if (starts_) starts_.get()[walk.reverse() ? 0 : walk.rows()] = walk.reverse() ? 0 : capacity_;
   }
 
-  explicit operator bool() const { return pass_ && step_starts_ && states_ && starts_ && shared_; }
+  explicit operator bool() const {
+    return pass_ && block_starts_ && states_ && starts_ && shared_ && block_values_ && block_indices_;
+  }
 
-  bool shares() const { return call_.entries != nullptr && call_.entries->exact_sum; }
+  bool shares() const { return used_ && call_.entries->exact_sum; }
   // The most entries that there can be.
   int64_t capacity() const { return capacity_; }
   const int64_t* starts() const { return starts_.get(); }
@@ -38,29 +44,24 @@ class EntriesOfSteps {
   // Every thread, when the gates' gradients are there. All entries of the step are written when it returns. Returns
   // whether the step keeps everything.
   bool choose(Team team, int64_t step, const float* gates, float* values, int32_t* indices) {
-    const StepEntries& chosen = *call_.entries;
     const int64_t time = walk_.time(step), rows = walk_.size(step), first = walk_.offset(step);
-    if (team.id == 0)
-      all_ = {chosen.keep, rows,  outputs_, {gates, outputs_}, std::min(chosen.k, outputs_) * rows,
-              chosen.share, chosen.key + static_cast<uint64_t>(time), step_starts_.get(), states_.get(), 0, 0, team.size};
-    team.wait();
     bool dense = rows == 1 && shares();  // what is missing of one row is its mean
     if (!dense) {
-      pass_.plan(team, &all_);
-      dense = static_cast<double>(step_starts_.get()[rows]) / static_cast<double>(rows * outputs_) > chosen.ceiling;
+      plan(team, time, rows, gates);
+      dense = static_cast<double>(before(rows)) / static_cast<double>(rows * outputs_) > call_.entries->ceiling;
     }
-    const int64_t count = dense ? rows * outputs_ : step_starts_.get()[rows];
+    const int64_t count = dense ? rows * outputs_ : before(rows);
     const int64_t begin = walk_.reverse() ? starts_.get()[first] : starts_.get()[first + rows] - count;
     const Range own = team.row_part(rows);
     for (int64_t row = std::max<int64_t>(own.begin, 1); row < own.end; ++row)
-      starts_.get()[first + row] = begin + (dense ? row * outputs_ : step_starts_.get()[row]);
+      starts_.get()[first + row] = begin + (dense ? row * outputs_ : before(row));
     float* of_step = shares() ? shared_.get() + time * outputs_ : nullptr;
     if (dense)
       keep_all(own, gates, values + begin, indices + begin);
     else
-      pass_.write(team, all_, values + begin, indices + begin, of_step);
+      write(team, own, values + begin, indices + begin, of_step);
     if (team.id == 0) {
-      chosen.kept[time] = count;
+      call_.entries->kept[time] = count;
       starts_.get()[walk_.reverse() ? first + rows : first] = walk_.reverse() ? begin + count : begin;
       if (dense && of_step != nullptr) std::fill_n(of_step, outputs_, 0.0f);
     }
@@ -69,6 +70,53 @@ class EntriesOfSteps {
   }
 
  private:
+  int64_t* starts_of(int64_t block) const { return block_starts_.get() + block * (walk_.batch() + 1); }
+
+  // The number of entries in the rows before one, when they are planned.
+  int64_t before(int64_t row) const {
+    int64_t count = 0;
+    for (int64_t block = 0; block < blocks_; ++block) count += starts_of(block)[row];
+    return count;
+  }
+
+  void plan(Team team, int64_t time, int64_t rows, const float* gates) {
+    const StepEntries& chosen = *call_.entries;
+    for (int64_t block = 0; team.id == 0 && block < blocks_; ++block)
+      all_[block] = {chosen.keep,
+                     rows,
+                     width_,
+                     {gates + block * width_, outputs_},
+                     std::min(chosen.k, width_) * rows,
+                     chosen.share,
+                     chosen.key + static_cast<uint64_t>(time),
+                     starts_of(block),
+                     states_.get() + block * walk_.batch(),
+                     0,
+                     0,
+                     team.size};
+    team.wait();
+    for (int64_t block = 0; block < blocks_; ++block) pass_.plan(team, &all_[block]);
+  }
+
+  // Blocks are written one after the other first, and then side by side.
+  void write(Team team, Range rows, float* values, int32_t* indices, float* left_out) const {
+    if (blocks_ == 1) return pass_.write(team, all_[0], values, indices, left_out);
+    int64_t first[4] = {};  // the place of each block
+    for (int64_t block = 0; block < blocks_; ++block) {
+      if (block > 0) first[block] = first[block - 1] + starts_of(block - 1)[all_[0].rows];
+      pass_.write(team, all_[block], block_values_.get() + first[block], block_indices_.get() + first[block],
+                  left_out != nullptr ? left_out + block * width_ : nullptr);
+      team.wait();
+    }
+    int64_t to = before(rows.begin);
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      for (int64_t block = 0; block < blocks_; ++block)
+        for (int64_t i = starts_of(block)[row]; i < starts_of(block)[row + 1]; ++i, ++to) {
+          values[to] = block_values_.get()[first[block] + i];
+          indices[to] = block_indices_.get()[first[block] + i] + static_cast<int32_t>(block * width_);
+        }
+  }
+
   void keep_all(Range rows, const float* gates, float* values, int32_t* indices) const {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       std::memcpy(values + row * outputs_, gates + row * outputs_, static_cast<size_t>(outputs_) * sizeof(float));
@@ -78,13 +126,15 @@ class EntriesOfSteps {
 
   const LstmBackward& call_;
   const Walk& walk_;
-  int64_t outputs_, capacity_;
+  bool used_;
+  int64_t outputs_, blocks_, width_, capacity_;
   EntriesPass<float> pass_;
-  Entries<float> all_ = {};  // of the present step
-  Scratch<int64_t> step_starts_;
+  Entries<float> all_[4] = {};  // of the blocks of the present step
+  Scratch<int64_t> block_starts_;
   Scratch<int32_t> states_;
   Scratch<int64_t> starts_;
-  Scratch<float> shared_;
+  Scratch<float> shared_, block_values_;
+  Scratch<int32_t> block_indices_;
 };
 
 // The walk back through time: from the gradients of outputs and last states to a selection of the gates' gradients [N, 4H],

@@ -53,6 +53,8 @@ enum Use {
   kParts,
   kStepStarts,
   kStepStates,
+  kBlockValues,
+  kBlockIndices,
   kRowStarts,
   kStepShared,
   kStepInputs,

@@ -140,6 +140,7 @@ def lstm_backward(
     grad_c0: int,
     hits: int,
     threads: int,
+    each_gate: int,
     keep: int,
     key: int,
     exact_sum: int,

@@ -140,7 +140,13 @@ SIZES = {
     "single step": [4],
     "wide": [70, 33, 33],
 }
-RULES = [meprop.TopK(1), meprop.TopK(5), meprop.TopK(UNITS - 1), meprop.TopK(4, scope="batch"), meprop.TopK(0.5)]
+RULES = [
+    *(meprop.TopK(k) for k in (1, 5, UNITS - 1, 0.5)),
+    meprop.TopK(4, scope="batch"),
+    meprop.TopK(3, scope="global"),
+    meprop.TopK(energy=0.9),
+    meprop.TopK(2, scope="global", exact_sum=True),
+]
 
 
 # The second has whole panels of columns, and is no multiple of any vector.

@@ -180,14 +180,16 @@ class _Lstm(torch.autograd.Function):
 
 
 def chosen_of_gates(rule: Rule, units: int, device: torch.device) -> PlainTopK | Entries | None:
-    """What the rule keeps of the gates of a time step: a top-k of each gate, or draws of all of them together.
+    """What the rule keeps of the gates of a time step: a top-k of each gate, or entries of all rows.
 
-    None if it has to be asked. Draws have no bias, so that no gate gets less than its due. The largest entries of all
-    gates would be of one gate.
+    None if it has to be asked. Entries are drawn from all gates together. Draws have no bias, so that no gate gets less
+    than its due. The largest entries are chosen in each gate. Those of all gates together would be of one gate.
     """
     topk = rule.as_topk(units)
-    entries = rule.as_entries(units, device) if topk is None else None
-    return topk if entries is None or entries.key is None else entries._replace(k=4 * entries.k)
+    if topk is not None:
+        return topk
+    entries = rule.as_entries(units, device)
+    return entries if entries is None or entries.key is None else entries._replace(k=4 * entries.k)
 
 
 def lstm_policy(policy: Policy) -> Policy:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meprop.ops import native
-from meprop.ops.entries import KEEP_CODES, keep_entries
+from meprop.ops.entries import KEEP_CODES, choose_entries
 from meprop.ops.products import count_hits_of_blocks
 from meprop.ops.registry import operation
 from meprop.ops.steps import (
@@ -27,14 +27,14 @@ from meprop.ops.steps import (
     time_steps,
     with_new,
 )
-from meprop.selection import Entries, PlainTopK, Selection, everything
+from meprop.selection import Entries, PlainTopK, Selection, everything, side_by_side
 
 Trace = tuple[Tensor, Tensor, Tensor]
 """What a backward pass needs from its forward pass: outputs, cell states and gates."""
 
 
 Choice = PlainTopK | Entries | None
-"""What is kept of the gates of each time step: a top-k of each gate, or entries of all gates together.
+"""What is kept of the gates of each time step: a top-k of each gate, or entries of all rows.
 
 None is for a rule that has to be asked.
 """
@@ -176,8 +176,9 @@ def lstm_backward(
         reverse: The same as in the forward pass.
         gradients: The gradients of output [N, H], last output [B, H] and last cell state [B, H]. None means zeros.
         choice: What is kept of the gates' gradients at each time step, if it is known. With a PlainTopK it equals
-            `select`, so that a backend may make it itself. With Entries it is what `keep_entries` keeps of all gates
-            together, and time step t has the key plus t. With `exact_sum` a time step of one row keeps everything.
+            `select`, so that a backend may make it itself. Entries without a key are chosen in each gate. Those with a
+            key are drawn from all gates together, and time step t has the key plus t. The ceiling is for all gates
+            together. With `exact_sum` a time step of one row keeps everything.
         select: A function from the gates' gradients at a time step [n, 4H] to what is propagated of them. It is not
             asked if `choice` is Entries.
         needs: Which of the results are wanted.
@@ -224,8 +225,12 @@ def _select(
         return select(gates)
     if choice.exact_sum and len(gates) == 1:  # what is missing of one row is its mean
         selection = everything(gates)
+    elif choice.key is None:
+        selection = side_by_side([choose_entries(gate, choice) for gate in gates.chunk(4, dim=1)])
     else:
-        selection = keep_entries(gates, choice if choice.key is None else choice._replace(key=choice.key + time))
+        selection = choose_entries(gates, choice._replace(key=choice.key + time))
+    if selection.density > choice.ceiling:
+        selection = everything(gates)
     if kept is not None:
         kept[time] = round(selection.density * gates.numel())
     return selection
@@ -302,6 +307,14 @@ def _native_lstm_backward(
 def _native_entries(choice: PlainTopK | Entries, kept: Tensor) -> tuple[int | float, ...]:
     """The arguments of the native call that are for Entries."""
     if isinstance(choice, PlainTopK):
-        return 0, 0, 0, 0, 0.0, 1.0
+        return 0, 0, 0, 0, 0, 0.0, 1.0
     key = 0 if choice.key is None else int(choice.key)
-    return KEEP_CODES[choice.keep], key, choice.exact_sum, kept.data_ptr(), choice.share, choice.ceiling
+    return (
+        choice.key is None,
+        KEEP_CODES[choice.keep],
+        key,
+        choice.exact_sum,
+        kept.data_ptr(),
+        choice.share,
+        choice.ceiling,
+    )
