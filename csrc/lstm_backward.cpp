@@ -8,8 +8,8 @@ namespace {
 // Sequences are shared out in blocks, at most so many, and the bias's gradient is summed in each block first.
 constexpr int64_t kSequenceBlocks = 64;
 
-// The entries of the gates' gradients [n, 4H] of each time step, one row after the other. They are written in the order of
-// the walk back. It goes through the rows from the last to the first, or in reverse from the first to the last.
+// The entries of the gates' gradients [n, 4H] of each time step, one row after the other. They are written in the order
+// of the walk back. It goes through the rows from the last to the first, or in reverse from the first to the last.
 class EntriesOfSteps {
  public:
   EntriesOfSteps(const Kernels& kernels, const LstmBackward& call, const Walk& walk, int threads)
@@ -137,8 +137,8 @@ class EntriesOfSteps {
   Scratch<int32_t> block_indices_;
 };
 
-// The walk back through time: from the gradients of outputs and last states to a selection of the gates' gradients [N, 4H],
-// their sums, and the gradients of the initial state.
+// The walk back through time: from the gradients of outputs and last states to a selection of the gates' gradients
+// [N, 4H], their sums, and the gradients of the initial state.
 class WalkBack {
  public:
   WalkBack(const Kernels& kernels, const LstmBackward& call, const Walk& walk, int threads)
@@ -157,7 +157,11 @@ class WalkBack {
         gate_gradients_(kGateGradients, walk.batch() * 4 * units_),
         grad_output_(kGradOutput, walk.batch() * units_),
         grad_cells_(kGradCells, walk.batch() * units_),
-        padded_(kPadded, in_place_ ? 0 : 4 * units_ * panel_),
+        padded_(kPadded, in_place_ || call.entries != nullptr ? 0 : 4 * units_ * panel_),
+        packs_(call.entries != nullptr && (entries_.shares() || !in_place_)),
+        packed_(kPacked, packs_ ? (units_ + kernels.f32.gather_width - 1) / kernels.f32.gather_width *
+                                      kernels.f32.gather_width * 4 * units_
+                                : 0),
         all_outputs_(kAllOutputs, entries_.shares() ? 4 * units_ : 0),
         bases_(kBases, threads * kernels.f32.gather_width),
         sums_(kBias, (walk.batch() / block_ + 1) * 4 * units_),
@@ -165,8 +169,8 @@ class WalkBack {
         scores_(kScores, units_) {}
 
   explicit operator bool() const {
-    return candidates_ && entries_ && values_ && indices_ && gate_gradients_ && grad_output_ && grad_cells_ && padded_ &&
-           all_outputs_ && bases_ && sums_ && magnitudes_ && scores_;
+    return candidates_ && entries_ && values_ && indices_ && gate_gradients_ && grad_output_ && grad_cells_ &&
+           padded_ && packed_ && all_outputs_ && bases_ && sums_ && magnitudes_ && scores_;
   }
 
   // What is selected, when all have run.
@@ -180,9 +184,10 @@ class WalkBack {
   // Every thread. With Scope::kRows sequences do not meet, so that each thread walks through its own alone.
   void run(Team team) {
     const Range own = team.part(walk_.batch(), block_), gates = team.part(4 * units_);
-    if (!in_place_)
+    if (!in_place_ && !packs_)
       kernels_.f32.pack(call_.weight_hh.data + gates.begin * call_.weight_hh.ld, call_.weight_hh.ld, nullptr,
                         gates.size(), units_, padded_.get() + gates.begin * panel_, panel_);
+    if (packs_) pack(gates);
     if (entries_.shares())
       for (int64_t o = gates.begin; o < gates.end; ++o) all_outputs_.get()[o] = static_cast<int32_t>(o);
     const int64_t count = own.size() * units_;
@@ -224,6 +229,15 @@ class WalkBack {
   }
 
  private:
+  // Copies some rows of the recurrent weight for carry_entries.
+  void pack(Range rows) {
+    const Matrix<float> weight = call_.weight_hh;
+    const int64_t wide = kernels_.f32.gather_width;
+    for (int64_t column = 0; column < units_; column += wide)
+      kernels_.f32.pack(weight.data + rows.begin * weight.ld + column, weight.ld, nullptr, rows.size(),
+                        std::min(wide, units_ - column), packed_.get() + column * 4 * units_ + rows.begin * wide, wide);
+  }
+
   void differentiate(int64_t step, Range rows) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t place = walk_.offset(step) + row;
@@ -284,36 +298,44 @@ class WalkBack {
       kernels_.f32.gather_product(padded_.get(), panel_, terms, {}, rows.begin, rows.end, units_, grad_output(0), units_);
   }
 
-  // The same from the entries of all rows, and from what these share. Each thread computes some columns. So it reads a part
-  // of the weight, which stays in its cache from one row to the next.
+  // The same from the entries of all rows, and from what these share. Each thread computes some columns. So it reads a
+  // part of the weight, which stays in its cache from one row to the next.
   void carry_entries(Team team, int64_t step, bool dense) {
-    const int64_t rows = walk_.size(step), outputs = 4 * units_, grains = std::max<int64_t>(units_ / panel_, 1);
-    const int64_t begin = grains * team.id / team.size * panel_;
-    const int64_t end = team.id + 1 == team.size ? units_ : grains * (team.id + 1) / team.size * panel_;
-    if (begin == end) return;
+    const int64_t wide = kernels_.f32.gather_width;
+    if (packs_) {
+      const Range own = team.part((units_ + wide - 1) / wide);
+      for (int64_t piece = own.begin; piece < own.end; ++piece)
+        carry_columns(team, step, dense, {packed_.get() + piece * wide * 4 * units_, wide}, piece * wide,
+                      std::min(wide, units_ - piece * wide));
+      return;
+    }
+    const int64_t panels = units_ / panel_, begin = panels * team.id / team.size * panel_;
+    const int64_t end = team.id + 1 == team.size ? units_ : panels * (team.id + 1) / team.size * panel_;
+    for_pieces(end - begin, panel_, wide, [&](int64_t at, int64_t columns) {
+      carry_columns(team, step, dense, {call_.weight_hh.data + begin + at, call_.weight_hh.ld}, begin + at, columns);
+    });
+  }
+
+  // Some columns of it, of which `weight` has the first in front.
+  void carry_columns(Team team, int64_t step, bool dense, Matrix<float> weight, int64_t column, int64_t columns) {
     const TypedKernels<float>& kernels = kernels_.f32;
-    const Matrix<float> weight = in_place_ ? call_.weight_hh : Matrix<float>{padded_.get(), panel_};
+    const int64_t rows = walk_.size(step), outputs = 4 * units_;
+    float* out = grad_output(0) + column;
+    if (dense && rows > 1) {
+      for (int64_t at = 0; at < columns; at += panel_)
+        kernels.dense_product(weight.data + at, weight.ld, outputs, gate_gradients(0), outputs, 1, {}, 0, rows,
+                              std::min(panel_, columns - at), out + at, units_);
+      return;
+    }
+    Base<float> base = {};
+    if (entries_.shares() && !dense) {
+      float* sums = bases_.get() + team.id * kernels.gather_width;
+      const Terms<float> all = {nullptr, outputs, all_outputs_.get(), entries_.shared(walk_.time(step))};
+      kernels.gather_product(weight.data, weight.ld, all, {}, 0, 1, columns, sums, columns);
+      base.row = sums;
+    }
     const Terms<float> terms = {entries_.starts() + walk_.offset(step), 0, indices_.get(), values_.get()};
-    const auto piece = [&](int64_t column, int64_t columns) {
-      const float* source = weight.data + begin + column;
-      float* out = grad_output(0) + begin + column;
-      if (dense && rows > 1) {
-        for (int64_t at = 0; at < columns; at += panel_)
-          kernels.dense_product(source + at, weight.ld, outputs, gate_gradients(0), outputs, 1, {}, 0, rows,
-                                std::min(panel_, columns - at), out + at, units_);
-        return;
-      }
-      Base<float> base = {};
-      if (entries_.shares() && !dense) {
-        float* sums = bases_.get() + team.id * kernels.gather_width;
-        const Terms<float> all = {nullptr, outputs, all_outputs_.get(), entries_.shared(walk_.time(step))};
-        kernels.gather_product(source, weight.ld, all, {}, 0, 1, columns, sums, columns);
-        base.row = sums;
-      }
-      kernels.gather_product(source, weight.ld, terms, base, 0, rows, columns, out, units_);
-    };
-    if (in_place_) for_pieces(end - begin, panel_, kernels.gather_width, piece);
-    else piece(0, units_);
+    kernels.gather_product(weight.data, weight.ld, terms, base, 0, rows, columns, out, units_);
   }
 
   float* grad_output(int64_t row) const { return grad_output_.get() + row * units_; }
@@ -332,13 +354,16 @@ class WalkBack {
   Scratch<float> values_;
   Scratch<int32_t> indices_;
   Scratch<float> gate_gradients_, grad_output_, grad_cells_, padded_;
+  bool packs_;  // whether each step reads all columns of the recurrent weight, from a copy [H / wide, 4H, wide]
+  Scratch<float> packed_;
   Scratch<int32_t> all_outputs_;
   Scratch<float> bases_, sums_;
   Scratch<double> magnitudes_;
   Scratch<Scored> scores_;
 };
 
-// In how many rows each unit is selected, in any of its gates, with what is not zero. Each thread counts a part of the rows.
+// In how many rows each unit is selected, in any of its gates, with what is not zero. Each thread counts a part of the
+// rows.
 class UnitHits {
  public:
   UnitHits(int64_t units, int threads)
@@ -380,9 +405,9 @@ class UnitHits {
 // A density from which on entries are multiplied as a whole matrix.
 constexpr double kDenseDensity = 0.25;
 
-// The products of the selections of all time steps: S W_ih, S^T x, and S^T h with the earlier outputs h. The part that the
-// rows of a time step share is a matrix [T, 4H]. Its products are [T, I], of which each row of a step gets its own, and those
-// with the sums of each step's inputs and earlier outputs.
+// The products of the selections of all time steps: S W_ih, S^T x, and S^T h with the earlier outputs h. What the rows of
+// each time step share is a matrix [T, 4H]. Its product with W_ih is [T, I], and each row gets that of its time step. The
+// others are with the sums of the inputs and of the earlier outputs of each time step.
 class StepProducts {
  public:
   StepProducts(const Kernels& kernels, const LstmBackward& call, const Walk& walk, const WalkBack& back, int threads)
@@ -533,8 +558,8 @@ class StepProducts {
                      });
   }
 
-  // The transposed selection times a source [N, width]. What is shared, times the sums of each step's rows [T, width], comes
-  // first.
+  // The transposed selection times a source [N, width]. What is shared, times the sums [T, width] of each time step's
+  // rows, comes first.
   void multiply_source(Team team, const Packing<float>& source_of, const float* sums, int64_t width, float* out) const {
     const Terms<float> by_output = transposed_.terms();
     source_of.multiply(
@@ -579,7 +604,7 @@ bool valid(const LstmBackward& call) {
   const int64_t rows = call.sequences.rows, outputs = 4 * call.units;
   return fits<float>(outputs, call.inputs, call.weight_ih.ld) && fits<float>(outputs, call.units, call.weight_hh.ld) &&
          fits<float>(rows, call.inputs, call.x.ld) && fits<double>(rows, outputs, 0) &&
-         fits<float>(call.sequences.steps, call.inputs + kScratchPad, 0);
+         fits<float>(call.sequences.steps, std::max(call.inputs, call.units) + kScratchPad, 0);
 }
 
 }  // namespace

@@ -78,7 +78,8 @@ class Record:
         decision: With ``when="auto"``, whether the layer is sparse. None before the first pass that decides.
         activities: What a `meprop.Simplifier` counts, one for each set of units of the layer. It is empty without a
             Simplifier.
-        passes: How many backward passes a rule has selected for by `Rule.select`.
+        passes: How many backward passes a rule has selected for by `Rule.select`, or as entries of all rows. In an LSTM
+            each time step is one.
         dense_passes: How many of these kept everything.
         kept: How many entries they kept.
         seen: How many entries their output gradients had.

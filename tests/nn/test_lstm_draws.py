@@ -1,4 +1,4 @@
-"""LSTMs whose gates' gradients are drawn: the native walk back against the literal one, and what both promise."""
+"""LSTMs with entries of all rows, mostly drawn: the native walk back against the literal one, and what both promise."""
 
 import copy
 import itertools
@@ -31,10 +31,12 @@ CHOICES = {
     "much noise": Entries("noise", share=8.0, key=KEY, ceiling=0.3),
     "much noise, exact sum": Entries("noise", share=8.0, exact_sum=True, key=KEY, ceiling=0.3),
     "some steps are dense": Entries("noise", share=2.0, exact_sum=True, key=KEY, ceiling=0.12),
-    "drawn": Entries("drawn", 3, key=KEY),
+    "drawn": Entries("drawn", 3, key=torch.tensor(2**63 - 2)),  # the keys of later time steps wrap around
     "drawn, exact sum": Entries("drawn", 3, exact_sum=True, key=KEY),
     "largest": Entries("largest", 3),
-    "energy": Entries("energy", share=0.9, exact_sum=True),
+    "largest, exact sum": Entries("largest", 1, exact_sum=True),
+    "energy": Entries("energy", share=0.9),
+    "energy, exact sum": Entries("energy", share=0.9, exact_sum=True, ceiling=0.4),
 }
 
 
@@ -103,8 +105,7 @@ def test_zeros_stay_zeros_and_nan_is_not_hidden(level, choice):
         assert not of_x[4:].isnan().any()
         if not choice.exact_sum:
             assert not of_x[:3].isnan().any()
-        if choice.keep in ("noise", "energy"):
-            assert kept[0] >= 1
+        assert kept[0] >= 1
         run, grad = arguments([4, 4, 2], INPUTS, 19, False, choice)
         grad[:] = 0
         for one in functional_of_zeros(choice, call):
@@ -132,6 +133,22 @@ def test_a_step_above_the_ceiling_is_dense():
     record = layer.policy.record
     assert record.passes == record.dense_passes == 5
     assert record.density == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_with_the_exact_sum_one_row_alone_is_dense(dtype):
+    """What is missing of one row is its mean, so that nothing can be left out."""
+    torch.manual_seed(0)
+    plain = torch.nn.LSTM(INPUTS, 40, dtype=dtype)
+    x = torch.randn(5, 1, INPUTS, dtype=dtype)
+    plain(x)[0].square().sum().backward()
+    for rule in (meprop.Sampled(noise=2.0), meprop.Sampled(2), meprop.TopK(2, scope="global", exact_sum=True)):
+        layer = meprop.nn.LSTM(INPUTS, 40, dtype=dtype, rule=rule)
+        layer.load_state_dict(plain.state_dict())
+        layer(x)[0].square().sum().backward()
+        for one, other in zip(layer.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+        assert layer.policy.record.density == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -33,9 +33,12 @@ def lstm(
     Each gate has a gradient before its activation. At each time step `rule` chooses among the H entries of each gate's
     gradient. With scope "example" it chooses for each sequence. With scope "batch" it chooses for all sequences of the
     time step. With scope "global" it chooses among all sequences of the time step. `meprop.Sampled` draws from the four
-    gates together. Let S be the kept parts [n, 4H] of the four gates. Then the earlier output's gradient is S W_hh,
-    dx = S W_ih, dW_ih = S^T x and dW_hh = S^T h (meProp, section 3). The choice within each gate is ours, because the
-    paper does not mention gates.
+    gates together, with one key for the whole pass. With scope "global" and `exact_sum` a time step of one sequence
+    keeps everything, because the mean over the sequences is then all that is missing.
+
+    Let S be the kept parts [n, 4H] of the four gates. Then the earlier output's gradient is S W_hh, dx = S W_ih,
+    dW_ih = S^T x and dW_hh = S^T h (meProp, section 3). The choice within each gate is ours, because the paper does not
+    mention gates.
 
     The cells' own gradients are exact. A bias gets the sum of the whole gates' gradients. Arithmetic is float32, or
     float64 for float64 tensors. With k at or above H the gradients are the dense ones up to rounding. The output may

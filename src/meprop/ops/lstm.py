@@ -33,7 +33,7 @@ Trace = tuple[Tensor, Tensor, Tensor]
 """What a backward pass needs from its forward pass: outputs, cell states and gates."""
 
 
-Choice = PlainTopK | Entries | None
+GatesChoice = PlainTopK | Entries | None
 """What is kept of the gates of each time step: a top-k of each gate, or entries of all rows.
 
 None is for a rule that has to be asked.
@@ -153,7 +153,7 @@ def lstm_backward(
     batch_sizes: Tensor,
     reverse: bool,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    choice: Choice,
+    choice: GatesChoice,
     select: Callable[[Tensor], Selection],
     needs: tuple[bool, ...],
     hits: Tensor | None = None,
@@ -218,7 +218,7 @@ def lstm_backward(
 
 
 def _select(
-    gates: Tensor, choice: Choice, select: Callable[[Tensor], Selection], time: int, kept: Tensor | None
+    gates: Tensor, choice: GatesChoice, select: Callable[[Tensor], Selection], time: int, kept: Tensor | None
 ) -> Selection:
     """What is propagated of the gates' gradients at a time step [n, 4H]."""
     if not isinstance(choice, Entries):
@@ -244,7 +244,7 @@ def _native_backward_declines(
     batch_sizes: Tensor,
     _reverse: bool,
     gradients: tuple[Tensor | None, ...],
-    choice: Choice,
+    choice: GatesChoice,
     _select: Callable[[Tensor], Selection],
     _needs: tuple[bool, ...],
     hits: Tensor | None = None,
@@ -267,7 +267,7 @@ def _native_lstm_backward(
     batch_sizes: Tensor,
     reverse: bool,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    choice: Choice,
+    choice: GatesChoice,
     select: Callable[[Tensor], Selection],
     needs: tuple[bool, ...],
     hits: Tensor | None = None,
