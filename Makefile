@@ -33,6 +33,10 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	  tests/nn/test_lstm.py::test_the_number_of_threads_changes_no_bit \
 	  tests/nn/test_lstm.py::test_a_unit_is_hit_where_any_of_its_gates_is \
 	  tests/nn/test_lstm.py::test_batch_sizes_of_any_memory_layout \
+	  tests/nn/test_lstm_draws.py::test_the_native_walk_draws_and_computes_what_the_literal_one_does \
+	  tests/nn/test_lstm_draws.py::test_the_number_of_threads_changes_no_bit \
+	  tests/nn/test_lstm_draws.py::test_zeros_stay_zeros_and_nan_is_not_hidden \
+	  tests/nn/test_lstm_draws.py::test_what_is_not_wanted_changes_nothing_else \
 	  tests/ops/test_optimizer_updates.py::test_native_updates_are_the_references_in_float64 \
 	  tests/ops/test_optimizer_updates.py::test_native_code_refuses_rows_that_are_not_there \
 	  tests/test_package.py::test_another_build_is_tested_where_one_is_asked_for

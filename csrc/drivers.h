@@ -61,6 +61,9 @@ enum class Keep {
   kDrawn     // exactly `count` drawn ones, or all that are not zero if these are fewer
 };
 
+// The number of groups (kernels.h) of a row.
+inline int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGroup; }
+
 template <class T>
 struct Entries {
   Keep keep;
@@ -153,11 +156,24 @@ struct LstmForward {
 
 Status lstm_forward(const Kernels& kernels, LstmForward call);
 
-// The backward pass of such a layer through time. At each time step a selection replaces each gate's gradient before
-// the activation. It is k entries of each row, or k units of all rows of the time step. The cells' own gradients are
-// exact. The pass reads what LstmForward wrote.
+// Entries of the gates' gradients [n, 4H] of each time step, as in Entries.
+struct StepEntries {
+  bool each_gate;  // whether they are chosen in each gate [n, H], else in all gates together
+  Keep keep;
+  int64_t k;  // entries of a row, which make up `count`
+  double share;
+  uint64_t key;    // that of time step t is key + t
+  bool exact_sum;  // whether all rows of a time step share the mean of what is left out. One row alone keeps everything
+  double ceiling;  // the density above which a time step keeps everything
+  int64_t* kept;   // [T], gets the number of entries that each time step keeps
+};
+
+// The backward pass of such a layer through time. At each time step a selection replaces the gates' gradients before
+// the activation. It is k entries of each gate of each row, or k units of each gate of all rows of the time step, or
+// entries of all rows. The cells' own gradients are exact. The pass reads what LstmForward wrote.
 struct LstmBackward {
   Sequences sequences;
+  const StepEntries* entries;  // or null. Then scope and k say what is selected
   Scope scope;
   int64_t units, inputs, k;
   Matrix<float> weight_ih;   // [4H, I]
@@ -177,7 +193,8 @@ struct LstmBackward {
   float* grad_bias;       // [4H], from the whole gradients, not from the selections
   float* grad_h0;         // [B, H]
   float* grad_c0;         // [B, H]
-  // Adds the number of rows in which the selection of some gate has an entry of the unit that is not zero.
+  // Adds the number of rows in which the selection of some gate has an entry of the unit that is not zero. What all rows
+  // share does not count.
   int64_t* hits;  // [H], or null
   int threads;
 };

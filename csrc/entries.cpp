@@ -159,8 +159,6 @@ void set_threshold(Entries<T>* all, float threshold) {
   all->cut = draws ? bits_of(threshold) : 1;
 }
 
-int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGroup; }
-
 // Groups of a matrix, from everywhere in it, one after the other. A matrix of few groups is copied whole.
 constexpr int64_t kSampled = 1024;  // groups, at most twice as many
 template <class T>

@@ -245,8 +245,9 @@ PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[28];
-  if (!read_integers(args, given, 28, a)) return nullptr;
+  int64_t a[33];
+  double f[2];
+  if (!read_numbers(args, given, 33, 2, a, f)) return nullptr;
   if (a[4] != kRowsScope && a[4] != kColumnsScope) {
     PyErr_SetString(PyExc_ValueError, "unknown scope code");
     return nullptr;
@@ -268,6 +269,9 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
   call.grad_h0 = address<float>(a[24]), call.grad_c0 = address<float>(a[25]);
   call.hits = address<int64_t>(a[26]);
   call.threads = thread_count(a[27]);
+  const StepEntries entries = {a[28] != 0, static_cast<Keep>(a[29]), a[7], f[0], static_cast<uint64_t>(a[30]),
+                               a[31] != 0, f[1],                     address<int64_t>(a[32])};
+  call.entries = entries.kept != nullptr ? &entries : nullptr;
   Status status;
   Py_BEGIN_ALLOW_THREADS;
   status = lstm_backward(*active, call);
@@ -396,7 +400,8 @@ PyMethodDef methods[] = {
     {"lstm_backward", as_method(py_lstm_backward), METH_FASTCALL,
      "lstm_backward(rows, steps, sizes, reverse, scope, units, inputs, k, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, "
      "x_ld, h, c, gates, grad_output, grad_last_h, grad_last_c, grad_x, grad_weight_ih, grad_weight_hh, grad_bias, "
-     "grad_h0, grad_c0, hits, threads), all float32 but hits"},
+     "grad_h0, grad_c0, hits, threads, each_gate, keep, key, exact_sum, kept, share, ceiling), all float32 but hits and kept; "
+     "entries of all rows if kept is not 0"},
     {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
      "sgd_rows(rows, width, count, indices, grad, weight, bf16_copy, every_row, row_step, threads, buffer, nesterov, step, lr, "
      "momentum, dampening, weight_decay)"},

@@ -1,6 +1,6 @@
 // What every operation needs before it can compute: threads that share out the work, and scratch memory.
 //
-// This header is for the drivers (linear.cpp, lstm.cpp), which are compiled alike. The unit of a level must not include
+// This header is for the drivers (linear.cpp, lstm.cpp and others), which are compiled alike. The unit of a level must not include
 // it (kernels.h says why).
 #pragma once
 
@@ -52,6 +52,19 @@ enum Use {
   kKeyRanges,
   kParts,
   kSamples,
+  kStepStarts,
+  kStepStates,
+  kStepGroups,
+  kBlockValues,
+  kBlockIndices,
+  kRowStarts,
+  kStepShared,
+  kStepInputs,
+  kStepOutputs,
+  kSharedInputs,
+  kRowSteps,
+  kAllOutputs,
+  kDense,
   kLeftOut,
   kUses
 };

@@ -142,6 +142,13 @@ def lstm_backward(
     grad_c0: int,
     hits: int,
     threads: int,
+    each_gate: int,
+    keep: int,
+    key: int,
+    exact_sum: int,
+    kept: int,
+    share: float,
+    ceiling: float,
     /,
 ) -> None: ...
 def sgd_rows(

@@ -78,7 +78,8 @@ class Record:
         decision: With ``when="auto"``, whether the layer is sparse. None before the first pass that decides.
         activities: What a `meprop.Simplifier` counts, one for each set of units of the layer. It is empty without a
             Simplifier.
-        passes: How many backward passes a rule has selected for by `Rule.select`.
+        passes: How many backward passes a rule has selected for by `Rule.select`, or as entries of all rows. In an LSTM
+            each time step is one.
         dense_passes: How many of these kept everything.
         kept: How many entries they kept.
         seen: How many entries their output gradients had.
@@ -210,6 +211,17 @@ class Policy:
             self.record.dense_passes += is_everything(selection)
             self.record.kept += round(selection.density * entries)
             self.record.seen += entries
+
+    def note_steps(self, kept: Tensor, seen: Tensor) -> None:
+        """Notes how many entries each time step of a backward pass kept [T], and how many it had [T].
+
+        Each time step counts as a pass.
+        """
+        if self.record is not None:
+            self.record.passes += len(kept)
+            self.record.dense_passes += int((kept == seen).sum())
+            self.record.kept += int(kept.sum())
+            self.record.seen += int(seen.sum())
 
     # ---- refusals
 

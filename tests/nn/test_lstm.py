@@ -4,7 +4,6 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import literal
 import meprop
 from literal import KeepAll, KeepOfGradient
 from meprop import functional, speed
-from meprop.functional.lstm import lstm_with_policy, select_gates
+from meprop.functional.lstm import lstm_with_policy
 from meprop.policy import Activity, Policy
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, PlainTopK
@@ -141,7 +140,13 @@ SIZES = {
     "single step": [4],
     "wide": [70, 33, 33],
 }
-RULES = [meprop.TopK(1), meprop.TopK(5), meprop.TopK(UNITS - 1), meprop.TopK(4, scope="batch"), meprop.TopK(0.5)]
+RULES = [
+    *(meprop.TopK(k) for k in (1, 5, UNITS - 1, 0.5)),
+    meprop.TopK(4, scope="batch"),
+    meprop.TopK(3, scope="global"),
+    meprop.TopK(energy=0.9),
+    meprop.TopK(2, scope="global", exact_sum=True),
+]
 
 
 # The second has whole panels of columns, and is no multiple of any vector.
@@ -589,7 +594,8 @@ def count_hits(
     return activity, kept.view(4, units, -1)
 
 
-@pytest.mark.parametrize("rule", [*RULES, meprop.TopK(1.0)], ids=str)
+# What all rows share is not selected.
+@pytest.mark.parametrize("rule", [*(rule for rule in RULES if not rule.exact_sum), meprop.TopK(1.0)], ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("units", [UNITS, 131])
@@ -618,50 +624,3 @@ def test_each_layer_and_direction_counts_and_computes_the_same(rule):
         assert 0 < activity.hits.max() <= sum(LENGTHS)
         if rule.k < UNITS:
             assert activity.hits.sum() < sum(LENGTHS) * UNITS
-
-
-# ---------------------------------------------------------------- draws
-
-
-@pytest.mark.parametrize("exact_sum", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_drawn_entries_of_all_gates_step_by_step(exact_sum, reverse):
-    """The native products against the literal ones, of the same draws."""
-    sizes, units = [5, 5, 3, 1], 40
-    rows, batch_sizes = sum(sizes), torch.tensor(sizes)
-    x = torch.randn(rows, INPUTS)
-    weights = torch.randn(4 * units, INPUTS) / 4, torch.randn(4 * units, units) / 4
-    rule = meprop.Sampled(4, exact_sum=exact_sum)
-    *trace, _, _ = meprop.ops.lstm_forward(x, *weights, None, (None, None), batch_sizes, reverse)
-    grads = (torch.randn(rows, units), torch.randn(sizes[0], units), None)
-    found = []
-    for call in (meprop.ops.lstm_backward, meprop.ops.lstm_backward.literally):
-        torch.manual_seed(0)
-        hits = torch.zeros(units, dtype=torch.int64)
-        select = partial(select_gates, rule)
-        arguments = (tuple(trace), x, *weights, batch_sizes, reverse, grads, None, select, (True,) * 6, hits)
-        found.append([*call(*arguments), hits])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert found[0][-1].sum() > 0
-
-
-def test_the_mean_of_an_lstms_drawn_gradients_is_the_dense_one():
-    """Of one time step, where nothing that is drawn passes through a nonlinearity."""
-    torch.manual_seed(0)
-    copies, draws = 50, 60  # a batch has many copies of its rows
-    x, plain = torch.randn(1, 6, INPUTS), torch.nn.LSTM(INPUTS, 40)
-    layer = meprop.nn.LSTM(INPUTS, 40, rule=meprop.Sampled(noise=4.0, ceiling=1))
-    layer.load_state_dict(plain.state_dict())
-    grad = torch.randn(1, 6, 40)
-    plain(x)[0].backward(grad)
-    found = []
-    for _ in range(draws):
-        layer.zero_grad()
-        layer(x.repeat(1, copies, 1))[0].backward(grad.repeat(1, copies, 1))
-        found.append(layer.weight_ih_l0.grad / copies)
-    drawn = torch.stack(found)
-    error = drawn.std(dim=0) / draws**0.5
-    off = ((drawn.mean(dim=0) - plain.weight_ih_l0.grad) / error)[error > 1e-6]
-    assert off.abs().max() < 6
-    assert 0.8 < off.std() < 1.2

@@ -13,7 +13,7 @@ from meprop.errors import NotSupportedError
 from meprop.functional.common import as_matrix, cast, is_autocast
 from meprop.policy import Activity, Policy, refuse_second_derivatives
 from meprop.rules import Rule, in_blocks
-from meprop.selection import Selection
+from meprop.selection import Entries, PlainTopK, Selection
 
 
 def lstm(
@@ -33,9 +33,12 @@ def lstm(
     Each gate has a gradient before its activation. At each time step `rule` chooses among the H entries of each gate's
     gradient. With scope "example" it chooses for each sequence. With scope "batch" it chooses for all sequences of the
     time step. With scope "global" it chooses among all sequences of the time step. `meprop.Sampled` draws from the four
-    gates together. Let S be the kept parts [n, 4H] of the four gates. Then the earlier output's gradient is S W_hh,
-    dx = S W_ih, dW_ih = S^T x and dW_hh = S^T h (meProp, section 3). The choice within each gate is ours, because the
-    paper does not mention gates.
+    gates together, with one key for the whole pass. With scope "global" and `exact_sum` a time step of one sequence
+    keeps everything, because the mean over the sequences is then all that is missing.
+
+    Let S be the kept parts [n, 4H] of the four gates. Then the earlier output's gradient is S W_hh, dx = S W_ih,
+    dW_ih = S^T x and dW_hh = S^T h (meProp, section 3). The choice within each gate is ours, because the paper does not
+    mention gates.
 
     The cells' own gradients are exact. A bias gets the sum of the whole gates' gradients. Arithmetic is float32, or
     float64 for float64 tensors. With k at or above H the gradients are the dense ones up to rounding. The output may
@@ -107,7 +110,7 @@ class _Call:
 
     def select(self, gates_NO: Tensor) -> Selection:
         """What is kept of the gates of a time step [n, 4H]. It is noted."""
-        selection = select_gates(self.policy.rule, gates_NO)
+        selection = in_blocks(self.policy.rule, 4).select(gates_NO)
         self.policy.note(selection)
         return selection
 
@@ -149,6 +152,8 @@ class _Lstm(torch.autograd.Function):
         needs_x, needs_h0, needs_c0, needs_ih, needs_hh, *needs_biases = ctx.needs_input_grad[:7]
         needs = (needs_x, needs_ih, needs_hh, any(needs_biases), needs_h0, needs_c0)
         call: _Call = ctx.call
+        choice = chosen_of_gates(call.policy.rule, weight_hh.shape[1], weight_hh.device)
+        kept = torch.zeros_like(batch_sizes)
         results = ops.lstm_backward(
             tuple(trace),
             x,
@@ -157,11 +162,14 @@ class _Lstm(torch.autograd.Function):
             batch_sizes,
             call.reverse,
             (grad_output, grad_h, grad_c),
-            call.policy.rule.as_topk(weight_hh.shape[1]),
+            choice,
             call.select,
             needs,
             None if call.activity is None else call.activity.hits,
+            kept,
         )
+        if isinstance(choice, Entries):
+            call.policy.note_steps(kept, batch_sizes * len(weight_hh))
         if call.activity is not None:
             call.activity.examples += len(x)
         grad_x, grad_ih, grad_hh, grad_bias, grad_h0, grad_c0 = (
@@ -174,16 +182,17 @@ class _Lstm(torch.autograd.Function):
         return grad_x, grad_h0, grad_c0, grad_ih, grad_hh, *grad_biases, None, None
 
 
-def select_gates(rule: Rule, gates_NO: Tensor) -> Selection:
-    """What the rule keeps of each gate of a time step [n, 4H], or draws of all of them together.
+def chosen_of_gates(rule: Rule, units: int, device: torch.device) -> PlainTopK | Entries | None:
+    """What the rule keeps of the gates of a time step: a top-k of each gate, or entries of all rows.
 
-    Draws have no bias, so that no gate gets less than its due. The largest entries of all gates would be of one gate.
+    None if it has to be asked. Entries are drawn from all gates together. Draws have no bias, so that no gate gets less
+    than its due. The largest entries are chosen in each gate. Those of all gates together would be of one gate.
     """
-    units = gates_NO.shape[1] // 4
-    entries = rule.as_entries(units, gates_NO.device)
-    if entries is None or entries.key is None:
-        return in_blocks(rule, 4).select(gates_NO)
-    return ops.keep_entries(gates_NO, entries._replace(k=4 * entries.k))
+    topk = rule.as_topk(units)
+    if topk is not None:
+        return topk
+    entries = rule.as_entries(units, device)
+    return entries if entries is None or entries.key is None else entries._replace(k=4 * entries.k)
 
 
 def lstm_policy(policy: Policy) -> Policy:

@@ -9,49 +9,35 @@ zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from meprop.ops import native
-from meprop.ops.linear import backward_with, linear_backward
+from meprop.ops.entries import KEEP_CODES, choose_entries
 from meprop.ops.products import count_hits_of_blocks
 from meprop.ops.registry import operation
-from meprop.selection import PlainTopK, RowSelection, Selection, one_after_another, shared_or_zeros
+from meprop.ops.steps import (
+    earlier_states,
+    gate_gradients,
+    numbered_steps,
+    or_zeros,
+    step_by_step,
+    time_steps,
+    with_new,
+)
+from meprop.selection import Entries, PlainTopK, Selection, everything, side_by_side
 
 Trace = tuple[Tensor, Tensor, Tensor]
 """What a backward pass needs from its forward pass: outputs, cell states and gates."""
 
 
-def _steps(batch_sizes: Tensor, reverse: bool) -> Iterator[slice]:
-    """The rows of each time step, in the order of the walk."""
-    starts = batch_sizes.cumsum(0) - batch_sizes
-    steps = [slice(start, start + size) for start, size in zip(starts.tolist(), batch_sizes.tolist(), strict=True)]
-    return reversed(steps) if reverse else iter(steps)
+GatesChoice = PlainTopK | Entries | None
+"""What is kept of the gates of each time step: a top-k of each gate, or entries of all rows.
 
-
-def _with_new(state: Tensor, new: Tensor) -> Tensor:
-    """The state of all sequences, after the first ones have got a new one."""
-    return torch.cat([new, state[len(new) :]])
-
-
-def _earlier(states: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
-    """The state before each row [N, H], out of all states [B + N, H].
-
-    It is the state of the same sequence at the step before, or the initial one.
-    """
-    batch = int(batch_sizes[0])
-    state, new = states[:batch], states[batch:]
-    earlier = torch.empty_like(new)
-    for rows in _steps(batch_sizes, reverse):
-        earlier[rows] = state[: rows.stop - rows.start]
-        state = _with_new(state, new[rows])
-    return earlier
-
-
-def _or_zeros(state: Tensor | None, batch_sizes: Tensor, weight_hh: Tensor) -> Tensor:
-    return weight_hh.new_zeros(int(batch_sizes[0]), weight_hh.shape[1]) if state is None else state
+None is for a rule that has to be asked.
+"""
 
 
 def _native_declines(batch_sizes: Tensor, *tensors: Tensor | None) -> str | None:
@@ -92,15 +78,15 @@ def lstm_forward(
     projected = x @ weight_ih.t() if bias is None else x @ weight_ih.t() + bias
     output, cells = x.new_empty(len(x), weight_hh.shape[1]), x.new_empty(len(x), weight_hh.shape[1])
     gates = torch.empty_like(projected)
-    h0, c0 = h, c = [_or_zeros(state, batch_sizes, weight_hh) for state in initial]
-    for rows in _steps(batch_sizes, reverse):
+    h0, c0 = h, c = [or_zeros(state, batch_sizes, weight_hh) for state in initial]
+    for rows in time_steps(batch_sizes, reverse):
         size = rows.stop - rows.start
         i, f, g, o = (projected[rows] + h[:size] @ weight_hh.t()).chunk(4, dim=1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         cells[rows] = f * c[:size] + i * g
         output[rows] = o * cells[rows].tanh()
         gates[rows] = torch.cat([i, f, g, o], dim=1)
-        h, c = _with_new(h, output[rows]), _with_new(c, cells[rows])
+        h, c = with_new(h, output[rows]), with_new(c, cells[rows])
     return torch.cat([h0, output]), torch.cat([c0, cells]), gates, h, c
 
 
@@ -167,10 +153,11 @@ def lstm_backward(
     batch_sizes: Tensor,
     reverse: bool,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    topk: PlainTopK | None,
+    choice: GatesChoice,
     select: Callable[[Tensor], Selection],
     needs: tuple[bool, ...],
     hits: Tensor | None = None,
+    kept: Tensor | None = None,
     /,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagation through time, with a selection of the gates' gradients at each time step.
@@ -188,10 +175,16 @@ def lstm_backward(
         batch_sizes: The number of rows of each time step [T].
         reverse: The same as in the forward pass.
         gradients: The gradients of output [N, H], last output [B, H] and last cell state [B, H]. None means zeros.
-        topk: The top-k of each gate that equals `select`, so that a backend may make it itself. None if there is none.
-        select: A function from the gates' gradients at a time step [n, 4H] to what is propagated of them.
+        choice: What is kept of the gates' gradients at each time step, if it is known. With a PlainTopK it equals
+            `select`, so that a backend may make it itself. Entries without a key are chosen in each gate. Those with a
+            key are drawn from all gates together, and time step t has the key plus t. The ceiling is for all gates
+            together. With `exact_sum` a time step of one row keeps everything.
+        select: A function from the gates' gradients at a time step [n, 4H] to what is propagated of them. It is not
+            asked if `choice` is Entries.
         needs: Which of the results are wanted.
         hits: A tensor [H], int64, or None. The number of rows that select each unit is added to it. See `count_hits`.
+        kept: A tensor [T], int64, or None. With Entries it gets the number of entries that each time step keeps. Else
+            it is left as it is.
 
     Returns:
         The gradients of x, weight_ih, weight_hh, a bias [4H], h0 and c0. A gradient that is not wanted is None.
@@ -200,44 +193,47 @@ def lstm_backward(
     grad_output, grad_h, grad_c = gradients
     batch = int(batch_sizes[0])
     grad_output = torch.zeros_like(outputs[batch:]) if grad_output is None else grad_output
-    grad_h, grad_c = _or_zeros(grad_h, batch_sizes, weight_hh), _or_zeros(grad_c, batch_sizes, weight_hh)
-    earlier_cells, cells = _earlier(cells, batch_sizes, reverse), cells[batch:]
-    whole, kept = torch.empty_like(gates), torch.empty_like(gates)
-    for rows in _steps(batch_sizes, not reverse):
+    grad_h, grad_c = or_zeros(grad_h, batch_sizes, weight_hh), or_zeros(grad_c, batch_sizes, weight_hh)
+    earlier_cells, cells = earlier_states(cells, batch_sizes, reverse), cells[batch:]
+    whole, propagated = torch.empty_like(gates), torch.empty_like(gates)
+    for time, rows in numbered_steps(batch_sizes, not reverse):
         size = rows.stop - rows.start
         grad = grad_output[rows] + grad_h[:size]
-        of_gates, grad_cell = _gate_gradients(gates[rows], cells[rows], earlier_cells[rows], grad, grad_c[:size])
+        of_gates, grad_cell = gate_gradients(gates[rows], cells[rows], earlier_cells[rows], grad, grad_c[:size])
         whole[rows] = torch.cat(of_gates, dim=1)
-        selection = select(whole[rows])
-        kept[rows] = selection.to_dense()
+        selection = _select(whole[rows], choice, select, time, kept)
+        propagated[rows] = selection.to_dense()
         if hits is not None:
             hits += count_hits_of_blocks(selection, 4)
         forget = gates[rows].chunk(4, dim=1)[1]
-        grad_h, grad_c = _with_new(grad_h, kept[rows] @ weight_hh), _with_new(grad_c, grad_cell * forget)
+        grad_h, grad_c = with_new(grad_h, propagated[rows] @ weight_hh), with_new(grad_c, grad_cell * forget)
     return (
-        kept @ weight_ih if needs[0] else None,
-        kept.t() @ x if needs[1] else None,
-        kept.t() @ _earlier(outputs, batch_sizes, reverse) if needs[2] else None,
+        propagated @ weight_ih if needs[0] else None,
+        propagated.t() @ x if needs[1] else None,
+        propagated.t() @ earlier_states(outputs, batch_sizes, reverse) if needs[2] else None,
         whole.sum(dim=0) if needs[3] else None,
         grad_h if needs[4] else None,
         grad_c if needs[5] else None,
     )
 
 
-def _gate_gradients(
-    gates: Tensor, cells: Tensor, earlier_cells: Tensor, grad: Tensor, grad_c: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The gradients of a step's gates before their activations, each [n, H], and of its cell state [n, H]."""
-    i, f, g, o = gates.chunk(4, dim=1)
-    tanh_c = cells.tanh()
-    grad_cell = grad_c + grad * o * (1 - tanh_c**2)
-    of_gates = [
-        grad_cell * g * i * (1 - i),
-        grad_cell * earlier_cells * f * (1 - f),
-        grad_cell * i * (1 - g**2),
-        grad * tanh_c * o * (1 - o),
-    ]
-    return of_gates, grad_cell
+def _select(
+    gates: Tensor, choice: GatesChoice, select: Callable[[Tensor], Selection], time: int, kept: Tensor | None
+) -> Selection:
+    """What is propagated of the gates' gradients at a time step [n, 4H]."""
+    if not isinstance(choice, Entries):
+        return select(gates)
+    if choice.exact_sum and len(gates) == 1:  # what is missing of one row is its mean
+        selection = everything(gates)
+    elif choice.key is None:
+        selection = side_by_side([choose_entries(gate, choice) for gate in gates.chunk(4, dim=1)])
+    else:
+        selection = choose_entries(gates, choice._replace(key=choice.key + time))
+    if selection.density > choice.ceiling:
+        selection = everything(gates)
+    if kept is not None:
+        kept[time] = round(selection.density * gates.numel())
+    return selection
 
 
 def _native_backward_declines(
@@ -248,19 +244,18 @@ def _native_backward_declines(
     batch_sizes: Tensor,
     _reverse: bool,
     gradients: tuple[Tensor | None, ...],
-    topk: PlainTopK | None,
+    choice: GatesChoice,
     _select: Callable[[Tensor], Selection],
     _needs: tuple[bool, ...],
     hits: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> str | None:
-    if topk is not None and topk.blocks != 1:
+    if isinstance(choice, PlainTopK) and choice.blocks != 1:
         return "native kernels run an LSTM with top-k without blocks within a gate"
     reason = _native_declines(batch_sizes, x, weight_ih, weight_hh, *gradients)
     if reason is None:
         reason = native.declines_scattered(*trace, dtypes=native.FLOAT32)
-    if reason is None and hits is not None:
-        reason = native.declines_scattered(hits, dtypes=native.INT64)
-    return reason
+    return native.declines_scattered(hits, kept, dtypes=native.INT64) if reason is None else reason
 
 
 @native.backend.implements(lstm_backward, _native_backward_declines)
@@ -272,27 +267,30 @@ def _native_lstm_backward(
     batch_sizes: Tensor,
     reverse: bool,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    topk: PlainTopK | None,
+    choice: GatesChoice,
     select: Callable[[Tensor], Selection],
     needs: tuple[bool, ...],
     hits: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    if topk is None:
-        return _step_by_step(trace, x, (weight_ih, weight_hh), batch_sizes, reverse, gradients, select, needs, hits)
+    if choice is None:
+        return step_by_step(trace, x, (weight_ih, weight_hh), batch_sizes, reverse, gradients, select, needs, hits)
     inputs, units, batch = x.shape[1], weight_hh.shape[1], int(batch_sizes[0])
     x, weight_ih, weight_hh = (native.readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
     gradients_ = [native.contiguous(gradient) for gradient in gradients]
     shapes = [(len(x), inputs), (4 * units, inputs), (4 * units, units), (4 * units,), (batch, units), (batch, units)]
     results = [x.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=True)]
+    scope = native.SCOPE_CODES[choice.scope] if isinstance(choice, PlainTopK) else 0
+    kept = batch_sizes.new_empty(len(batch_sizes)) if kept is None else kept
     native.extension().lstm_backward(
         len(x),
         len(batch_sizes),
         batch_sizes.data_ptr(),
         reverse,
-        native.SCOPE_CODES[topk.scope],
+        scope,
         units,
         inputs,
-        topk.k,
+        choice.k,
         weight_ih.data_ptr(),
         weight_ih.stride(0),
         weight_hh.data_ptr(),
@@ -301,65 +299,22 @@ def _native_lstm_backward(
         x.stride(0),
         *map(native.address, (*trace, *gradients_, *results, hits)),
         torch.get_num_threads(),
+        *_native_entries(choice, kept),
     )
     return tuple(results)
 
 
-def _step_by_step(
-    trace: Trace,
-    x: Tensor,
-    weights: tuple[Tensor, Tensor],
-    batch_sizes: Tensor,
-    reverse: bool,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    select: Callable[[Tensor], Selection],
-    needs: tuple[bool, ...],
-    hits: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The backward pass with any selection. Its products are native, the cells' gradients are torch's."""
-    (outputs, cells, gates), (grad_output, grad_h, grad_c), (weight_ih, weight_hh) = trace, gradients, weights
-    batch = int(batch_sizes[0])
-    grad_h, grad_c = _or_zeros(grad_h, batch_sizes, weight_hh), _or_zeros(grad_c, batch_sizes, weight_hh)
-    earlier_cells, cells = _earlier(cells, batch_sizes, reverse), cells[batch:]
-    whole, kept = torch.empty_like(gates), dict[int, tuple[slice, Selection]]()
-    for rows in _steps(batch_sizes, not reverse):
-        size = rows.stop - rows.start
-        grad = grad_h[:size] if grad_output is None else grad_output[rows] + grad_h[:size]
-        of_gates, grad_cell = _gate_gradients(gates[rows], cells[rows], earlier_cells[rows], grad, grad_c[:size])
-        torch.cat(of_gates, dim=1, out=whole[rows])
-        selection = select(whole[rows])
-        kept[rows.start] = rows, selection
-        if hits is not None:
-            hits += count_hits_of_blocks(selection, 4)
-        earlier, *_ = backward_with(selection, whole[rows], weight_hh, None)
-        assert earlier is not None
-        forget = gates[rows].chunk(4, dim=1)[1]
-        grad_h, grad_c = _with_new(grad_h, earlier), _with_new(grad_c, grad_cell * forget)
-    steps = [kept[start] for start in sorted(kept)]  # in the order of the rows, whatever that of the walk
+def _native_entries(choice: PlainTopK | Entries, kept: Tensor) -> tuple[int | float, ...]:
+    """The arguments of the native call that are for Entries."""
+    if isinstance(choice, PlainTopK):
+        return 0, 0, 0, 0, 0, 0.0, 1.0
+    key = 0 if choice.key is None else int(choice.key)
     return (
-        *_of_all_steps(steps, weight_ih if needs[0] else None, x if needs[1] else None),
-        _of_all_steps(steps, None, _earlier(outputs, batch_sizes, reverse))[1] if needs[2] else None,
-        whole.sum(dim=0) if needs[3] else None,
-        grad_h if needs[4] else None,
-        grad_c if needs[5] else None,
+        choice.key is None,
+        KEEP_CODES[choice.keep],
+        key,
+        choice.exact_sum,
+        kept.data_ptr(),
+        choice.share,
+        choice.ceiling,
     )
-
-
-def _of_all_steps(
-    steps: list[tuple[slice, Selection]], weight: Tensor | None, source: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The products S W and S^T source for the selections of all time steps. What a step's rows share is added last."""
-    rows_of = [selection for _, selection in steps if isinstance(selection, RowSelection)]
-    if len(rows_of) < len(steps):  # a step keeps columns, such as all of them
-        dense = torch.cat([selection.to_dense() for _, selection in steps])
-        return None if weight is None else dense @ weight, None if source is None else dense.t() @ source
-    kept = one_after_another(rows_of)
-    of_input, of_weight, _ = linear_backward(kept, kept.values, weight, source, False, False)
-    if any(selection.shared is not None for selection in rows_of):
-        shared = torch.stack([shared_or_zeros(selection) for selection in rows_of])
-        if of_input is not None and weight is not None:
-            for (rows, _), added in zip(steps, shared @ weight, strict=True):
-                of_input[rows] += added
-        if of_weight is not None and source is not None:
-            of_weight.addmm_(shared.t(), torch.stack([source[rows].sum(dim=0) for rows, _ in steps]))
-    return of_input, of_weight

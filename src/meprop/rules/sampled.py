@@ -42,7 +42,7 @@ class Sampled(Rule):
             norms. Both need k. They are for comparison, and slower.
         noise: The budget r of added variance, above 0. It is 0.25 if neither k nor noise is given.
         exact_sum: Give each row in addition the batch's mean of what is missing, so that the batch's sum is exact. With
-            scope "batch" it has no place, and has to be False.
+            scope "batch" it has no place, and has to be False. The batch of an LSTM is the sequences of a time step.
         floor: The least density on average, with `noise`. It is rounded up to whole entries of a row.
         ceiling: The density above which a step is dense, with `noise`. It should be that at which the kernels are as
             fast as dense. `torch.compile` does not look at it.
