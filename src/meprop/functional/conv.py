@@ -1,6 +1,6 @@
 """Convolutions with an exact forward pass and a sparse backward pass.
 
-A rule keeps channels, or entries of each position.
+A rule keeps channels, maps of an example and a channel, or entries of each position.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from meprop import ops, speed
 from meprop.errors import NotSupportedError
 from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, product_dtype, sparse_backward
 from meprop.functional.geometry import Geometry, Numbers, padded
+from meprop.functional.maps import gradients_of_maps
 from meprop.policy import Policy, refuse_dtype, refuse_second_derivatives
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, RowSelection, everything
@@ -201,8 +202,11 @@ class _Backward:
         """The gradients, sparse or dense as the policy decides."""
         rows = len(self.grad) * self._positions
         if self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
-            is_pointwise = self.geometry.is_pointwise(self.weight)
-            return self._of_entries() if is_pointwise else self._of_channels()
+            if self.geometry.is_pointwise(self.weight):
+                return self._of_entries()
+            if self.policy.rule.scope == "global":
+                return gradients_of_maps(self.grad, self.x, self.weight, self.geometry, self.needs, self.policy)
+            return self._of_channels()
         if self.policy.activity is not None:
             self.policy.activity.count(everything(_rows(self.grad)), self._positions)
         return self.geometry.gradients(self.grad, self.x, self.weight, self.needs)
@@ -297,10 +301,10 @@ def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
         )
     if rule.differs and not pointwise:
         return f"{rule} differs for the two products, which goes for pointwise convolutions only"
-    if rule.scope not in (None, "batch") and not pointwise:
+    if rule.scope == "example" and not pointwise:
         return (
             f"{rule} keeps entries of their own at each position, for which the input's windows would have to be laid "
-            "out one by one; use scope='batch'"
+            "out one by one; use scope='batch' or 'global'"
         )
     return None
 
