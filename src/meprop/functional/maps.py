@@ -28,17 +28,18 @@ def gradients_of_maps(
         entries = policy.rule.as_entries(grad.shape[1], grad.device)
         if entries is None:
             raise NotSupportedError(
-                f"{policy.rule} for maps of a convolution under torch.compile, which cannot tell how many it keeps; use "
-                "meprop.TopK or meprop.Sampled, or do not compile this layer"
+                f"{policy.rule} for maps of a convolution under torch.compile, which cannot tell how many it keeps; "
+                "use meprop.TopK or meprop.Sampled, or do not compile this layer"
             )
         gradients = ops.entries_of_maps_backward(entries, grad, x, weight, moves, (of_x, of_weight))
     else:
-        norms_NO = ops.map_norms(grad)
+        maps_of = grad.contiguous()  # both operations want the positions of a map side by side
+        norms_NO = ops.map_norms(maps_of)
         kept = policy.rule.select(norms_NO)
         policy.note(kept)
         if policy.activity is not None:
             policy.activity.count(kept)
         if is_everything(kept):
             return geometry.gradients(grad, x, weight, needs)
-        gradients = ops.maps_backward(ops.kept_maps(kept, norms_NO), grad, x, weight, moves, (of_x, of_weight))
+        gradients = ops.maps_backward(ops.kept_maps(kept, norms_NO), maps_of, x, weight, moves, (of_x, of_weight))
     return *gradients, grad.sum(dim=[0, *range(2, grad.dim())]) if needs[2] else None
