@@ -19,8 +19,9 @@ bool product(std::initializer_list<int64_t> factors, int64_t* result) {
 
 // How a convolution looks in memory where images are padded and lie as [*S, I].
 struct Layout {
-  int64_t positions, pixels, inputs, pad_row, image;  // in an output map, in an input map; floats of a padded row and image
-  int64_t runs, width, ld, patch;  // the adjacent rows of a patch, their floats, the same padded, and all of them
+  int64_t positions, pixels, inputs;  // of an output map, of an input map, and input channels
+  int64_t pad_row, image;             // floats of a padded row and image
+  int64_t runs, width, ld, patch;     // the adjacent rows of a patch, their floats, the same padded, and all of them
 
   explicit Layout(const Convolution& of)
       : positions(of.output[0] * of.output[1]),
@@ -42,14 +43,14 @@ struct Layout {
 
 bool valid(const Convolution& of) {
   for (int d = 0; d < 2; ++d) {
-    if (of.size[d] < 0 || of.output[d] < 0 || of.kernel[d] < 1 || of.stride[d] < 1 || of.padding[d] < 0 || of.dilation[d] < 1)
-      return false;
-    const int64_t padded = of.size[d] + 2 * of.padding[d];
-    if (of.output[d] > 0 && (of.output[d] - 1) * of.stride[d] + (of.kernel[d] - 1) * of.dilation[d] >= padded) return false;
+    if (of.size[d] < 0 || of.output[d] < 0 || of.kernel[d] < 1) return false;
+    if (of.stride[d] < 1 || of.padding[d] < 0 || of.dilation[d] < 1) return false;
+    const int64_t last = (of.output[d] - 1) * of.stride[d] + (of.kernel[d] - 1) * of.dilation[d];
+    if (of.output[d] > 0 && last >= of.size[d] + 2 * of.padding[d]) return false;
   }
+  const int64_t height = of.size[0] + 2 * of.padding[0], width = of.size[1] + 2 * of.padding[1];
   int64_t image, patches, maps, outputs, inputs;
-  return of.outputs <= INT32_MAX &&
-         product({of.inputs, of.size[0] + 2 * of.padding[0], of.size[1] + 2 * of.padding[1]}, &image) && image < INT32_MAX &&
+  return of.outputs <= INT32_MAX && product({of.inputs, height, width}, &image) && image < INT32_MAX &&
          product({of.outputs, of.kernel[0], of.kernel[1], of.inputs + kPatchPad, 4}, &patches) &&
          product({of.images, of.outputs, 8}, &maps) && product({maps, of.output[0], of.output[1]}, &outputs) &&
          product({of.images, image, 8}, &inputs) && of.outputs * of.output[0] * of.output[1] < INT32_MAX;
@@ -97,7 +98,7 @@ class MapsPass {
         of_(call.of),
         at_(call.of),
         most_(std::min(most_maps(call) * at_.positions, at_.positions * of_.outputs)),
-        chunk_(threads == 1 ? 1 : std::clamp<int64_t>(kChunk / std::max<int64_t>(1, at_.image), 1, std::max<int64_t>(1, of_.images))),
+        chunk_(threads == 1 ? 1 : std::max<int64_t>(1, std::min(of_.images, kChunk / std::max<int64_t>(1, at_.image)))),
         places_(kOffsets, at_.positions),
         weight_(kPacked, call.grad_input != nullptr ? of_.outputs * at_.patch : 0),
         sums_(kSums, call.grad_weight != nullptr ? of_.outputs * at_.patch : 0),
@@ -105,7 +106,7 @@ class MapsPass {
         padded_(kPadded, call.grad_input != nullptr ? threads * at_.image : 0),
         coefficients_(kValues, threads * (most_ + 1)),
         rows_(kIndices, threads * (most_ + 1)),
-        own_places_(kPlaces, threads * (at_.positions + 1)),
+        own_places_(kPlaces, threads * (at_.positions + 2)),
         own_starts_(kStarts, threads * (at_.positions + 2)),
         shares_(kFactors, call.exact_sum ? of_.images * of_.outputs : 0),
         column_sums_(kSharedSums, call.exact_sum ? of_.inputs * at_.pixels + threads * at_.positions : 0),
@@ -121,9 +122,9 @@ class MapsPass {
   }
 
   void run(Team team) {
-    const Own own = {coefficients_.get() + team.id * (most_ + 1), rows_.get() + team.id * (most_ + 1),
-                     own_places_.get() + team.id * (at_.positions + 1), own_starts_.get() + team.id * (at_.positions + 2),
-                     padded_.get() + team.id * at_.image};
+    const int64_t terms = team.id * (most_ + 1), places = team.id * (at_.positions + 2);
+    const Own own = {coefficients_.get() + terms, rows_.get() + terms, own_places_.get() + places,
+                     own_starts_.get() + places, padded_.get() + team.id * at_.image};
     prepare(team);
     const Images<T> images = {call_.grad, call_.starts, call_.channels, call_.factors, call_.x, call_.grad_input};
     if (call_.exact_sum) {
@@ -188,7 +189,7 @@ class MapsPass {
       float* shares = shares_.get() + n * of_.outputs;
       std::fill_n(shares + part.begin, part.size(), 1.0f);
       for (int64_t e = call_.starts[n]; e < call_.starts[n + 1]; ++e)
-        if (call_.channels[e] >= part.begin && call_.channels[e] < part.end) shares[call_.channels[e]] = 1 - call_.factors[e];
+        if (const int32_t o = call_.channels[e]; o >= part.begin && o < part.end) shares[o] = 1 - call_.factors[e];
     }
     const double images = static_cast<double>(std::max<int64_t>(1, of_.images));
     double* sums = column_sums_.get() + of_.inputs * at_.pixels + team.id * at_.positions;
@@ -228,7 +229,8 @@ class MapsPass {
     const Patches patches = list_terms(images, n, own);
     std::fill_n(own.padded, at_.image, 0.0f);
     for (int64_t run = 0; run < at_.runs; ++run)
-      maps_.add_patches(weight_.get() + run * at_.ld, at_.patch, patches, at_.width, own.padded + at_.run_offset(of_, run));
+      maps_.add_patches(weight_.get() + run * at_.ld, at_.patch, patches, at_.width,
+                        own.padded + at_.run_offset(of_, run));
     if (base == nullptr)
       for_pixels([&](int64_t place, int64_t at) { to[at] = narrowed(own.padded[place], to); });
     else
@@ -289,7 +291,8 @@ class MapsPass {
       for (int64_t n = begin; n < end; ++n)
         for (int64_t e = images.starts[n]; e < images.starts[n + 1]; ++e) {
           const int64_t o = images.channels[e];
-          if (o >= outputs.begin && o < outputs.end) add_weight(images, n, e, inputs_.get() + (n - begin) * at_.image, own);
+          if (o < outputs.begin || o >= outputs.end) continue;
+          add_weight(images, n, e, inputs_.get() + (n - begin) * at_.image, own);
         }
       team.wait();
     }

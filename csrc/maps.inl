@@ -1,5 +1,5 @@
-// Kernels of convolutions of which some maps of the output gradient are kept. Included inside a level's namespace, after
-// products.inl.
+// Kernels of convolutions of which some maps of the output gradient are kept. Included inside a level's namespace,
+// after products.inl.
 
 // Panels of so many lines have their sums in registers. What a panel leaves is computed in narrower ones.
 constexpr int kMapLines = 8;
@@ -55,7 +55,8 @@ inline void gather_patches(const float* source, const int32_t* places, const flo
 
 // The sums of one place, from `out` on, with its terms from `begin` to `end`.
 template <int Lines>
-inline void add_patch(const float* source, int64_t source_ld, const Patches& all, int32_t begin, int32_t end, float* out) {
+inline void add_patch(const float* source, int64_t source_ld, const Patches& all, int32_t begin, int32_t end,
+                      float* out) {
   Line<float> lines[Lines];
   for (int i = 0; i < Lines; ++i) lines[i].begin_with(out + i * kLanes);
   for (int32_t t = begin; t < end; ++t) {

@@ -232,8 +232,8 @@ Status maps(const int64_t* a) {
   Convolution& of = call.of;
   of.images = a[0], of.inputs = a[1], of.outputs = a[2];
   for (int d = 0; d < 2; ++d)
-    of.size[d] = a[3 + d], of.output[d] = a[5 + d], of.kernel[d] = a[7 + d], of.stride[d] = a[9 + d], of.padding[d] = a[11 + d],
-    of.dilation[d] = a[13 + d];
+    of.size[d] = a[3 + d], of.output[d] = a[5 + d], of.kernel[d] = a[7 + d], of.stride[d] = a[9 + d],
+    of.padding[d] = a[11 + d], of.dilation[d] = a[13 + d];
   call.grad = address<const T>(a[15]);
   call.maps = a[16];
   call.starts = address<const int64_t>(a[17]), call.channels = address<const int32_t>(a[18]);
@@ -440,8 +440,8 @@ PyMethodDef methods[] = {
      "grad_ld, inputs, weight, weight_ld, x, x_ld, grad_input, grad_weight, grad_bias, weight_rows_only, hits, threads)"},
     {"map_norms", as_method(py_map_norms), METH_FASTCALL, "map_norms(dtype, grad, maps, positions, norms, threads)"},
     {"maps_backward", as_method(py_maps_backward), METH_FASTCALL,
-     "maps_backward(dtype, images, inputs, outputs, size, output, kernel, stride, padding, dilation (two of each), grad, maps, "
-     "starts, channels, factors, exact_sum, channels_last, weight, x, grad_input, grad_weight, threads)"},
+     "maps_backward(dtype, images, inputs, outputs, size, output, kernel, stride, padding, dilation (two of each), grad, "
+     "maps, starts, channels, factors, exact_sum, channels_last, weight, x, grad_input, grad_weight, threads)"},
     {"lstm_forward", as_method(py_lstm_forward), METH_FASTCALL,
      "lstm_forward(rows, steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
      "from_zeros, h, c, gates, last_h, last_c, threads), all float32"},

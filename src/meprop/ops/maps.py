@@ -34,11 +34,7 @@ def map_norms(grad: Tensor, /) -> Tensor:
     return norms_NO.to(torch.promote_types(grad.dtype, torch.float32))
 
 
-def _native_declines_norms(grad: Tensor) -> str | None:
-    return native.declines(grad)
-
-
-@native.backend.implements(map_norms, _native_declines_norms)
+@native.backend.implements(map_norms, native.declines)
 def _native_map_norms(grad: Tensor) -> Tensor:
     grad = grad.resolve_neg().contiguous()
     norms_NO = torch.empty(grad.shape[:2])
@@ -75,9 +71,8 @@ def kept_maps(kept: Selection, norms: Tensor) -> Maps:
     A map whose norm becomes another value is scaled by the ratio of both. If a selection has a part that all rows
     share, whatever it is, all images share what is left out.
     """
-    starts, indices, values = None, kept.indices, kept.values
-    if isinstance(kept, RowSelection):
-        starts = kept.starts
+    starts = kept.starts if isinstance(kept, RowSelection) else None
+    indices, values = kept.indices, kept.values
     if starts is None:
         starts = torch.arange(kept.rows + 1, device=values.device) * indices.shape[-1]
         indices, values = indices.expand(values.shape).flatten(), values.flatten()
@@ -233,8 +228,6 @@ def entries_of_maps_backward(
     """
     norms_NO = map_norms(grad)
     kept = keep_entries(norms_NO, entries)
-    if is_everything(kept):
-        found = maps_backward.literally(kept_maps(kept, norms_NO), grad, x, weight, moves, needs)
-    else:
-        found = maps_backward(kept_maps(kept, norms_NO), grad, x, weight, moves, needs)
+    multiply = maps_backward.literally if is_everything(kept) else maps_backward  # the former is dense, by torch
+    found = multiply(kept_maps(kept, norms_NO), grad, x, weight, moves, needs)
     return tuple(grad.new_empty(0) if each is None else each for each in found)
