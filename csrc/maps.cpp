@@ -8,7 +8,7 @@ namespace meprop {
 namespace {
 
 // Padded images that several threads share are made together, so many floats at once.
-constexpr int64_t kChunk = 1 << 18;
+constexpr int64_t kChunk = 3 << 18;  // within kLargestKept
 
 bool product(std::initializer_list<int64_t> factors, int64_t* result) {
   *result = 1;
@@ -294,7 +294,7 @@ class MapsPass {
           if (o < outputs.begin || o >= outputs.end) continue;
           add_weight(images, n, e, inputs_.get() + (n - begin) * at_.image, own);
         }
-      team.wait();
+      if (end < count) team.wait();  // whoever comes next waits otherwise
     }
   }
 
