@@ -29,6 +29,9 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	  tests/ops/test_entries.py::test_native_equals_the_reference \
 	  tests/ops/test_entries.py::test_native_reads_every_layout \
 	  tests/ops/test_entries.py::test_the_number_of_threads_changes_no_bit \
+	  tests/ops/test_maps.py::test_gradients_are_those_of_the_masked_gradient \
+	  tests/ops/test_maps.py::test_the_number_of_threads_changes_no_bit \
+	  tests/ops/test_maps.py::test_maps_that_do_not_fit_are_refused \
 	  tests/nn/test_lstm.py::test_sparse_gradients_are_those_of_a_literal_lstm \
 	  tests/nn/test_lstm.py::test_the_number_of_threads_changes_no_bit \
 	  tests/nn/test_lstm.py::test_a_unit_is_hit_where_any_of_its_gates_is \

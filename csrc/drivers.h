@@ -125,6 +125,41 @@ struct LinearBackward {
 template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call);
 
+// The norms [maps] of the maps of grad [maps, positions]. Squares are summed in float64.
+template <class T>
+Status map_norms(const Kernels& kernels, const T* grad, int64_t maps, int64_t positions, float* norms, int threads);
+
+// A convolution of images in one group. One spatial dimension is two, of which the first has size 1. `output` holds the
+// sizes of the output.
+struct Convolution {
+  int64_t images, inputs, outputs;
+  int64_t size[2], output[2], kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// The backward pass of a convolution of which some maps of the output gradient [N, O, *T] are kept, each times a factor.
+// A map is what one image and one output channel have. Entries that are zero cost nothing. Products are summed in
+// float32.
+template <class T>
+struct MapsBackward {
+  Convolution of;
+  const T* grad;            // [N, O, *T], contiguous
+  int64_t maps;             // the number of kept ones
+  const int64_t* starts;    // [N + 1]. Image n has the maps from starts[n] to starts[n + 1]
+  const int32_t* channels;  // [maps], ascending in each image
+  const float* factors;     // [maps]
+  bool exact_sum;           // whether each image gets in addition the mean over the images of what is left out
+  bool channels_last;       // whether x and grad_input are [N, *S, I], else [N, I, *S]. Both are contiguous
+  const T* weight;          // [O, I, *K], contiguous. Read for grad_input
+  const T* x;               // read for grad_weight
+  // What is null is not computed.
+  T* grad_input;
+  T* grad_weight;  // [O, I, *K]
+  int threads;
+};
+
+template <class T>
+Status maps_backward(const Kernels& kernels, const MapsBackward<T>& call);
+
 // Sequences of a batch in time-major order, packed as torch.nn.utils.rnn does. The sizes[0] rows of time step 0 come
 // first, then the sizes[1] <= sizes[0] rows of time step 1, and so on. Row b of each time step belongs to sequence b.
 // An LSTM walks over the time steps from the first to the last. In `reverse` it walks from the last to the first.

@@ -24,6 +24,9 @@ struct Bf16 {
 // Words that a kernel may write beyond the used part of its scratch.
 constexpr int64_t kScratchPad = 64;
 
+// The rows of patches are padded to a multiple of so many floats.
+constexpr int64_t kPatchPad = 32;
+
 // A sparse matrix by rows. Row r has the terms from starts[r] to starts[r + 1]. If starts is null, it has those from
 // r * per_row to (r + 1) * per_row. A term is a coefficient and the row of the source that it multiplies.
 template <class T>
@@ -141,6 +144,33 @@ struct TypedKernels {
   void (*dense_product)(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
                         int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
                         int64_t out_ld);
+
+  // The sum of the squares of so many entries. It is the same at every level.
+  double (*sum_squares)(const T* from, int64_t size);
+  // Adds so many entries, each times the factor, to `sums`.
+  void (*add_scaled)(const T* from, float factor, int64_t size, double* sums);
+};
+
+// Places of an image that get or give a patch. A place is an offset from the image's begin. Place i has the terms from
+// starts[i] to starts[i + 1]. A term is a coefficient and the row of a source that it multiplies.
+struct Patches {
+  int64_t count;
+  const int32_t* places;
+  const int32_t* starts;
+  const int32_t* rows;
+  const float* coefficients;
+};
+
+// Convolutions of which some maps of the output gradient are kept. An image is in memory as [*S, I], so that a row of a
+// patch is `width` adjacent floats.
+struct MapKernels {
+  // sums[:width] += sum over t < count of coefficients[t] * source[places[t] + :width], in the order of the terms. Writes
+  // sums up to `width`, rounded up to kPatchPad.
+  // requires: readable elements behind each place up to `width`, rounded up to kPatchPad.
+  void (*gather_patches)(const float* source, const int32_t* places, const float* coefficients, int64_t count,
+                         int64_t width, float* sums);
+  // out[place, :width] += sum over the place's terms of coefficient * source[term's row, :width], place after place.
+  void (*add_patches)(const float* source, int64_t source_ld, const Patches& patches, int64_t width, float* out);
 };
 
 // The cells of an LSTM. Units are computed in blocks of `block`. A unit has four gates, in torch's order: input,
@@ -208,6 +238,7 @@ struct Kernels {
   const char* level;
   TypedKernels<float> f32;
   TypedKernels<Bf16> bf16;
+  MapKernels maps;
   LstmKernels lstm;
   OptimizerKernels optimizer;
 };

@@ -12,6 +12,8 @@ constexpr int kPanelLines = 4;
 
 #include "products.inl"
 
+#include "maps.inl"
+
 #include "lstm.inl"
 
 #include "optimizer.inl"
@@ -31,7 +33,11 @@ constexpr TypedKernels<T> kTyped = {topk_rows<T>,
                                     kGatherLines<T> * Line<T>::kEntries,
                                     pack<T>,
                                     gather_product<T>,
-                                    dense_product<T>};
+                                    dense_product<T>,
+                                    sum_squares<T>,
+                                    add_scaled<T>};
+
+constexpr MapKernels kMaps = {gather_patches, add_patches};
 
 constexpr LstmKernels kLstm = {kBlock, pack_block, dot_block, spread_gates, step_cells, step_cells_gradient};
 

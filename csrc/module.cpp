@@ -221,6 +221,54 @@ PyObject* py_write_entries(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return finish(status);
 }
 
+template <class T>
+Status norms(const int64_t* a) {
+  return map_norms<T>(*active, address<const T>(a[0]), a[1], a[2], address<float>(a[3]), thread_count(a[4]));
+}
+
+template <class T>
+Status maps(const int64_t* a) {
+  MapsBackward<T> call;
+  Convolution& of = call.of;
+  of.images = a[0], of.inputs = a[1], of.outputs = a[2];
+  for (int d = 0; d < 2; ++d)
+    of.size[d] = a[3 + d], of.output[d] = a[5 + d], of.kernel[d] = a[7 + d], of.stride[d] = a[9 + d],
+    of.padding[d] = a[11 + d], of.dilation[d] = a[13 + d];
+  call.grad = address<const T>(a[15]);
+  call.maps = a[16];
+  call.starts = address<const int64_t>(a[17]), call.channels = address<const int32_t>(a[18]);
+  call.factors = address<const float>(a[19]);
+  call.exact_sum = a[20] != 0, call.channels_last = a[21] != 0;
+  call.weight = address<const T>(a[22]), call.x = address<const T>(a[23]);
+  call.grad_input = address<T>(a[24]), call.grad_weight = address<T>(a[25]);
+  call.threads = thread_count(a[26]);
+  return maps_backward(*active, call);
+}
+
+// Runs what takes a dtype and `count` further integers.
+PyObject* run_typed(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, Status (*run_f32)(const int64_t*),
+                    Status (*run_bf16)(const int64_t*)) {
+  int64_t a[28];
+  if (!read_integers(args, given, count + 1, a)) return nullptr;
+  if (a[0] != kFloat32 && a[0] != kBfloat16) {
+    PyErr_SetString(PyExc_ValueError, "unknown dtype code");
+    return nullptr;
+  }
+  Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = (a[0] == kFloat32 ? run_f32 : run_bf16)(a + 1);
+  Py_END_ALLOW_THREADS;
+  return finish(status);
+}
+
+PyObject* py_map_norms(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return run_typed(args, given, 5, norms<float>, norms<Bf16>);
+}
+
+PyObject* py_maps_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return run_typed(args, given, 27, maps<float>, maps<Bf16>);
+}
+
 Sequences sequences(const int64_t* a) { return {a[0], a[1], address<const int64_t>(a[2]), a[3] != 0}; }
 
 PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -394,6 +442,10 @@ PyMethodDef methods[] = {
     {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,
      "linear_backward(dtype, scope, k, blocks, select, values, indices, starts, entries, shared, rows, outputs, grad, "
      "grad_ld, inputs, weight, weight_ld, x, x_ld, grad_input, grad_weight, grad_bias, weight_rows_only, hits, threads)"},
+    {"map_norms", as_method(py_map_norms), METH_FASTCALL, "map_norms(dtype, grad, maps, positions, norms, threads)"},
+    {"maps_backward", as_method(py_maps_backward), METH_FASTCALL,
+     "maps_backward(dtype, images, inputs, outputs, size, output, kernel, stride, padding, dilation (two of each), grad, "
+     "maps, starts, channels, factors, exact_sum, channels_last, weight, x, grad_input, grad_weight, threads)"},
     {"lstm_forward", as_method(py_lstm_forward), METH_FASTCALL,
      "lstm_forward(rows, steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
      "from_zeros, h, c, gates, last_h, last_c, threads), all float32"},

@@ -40,10 +40,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, blocks: i
     return F.linear(x.detach(), weight.detach(), bias) + (kept - kept.detach())
 
 
+class KeepMapsOfGradient(KeepOfGradient):
+    """The identity, whose gradient [N, O, L] is that of the maps whose norms the rule keeps as they are."""
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        kept_NO = ctx.rule.select(torch.linalg.vector_norm(grad.float(), dim=2)).to_dense()
+        return torch.where(kept_NO[:, :, None] != 0, grad, 0), None
+
+
 def convolution(layer: torch.nn.Conv1d, x: Tensor, rule: Rule) -> Tensor:
-    """x [N, I, L] to [N, O, L]; the rule sees a row for each position of each example. The bias as in `linear`."""
+    """x [N, I, L] to [N, O, L]; the rule sees a row for each position of each example. The bias as in `linear`.
+
+    A rule for the whole gradient sees the norms of maps, unless the kernel is 1.
+    """
     output = F.conv1d(x, layer.weight, None, padding=layer.padding)
-    kept = KeepOfGradient.apply(output.movedim(1, -1), rule).movedim(-1, 1)
+    if rule.scope == "global" and layer.kernel_size != (1,):
+        kept = KeepMapsOfGradient.apply(output, rule)
+    else:
+        kept = KeepOfGradient.apply(output.movedim(1, -1), rule).movedim(-1, 1)
     bare = F.conv1d(x.detach(), layer.weight.detach(), layer.bias, padding=layer.padding)
     return bare + (kept - kept.detach())
 

@@ -77,7 +77,7 @@ LAYERS = {
     "Conv1d": Case(  # of STEPS examples, with BATCH channels and INPUTS positions
         lambda: First(nn.Conv1d(BATCH, WIDTH, 3, padding=1)),
         literal.convolution,
-        rules=("batch", "row-sparse"),
+        rules=("batch", "row-sparse", "global"),
     ),
     "pointwise Conv1d": Case(lambda: First(nn.Conv1d(BATCH, WIDTH, 1)), literal.convolution, rows=STEPS * INPUTS),
     "LSTM": Case(

@@ -135,7 +135,7 @@ def convert(
     - narrow ones;
     - subclasses, whose own forward pass would be lost;
     - LSTMs with projections, and convolutions with groups;
-    - with scope "example", convolutions that are not pointwise;
+    - with scope "example" or `PerProduct`, convolutions that are not pointwise;
     - layers whose weight is tied to a module of another kind;
     - the output layer of Hugging Face's models, unless it is converted by itself;
     - those that `filter` refuses.

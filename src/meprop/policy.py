@@ -35,7 +35,7 @@ class Activity:
         hits: How many rows of the output gradient hit each unit [O], int64. A row hits a unit if a selected entry of
             that unit is not zero. NaN counts as not zero. In an LSTM a row is one time step of one sequence,
             and it hits a unit [H] if it hits any of the unit's gates. In a convolution whole examples are counted: an
-            example hits a channel if any of its positions does.
+            example hits a channel if any of its positions does, or if its map is kept and not zero.
         examples: How many rows, or examples of a convolution, were counted.
     """
 
@@ -81,8 +81,8 @@ class Record:
         passes: How many backward passes a rule has selected for by `Rule.select`, or as entries of all rows. In an LSTM
             each time step is one.
         dense_passes: How many of these kept everything.
-        kept: How many entries they kept.
-        seen: How many entries their output gradients had.
+        kept: How many entries they kept, or maps of a convolution.
+        seen: How many entries or maps their output gradients had.
     """
 
     decision: speed.Decision | None = None

@@ -25,6 +25,7 @@ def test_names_are_read_back_and_choose():
         "batch-conv2d-2x3x40-size5-kernel2-k5",
         "batch-conv2d-2x3x40-size5-kernel3-k41",
         "example-conv2d-2x3x40-size5-kernel3-k5",
+        "global-conv2d-2x3x40-size5-kernel1-k5",
         "batch-conv1d-2x3x40-size5-kernel3-k5-last",
     ):
         with pytest.raises(ValueError, match="case"):
@@ -32,7 +33,14 @@ def test_names_are_read_back_and_choose():
 
 
 @pytest.mark.parametrize(
-    "case", [SMALL, conv.Case("batch", 1, 2, 3, 40, 9, 5, 5), conv.Case("example", 2, 2, 3, 40, 4, 1, 5)]
+    "case",
+    [
+        SMALL,
+        conv.Case("batch", 1, 2, 3, 40, 9, 5, 5),
+        conv.Case("example", 2, 2, 3, 40, 4, 1, 5),
+        conv.Case("global", 2, 5, 3, 40, 4, 3, 5, channels_last=True),
+        conv.Case("global", 1, 5, 3, 40, 9, 3, 5),
+    ],
 )
 def test_a_case_is_timed_with_both_of_torchs_and_a_ratio_to_each(monkeypatch, case):
     seconds = {"sparse": (2.0, 4.0), "dense_fp32": (4.0, 5.0), "dense_bf16": (1.0, 4.0)}

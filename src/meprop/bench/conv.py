@@ -35,21 +35,22 @@ class Case(cases.Case):
     """One row of the table: float32, stride 1, and a padding that keeps the size.
 
     Attributes:
-        scope: The choice is made at each position ("example"), for pointwise convolutions, or for the whole "batch".
+        scope: The choice is made at each position ("example"), for pointwise convolutions, for the whole "batch", or
+            among the maps of examples and channels ("global"), for larger kernels.
         dims: Spatial dimensions, 1 or 2.
         examples: N.
         inputs: I.
         outputs: O.
         size: Of the input in each dimension.
         kernel: The same of the kernel, odd.
-        k: How many of the O channels are kept.
+        k: How many of the O channels are kept, on average with "global".
         channels_last: The memory format, of two dimensions.
 
     Raises:
         ValueError: A size is out of range.
     """
 
-    pattern = re.compile(r"(example|batch)-conv([12])d-(\d+)x(\d+)x(\d+)-size(\d+)-kernel(\d+)-k(\d+)(-last)?")
+    pattern = re.compile(r"(example|batch|global)-conv([12])d-(\d+)x(\d+)x(\d+)-size(\d+)-kernel(\d+)-k(\d+)(-last)?")
 
     scope: Scope
     dims: int
@@ -66,8 +67,10 @@ class Case(cases.Case):
             raise ValueError(
                 f"case {self.name}: sizes must be at least 1, the kernel odd, and k at most {self.outputs}"
             )
-        if (self.scope == "example" and self.kernel > 1) or (self.channels_last and self.dims == 1):
-            raise ValueError(f"case {self.name}: example is for kernel 1, channels last for conv2d")
+        if self.scope == ("example" if self.kernel > 1 else "global") or (self.channels_last and self.dims == 1):
+            raise ValueError(
+                f"case {self.name}: example is for kernel 1, global for larger ones, channels last for conv2d"
+            )
 
     @classmethod
     def from_groups(cls, groups: Sequence[Any]) -> Case:
@@ -94,12 +97,17 @@ class Case(cases.Case):
 
 
 def default_cases() -> list[Case]:
-    """Return layers as ResNets have them at 10%, in both memory formats, a pointwise one, and one of one dimension."""
+    """Return layers as ResNets have them at 10%, in both memory formats, a pointwise one, and one of one dimension.
+
+    One for the whole gradient is as small networks for digits have it, at 5%.
+    """
     found: list[Case] = []
     for last in (False, True):
         found += [
             Case("batch", 2, 32, 128, 256, 28, 3, 26, last),
             Case("batch", 2, 16, 64, 64, 56, 3, 6, last),
+            Case("global", 2, 32, 128, 256, 28, 3, 26, last),
+            Case("global", 2, 100, 32, 64, 14, 5, 3, last),
             *(Case(scope, 2, 32, 256, 512, 14, 1, 51, last) for scope in ("batch", "example")),
         ]
     return [*found, Case("batch", 1, 32, 256, 256, 256, 5, 26)]
@@ -163,7 +171,14 @@ def _backward(output: Tensor, leaves: Sequence[Tensor], grad: Tensor) -> Callabl
 
 def _differs(case: Case, sparse: Callable[[], oracle.Gradients], leaves: Sequence[Tensor], grad: Tensor) -> str | None:
     rows_NO = grad.movedim(1, -1).flatten(0, -2)
-    kept = oracle.select(case.rule, rows_NO).to_dense().view_as(grad.movedim(1, -1)).movedim(-1, 1)
+    if case.scope == "global":
+        norms = torch.linalg.vector_norm(grad.double(), dim=[*range(2, grad.dim())]).float()
+        _, places = oracle.reference.topk_rows(norms.view(1, -1), case.k * case.examples)
+        kept = torch.zeros_like(grad).flatten(0, 1)
+        kept[places[0].long()] = grad.flatten(0, 1)[places[0].long()]
+        kept = kept.view(grad.shape)
+    else:
+        kept = oracle.select(case.rule, rows_NO).to_dense().view_as(grad.movedim(1, -1)).movedim(-1, 1)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = _backward(_output(case, _DENSE, exact), exact, kept.double())()
     expected = {**expected, "bias": rows_NO.double().sum(dim=0)}

@@ -92,7 +92,7 @@ def sparse_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _needs_known_shapes(tensor: Tensor) -> bool:
+def needs_known_shapes(tensor: Tensor) -> bool:
     """Whether the shapes of all results have to be known before: in a graph, and for tensors without contents."""
     return torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in PLAIN
 
@@ -113,7 +113,7 @@ def _backward_by(
             activity.count(everything(grad_NO) if rule is None else rule.select(grad_NO), positions)
         return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
     width, hits = grad_NO.shape[1], None
-    if _needs_known_shapes(grad_NO) and (entries := rule.as_entries(width, grad_NO.device)) is not None:
+    if needs_known_shapes(grad_NO) and (entries := rule.as_entries(width, grad_NO.device)) is not None:
         return ops.entries_backward(entries, grad_NO, weight, x_NI, needs_bias)
     choice = rule.as_topk(width)
     if choice is None or (activity is not None and positions > 1):  # counting an example once needs a selection

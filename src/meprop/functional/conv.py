@@ -1,6 +1,6 @@
 """Convolutions with an exact forward pass and a sparse backward pass.
 
-A rule keeps channels, or entries of each position.
+A rule keeps channels, maps of an example and a channel, or entries of each position.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from meprop import ops, speed
 from meprop.errors import NotSupportedError
 from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, product_dtype, sparse_backward
 from meprop.functional.geometry import Geometry, Numbers, padded
+from meprop.functional.maps import gradients_of_maps
 from meprop.policy import Policy, refuse_dtype, refuse_second_derivatives
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, RowSelection, everything
@@ -60,8 +61,13 @@ def conv2d(
     input and weight are those of the smaller convolution that has only these channels. This is meProp's simple unified
     top-k (section 3.4), where a feature is a channel.
 
+    With scope "global" maps are kept. A map is what one example and one output channel have of g. The rule sees the
+    norms of the maps [N, O] as if they were entries. A map that it keeps as it is stays as it is. A map whose norm it
+    changes is scaled to that norm. So `Sampled` draws maps without bias, under its budget of noise. With `exact_sum`
+    all examples get in addition the batch's mean of what is left out.
+
     With scope "example" k entries are kept at each position. This is for pointwise convolutions, which have kernel 1,
-    stride 1 and no padding.
+    stride 1 and no padding. Scope "global" keeps entries of all positions in these.
 
     The bias gets the sum of the whole g. A pass whose tensors are in `channels_last` stays in `channels_last`.
 
@@ -82,12 +88,12 @@ def conv2d(
         Output [N, O, *, *] or [O, *, *], which equals torch's of the same dtypes bit for bit.
 
     Raises:
-        NotSupportedError: `groups` is above 1, scope "example" is used with a convolution that is not pointwise
-            (docs/convolution.md says why), the backward pass is called with create_graph=True, or `sparse_grad` is
-            used under torch.compile.
+        NotSupportedError: `groups` is above 1, scope "example" or a `PerProduct` is used with a convolution that is not
+            pointwise (docs/convolution.md says why), the backward pass is called with create_graph=True, or
+            `sparse_grad` or maps of another rule than `TopK` and `Sampled` are used under torch.compile.
         TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
-        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), `compute_dtype` is
-            not torch.bfloat16 or None, the weight has another number of dimensions, or torch does not know the padding.
+        ValueError: `sparse_grad` is used with scope "example" or "global", `compute_dtype` is not torch.bfloat16 or
+            None, the weight has another number of dimensions, or torch does not know the padding.
     """
     moves = (stride, padding, dilation)
     return _convolution(2, input, weight, bias, moves, groups, Policy(rule, sparse_grad, compute_dtype))
@@ -201,8 +207,11 @@ class _Backward:
         """The gradients, sparse or dense as the policy decides."""
         rows = len(self.grad) * self._positions
         if self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
-            is_pointwise = self.geometry.is_pointwise(self.weight)
-            return self._of_entries() if is_pointwise else self._of_channels()
+            if self.geometry.is_pointwise(self.weight):
+                return self._of_entries()
+            if self.policy.rule.scope == "global":
+                return gradients_of_maps(self.grad, self.x, self.weight, self.geometry, self.needs, self.policy)
+            return self._of_channels()
         if self.policy.activity is not None:
             self.policy.activity.count(everything(_rows(self.grad)), self._positions)
         return self.geometry.gradients(self.grad, self.x, self.weight, self.needs)
@@ -297,10 +306,10 @@ def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
         )
     if rule.differs and not pointwise:
         return f"{rule} differs for the two products, which goes for pointwise convolutions only"
-    if rule.scope not in (None, "batch") and not pointwise:
+    if rule.scope == "example" and not pointwise:
         return (
             f"{rule} keeps entries of their own at each position, for which the input's windows would have to be laid "
-            "out one by one; use scope='batch'"
+            "out one by one; use scope='batch' or 'global'"
         )
     return None
 

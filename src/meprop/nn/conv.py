@@ -66,7 +66,7 @@ class Conv2d(_Convolution, torch.nn.Conv2d):
     Args:
         *args: The arguments of `torch.nn.Conv2d`: in_channels, out_channels, kernel_size, stride, padding, dilation,
             groups, bias, padding_mode, device, dtype.
-        rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")`.
+        rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")` or `meprop.Sampled(noise=0.25)`.
         sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows. See `meprop.functional.linear`.
         compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `meprop.functional.conv2d`.
         **kwargs: The keyword arguments of `torch.nn.Conv2d`.
@@ -78,11 +78,11 @@ class Conv2d(_Convolution, torch.nn.Conv2d):
         activity: What a `meprop.Simplifier` counts. None without a Simplifier.
 
     Raises:
-        NotSupportedError: `groups` is above 1, or scope "example" is used with a layer that is not pointwise. A
-            pointwise layer has kernel 1, stride 1 and no padding.
+        NotSupportedError: `groups` is above 1, or scope "example" or a `PerProduct` is used with a layer that is not
+            pointwise. A pointwise layer has kernel 1, stride 1 and no padding.
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` is
-            not torch.bfloat16 or None.
+        ValueError: `sparse_grad` is used with scope "example" or "global", or `compute_dtype` is not torch.bfloat16 or
+            None.
     """
 
 
@@ -107,7 +107,7 @@ class ConvolutionDescriptor(Descriptor[Plain]):
         return layer.in_channels, layer.out_channels
 
     def why_dense(self, layer: Plain, policy: Policy) -> str | None:
-        """A reason if there are groups, or if entries would be chosen at each position of a kernel above 1."""
+        """A reason if there are groups, or if the rule goes for pointwise convolutions only."""
         return _why_dense(layer, policy.rule)
 
     def why_narrow(self, layer: Plain, min_features: int) -> str | None:

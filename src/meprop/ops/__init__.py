@@ -9,6 +9,7 @@ from meprop.ops import triton as triton
 from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_entries
 from meprop.ops.linear import backward_with, dense_backward, entries_backward, linear_backward
 from meprop.ops.lstm import lstm_backward, lstm_forward
+from meprop.ops.maps import Maps, entries_of_maps_backward, kept_maps, map_norms, maps_backward
 from meprop.ops.optimizer import GradientRows, adagrad_rows, adam_rows, ascending, copy_agrees, sgd_rows
 from meprop.ops.products import (
     Choice,
@@ -27,6 +28,7 @@ __all__ = [
     "Choice",
     "GradientRows",
     "Gradients",
+    "Maps",
     "adagrad_rows",
     "adam_rows",
     "ascending",
@@ -41,13 +43,17 @@ __all__ = [
     "draw_columns",
     "draw_rows",
     "entries_backward",
+    "entries_of_maps_backward",
     "grad_input",
     "grad_weight",
     "grad_weight_rows",
     "keep_entries",
+    "kept_maps",
     "linear_backward",
     "lstm_backward",
     "lstm_forward",
+    "map_norms",
+    "maps_backward",
     "memory_format",
     "reference",
     "register",
