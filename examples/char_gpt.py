@@ -26,7 +26,12 @@ from torch import Tensor, nn
 
 import meprop
 
-RULES = {"topk": meprop.TopK, "compensated": meprop.CompensatedTopK, "random": meprop.RandomK}
+RULES = {
+    "topk": meprop.TopK,
+    "compensated": meprop.CompensatedTopK,
+    "random": meprop.RandomK,
+    "sampled": meprop.Sampled,
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -34,7 +39,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a text file")
     parser.add_argument("--rule", choices=RULES, default="topk")
     parser.add_argument("--k", type=number, default=0.1, help="a share of the features (0.1), or a count (20)")
-    parser.add_argument("--scope", choices=["example", "batch"], default="example", help="per token, or unified")
+    parser.add_argument("--scope", choices=["example", "batch", "global"], help="per token, unified, or over all tokens")
+    parser.add_argument("--noise", type=float, help="--rule sampled: the budget of noise, in place of --k and --scope")
+    parser.add_argument("--weight-noise", type=float, help="another budget for the weights' gradients")
+    parser.add_argument("--ceiling", type=float, default=0.3, help="the density above which a layer's step is dense")
     parser.add_argument("--sparse-rows", choices=["exact", "decay", "lazy"], help="row-sparse gradients (scope batch)")
     parser.add_argument("--when", choices=["always", "auto"], default="always")
     parser.add_argument("--dense", default="", help="layers to leave dense, comma-separated parts of names: linear2")
@@ -52,6 +60,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate-every", type=int, default=100, help="steps")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
+    if options.noise is not None and options.rule != "sampled":
+        parser.error("--noise is for --rule sampled")
+    if options.noise is None and options.weight_noise is not None:
+        parser.error("--weight-noise needs --noise")
     if options.data is None:
         if "MEPROP_DATA" not in os.environ:
             parser.error("which text? give --data FILE, or the folder of tinyshakespeare/input.txt in $MEPROP_DATA")
@@ -123,7 +135,14 @@ def evaluate(model: nn.Module, text: Text, batches: int = 20) -> float:
 
 
 def rule_of(name: str, options: argparse.Namespace) -> meprop.Rule | None:
-    return RULES[options.rule](options.k, scope=options.scope) if name == "sparse" else None
+    if name == "dense":
+        return None
+    if options.noise is None:
+        return RULES[options.rule](options.k, **({} if options.scope is None else {"scope": options.scope}))
+    drawn = meprop.Sampled(noise=options.noise, ceiling=options.ceiling)
+    if options.weight_noise is None:
+        return drawn
+    return meprop.PerProduct(input=drawn, weight=meprop.Sampled(noise=options.weight_noise, ceiling=options.ceiling))
 
 
 def prepare(name: str, text: Text, options: argparse.Namespace) -> tuple[GPT, torch.optim.Optimizer]:

@@ -80,8 +80,10 @@ def text(tmp_path) -> str:
         ["--k", "0.1"],
         ["--k", "6", "--scope", "batch", "--sparse-rows", "decay", "--dense", "linear2,self_attn"],
         ["--rule", "compensated", "--seconds", "0.01"],
+        ["--rule", "sampled", "--noise", "1.0", "--ceiling", "0.9"],
+        ["--rule", "sampled", "--noise", "1.0", "--weight-noise", "2.0", "--ceiling", "0.9"],
     ],
-    ids=["per token", "unified", "by time"],
+    ids=["per token", "unified", "by time", "drawn", "drawn for each product"],
 )
 def test_char_gpt_records_dense_and_sparse(options, text, tmp_path, monkeypatch, capsys):
     out = tmp_path / "record" / "gpt.json"
@@ -90,8 +92,8 @@ def test_char_gpt_records_dense_and_sparse(options, text, tmp_path, monkeypatch,
     assert {"task", "config", "machine", "versions", "commit", "runs"} == set(record)
     dense, sparse = record["runs"]
     assert (dense["rule"], dense["density"]) == ("dense", 1.0)
-    assert "TopK" in sparse["rule"]
-    assert 0.05 < sparse["density"] < (0.7 if "--dense" in options else 0.2)
+    assert ("Sampled" if "--noise" in options else "TopK") in sparse["rule"]
+    assert 0.05 < sparse["density"] < (0.7 if "--dense" in options or "--noise" in options else 0.2)
     assert sparse["layers"]["head"] == 1.0
     for run_ in record["runs"]:
         assert run_["curve"][-1]["dev"] == run_["dev"]["loss"]

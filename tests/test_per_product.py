@@ -108,9 +108,14 @@ def test_of_a_frozen_weight_a_simplifier_counts_what_its_rule_keeps():
     assert simplifier is not None
 
 
-def test_the_density_of_one_product_is_not_that_of_both():
-    model = torch.nn.Sequential(torch.nn.Linear(9, 200))
-    rule = meprop.PerProduct(input=meprop.Sampled(noise=1.0), weight=None)
-    meprop.convert(model, rule, when="always")
-    model(torch.randn(20, 9, requires_grad=True)).backward(torch.randn(20, 200))
-    assert "by the gradient" in str(meprop.report(model))
+def test_the_density_of_both_products_counts():
+    first = meprop.PerProduct(input=meprop.Sampled(noise=1.0, ceiling=1), weight=None)
+    second = meprop.PerProduct(input=None, weight=meprop.Sampled(noise=1.0, ceiling=1))
+    for rule in (first, second):
+        model = torch.nn.Sequential(torch.nn.Linear(9, 200))
+        meprop.convert(model, rule, when="always")
+        model(torch.randn(20, 9, requires_grad=True)).backward(torch.randn(20, 200))
+        (layer,) = meprop.report(model).layers
+        assert 0.55 < layer.density < 0.9  # a half is of the dense product
+        assert "2 passes" in layer.reason
+        assert "1 of them dense" in layer.reason

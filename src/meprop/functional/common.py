@@ -111,6 +111,8 @@ def _backward_by(
     if rule is None or (weight is None and x_NI is None):
         if activity is not None:
             activity.count(everything(grad_NO) if rule is None else rule.select(grad_NO), positions)
+        if rule is None and (weight is not None or x_NI is not None):
+            policy.note(everything(grad_NO))
         return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
     width, hits = grad_NO.shape[1], None
     if needs_known_shapes(grad_NO) and (entries := rule.as_entries(width, grad_NO.device)) is not None:
@@ -118,8 +120,7 @@ def _backward_by(
     choice = rule.as_topk(width)
     if choice is None or (activity is not None and positions > 1):  # counting an example once needs a selection
         choice = rule.select(grad_NO)
-        if not policy.rule.differs:  # the density of one of two products says nothing of the other
-            policy.note(choice)
+        policy.note(choice)  # of a rule for each product, each of the two counts
     if activity is not None and positions > 1:
         assert not isinstance(choice, PlainTopK)  # it was selected above
         activity.count(choice, positions)
