@@ -39,7 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a text file")
     parser.add_argument("--rule", choices=RULES, default="topk")
     parser.add_argument("--k", type=number, default=0.1, help="a share of the features (0.1), or a count (20)")
-    parser.add_argument("--scope", choices=["example", "batch", "global"], help="per token, unified, or over all tokens")
+    parser.add_argument(
+        "--scope", choices=["example", "batch", "global"], help="per token, unified, or over all tokens"
+    )
     parser.add_argument("--noise", type=float, help="--rule sampled: the budget of noise, in place of --k and --scope")
     parser.add_argument("--weight-noise", type=float, help="another budget for the weights' gradients")
     parser.add_argument("--ceiling", type=float, default=0.3, help="the density above which a layer's step is dense")

@@ -107,3 +107,71 @@ def test_an_lstm_reports_what_was_kept():
     meprop.convert(model, when="always")
     model(torch.randn(3, 2, 8))[0].sum().backward()
     assert "kept in 3 passes so far" in meprop.report(model).layers[0].reason
+
+
+# ---------------------------------------------------------------- row-sparse gradients
+
+LEAVES_ROWS = [
+    meprop.Sampled(noise=1.0, exact_sum=False, ceiling=1),
+    meprop.Sampled(2, exact_sum=False),
+    meprop.TopK(2, scope="global"),
+    meprop.RandomK(2, scope="global"),
+]
+
+
+def heavy_tailed(rows: int, width: int) -> torch.Tensor:
+    return torch.randn(rows, width) * torch.exp(3 * torch.randn(1, width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rule", LEAVES_ROWS, ids=str)
+def test_rows_of_the_weights_gradient_without_an_entry_are_left_out(rule, dtype):
+    torch.manual_seed(0)
+    x, grad = torch.randn(7, 5, dtype=dtype, requires_grad=True), heavy_tailed(7, 60).to(dtype)
+    weight, bias = torch.randn(60, 5, dtype=dtype, requires_grad=True), torch.zeros(60, dtype=dtype, requires_grad=True)
+    found = []
+    for sparse_grad in (False, True):
+        torch.manual_seed(3)
+        y = meprop.functional.linear(x, weight, bias, rule=rule, sparse_grad=sparse_grad)
+        found.append(torch.autograd.grad(y, [x, weight, bias], grad))
+    (dx, dense, db), (dx_sparse, rows, db_sparse) = found
+    assert rows.is_sparse
+    assert rows.is_coalesced()
+    assert rows.indices()[0].tolist() == dense.ne(0).any(dim=1).nonzero()[:, 0].tolist()
+    assert 0 < len(rows.values()) < 30
+    for one, other in ((dx_sparse, dx), (rows.to_dense(), dense), (db_sparse, db)):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_gradient_of_zeros_has_no_rows():
+    weight = torch.randn(60, 5, requires_grad=True)
+    y = meprop.functional.linear(torch.randn(7, 5), weight, rule=LEAVES_ROWS[0], sparse_grad=True)
+    (grad,) = torch.autograd.grad(y, weight, torch.zeros(7, 60))
+    assert grad.is_sparse
+    assert grad.shape == (60, 5)
+    assert grad._nnz() == 0
+
+
+@pytest.mark.parametrize(
+    "rule", [meprop.Sampled(), meprop.Sampled(2), meprop.TopK(2, "global", exact_sum=True)], ids=str
+)
+def test_an_exact_sum_leaves_no_row_out(rule):
+    with pytest.raises(ValueError, match=r"sparse_grad=True with .* exact_sum=False"):
+        meprop.nn.Linear(5, 60, rule=rule, sparse_grad=True)
+
+
+def test_training_with_rows_left_out_is_training_with_zeros_in_them():
+    losses = []
+    for sparse_grad in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 200), torch.nn.ReLU(), torch.nn.Linear(200, 3))
+        meprop.convert(model, LEAVES_ROWS[0], when="always", sparse_grad=sparse_grad)
+        optimizer = meprop.optim.Adam(model.parameters(), lr=0.01, sparse_rows="exact")
+        x, target = torch.randn(30, 20), torch.randint(3, (30,))
+        for _ in range(5):
+            loss = torch.nn.functional.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

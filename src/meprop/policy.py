@@ -115,8 +115,8 @@ class Policy:
 
     Raises:
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` or
-            `when` is unknown.
+        ValueError: `sparse_grad` is used with a rule that chooses for each row or has an exact sum, or `compute_dtype`
+            or `when` is unknown.
     """
 
     rule: Rule
@@ -134,9 +134,10 @@ class Policy:
         if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers without a type checker)
             kind = type(self.rule).__name__
             raise TypeError(f"rule={self.rule!r} is of type {kind}; it must be a rule such as meprop.TopK(0.05)")
-        if self.sparse_grad and self.rule.scope not in (None, "batch"):
+        if self.sparse_grad and not self.rule.row_sparse:
             raise ValueError(
-                f"sparse_grad=True with {self.rule}: rows are kept or left as a whole only by scope='batch'"
+                f"sparse_grad=True with {self.rule}: rows of a weight's gradient are left out only by scope='batch', "
+                "or by scope='global' with exact_sum=False"
             )
         if self.sparse_grad or self.rule.communicates:
             object.__setattr__(self, "when", "always")

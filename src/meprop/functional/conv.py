@@ -88,11 +88,12 @@ def conv2d(
         Output [N, O, *, *] or [O, *, *], which equals torch's of the same dtypes bit for bit.
 
     Raises:
-        NotSupportedError: `groups` is above 1, scope "example" or a `PerProduct` is used with a convolution that is not
-            pointwise (docs/convolution.md says why), the backward pass is called with create_graph=True, or
-            `sparse_grad` or maps of another rule than `TopK` and `Sampled` are used under torch.compile.
+        NotSupportedError: `groups` is above 1, or with a convolution that is not pointwise scope "example" is used, a
+            `PerProduct`, or `sparse_grad` with scope "global" (docs/convolution.md says why). Or the backward pass is
+            called with create_graph=True, or `sparse_grad` or maps of another rule than `TopK` and `Sampled` are used
+            under torch.compile.
         TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
-        ValueError: `sparse_grad` is used with scope "example" or "global", `compute_dtype` is not torch.bfloat16 or
+        ValueError: `sparse_grad` is used with scope "example" or an exact sum, `compute_dtype` is not torch.bfloat16 or
             None, the weight has another number of dimensions, or torch does not know the padding.
     """
     moves = (stride, padding, dilation)
@@ -111,7 +112,7 @@ def _convolution(
     if weight.dim() != dims + 2:
         raise ValueError(f"weight is {list(weight.shape)}; that of a conv{dims}d has {dims + 2} dimensions")
     x, geometry = padded(x, weight.shape[2:], *moves)
-    reason = why_not_sparse(policy.rule, geometry.is_pointwise(weight), groups)
+    reason = why_not_sparse(policy, geometry.is_pointwise(weight), groups)
     if reason is not None:
         raise NotSupportedError(reason)
     return convolution_with_policy(x, weight, bias, geometry, policy)
@@ -297,8 +298,9 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).flatten(0, -2)
 
 
-def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
-    """Why a convolution cannot back-propagate what this rule keeps. None if it can."""
+def why_not_sparse(policy: Policy, pointwise: bool, groups: int) -> str | None:
+    """Why a convolution cannot back-propagate what the policy keeps. None if it can."""
+    rule = policy.rule
     if groups != 1:
         return (
             f"groups={groups}: a group's inputs get their gradient from its own outputs alone, so that groups without "

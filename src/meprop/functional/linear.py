@@ -51,7 +51,8 @@ def linear(
         bias: Bias [O], or None.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         sparse_grad: Make weight.grad a sparse tensor of the kept rows, as `torch.nn.Embedding(sparse=True)` does. It
-            needs a rule that keeps the same columns for all rows (unified top-k, scope "batch").
+            needs a rule that leaves columns out: one of scope "batch" (unified top-k), or of scope "global" without an
+            exact sum.
         compute_dtype: torch.bfloat16 forms the forward product in bfloat16, because that product stays dense. The
             output has the dtype of x. The backward pass is in the dtype of the tensors, because casting gradients would
             cost more than it saves. Float64 stays float64. The option has no effect under autocast. None forms the
@@ -64,7 +65,7 @@ def linear(
         NotSupportedError: The backward pass is called with create_graph=True, `sparse_grad` is used under torch.compile
             or in DistributedDataParallel, or the weight is a DTensor (tensor parallelism).
         TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
-        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` is
+        ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, or `compute_dtype` is
             not one of those above.
     """
     return linear_with_policy(x, weight, bias, Policy(rule, sparse_grad, compute_dtype))

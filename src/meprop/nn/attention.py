@@ -46,7 +46,7 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
 
     Raises:
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` is used with a rule that chooses for each row (scope "example"), or `compute_dtype` is
+        ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, or `compute_dtype` is
             not torch.bfloat16 or None.
     """
 

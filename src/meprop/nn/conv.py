@@ -30,7 +30,7 @@ class _Convolution(SparseLayer, _ConvNd):
     ) -> None:
         policy = Policy(rule, sparse_grad, compute_dtype)
         super().__init__(*args, **kwargs)
-        reason = _why_dense(self, rule)
+        reason = _why_dense(self, policy)
         if reason is not None:
             raise NotSupportedError(f"{reason}; for this layer use torch.nn.{type(self).__name__}")
         self.policy = policy.of_layer()
@@ -81,17 +81,17 @@ class Conv2d(_Convolution, torch.nn.Conv2d):
         NotSupportedError: `groups` is above 1, or scope "example" or a `PerProduct` is used with a layer that is not
             pointwise. A pointwise layer has kernel 1, stride 1 and no padding.
         TypeError: `rule` is not a Rule.
-        ValueError: `sparse_grad` is used with scope "example" or "global", or `compute_dtype` is not torch.bfloat16 or
-            None.
+        ValueError: `sparse_grad` is used with scope "example" or an exact sum, or `compute_dtype` is not torch.bfloat16
+            or None.
     """
 
 
 Plain = torch.nn.Conv1d | torch.nn.Conv2d
 
 
-def _why_dense(layer: Plain | _ConvNd, rule: Rule) -> str | None:
+def _why_dense(layer: Plain | _ConvNd, policy: Policy) -> str | None:
     padding = () if isinstance(layer.padding, str) else layer.padding  # "same" adds no padding to a kernel of 1
-    return why_not_sparse(rule, is_pointwise(layer.kernel_size, layer.stride, padding), layer.groups)
+    return why_not_sparse(policy, is_pointwise(layer.kernel_size, layer.stride, padding), layer.groups)
 
 
 class ConvolutionDescriptor(Descriptor[Plain]):
@@ -108,7 +108,7 @@ class ConvolutionDescriptor(Descriptor[Plain]):
 
     def why_dense(self, layer: Plain, policy: Policy) -> str | None:
         """A reason if there are groups, or if the rule goes for pointwise convolutions only."""
-        return _why_dense(layer, policy.rule)
+        return _why_dense(layer, policy)
 
     def why_narrow(self, layer: Plain, min_features: int) -> str | None:
         """Half as many channels are enough, because the work of a channel is repeated at each position."""

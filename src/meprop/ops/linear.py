@@ -29,7 +29,7 @@ from meprop.ops.products import (
 )
 from meprop.ops.registry import Operation, Operator, operation
 from meprop.ops.topk import topk_columns, topk_rows
-from meprop.selection import Entries, PlainTopK, Selection, is_everything, side_by_side
+from meprop.selection import Entries, PlainTopK, RowSelection, Selection, is_everything, side_by_side
 
 
 def _consist_of(
@@ -204,12 +204,31 @@ def backward_with(
     row_sparse: bool = False,
     hits: Tensor | None = None,
 ) -> Gradients:
-    """`linear_backward`, or `dense_backward` if everything is kept. Under `torch.compile` it is always the former."""
+    """`linear_backward`, or `dense_backward` if everything is kept. Under `torch.compile` it is always the former.
+
+    With `row_sparse` and entries by row, the weight's gradient has the rows that got an entry.
+    """
+    if row_sparse and isinstance(choice, RowSelection) and x is not None and not is_everything(choice):
+        if choice.shared is not None:
+            refuse_row_sparse(choice)
+        of_input, _, of_bias = linear_backward(choice, grad, weight, None, needs_bias, False, hits)
+        return of_input, _rows_with_entries(choice, x), of_bias
     if isinstance(choice, PlainTopK) or torch.compiler.is_compiling() or not is_everything(choice):
         return linear_backward(choice, grad, weight, x, needs_bias, row_sparse, hits)
     if hits is not None:
         hits += count_hits([choice])
     return dense_backward(grad, weight, x, needs_bias)
+
+
+def _rows_with_entries(selection: RowSelection, x: Tensor) -> Tensor:
+    """The weight's gradient [O, I] as a coalesced sparse COO tensor of the rows that got an entry."""
+    rows = torch.bincount(selection.indices.flatten(), minlength=selection.width).nonzero()[:, 0]
+    if len(rows) == 0:
+        return row_sparse_tensor(rows, x.new_empty(0, x.shape[1]), selection.width)
+    places = torch.empty(selection.width, dtype=torch.int32, device=x.device)
+    places[rows] = torch.arange(len(rows), dtype=torch.int32, device=x.device)
+    kept = RowSelection(selection.values, places[selection.indices.long()], len(rows), starts=selection.starts)
+    return row_sparse_tensor(rows, grad_weight(kept, x), selection.width)
 
 
 def dense_backward(grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool) -> Gradients:

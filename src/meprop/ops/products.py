@@ -268,16 +268,15 @@ def _native_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
 
 def refuse_row_sparse(choice: Choice) -> None:
     """Raises a ValueError for a choice whose weight gradient has more than the selected rows."""
-    by_row = choice.scope == "example" if isinstance(choice, PlainTopK) else isinstance(choice, RowSelection)
-    if by_row:
-        raise ValueError(
-            "entries by row are of any row of the weight, whose gradient is not row-sparse then: select columns, or "
-            "leave out sparse_grad"
-        )
     if not isinstance(choice, PlainTopK) and choice.shared is not None:
         raise ValueError(
             "what all rows share gives each row of the weight a gradient, which is not row-sparse then: share nothing, "
             "or leave out sparse_grad"
+        )
+    if isinstance(choice, RowSelection) or (isinstance(choice, PlainTopK) and choice.scope == "example"):
+        raise ValueError(
+            "entries by row are of any row of the weight, whose gradient is not row-sparse then: select columns, or "
+            "leave out sparse_grad"
         )
 
 

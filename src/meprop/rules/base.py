@@ -31,6 +31,7 @@ class Rule(ABC):
         scope: "example" for entries of each row, "batch" for the same columns for all rows (unified top-k), "global"
             for entries of the whole gradient. None means that the rule does not say. Code that needs a scope then looks
             at each selection.
+        exact_sum: Whether each row also gets the batch's mean of what is left out.
     """
 
     name: ClassVar[str] = ""
@@ -38,6 +39,7 @@ class Rule(ABC):
     color: ClassVar[str] = ""
     marker: ClassVar[str] = "o"
     scope: Scope | None = None
+    exact_sum: bool | None = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,6 +72,15 @@ class Rule(ABC):
     def communicates(self) -> bool:
         """Whether several processes choose together. Then each process has to ask the rule whenever the others do."""
         return False
+
+    @property
+    def row_sparse(self) -> bool:
+        """Whether the gradient of a weight may be a sparse tensor, as some of its rows get no entry.
+
+        Rows of the weight are output features. Those of a whole gradient, or of kept columns, may have no entry. With
+        k entries of each row, hardly any has none.
+        """
+        return self.scope in (None, "batch") or (self.scope == "global" and not self.exact_sum)
 
     @abstractmethod
     def select(self, grad_output_NO: Tensor) -> Selection:
@@ -151,7 +162,7 @@ class KeepK(Rule):
 
     k: int | float
     scope: Scope = "example"  # pyright: ignore[reportIncompatibleVariableOverride]  (it is narrower, and frozen)
-    exact_sum: bool = field(default=False, kw_only=True)
+    exact_sum: bool = field(default=False, kw_only=True)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", checked_k(self.k))

@@ -61,6 +61,11 @@ class InBlocks(Rule):
         """Whether the rule within the blocks lets several processes choose together."""
         return self.rule.communicates
 
+    @property
+    def row_sparse(self) -> bool:
+        """Whether the rule leaves out rows."""
+        return self.rule.row_sparse
+
     def count(self, features: int) -> int | None:
         """How many of `features` output features are kept, in all blocks together."""
         count = self.rule.count(self._width(features))

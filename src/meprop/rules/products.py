@@ -60,6 +60,11 @@ class PerProduct(Rule):
         return self.input, self.weight
 
     @property
+    def row_sparse(self) -> bool:
+        """Whether the rule for the weight leaves out rows."""
+        return self.weight is not None and self.weight.row_sparse
+
+    @property
     def differs(self) -> bool:
         """True, also if both rules are equal."""
         return True
