@@ -151,9 +151,9 @@ def convert(
             exact by `filter`. LSTMs count hidden units, attention counts embed_dim. Convolutions repeat the work of
             each output channel at every position, and need half as many channels.
         sparse_grad: Make each weight.grad a sparse tensor of the kept rows. It is for unified top-k and other rules
-            with scope "batch", or with scope "global" and no exact sum. Such layers are always sparse, as their optimizer counts on it. LSTMs stay dense: they
-            choose anew at each time step, so that most rows of their weights get a gradient. Conv1D stays dense: its
-            features are columns.
+            with scope "batch", or with scope "global" and no exact sum. Such layers are always sparse, as their
+            optimizer counts on it. LSTMs stay dense: they choose anew at each time step, so that most rows of their
+            weights get a gradient. Conv1D stays dense: its features are columns.
         compute_dtype: torch.bfloat16: linear layers form their forward product in bfloat16, from a copy of the weight
             that is kept from step to step. Weights, gradients and activations stay what they are. See
             `meprop.functional.linear`. Convolutions form theirs in bfloat16 without keeping the copy. LSTMs do not
