@@ -287,7 +287,7 @@ def test_wrong_arguments_are_refused(model, rule_at, message):
 def test_a_rule_that_a_layer_cannot_have_changes_nothing():
     model = nn.Sequential(nn.Conv1d(3, 40, 1), nn.Conv1d(40, 50, 3))
     meprop.convert(model, UNIFIED, min_features=5, when="always")
-    schedule = meprop.RuleSchedule(model, lambda step, rule: rule if step < 3 else RULE)
+    schedule = meprop.RuleSchedule(model, lambda step, rule: rule if step < 3 else meprop.TopK(3))
     schedule.step()
     schedule.step()
     with pytest.raises(
