@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from meprop import experiments
 from meprop.experiments import Records
-from meprop.reporting import pages
+from meprop.reporting import figures, pages
 from meprop.reporting import reproduce as report
 from meprop.training.config import SimplifyConfig
 from meprop.training.records import EpochRecord, Run, Seconds
@@ -239,6 +239,33 @@ def test_curves_of_several_rules_have_looks_and_labels_of_their_own(experiment, 
         assert lines[label].get_ydata().tolist() == points
     assert lines["top-k"].get_marker() != lines["random-k"].get_marker()
     assert lines["top-k"].get_color() != lines["random-k"].get_color()
+
+
+def test_scores_over_dense_s_time_and_densities_are_drawn_where_a_density_follows_the_gradient(
+    experiment, filled, tmp_path, monkeypatch
+):
+    path = tmp_path / "figure.png"
+    assert not report.draw_times(experiment, filled, path)
+    assert not path.exists()
+    base = experiment.variant("topk-5")
+    variant = replace(base, name="noise", rule="sampled", training=replace(base.training, k=None, noise=0.25))
+    experiment = replace(experiment, variants=(*experiment.variants, variant))
+    drawn = run(0, [(90, 80), (94, 81)], 2.0)
+    for record, seconds, density in zip(drawn.curve, (1.1, 5.5), (0.1, 0.02), strict=True):
+        record["seconds"], record["density"] = seconds, density
+    filled.write(variant, drawn, TinyTask(), ["dense"])
+    filled.write(experiment.variant("dense"), run(0, [(90, 80)] * 3, 8.0), TinyTask(), ["topk-5", "noise"])
+    made = []
+    monkeypatch.setattr(figures, "Figure", lambda **options: made.append(Figure(**options)) or made[-1])
+    assert report.draw_times(experiment, filled, path)
+    assert path.exists()
+    quality, density = made[0].axes
+    lines = {line.get_label().partition(",")[0]: line for line in quality.lines}
+    assert set(lines) == {"dense", "topk-5", "noise"}  # the run of topk-10 was trained alone
+    assert lines["noise"].get_xdata() == pytest.approx([0.1, 0.5])  # dense took 11 seconds
+    assert lines["noise"].get_ydata() == pytest.approx([90, 94])
+    (kept,) = density.lines
+    assert kept.get_ydata() == pytest.approx([10, 2])
 
 
 def test_no_figure_over_density_if_the_models_differ_too(experiment, filled, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -76,6 +76,51 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
     _draw_seconds(bars, groups)
     for axes in (by_epoch, by_time, bars):
         axes.spines[["top", "right"]].set_visible(False)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+# Colours of that palette that are not faint on white, for variants in the order of their experiment.
+_VARIANTS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"]
+
+
+def draw_over_time(title: str, pairs: Mapping[str, Sequence[tuple[Run, Run]]], metric: str, path: Path) -> None:
+    """Draw learning curves over time, and the density over epochs, into a PNG. Both are means over seeds.
+
+    Time is in the seconds that the dense run of the same seed takes, which was trained in turns with the run. The
+    first variants are drawn, as many as there are colours to tell apart.
+
+    Args:
+        title: That of the figure.
+        pairs: Runs and the dense runs of their seeds, by the name of the variant.
+        metric: The quality to show, in percent.
+        path: The file; it is replaced if it exists.
+    """
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    quality, density = figure.subplots(1, 2, width_ratios=[3, 2])
+    for (name, group), color in zip(pairs.items(), _VARIANTS, strict=False):
+        curves = [run.curve for run, _ in group]
+        ends = [base.seconds["step"] for _, base in group]
+        shares = [[record["seconds"] / end for record in run] for run, end in zip(curves, ends, strict=True)]
+        times = [mean(at) for at in zip(*shares, strict=True)]
+        scores = [mean(each["dev"][metric] for each in at) for at in zip(*curves, strict=True)]
+        seeds = f", {len(group)} seeds" if len(group) > 1 else ""
+        quality.plot(times, scores, color=color, linewidth=2, marker="o", markersize=4, label=f"{name}{seeds}")
+        if all(each.get("density") is not None for each in curves[0]):
+            kept = [mean(100 * each["density"] for each in at) for at in zip(*curves, strict=True)]
+            epochs = [each["epoch"] for each in curves[0]]
+            density.plot(epochs, kept, color=color, linewidth=2, marker="o", markersize=4, label=name)
+    quality.set_xlabel("time, as a share of dense's training")
+    quality.set_ylabel(f"dev {metric}, %  (axis does not start at 0)")
+    quality.set_xlim(left=0)
+    density.set_xlabel("epochs")
+    density.set_ylabel("entries kept, %")
+    density.set_ylim(bottom=0)
+    density.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (quality, density):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="best", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 

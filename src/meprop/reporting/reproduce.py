@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from meprop.experiments import Experiment, Records, Variant
 from meprop.machine import write_atomically
 from meprop.reporting import pages
-from meprop.reporting.figures import look
+from meprop.reporting.figures import draw_over_time, look
 from meprop.reporting.terminal import spread
 from meprop.table import text_table
 from meprop.training.config import DENSE
@@ -243,10 +243,43 @@ def write_page(page: Path, found: Sequence[tuple[Experiment, Records]]) -> None:
     for experiment, records in found:
         figure = page.with_name(f"{page.stem}-{experiment.name}.png")
         picture = [f"![{experiment.title}]({figure.name})"] if draw_densities(experiment, records, figure) else []
+        figure = figure.with_stem(f"{figure.stem}-over-time")
+        if draw_times(experiment, records, figure):
+            picture.append(f"![{experiment.title}, over time]({figure.name})")
         rows = _rows(experiment, records)
         blocks = [*picture, pages.markdown_table(_cells(rows)), _conditions(experiment, rows)]
         contents[f"{SECTION}{experiment.name}"] = "\n\n".join(blocks)
     pages.write_sections(page, contents)
+
+
+# ---------------------------------------------------------------- over time
+
+
+def draw_times(experiment: Experiment, records: Records, path: Path) -> bool:
+    """Draw dev scores over time and densities over epochs into a PNG, if some variant's density follows the gradient.
+
+    Runs are paired with the dense runs that were trained in turns with them. Simplified runs are left out.
+
+    Returns:
+        Whether there was something to draw.
+    """
+    rows = [row for row in _rows(experiment, records) if row.results and row.variant.simplify is None]
+    if all(row.variant.training.noise is None for row in rows):
+        return False
+    pairs = {
+        row.variant.name: [(row.results[seed].runs[0], row.base_results[seed].runs[0]) for seed in row.timed_together]
+        for row in rows
+        if row.base is not None and row.base.rule == DENSE
+    }
+    dense = {
+        row.variant.name: [(result.runs[0], result.runs[0]) for result in row.results.values()]
+        for row in rows
+        if row.variant.rule == DENSE
+    }
+    found = {name: group for name, group in (dense | pairs).items() if group}
+    metric = next(iter(rows[0].results.values())).config["metric"]
+    draw_over_time(experiment.title, found, metric, path)
+    return True
 
 
 # ---------------------------------------------------------------- test score over density
