@@ -142,7 +142,8 @@ def test_with_the_exact_sum_one_row_alone_is_dense(dtype):
     plain = torch.nn.LSTM(INPUTS, 40, dtype=dtype)
     x = torch.randn(5, 1, INPUTS, dtype=dtype)
     plain(x)[0].square().sum().backward()
-    for rule in (meprop.Sampled(noise=2.0), meprop.Sampled(2), meprop.TopK(2, scope="global", exact_sum=True)):
+    drawn = meprop.Sampled(noise=2.0, exact_sum=True), meprop.Sampled(2, exact_sum=True)
+    for rule in (*drawn, meprop.TopK(2, scope="global", exact_sum=True)):
         layer = meprop.nn.LSTM(INPUTS, 40, dtype=dtype, rule=rule)
         layer.load_state_dict(plain.state_dict())
         layer(x)[0].square().sum().backward()
@@ -294,3 +295,20 @@ def test_functional_draws_from_packed_rows():
         for grad in torch.autograd.grad(output.sum(), [x, *weights]):
             assert grad.isfinite().all()
             assert grad.any()
+
+
+def test_the_exact_sum_is_left_out_unless_it_is_asked_for():
+    torch.manual_seed(0)
+    x, found = torch.randn(4, 6, 5), {}
+    for exact_sum in (None, False, True):
+        torch.manual_seed(1)
+        lstm = meprop.nn.LSTM(5, 20, rule=meprop.Sampled(3, exact_sum=exact_sum))
+        lstm(x)[0].square().sum().backward()
+        found[exact_sum] = lstm.weight_hh_l0.grad
+    assert torch.equal(found[None], found[False])
+    assert not torch.equal(found[None], found[True])
+    rule = meprop.Sampled(3)
+    assert (rule.exact_sum, rule.in_steps().exact_sum) == (None, False)
+    assert rule.select(torch.randn(9, 30)).shared is not None
+    assert repr(rule) == "Sampled(k=3)"
+    assert repr(meprop.Sampled(3, exact_sum=True)) == "Sampled(k=3, exact_sum=True)"

@@ -33,8 +33,9 @@ def lstm(
     Each gate has a gradient before its activation. At each time step `rule` chooses among the H entries of each gate's
     gradient. With scope "example" it chooses for each sequence. With scope "batch" it chooses for all sequences of the
     time step. With scope "global" it chooses among all sequences of the time step. `meprop.Sampled` draws from the four
-    gates together, with one key for the whole pass. With scope "global" and `exact_sum` a time step of one sequence
-    keeps everything, because the mean over the sequences is then all that is missing.
+    gates together, with one key for the whole pass, and without the exact sum unless that is asked for. With scope
+    "global" and `exact_sum=True` a time step of one sequence keeps everything, because the mean over the sequences is
+    then all that is missing.
 
     Let S be the kept parts [n, 4H] of the four gates. Then the earlier output's gradient is S W_hh, dx = S W_ih,
     dW_ih = S^T x and dW_hh = S^T h (meProp, section 3). The choice within each gate is ours, because the paper does not
@@ -110,7 +111,7 @@ class _Call:
 
     def select(self, gates_NO: Tensor) -> Selection:
         """What is kept of the gates of a time step [n, 4H]. It is noted."""
-        selection = in_blocks(self.policy.rule, 4).select(gates_NO)
+        selection = in_blocks(self.policy.rule.in_steps(), 4).select(gates_NO)
         self.policy.note(selection)
         return selection
 
@@ -152,7 +153,7 @@ class _Lstm(torch.autograd.Function):
         needs_x, needs_h0, needs_c0, needs_ih, needs_hh, *needs_biases = ctx.needs_input_grad[:7]
         needs = (needs_x, needs_ih, needs_hh, any(needs_biases), needs_h0, needs_c0)
         call: _Call = ctx.call
-        choice = chosen_of_gates(call.policy.rule, weight_hh.shape[1], weight_hh.device)
+        choice = chosen_of_gates(call.policy.rule.in_steps(), weight_hh.shape[1], weight_hh.device)
         kept = torch.zeros_like(batch_sizes)
         results = ops.lstm_backward(
             tuple(trace),

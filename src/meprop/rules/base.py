@@ -31,7 +31,7 @@ class Rule(ABC):
         scope: "example" for entries of each row, "batch" for the same columns for all rows (unified top-k), "global"
             for entries of the whole gradient. None means that the rule does not say. Code that needs a scope then looks
             at each selection.
-        exact_sum: Whether each row also gets the batch's mean of what is left out.
+        exact_sum: Whether each row also gets the batch's mean of what is left out. None means that the layer decides.
     """
 
     name: ClassVar[str] = ""
@@ -80,7 +80,7 @@ class Rule(ABC):
         Rows of the weight are output features. Those of a whole gradient, or of kept columns, may have no entry. With
         k entries of each row, hardly any has none.
         """
-        return self.scope in (None, "batch") or (self.scope == "global" and not self.exact_sum)
+        return self.scope in (None, "batch") or (self.scope == "global" and self.exact_sum is False)
 
     @abstractmethod
     def select(self, grad_output_NO: Tensor) -> Selection:
@@ -129,6 +129,10 @@ class Rule(ABC):
 
         A rule whose density depends on the gradient returns one of a density that it has in training.
         """
+        return self
+
+    def in_steps(self) -> Rule:
+        """The rule of each time step of an LSTM."""
         return self
 
     def as_topk(self, features: int) -> PlainTopK | None:

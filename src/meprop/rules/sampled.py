@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import ClassVar
 
@@ -41,8 +41,9 @@ class Sampled(Rule):
         scope: "global" draws from the whole gradient. "example" draws k entries of each row, "batch" k columns by their
             norms. Both need k. They are for comparison, and slower.
         noise: The budget r of added variance, above 0. It is 0.25 if neither k nor noise is given.
-        exact_sum: Give each row in addition the batch's mean of what is missing, so that the batch's sum is exact. With
-            scope "batch" it has no place, and has to be False. The batch of an LSTM is the sequences of a time step.
+        exact_sum: Give each row in addition the batch's mean of what is missing, so that the batch's sum is exact. None
+            does so in all layers but LSTMs. The batch of an LSTM is the sequences of a time step, where the exact sum
+            costs much and brought nothing on tagging (docs/entries.md). With scope "batch" it has no place.
         floor: The least density on average, with `noise`. It is rounded up to whole entries of a row.
         ceiling: The density above which a step is dense, with `noise`. It should be that at which the kernels are as
             fast as dense. `torch.compile` does not look at it.
@@ -90,15 +91,13 @@ class Sampled(Rule):
             object.__setattr__(self, "ceiling", checked_share("ceiling", self.ceiling))
         if not self.floor < self.ceiling:
             raise ValueError(f"floor={self.floor!r} is not below ceiling={self.ceiling!r}")
-        if self.exact_sum is None:
-            object.__setattr__(self, "exact_sum", self.scope != "batch")
-        elif self.exact_sum and self.scope == "batch":
+        if self.exact_sum and self.scope == "batch":
             raise ValueError("exact_sum=True with scope='batch': it would fill up the columns that are left out")
 
     def __repr__(self) -> str:
         parts = [f"noise={self.noise!r}" if self.k is None else f"k={self.k!r}"]
         parts += [f"scope={self.scope!r}"] * (self.scope != "global")
-        parts += ["exact_sum=False"] * (not self.exact_sum and self.scope != "batch")
+        parts += [f"exact_sum={self.exact_sum!r}"] * (self.exact_sum is not None)
         parts += [f"floor={self.floor!r}"] * (self.floor != 0) + [f"ceiling={self.ceiling!r}"] * (
             self.ceiling != CEILING
         )
@@ -129,7 +128,11 @@ class Sampled(Rule):
         least = ceil(self.floor * features)
         keep, k = ("noise", least) if self.noise is not None else ("drawn", self.count(features) or 0)
         ceiling = 1.0 if self.noise is None else self.ceiling
-        return Entries(keep, k, self.noise or 0.0, bool(self.exact_sum), _new_key(device), ceiling)
+        return Entries(keep, k, self.noise or 0.0, self.exact_sum is not False, _new_key(device), ceiling)
+
+    def in_steps(self) -> Rule:
+        """Itself, without the exact sum unless that is asked for."""
+        return replace(self, exact_sum=False) if self.exact_sum is None else self
 
     def select(self, grad_output_NO: Tensor) -> Selection:
         """What is drawn of grad_output_NO [N, O], or everything if that is more than `ceiling` of it.
@@ -150,7 +153,7 @@ class Sampled(Rule):
         if self.scope == "batch":
             return ops.draw_columns(grad_output_NO, k, _new_key(device))
         kept = ops.draw_rows(grad_output_NO, k, _new_key(device))
-        return with_exact_sum(kept, grad_output_NO) if self.exact_sum else kept
+        return kept if self.exact_sum is False else with_exact_sum(kept, grad_output_NO)
 
 
 def _new_key(device: torch.device) -> Tensor:
