@@ -43,7 +43,7 @@ class Sampled(Rule):
         noise: The budget r of added variance, above 0. It is 0.25 if neither k nor noise is given.
         exact_sum: Give each row in addition the batch's mean of what is missing, so that the batch's sum is exact. None
             does so in all layers but LSTMs. The batch of an LSTM is the sequences of a time step, where the exact sum
-            costs much and brought nothing on tagging (docs/entries.md). With scope "batch" it has no place.
+            costs much (docs/entries.md). With scope "batch" it has no place.
         floor: The least density on average, with `noise`. It is rounded up to whole entries of a row.
         ceiling: The density above which a step is dense, with `noise`. It should be that at which the kernels are as
             fast as dense. `torch.compile` does not look at it.
