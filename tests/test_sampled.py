@@ -5,6 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import meprop
+from meprop import speed
 
 ALL = [meprop.Sampled(), meprop.Sampled(4), meprop.Sampled(4, "example"), meprop.Sampled(4, "batch")]
 WHOLE = [meprop.Sampled(), meprop.Sampled(4), meprop.TopK(4, "global"), meprop.TopK(energy=0.9)]
@@ -175,3 +176,31 @@ def test_training_with_rows_left_out_is_training_with_zeros_in_them():
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# ---------------------------------------------------------------- layers that keep too much
+
+
+@pytest.mark.parametrize("when", ["auto", "always"])
+def test_a_rule_that_keeps_everything_for_long_is_asked_now_and_then(when, monkeypatch):
+    asked, select = [], meprop.Sampled.select
+    monkeypatch.setattr(meprop.Sampled, "select", lambda self, grad: asked.append(1) or select(self, grad))
+    monkeypatch.setattr(speed, "decide", lambda *_: speed.Decision(True, 20, 2.0, 1.0))
+    model = torch.nn.Sequential(torch.nn.Linear(5, 200))
+    meprop.convert(model, meprop.Sampled(noise=0.25), when=when)
+
+    def passes(count: int, grad: torch.Tensor) -> int:
+        asked.clear()
+        for _ in range(count):
+            model(torch.randn(20, 5)).backward(grad)
+        return len(asked)
+
+    even, few = torch.randn(20, 200), torch.zeros(20, 200)
+    few[3, 5] = few[4, 6] = 1.0
+    assert passes(32, even) == 32  # all of them dense
+    assert passes(48, even) == (48 if when == "always" else 3)
+    assert passes(16, few) == (16 if when == "always" else 1)  # the last one sees that the gradient has changed
+    assert passes(10, few) == 10
+    (layer,) = meprop.report(model).layers
+    assert f"{32 + 48 + 16 + 10} passes" in layer.reason
+    assert f"{80 + (0 if when == 'always' else 15)} of them dense" in layer.reason

@@ -70,6 +70,10 @@ class Activity:
         self.examples = 0
 
 
+# A layer whose rule kept everything in so many passes asks it every so many passes only.
+_DENSE_STREAK, _ASKED_EVERY = 32, 16
+
+
 @dataclass(eq=False)
 class Record:
     """What was measured and counted of a layer. It is the part of a policy that changes.
@@ -79,10 +83,11 @@ class Record:
         activities: What a `meprop.Simplifier` counts, one for each set of units of the layer. It is empty without a
             Simplifier.
         passes: How many backward passes a rule has selected for by `Rule.select`, or as entries of all rows. In an LSTM
-            each time step is one.
+            each time step is one. With a rule for each product, each of the two products is one.
         dense_passes: How many of these kept everything.
         kept: How many entries they kept, or maps of a convolution.
         seen: How many entries or maps their output gradients had.
+        dense_streak: How many of the last passes kept everything.
     """
 
     decision: speed.Decision | None = None
@@ -91,6 +96,30 @@ class Record:
     dense_passes: int = 0
     kept: int = 0
     seen: int = 0
+    dense_streak: int = 0
+    _rested: int = 0
+
+    def note(self, kept: int, seen: int, passes: int, dense_passes: int) -> None:
+        """Adds passes, of which so many kept everything."""
+        self.passes += passes
+        self.dense_passes += dense_passes
+        self.kept += kept
+        self.seen += seen
+        self.dense_streak = self.dense_streak + passes if dense_passes == passes else 0
+
+    def rests(self) -> bool:
+        """Whether the rule is not asked in this pass, because it has kept everything for long.
+
+        It is asked now and then, as gradients change in training.
+        """
+        if self.dense_streak < _DENSE_STREAK:
+            return False
+        self._rested = (self._rested + 1) % _ASKED_EVERY
+        if self._rested == 0:
+            return False
+        self.passes += 1
+        self.dense_passes += 1
+        return True
 
     @property
     def density(self) -> float | None:
@@ -189,6 +218,8 @@ class Policy:
     def is_sparse(self, features: int, rows: int, shape: Callable[[], speed.Shape]) -> bool:
         """Whether this backward pass is sparse. Every backward pass asks this.
 
+        With ``when="auto"`` a rule that has kept everything for long is asked now and then only.
+
         Args:
             features: O, the number of output features among which the rule chooses.
             rows: N, the number of rows of the output gradient.
@@ -202,16 +233,13 @@ class Policy:
             if not speed.can_measure() or (timed := shape()).device == "meta":
                 return True
             self.record.decision = speed.decide(self.own_rule or self.rule, timed)
-        return self.record.decision.sparse
+        return self.record.decision.sparse and (torch.compiler.is_compiling() or not self.record.rests())
 
     def note(self, selection: Selection) -> None:
         """Notes the density of a backward pass, unless torch.compile traces it."""
         if self.record is not None and not torch.compiler.is_compiling():
             entries = selection.rows * selection.width
-            self.record.passes += 1
-            self.record.dense_passes += is_everything(selection)
-            self.record.kept += round(selection.density * entries)
-            self.record.seen += entries
+            self.record.note(round(selection.density * entries), entries, 1, int(is_everything(selection)))
 
     def note_steps(self, kept: Tensor, seen: Tensor) -> None:
         """Notes how many entries each time step of a backward pass kept [T], and how many it had [T].
@@ -219,10 +247,7 @@ class Policy:
         Each time step counts as a pass.
         """
         if self.record is not None:
-            self.record.passes += len(kept)
-            self.record.dense_passes += int((kept == seen).sum())
-            self.record.kept += int(kept.sum())
-            self.record.seen += int(seen.sum())
+            self.record.note(int(kept.sum()), int(seen.sum()), len(kept), int((kept == seen).sum()))
 
     # ---- refusals
 
