@@ -98,8 +98,9 @@ class ThresholdSearch {
     (allowed ? allowed_ : forbidden_) = upper_of(threshold);
     if (allowed && (added >= budget * (1 - kSlack) || certain + below <= count_ * (1 + kSlack))) return threshold;
     if (certain + below < count_ && below == 0) return 0;
-    if (forbidden_ - allowed_ > 1) return of_upper(std::clamp(guess(threshold, certain, below, added, budget), allowed_ + 1, forbidden_ - 1));
-    return allowed_ < kLeastUpper ? 0 : of_upper(allowed_);
+    if (forbidden_ - allowed_ <= 1) return allowed_ < kLeastUpper ? 0 : of_upper(allowed_);
+    const int64_t upper = guess(threshold, certain, below, added, budget);
+    return of_upper(std::clamp(upper, allowed_ + 1, forbidden_ - 1));
   }
 
  private:

@@ -290,10 +290,9 @@ def native_products(
     hits: Tensor | None = None,
 ) -> Gradients:
     """One native call that makes the selection, if it has not been made, and the gradients that are wanted."""
-    if row_sparse and x is not None:
+    row_sparse = row_sparse and x is not None
+    if row_sparse:
         refuse_row_sparse(choice)
-    else:
-        row_sparse = False
     if isinstance(choice, PlainTopK):
         assert grad is not None
         rows, width, dtype, arguments, tensors = _of_topk(choice, grad, row_sparse)
