@@ -43,6 +43,9 @@ uint32_t bits_of(float value) {
   return bits;
 }
 
+// Below a threshold where the probabilities vanish, nothing is certain from this part of it on.
+constexpr double kLeastStep = 0x1p-24;
+
 float of_upper(int64_t upper) { return of_bits(static_cast<uint32_t>(upper) << 16); }
 int64_t upper_of(float value) { return bits_of(value) >> 16; }
 
@@ -88,8 +91,8 @@ class ThresholdSearch {
   ThresholdSearch(double noise, double count) : noise_(noise), count_(count) {}
 
   // The threshold to try after this one, or this one if it is found. It is found if it uses up one of the limits but for
-  // kSlack of it, or if no larger one is allowed. 0: no threshold is allowed, or nothing is below this one and still no
-  // more than `count` entries are kept. A threshold so large that squares vanish is not allowed.
+  // kSlack of it, or if no larger one is allowed. 0: no threshold is allowed. A threshold so large that squares vanish is
+  // not allowed.
   float next(float threshold, const DrawSums& sums) {
     const double one = kOne, certain = static_cast<double>(sums.certain);
     const double below = (static_cast<double>(sums.probabilities) - certain * one) / one;  // of the probabilities
@@ -97,7 +100,6 @@ class ThresholdSearch {
     const bool allowed = budget > 0 && added <= budget && certain + below >= count_;
     (allowed ? allowed_ : forbidden_) = upper_of(threshold);
     if (allowed && (added >= budget * (1 - kSlack) || certain + below <= count_ * (1 + kSlack))) return threshold;
-    if (certain + below < count_ && below == 0) return 0;
     if (forbidden_ - allowed_ <= 1) return allowed_ < kLeastUpper ? 0 : of_upper(allowed_);
     const int64_t upper = guess(threshold, certain, below, added, budget);
     return of_upper(std::clamp(upper, allowed_ + 1, forbidden_ - 1));
@@ -109,7 +111,7 @@ class ThresholdSearch {
     if (++steps_ > kNewtonSteps || !(budget > 0)) return (allowed_ + forbidden_) / 2;
     const double middle = 1 - kSlack / 2, least = count_ / middle - certain;
     const double by_noise = below > 0 ? threshold * (1 + (budget * middle - added) / below) : HUGE_VAL;
-    const double by_count = least > 0 ? threshold * below / least : HUGE_VAL;
+    const double by_count = least > 0 ? threshold * std::max(below / least, kLeastStep) : HUGE_VAL;
     const double found = std::min({by_noise, by_count, kLargestStep * threshold});
     return found < kLargestThreshold ? upper_of(static_cast<float>(std::max(found, 0.0))) : kFinite - 1;
   }
@@ -124,14 +126,13 @@ class ThresholdSearch {
 };
 
 // The threshold to try after this one, for which the probabilities shall add up to `count`. It is this one if no entry has
-// become certain or uncertain since the last, which had so many certain ones. From above, the steps come closer. 0: all
-// entries that are not zero are kept.
+// become certain or uncertain since the last, which had so many certain ones. From above, the steps come closer.
 float next_for_count(float threshold, const DrawSums& sums, double count, int64_t last_certain) {
   const double one = kOne, certain = static_cast<double>(sums.certain);
   const double below = (static_cast<double>(sums.probabilities) - certain * one) / one;
   if (certain >= count && (below > 0 || certain > count)) return std::min(2 * threshold, kLargestThreshold);
   if (sums.certain == last_certain || certain == count) return threshold;
-  if (below == 0) return 0;
+  if (below == 0) return static_cast<float>(threshold * kLeastStep);
   const double found = threshold * (below / (count - certain));
   return static_cast<float>(std::min<double>(found, kLargestThreshold));
 }
@@ -432,7 +433,7 @@ void EntriesPass<T>::draw_rows(Team team, Entries<T>* all) {
                            ? search.next(own.threshold, sums)
                            : next_for_count(own.threshold, sums, static_cast<double>(own.count), certain);
     if (next == own.threshold) break;
-    certain = sums.certain;
+    certain = sums.probabilities > static_cast<uint64_t>(sums.certain) * kOne ? sums.certain : -1;
     set_threshold(&own, next);
   }
   const Range rows = team.row_part(all->rows);

@@ -1,7 +1,7 @@
 // Entries of a whole matrix, chosen by a team of threads that is running already.
 //
-// This header is for the drivers (entries.cpp, lstm.cpp), which are compiled alike. The unit of a level must not include
-// it (kernels.h says why).
+// This header is for the drivers (entries.cpp, lstm_backward.cpp), which are compiled alike. The unit of a level must not
+// include it (kernels.h says why).
 #pragma once
 
 #include "drivers.h"

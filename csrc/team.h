@@ -1,7 +1,7 @@
 // What every operation needs before it can compute: threads that share out the work, and scratch memory.
 //
-// This header is for the drivers (linear.cpp, lstm.cpp and others), which are compiled alike. The unit of a level must not include
-// it (kernels.h says why).
+// This header is for the drivers (linear.cpp, lstm.cpp and others), which are compiled alike. The unit of a level must not
+// include it (kernels.h says why).
 #pragma once
 
 #include <omp.h>

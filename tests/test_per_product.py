@@ -108,6 +108,17 @@ def test_of_a_frozen_weight_a_simplifier_counts_what_its_rule_keeps():
     assert simplifier is not None
 
 
+def test_the_density_of_a_top_k_counts_as_that_of_draws_does():
+    sampled, half = meprop.Sampled(noise=1.0), meprop.TopK(0.5)
+    for rule in (meprop.PerProduct(input=sampled, weight=half), meprop.PerProduct(input=half, weight=sampled)):
+        layer = meprop.nn.Linear(9, 200, rule=rule)
+        grad = torch.zeros(20, 200)
+        grad[:, 0] = 1  # all that is drawn
+        layer(torch.randn(20, 9, requires_grad=True)).backward(grad)
+        assert layer.policy.record.passes == 2
+        assert 0.25 < layer.policy.record.density <= (0.5 + 1 / 200) / 2
+
+
 def test_the_density_of_both_products_counts():
     first = meprop.PerProduct(input=meprop.Sampled(noise=1.0, ceiling=1), weight=None)
     second = meprop.PerProduct(input=None, weight=meprop.Sampled(noise=1.0, ceiling=1))

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meprop import speed
 from meprop.errors import NotSupportedError
 from meprop.rules import Rule, in_blocks
-from meprop.selection import ColumnSelection, Selection, is_everything
+from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
 
 __all__ = ["Activity", "Policy", "Record", "When"]
 
@@ -83,7 +83,7 @@ class Record:
         activities: What a `meprop.Simplifier` counts, one for each set of units of the layer. It is empty without a
             Simplifier.
         passes: How many backward passes a rule has selected for by `Rule.select`, or as entries of all rows. In an LSTM
-            each time step is one. With a rule for each product, each of the two products is one.
+            each time step is one. With a rule for each product, each product is one.
         dense_passes: How many of these kept everything.
         kept: How many entries they kept, or maps of a convolution.
         seen: How many entries or maps their output gradients had.
@@ -237,9 +237,23 @@ class Policy:
 
     def note(self, selection: Selection) -> None:
         """Notes the density of a backward pass, unless torch.compile traces it."""
-        if self.record is not None and not torch.compiler.is_compiling():
+        if self._notes:
             entries = selection.rows * selection.width
-            self.record.note(round(selection.density * entries), entries, 1, int(is_everything(selection)))
+            self._note(round(selection.density * entries), entries, is_everything(selection))
+
+    def note_topk(self, choice: PlainTopK, grad_NO: Tensor) -> None:
+        """Notes a top-k of one of two products. That of both is known before, and is not noted."""
+        if self._notes:
+            kept = len(grad_NO) * choice.k * choice.blocks
+            self._note(kept, grad_NO.numel(), kept == grad_NO.numel())
+
+    @property
+    def _notes(self) -> bool:
+        return self.record is not None and not torch.compiler.is_compiling()
+
+    def _note(self, kept: int, seen: int, dense: bool) -> None:
+        assert self.record is not None
+        self.record.note(kept, seen, 1, int(dense))
 
     def note_steps(self, kept: Tensor, seen: Tensor) -> None:
         """Notes how many entries each time step of a backward pass kept [T], and how many it had [T].

@@ -239,8 +239,6 @@ def test_convert_measures_and_says_what_it_did(monkeypatch):
 
 def test_what_is_not_supported_says_why():
     x, weight = torch.randn(2, 3, 5, 5), torch.randn(20, 3, 3, 3, requires_grad=True)
-    with pytest.raises(ValueError, match="scope='batch'"):
-        functional.conv2d(x, weight, rule=GLOBAL, sparse_grad=True)
     with pytest.raises(meprop.NotSupportedError, match="differs for the two products"):
         functional.conv2d(x, weight, rule=meprop.PerProduct(input=GLOBAL, weight=meprop.Sampled()))
     with pytest.raises(meprop.NotSupportedError, match="groups=3"):
@@ -258,3 +256,18 @@ def test_a_pointwise_convolution_still_chooses_at_each_position():
     (found,) = torch.autograd.grad(functional.conv2d(x, weight, rule=GLOBAL), weight, grad)
     (expected,) = torch.autograd.grad(F.conv2d(x, weight), weight, kept)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("ceiling", [0.01, 1])
+def test_rows_are_left_out_of_weights_gradients_of_sparse_pointwise_passes_only(kernel, ceiling):
+    rule = meprop.Sampled(noise=0.25, exact_sum=False, ceiling=ceiling)
+    x, weight = torch.randn(2, 3, 5, 5), torch.randn(20, 3, kernel, kernel, requires_grad=True)
+    found = []
+    for sparse_grad in (False, True):
+        torch.manual_seed(0)
+        output = functional.conv2d(x, weight, rule=rule, sparse_grad=sparse_grad)
+        found += torch.autograd.grad(output, weight, torch.randn_like(output))
+    assert not found[0].is_sparse
+    assert found[1].is_sparse == (kernel == 1 and ceiling == 1)
+    torch.testing.assert_close(found[1].to_dense(), found[0], rtol=0, atol=0)

@@ -66,6 +66,17 @@ def test_native_reads_every_layout(kind, layout):
     same(ops.choose_entries(LAYOUTS[layout](grad), entries), ops.choose_entries.literally(grad, entries))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_reads_every_layout(kind, layout):
+    grad = gradient("normal", 9, 256, torch.float32)  # whole groups
+    grad = grad[:1].expand(9, 256) if layout == "rows on top of one another" else grad
+    found, expected = (
+        ops.choose_entries.literally(each, described(20)[kind]) for each in (LAYOUTS[layout](grad), grad)
+    )
+    same(found, expected)
+
+
 @needs_native
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_threads_changes_no_bit(kind):
@@ -217,6 +228,15 @@ def test_drawn_are_exactly_so_many_or_all_that_are_not_zero():
             grad = gradient(content, rows, width, torch.float32, seed)
             kept = ops.choose_entries(grad, Entries("drawn", k, key=torch.tensor(seed)))
             assert len(kept.indices) == min(k * rows, int(grad.count_nonzero()))
+
+
+@pytest.mark.parametrize("choose", [ops.choose_entries, ops.choose_entries.literally])
+@pytest.mark.parametrize("entries", [Entries("drawn", 12, key=KEY), Entries("noise", 12, share=0.25, key=KEY)])
+def test_probabilities_that_vanish_beside_one_row_do_not_keep_everything(entries, choose):
+    grad = gradient("normal", 100, 300, torch.float32)
+    grad[:-1] *= 1e-20
+    grad[-1] = 1
+    assert 1190 <= len(choose(grad, entries).indices) < 1260
 
 
 def test_random_numbers_are_philox():

@@ -121,6 +121,8 @@ def _backward_by(
     if choice is None or (activity is not None and positions > 1):  # counting an example once needs a selection
         choice = rule.select(grad_NO)
         policy.note(choice)  # of a rule for each product, each of the two counts
+    elif policy.rule.differs:
+        policy.note_topk(choice, grad_NO)
     if activity is not None and positions > 1:
         assert not isinstance(choice, PlainTopK)  # it was selected above
         activity.count(choice, positions)

@@ -80,7 +80,8 @@ def conv2d(
         dilation: The same as torch's.
         groups: It has to be 1.
         rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")`.
-        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows. See `linear`.
+        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows. See `linear`. With
+            maps it stays dense.
         compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `linear`. No copy of the weight is
             kept, because casting it costs little beside the product.
 
@@ -88,10 +89,9 @@ def conv2d(
         Output [N, O, *, *] or [O, *, *], which equals torch's of the same dtypes bit for bit.
 
     Raises:
-        NotSupportedError: `groups` is above 1, or with a convolution that is not pointwise scope "example" is used, a
-            `PerProduct`, or `sparse_grad` with scope "global" (docs/convolution.md says why). Or the backward pass is
-            called with create_graph=True, or `sparse_grad` or maps of another rule than `TopK` and `Sampled` are used
-            under torch.compile.
+        NotSupportedError: `groups` is above 1, or scope "example" or a `PerProduct` is used with a convolution that is
+            not pointwise (docs/convolution.md says why). Or the backward pass is called with create_graph=True, or
+            `sparse_grad` or maps of another rule than `TopK` and `Sampled` are used under torch.compile.
         TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
         ValueError: `sparse_grad` is used with scope "example" or an exact sum, `compute_dtype` is not torch.bfloat16 or
             None, the weight has another number of dimensions, or torch does not know the padding.
@@ -112,7 +112,7 @@ def _convolution(
     if weight.dim() != dims + 2:
         raise ValueError(f"weight is {list(weight.shape)}; that of a conv{dims}d has {dims + 2} dimensions")
     x, geometry = padded(x, weight.shape[2:], *moves)
-    reason = why_not_sparse(policy, geometry.is_pointwise(weight), groups)
+    reason = why_not_sparse(policy.rule, geometry.is_pointwise(weight), groups)
     if reason is not None:
         raise NotSupportedError(reason)
     return convolution_with_policy(x, weight, bias, geometry, policy)
@@ -244,7 +244,7 @@ class _Backward:
         )
         if grad_x is not None:
             grad_x = grad_x.reshape(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
-        if grad_weight is not None and policy.sparse_grad:  # a sparse tensor has no view
+        if grad_weight is not None and grad_weight.is_sparse:  # it has no view, and is dense where everything is kept
             indices, rows = grad_weight.indices()[0], grad_weight.values()
             grad_weight = ops.row_sparse_tensor(indices, rows.reshape(-1, *weight.shape[1:]), len(weight))
         elif grad_weight is not None and weight.is_contiguous():  # this includes a kernel of 1 in channels_last
@@ -298,9 +298,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).flatten(0, -2)
 
 
-def why_not_sparse(policy: Policy, pointwise: bool, groups: int) -> str | None:
-    """Why a convolution cannot back-propagate what the policy keeps. None if it can."""
-    rule = policy.rule
+def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
+    """Why a convolution cannot back-propagate what the rule keeps. None if it can."""
     if groups != 1:
         return (
             f"groups={groups}: a group's inputs get their gradient from its own outputs alone, so that groups without "

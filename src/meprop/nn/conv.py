@@ -30,7 +30,7 @@ class _Convolution(SparseLayer, _ConvNd):
     ) -> None:
         policy = Policy(rule, sparse_grad, compute_dtype)
         super().__init__(*args, **kwargs)
-        reason = _why_dense(self, policy)
+        reason = _why_dense(self, rule)
         if reason is not None:
             raise NotSupportedError(f"{reason}; for this layer use torch.nn.{type(self).__name__}")
         self.policy = policy.of_layer()
@@ -67,7 +67,7 @@ class Conv2d(_Convolution, torch.nn.Conv2d):
         *args: The arguments of `torch.nn.Conv2d`: in_channels, out_channels, kernel_size, stride, padding, dilation,
             groups, bias, padding_mode, device, dtype.
         rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")` or `meprop.Sampled(noise=0.25)`.
-        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows. See `meprop.functional.linear`.
+        sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows. See `meprop.functional.conv2d`.
         compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `meprop.functional.conv2d`.
         **kwargs: The keyword arguments of `torch.nn.Conv2d`.
 
@@ -89,9 +89,9 @@ class Conv2d(_Convolution, torch.nn.Conv2d):
 Plain = torch.nn.Conv1d | torch.nn.Conv2d
 
 
-def _why_dense(layer: Plain | _ConvNd, policy: Policy) -> str | None:
+def _why_dense(layer: Plain | _ConvNd, rule: Rule) -> str | None:
     padding = () if isinstance(layer.padding, str) else layer.padding  # "same" adds no padding to a kernel of 1
-    return why_not_sparse(policy, is_pointwise(layer.kernel_size, layer.stride, padding), layer.groups)
+    return why_not_sparse(rule, is_pointwise(layer.kernel_size, layer.stride, padding), layer.groups)
 
 
 class ConvolutionDescriptor(Descriptor[Plain]):
@@ -108,7 +108,7 @@ class ConvolutionDescriptor(Descriptor[Plain]):
 
     def why_dense(self, layer: Plain, policy: Policy) -> str | None:
         """A reason if there are groups, or if the rule goes for pointwise convolutions only."""
-        return _why_dense(layer, policy)
+        return _why_dense(layer, policy.rule)
 
     def why_narrow(self, layer: Plain, min_features: int) -> str | None:
         """Half as many channels are enough, because the work of a channel is repeated at each position."""

@@ -82,7 +82,8 @@ def choose_entries(grad: Tensor, entries: Entries, /) -> _Found:
     fewer are not zero, these are kept as they are.
 
     A threshold of "drawn" is no magnitude in bfloat16. Entries of that dtype become the nearest one, which is off by at
-    most 0.4%. In float16 no threshold is above the largest number, so that more entries may be kept.
+    most 0.4%. No threshold is above the largest number of the dtype, or below 2^-100. More entries are kept where it
+    would have to be.
 
     Probabilities are multiples of 2^-24. Each row is sampled systematically (Madow 1949): with a random number u in
     [0, 1), entry o is drawn if floor(u + p[0] + ... + p[o]) is above floor(u + p[0] + ... + p[o - 1]). The numbers u

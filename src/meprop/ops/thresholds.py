@@ -26,6 +26,7 @@ _INFINITY = 0x7F80  # the upper half of its key
 _LEAST_UPPER = (127 - 100) << 7  # that of 2^-100; smaller thresholds might have no inverse
 _NEWTON_STEPS = 8  # before the interval is halved
 _LARGEST_STEP = 1 << 16  # squares vanish below a much larger threshold
+_LEAST_STEP = 1 / ONE  # below a threshold where the probabilities vanish, nothing is certain from this part of it on
 _SAMPLED = 1024  # groups in a sample, at most twice as many
 
 
@@ -149,8 +150,7 @@ class ThresholdSearch:
         """The threshold to try after this one, or this one if it is found.
 
         It is found if it uses up one of the limits but for SLACK of it, or if no larger one is allowed. 0 says that no
-        threshold is allowed, or that nothing is below this one and still no more than `count` entries are kept. A
-        threshold so large that squares vanish is not allowed.
+        threshold is allowed. A threshold so large that squares vanish is not allowed.
         """
         below, kept = sums.below, sums.certain + sums.below
         added, budget = below - sums.squares_below / 2.0**48, self.noise * (sums.squares / 2.0**48)
@@ -161,8 +161,6 @@ class ThresholdSearch:
             self.forbidden = _upper_of(threshold)
         if allowed and (added >= budget * (1 - SLACK) or kept <= self.count * (1 + SLACK)):
             return threshold
-        if kept < self.count and below == 0:
-            return 0.0
         if self.forbidden - self.allowed > 1:
             upper = self._guess(threshold, sums.certain, below, added, budget)
             return _of_upper(min(max(upper, self.allowed + 1), self.forbidden - 1))
@@ -176,7 +174,7 @@ class ThresholdSearch:
         middle = 1 - SLACK / 2
         least = self.count / middle - certain
         by_noise = threshold * (1 + (budget * middle - added) / below) if below > 0 else math.inf
-        by_count = threshold * below / least if least > 0 else math.inf
+        by_count = threshold * max(below / least, _LEAST_STEP) if least > 0 else math.inf
         found = min(by_noise, by_count, _LARGEST_STEP * threshold)
         return _upper_of(max(found, 0.0)) if found < _LARGEST else _INFINITY - 1
 
@@ -185,7 +183,7 @@ def _next_for_count(threshold: float, sums: DrawSums, count: int, last_certain: 
     """The threshold to try after this one, for which the probabilities shall add up to `count`.
 
     It is this one if no entry has become certain or uncertain since the last, which had so many certain ones. From
-    above, the steps come closer. 0 says that all entries that are not zero are kept.
+    above, the steps come closer.
     """
     below, certain = sums.below, sums.certain
     if certain >= count and (below > 0 or certain > count):
@@ -193,7 +191,7 @@ def _next_for_count(threshold: float, sums: DrawSums, count: int, last_certain: 
     if certain in (last_certain, count):
         return threshold
     if below == 0:
-        return 0.0
+        return threshold * _LEAST_STEP
     return _of_bits(bits_of(min(threshold * (below / (count - certain)), _LARGEST)))
 
 
@@ -204,7 +202,7 @@ def _sample(keys: Tensor) -> tuple[Tensor, float]:
     """
     rows, width = keys.shape
     in_row = -(-width // GROUP)
-    groups = pad(keys, (0, -width % GROUP)).view(rows * in_row, GROUP)
+    groups = pad(keys, (0, -width % GROUP)).reshape(rows * in_row, GROUP)
     step = rows * in_row // _SAMPLED | 1
     sizes = [min(GROUP, width - number % in_row * GROUP) for number in range(0, rows * in_row, step)]
     return groups[::step].reshape(1, -1), sum(sizes) / max(rows * width, 1)
@@ -241,7 +239,7 @@ def threshold_for_draws(keys: Tensor, noise: float | None, count: int) -> float:
         following = _next_for_count(threshold, sums, count, certain) if noise is None else search.next(threshold, sums)
         if following == threshold:
             break
-        threshold, certain = following, sums.certain
+        threshold, certain = following, sums.certain if sums.below > 0 else -1
         if _upper_of(threshold) < _LEAST_UPPER:
             return 0.0
     return threshold
