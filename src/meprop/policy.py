@@ -97,7 +97,7 @@ class Record:
     kept: int = 0
     seen: int = 0
     dense_streak: int = 0
-    _rested: int = 0
+    _rested: int = field(default=0, init=False, repr=False)
 
     def note(self, kept: int, seen: int, passes: int, dense_passes: int) -> None:
         """Adds passes, of which so many kept everything."""
