@@ -6,16 +6,19 @@ MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1
 READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize env lint format clean
+.PHONY: help demo test test-slow sanitize env lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env  ## set up .venv, train dense and sparse on real MNIST side by side, print the table (a few minutes)
 	$(BIN)/meprop compare mnist --out runs/demo --overwrite
 
-test: env  ## set up .venv and run all tests
+test: env  ## set up .venv and run the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2
+
+test-slow: env  ## the slow tests: means of many draws, and long walks over all cases (some minutes)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 env: $(READY)  ## set up .venv only (again, after a change of the build, of the native code or of the list of modules)
 
