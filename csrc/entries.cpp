@@ -43,6 +43,8 @@ uint32_t bits_of(float value) {
   return bits;
 }
 
+// More than it takes to double the least threshold up to the largest.
+constexpr int64_t kMostSteps = 256;
 // Below a threshold where the probabilities vanish, nothing is certain from this part of it on.
 constexpr double kLeastStep = 0x1p-24;
 
@@ -125,13 +127,16 @@ class ThresholdSearch {
   int steps_ = 0;
 };
 
-// The threshold to try after this one, for which the probabilities shall add up to `count`. It is this one if no entry has
-// become certain or uncertain since the last, which had so many certain ones. From above, the steps come closer.
+// The threshold to try after this one, for which the probabilities shall add up to `count`. The last one had so many
+// certain entries. If fewer than `count`, this threshold is not too small but by rounding. It is found then if no entry
+// has become certain or uncertain, or if `count` entries are certain. From above, the steps come closer.
 float next_for_count(float threshold, const DrawSums& sums, double count, int64_t last_certain) {
   const double one = kOne, certain = static_cast<double>(sums.certain);
   const double below = (static_cast<double>(sums.probabilities) - certain * one) / one;
-  if (certain >= count && (below > 0 || certain > count)) return std::min(2 * threshold, kLargestThreshold);
-  if (sums.certain == last_certain || certain == count) return threshold;
+  const bool not_too_small = last_certain >= 0 && static_cast<double>(last_certain) < count;
+  if (not_too_small && (sums.certain == last_certain || certain >= count)) return threshold;
+  if (certain == count && below == 0) return threshold;
+  if (certain >= count) return std::min(2 * threshold, kLargestThreshold);
   if (below == 0) return static_cast<float>(threshold * kLeastStep);
   const double found = threshold * (below / (count - certain));
   return static_cast<float>(std::min<double>(found, kLargestThreshold));
@@ -432,7 +437,7 @@ void EntriesPass<T>::draw_rows(Team team, Entries<T>* all) {
     const float next = own.keep == Keep::kNoise
                            ? search.next(own.threshold, sums)
                            : next_for_count(own.threshold, sums, static_cast<double>(own.count), certain);
-    if (next == own.threshold) break;
+    if (next == own.threshold || time == kMostSteps) break;
     certain = sums.probabilities > static_cast<uint64_t>(sums.certain) * kOne ? sums.certain : -1;
     set_threshold(&own, next);
   }

@@ -239,6 +239,14 @@ def test_probabilities_that_vanish_beside_one_row_do_not_keep_everything(entries
     assert 1190 <= len(choose(grad, entries).indices) < 1260
 
 
+@pytest.mark.parametrize("choose", [ops.choose_entries, ops.choose_entries.literally])
+@pytest.mark.parametrize("others", [1, 300])
+def test_probabilities_that_vanish_at_twice_the_threshold_end_the_search(others, choose):
+    grad = torch.full((1, 1 + others), 2.0**-24.6)
+    grad[0, 0] = 1
+    assert choose(grad, Entries("drawn", 1, key=KEY)).indices.tolist() == [0]
+
+
 def test_random_numbers_are_philox():
     # The vectors of the authors' test (Random123, kat_vectors: philox4x32 10), whose upper 24 bits are used.
     assert uniform(0, 4).tolist() == [word >> 8 for word in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)]

@@ -27,6 +27,7 @@ _LEAST_UPPER = (127 - 100) << 7  # that of 2^-100; smaller thresholds might have
 _NEWTON_STEPS = 8  # before the interval is halved
 _LARGEST_STEP = 1 << 16  # squares vanish below a much larger threshold
 _LEAST_STEP = 1 / ONE  # below a threshold where the probabilities vanish, nothing is certain from this part of it on
+_MOST_STEPS = 256  # more than it takes to double the least threshold up to the largest
 _SAMPLED = 1024  # groups in a sample, at most twice as many
 
 
@@ -182,14 +183,16 @@ class ThresholdSearch:
 def _next_for_count(threshold: float, sums: DrawSums, count: int, last_certain: int) -> float:
     """The threshold to try after this one, for which the probabilities shall add up to `count`.
 
-    It is this one if no entry has become certain or uncertain since the last, which had so many certain ones. From
-    above, the steps come closer.
+    The last one had so many certain entries. If fewer than `count`, this threshold is not too small but by rounding. It
+    is found then if no entry has become certain or uncertain, or if `count` entries are certain. From above, the steps
+    come closer.
     """
     below, certain = sums.below, sums.certain
-    if certain >= count and (below > 0 or certain > count):
-        return min(2.0 * threshold, _LARGEST)
-    if certain in (last_certain, count):
+    not_too_small = 0 <= last_certain < count
+    if (not_too_small and (certain == last_certain or certain >= count)) or (certain == count and below == 0):
         return threshold
+    if certain >= count:
+        return min(2.0 * threshold, _LARGEST)
     if below == 0:
         return threshold * _LEAST_STEP
     return _of_bits(bits_of(min(threshold * (below / (count - certain)), _LARGEST)))
@@ -234,10 +237,12 @@ def threshold_for_draws(keys: Tensor, noise: float | None, count: int) -> float:
     """
     threshold = _first_threshold(keys, math.inf if noise is None else noise, count)
     search, certain = ThresholdSearch(0.0 if noise is None else noise, count), -1
-    while threshold > 0:
+    for step in range(_MOST_STEPS + 1):
+        if threshold == 0:
+            break
         sums = sums_of(keys, threshold)
         following = _next_for_count(threshold, sums, count, certain) if noise is None else search.next(threshold, sums)
-        if following == threshold:
+        if following == threshold or step == _MOST_STEPS:
             break
         threshold, certain = following, sums.certain if sums.below > 0 else -1
         if _upper_of(threshold) < _LEAST_UPPER:
