@@ -31,6 +31,7 @@ def test_wrong_settings_are_refused(options, message):
         meprop.Sampled(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [meprop.Sampled(ceiling=1), *ALL[1:]], ids=repr)
 def test_the_mean_of_many_draws_is_the_gradient(rule):
     torch.manual_seed(0)

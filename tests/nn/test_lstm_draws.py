@@ -82,7 +82,10 @@ def test_the_native_walk_draws_and_computes_what_the_literal_one_does(level, poi
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize(
+    "choice",
+    [pytest.param(each, id=name, marks=[pytest.mark.slow] * (name != "exact sum")) for name, each in CHOICES.items()],
+)
 def test_the_number_of_threads_changes_no_bit(level, threads, choice):
     for (sizes, units), reverse in itertools.product([([130, 33, 7, 1], 131), ([3] * 5, 500)], [False, True]):
         run, _ = arguments(sizes, INPUTS, units, reverse, choice)

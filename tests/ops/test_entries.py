@@ -195,7 +195,7 @@ def test_energy_is_held_by_hardly_more_entries_than_necessary(share):
 
 
 @pytest.mark.parametrize("kind", ["noise", "much noise", "drawn"])
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_draws_have_the_gradient_as_their_mean(dtype, kind):
     """Copies of the rows below one another have the threshold of one copy, and each row is drawn by itself.
 

@@ -37,6 +37,7 @@ def test_the_compact_model_is_exported(name):
     torch.testing.assert_close(exported(x), model(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("lstm", "stacked, bidirectional lstm")])
 def test_the_compact_model_is_exported_to_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")
