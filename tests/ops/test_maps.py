@@ -141,7 +141,7 @@ def test_the_number_of_threads_changes_no_bit(dtype, exact_sum):
         assert all(torch.equal(a, b) for a, b in zip(each, found[0], strict=True))
 
 
-@pytest.mark.parametrize("exact_sum", [False, True])
+@pytest.mark.parametrize("exact_sum", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_drawn_maps_have_the_gradient_as_their_mean(exact_sum):
     """A wrong scale of a map would be seen: most maps are below the threshold."""
     grad, x, weight = make("2d")
