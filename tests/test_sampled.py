@@ -6,6 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 import meprop
 from meprop import speed
+from meprop.policy import Record
 
 ALL = [meprop.Sampled(), meprop.Sampled(4), meprop.Sampled(4, "example"), meprop.Sampled(4, "batch")]
 WHOLE = [meprop.Sampled(), meprop.Sampled(4), meprop.TopK(4, "global"), meprop.TopK(energy=0.9)]
@@ -199,9 +200,20 @@ def test_a_rule_that_keeps_everything_for_long_is_asked_now_and_then(when, monke
     even, few = torch.randn(20, 200), torch.zeros(20, 200)
     few[3, 5] = few[4, 6] = 1.0
     assert passes(32, even) == 32  # all of them dense
-    assert passes(48, even) == (48 if when == "always" else 3)
-    assert passes(16, few) == (16 if when == "always" else 1)  # the last one sees that the gradient has changed
+    assert passes(51, even) == (51 if when == "always" else 3)
+    assert passes(17, few) == (17 if when == "always" else 1)  # the last one sees that the gradient has changed
     assert passes(10, few) == 10
     (layer,) = meprop.report(model).layers
-    assert f"{32 + 48 + 16 + 10} passes" in layer.reason
-    assert f"{80 + (0 if when == 'always' else 15)} of them dense" in layer.reason
+    assert f"{32 + 51 + 17 + 10} passes" in layer.reason
+    assert f"{83 + (0 if when == 'always' else 16)} of them dense" in layer.reason
+
+
+def test_a_time_step_is_no_pass_of_its_own_and_each_product_is_asked_in_its_turn():
+    record = Record()
+    for _ in range(31):
+        record.note(kept=80, seen=80, passes=25, dense_passes=25)  # 25 time steps
+    assert not record.rests()
+    record.note(kept=80, seen=80, passes=25, dense_passes=25)
+    asked = [number for number in range(4 * 17) if not record.rests()]
+    assert {number % 2 for number in asked} == {0, 1}  # of two products, one after the other
+    assert {number % 3 for number in asked} == {0, 1, 2}

@@ -70,8 +70,9 @@ class Activity:
         self.examples = 0
 
 
-# A layer whose rule kept everything in so many passes asks it every so many passes only.
-_DENSE_STREAK, _ASKED_EVERY = 32, 16
+# A layer whose rule kept everything in so many passes asks it every so many passes only. The second number is prime, so
+# that each of several products of a layer is asked in its turn.
+_DENSE_STREAK, _ASKED_EVERY = 32, 17
 
 
 @dataclass(eq=False)
@@ -87,7 +88,7 @@ class Record:
         dense_passes: How many of these kept everything.
         kept: How many entries they kept, or maps of a convolution.
         seen: How many entries or maps their output gradients had.
-        dense_streak: How many of the last passes kept everything.
+        dense_streak: How many of the last backward passes kept everything. All time steps of an LSTM are one.
     """
 
     decision: speed.Decision | None = None
@@ -105,7 +106,7 @@ class Record:
         self.dense_passes += dense_passes
         self.kept += kept
         self.seen += seen
-        self.dense_streak = self.dense_streak + passes if dense_passes == passes else 0
+        self.dense_streak = self.dense_streak + 1 if dense_passes == passes else 0
 
     def rests(self) -> bool:
         """Whether the rule is not asked in this pass, because it has kept everything for long.

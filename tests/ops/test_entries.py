@@ -32,7 +32,7 @@ def described(k: int) -> dict[str, Entries]:
 KINDS = list(described(1))
 
 
-def same(found, expected) -> None:
+def assert_same(found, expected) -> None:
     assert found.starts.tolist() == expected.starts.tolist()
     assert found.indices.tolist() == expected.indices.tolist()
     torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0, equal_nan=True)
@@ -59,7 +59,7 @@ def test_native_equals_the_reference(dtype, kind, level, part):
         for (rows, width, k), content in CASES[first::4]:
             grad = gradient(content, rows, width, dtype)
             entries = described(k)[kind]._replace(exact_sum=content in ("normal", "ties"))
-            same(ops.choose_entries(grad, entries), ops.choose_entries.literally(grad, entries))
+            assert_same(ops.choose_entries(grad, entries), ops.choose_entries.literally(grad, entries))
     finally:
         native.use_level(before)
 
@@ -71,7 +71,7 @@ def test_native_reads_every_layout(kind, layout):
     grad = gradient("normal", 9, 257, torch.float32)
     grad = grad[:1].expand(9, 257) if layout == "rows on top of one another" else grad
     entries = described(20)[kind]._replace(exact_sum=True)
-    same(ops.choose_entries(LAYOUTS[layout](grad), entries), ops.choose_entries.literally(grad, entries))
+    assert_same(ops.choose_entries(LAYOUTS[layout](grad), entries), ops.choose_entries.literally(grad, entries))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,7 +82,7 @@ def test_the_reference_reads_every_layout(kind, layout):
     found, expected = (
         ops.choose_entries.literally(each, described(20)[kind]) for each in (LAYOUTS[layout](grad), grad)
     )
-    same(found, expected)
+    assert_same(found, expected)
 
 
 @needs_native
@@ -97,7 +97,7 @@ def test_the_number_of_threads_changes_no_bit(kind):
     finally:
         torch.set_num_threads(before)
     for each in found[1:]:
-        same(each, found[0])
+        assert_same(each, found[0])
         assert torch.equal(each.shared, found[0].shared)
 
 
@@ -143,7 +143,7 @@ def test_a_sample_that_misleads_changes_nothing(case, dtype):
     grad = grad.to(dtype)
     for entries in described(12).values():
         found = ops.choose_entries(grad, entries)
-        same(found, ops.choose_entries.literally(grad, entries))
+        assert_same(found, ops.choose_entries.literally(grad, entries))
         if entries.keep == "noise" and entries.k == 0:
             assert added_noise(grad, found) <= entries.share
 
