@@ -96,23 +96,27 @@ T* address(int64_t value) {
 
 int thread_count(int64_t value) { return value > 0 && value <= INT32_MAX ? static_cast<int>(value) : 0; }
 
+// The scope with which the arguments of an operation begin, and the others.
+Scope scope_of(const int64_t** a) { return *(*a)++ == kRowsScope ? Scope::kRows : Scope::kColumns; }
+
 template <class T>
-Status topk(Scope scope, const int64_t* a) {
+Status topk(const int64_t* a) {
+  const Scope scope = scope_of(&a);
   return (scope == Scope::kRows ? topk_rows<T> : topk_columns<T>)(*active, {address<const T>(a[0]), a[1]}, a[2], a[3],
                                                                   a[4], address<T>(a[5]), address<int32_t>(a[6]),
                                                                   thread_count(a[7]));
 }
 
-// The scope is that of columns.
 template <class T>
-Status scores(Scope, const int64_t* a) {
+Status scores(const int64_t* a) {
+  scope_of(&a);  // it is that of columns
   return column_scores<T>(*active, {address<const T>(a[0]), a[1]}, a[2], a[3], address<double>(a[4]), thread_count(a[5]));
 }
 
 template <class T>
-Status backward(Scope scope, const int64_t* a) {
+Status backward(const int64_t* a) {
   LinearBackward<T> call;
-  call.scope = scope;
+  call.scope = scope_of(&a);
   call.k = a[0], call.blocks = a[1], call.select = a[2] != 0;
   call.values = address<T>(a[3]), call.indices = address<int32_t>(a[4]);
   call.starts = address<const int64_t>(a[5]), call.entries = a[6];
@@ -129,33 +133,32 @@ Status backward(Scope scope, const int64_t* a) {
   return linear_backward(*active, call);
 }
 
-// The arguments of each: dtype, scope, then those of the function, `count` of them.
-template <class Run32, class Run16>
-PyObject* run(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, Run32 run_f32, Run16 run_bf16) {
-  int64_t a[25];
-  if (!read_integers(args, given, count + 2, a)) return nullptr;
-  if ((a[0] != kFloat32 && a[0] != kBfloat16) || (a[1] != kRowsScope && a[1] != kColumnsScope)) {
+// Runs what takes a dtype and `count` further integers. `scoped` is whether the first of these is a scope.
+PyObject* run(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, bool scoped, Status (*run_f32)(const int64_t*),
+              Status (*run_bf16)(const int64_t*)) {
+  int64_t a[28];
+  if (!read_integers(args, given, count + 1, a)) return nullptr;
+  if ((a[0] != kFloat32 && a[0] != kBfloat16) || (scoped && a[1] != kRowsScope && a[1] != kColumnsScope)) {
     PyErr_SetString(PyExc_ValueError, "unknown dtype or scope code");
     return nullptr;
   }
-  const Scope scope = a[1] == kRowsScope ? Scope::kRows : Scope::kColumns;
   Status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = a[0] == kFloat32 ? run_f32(scope, a + 2) : run_bf16(scope, a + 2);
+  status = (a[0] == kFloat32 ? run_f32 : run_bf16)(a + 1);
   Py_END_ALLOW_THREADS;
   return finish(status);
 }
 
 PyObject* py_topk(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  return run(args, given, 8, topk<float>, topk<Bf16>);
+  return run(args, given, 9, true, topk<float>, topk<Bf16>);
 }
 
 PyObject* py_column_scores(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  return run(args, given, 6, scores<float>, scores<Bf16>);
+  return run(args, given, 7, true, scores<float>, scores<Bf16>);
 }
 
 PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  return run(args, given, 23, backward<float>, backward<Bf16>);
+  return run(args, given, 24, true, backward<float>, backward<Bf16>);
 }
 
 template <class T>
@@ -245,28 +248,12 @@ Status maps(const int64_t* a) {
   return maps_backward(*active, call);
 }
 
-// Runs what takes a dtype and `count` further integers.
-PyObject* run_typed(PyObject* const* args, Py_ssize_t given, Py_ssize_t count, Status (*run_f32)(const int64_t*),
-                    Status (*run_bf16)(const int64_t*)) {
-  int64_t a[28];
-  if (!read_integers(args, given, count + 1, a)) return nullptr;
-  if (a[0] != kFloat32 && a[0] != kBfloat16) {
-    PyErr_SetString(PyExc_ValueError, "unknown dtype code");
-    return nullptr;
-  }
-  Status status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = (a[0] == kFloat32 ? run_f32 : run_bf16)(a + 1);
-  Py_END_ALLOW_THREADS;
-  return finish(status);
-}
-
 PyObject* py_map_norms(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  return run_typed(args, given, 5, norms<float>, norms<Bf16>);
+  return run(args, given, 5, false, norms<float>, norms<Bf16>);
 }
 
 PyObject* py_maps_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  return run_typed(args, given, 27, maps<float>, maps<Bf16>);
+  return run(args, given, 27, false, maps<float>, maps<Bf16>);
 }
 
 Sequences sequences(const int64_t* a) { return {a[0], a[1], address<const int64_t>(a[2]), a[3] != 0}; }
