@@ -88,3 +88,13 @@ def bits(tensor: Tensor) -> Tensor:
     """The bit patterns, so that NaN equals NaN and 0.0 does not equal -0.0."""
     tensor = tensor.masked_fill(tensor.isnan(), float("nan"))  # any NaN will do
     return tensor.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()])
+
+
+# The numbers of rows of each time step of packed sequences.
+SEQUENCES = {
+    "ragged": [5, 5, 4, 2, 1, 1],
+    "equal": [3, 3, 3],
+    "one": [1, 1, 1, 1],
+    "single step": [4],
+    "wide": [70, 33, 33],
+}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.cases import SEQUENCES as SIZES
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
@@ -133,13 +134,6 @@ def step_by_step(
     return [torch.cat(outputs), h, c]
 
 
-SIZES = {
-    "ragged": [5, 5, 4, 2, 1, 1],
-    "equal": [3, 3, 3],
-    "one": [1, 1, 1, 1],
-    "single step": [4],
-    "wide": [70, 33, 33],
-}
 RULES = [
     *(meprop.TopK(k) for k in (1, 5, UNITS - 1, 0.5)),
     meprop.TopK(4, scope="batch"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.cases import SEQUENCES as SIZES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,13 +19,6 @@ from meprop.selection import Entries, Selection
 
 INPUTS = 6
 KEY = torch.tensor(0x1234_5678_9ABC_DEF)
-SIZES = {
-    "ragged": [5, 5, 4, 2, 1, 1],
-    "equal": [3, 3, 3],
-    "one": [1, 1, 1, 1],
-    "single step": [4],
-    "wide": [70, 33, 33],
-}
 CHOICES = {
     "noise": Entries("noise", share=0.25, key=KEY, ceiling=0.3),
     "exact sum": Entries("noise", share=0.25, exact_sum=True, key=KEY, ceiling=0.3),
