@@ -8,19 +8,19 @@ from typing import Any as _Any
 from torch import distributed as _distributed
 
 from meprop import errors, functional, nn, optim
-from meprop.budgets import share_noise
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
 from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK
-from meprop.schedule import RuleSchedule, anneal
 from meprop.selection import ColumnSelection, RowSelection
 
 if _distributed.is_available():
     from meprop import distributed as distributed
 
 if _TYPE_CHECKING:
+    from meprop.budgets import share_noise
     from meprop.pruning import Simplifier
+    from meprop.schedule import RuleSchedule, anneal
 
 __version__ = _version("meprop")
 
@@ -54,14 +54,23 @@ __all__ = [
 ]
 
 
+# What only few programs need is imported when they ask for it.
+_LATER = {
+    "RuleSchedule": "meprop.schedule",
+    "Simplifier": "meprop.pruning",
+    "anneal": "meprop.schedule",
+    "share_noise": "meprop.budgets",
+}
+
+
 def __getattr__(name: str) -> _Any:
     """Imports what only few programs need when they ask for it: a third of the time that `import meprop` took."""
     if name == "pruning":
         return _importlib.import_module("meprop.pruning")
-    if name == "Simplifier":
-        return __getattr__("pruning").Simplifier
+    if name in _LATER:
+        return getattr(_importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'meprop' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "Simplifier"})
+    return sorted({*globals(), *_LATER})
