@@ -25,7 +25,7 @@ An experiment compares variants of one training: each is run with each seed. Its
     [variants.simplified]   # meSimp: the network shrinks while it trains
     rule = "topk"
     k = 20
-    simplify.threshold = 0.1            # fields of SimplifyConfig
+    simplify.of_mean = 0.5              # fields of SimplifyConfig
 """
 
 from __future__ import annotations

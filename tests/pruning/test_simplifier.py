@@ -126,6 +126,63 @@ def test_a_threshold_that_would_empty_a_layer_keeps_min_units_and_warns():
     assert simplifier.widths == {"0": 4, "3": 4}
 
 
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_units_below_a_share_of_the_mean_are_removed_however_few_hits_there_are(scale):
+    model, x = make(CASES["stack"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    simplifier = meprop.Simplifier(model, optimizer=optimizer, check_every=1)
+    assert simplifier.of_mean == 0.5
+    train(model, optimizer, x)
+    for layer in (model[0], model[3]):
+        layer.activity.hits.fill_(10 * scale)
+        layer.activity.hits[:4] = torch.tensor([0, 4, 6, 30]) * scale  # the mean is near 10
+        layer.activity.examples = 10**6
+    simplifier.step()
+    alive = alive_units(simplifier)
+    assert alive["0"].tolist() == list(range(2, WIDTH))
+    assert alive["3"].tolist() == list(range(2, 30))
+
+
+def test_of_a_residual_sum_a_unit_stays_that_one_layer_hits_often_for_that_layer():
+    model, x = make(CASES["residual"])
+    simplifier = meprop.Simplifier(model, of_mean=0.5, check_every=1)
+    model(x).sum().backward()
+    for layer, hits in ((model.first, 1000), (model.block, 10)):  # the second is hit less often altogether
+        layer.activity.hits.fill_(hits)
+        layer.activity.hits[:2] = 0
+    model.block.activity.hits[1] = 10
+    simplifier.step()
+    assert alive_units(simplifier)["first"].tolist() == list(range(1, WIDTH))
+
+
+def test_without_a_hit_nothing_is_removed():
+    model, x = make(CASES["stack"])
+    simplifier = meprop.Simplifier(model, check_every=1)
+    (0 * model(x)).sum().backward()
+    simplifier.step()
+    assert simplifier.widths == {"0": WIDTH, "3": 30}
+
+
+@pytest.mark.parametrize("rule", [meprop.Sampled(noise=0.25), meprop.TopK(0.2), meprop.TopK(0.04, scope="global")])
+def test_the_defaults_remove_units_that_never_learn_and_no_others(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 4))
+    with torch.no_grad():
+        model[0].bias[:30] = -100.0  # ReLU never lets these through
+    meprop.convert(model, rule, when="always")
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    simplifier = meprop.Simplifier(model, optimizer=optimizer, check_every=100, cycle=100)
+    for _ in range(200):
+        x = torch.randn(64, 20)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
+        optimizer.step()
+        simplifier.step()
+    alive = alive_units(simplifier)["0"]
+    assert int((alive < 30).sum()) == 0
+    assert len(alive) > 40
+
+
 def test_a_check_removes_no_more_than_max_removal_the_least_active_units_first():
     model, _ = make(CASES["stack"])
     simplifier = meprop.Simplifier(model, 0.9, check_every=1, cycle=100, max_removal=0.25, min_units=3)
@@ -187,6 +244,8 @@ def test_nothing_to_prune_warns():
     [
         ({"threshold": -0.1}, "threshold=-0.1; it is a share"),
         ({"threshold": 1.5}, "threshold=1.5"),
+        ({"of_mean": 1.5}, "of_mean=1.5; it is a share of a layer's mean"),
+        ({"threshold": 0.1, "of_mean": 0.5}, "two measures; give one"),
         ({"check_every": 0}, "check_every=0; it must be at least 1"),
         ({"cycle": 0}, "cycle=0"),
         ({"warmup": -1}, "warmup=-1; it must be at least 0"),

@@ -191,6 +191,8 @@ def test_settings_are_checked(settings, message):
     ("settings", "message"),
     [
         ({"threshold": 1.1}, "--threshold must be from 0 to 1, got 1.1"),
+        ({"of_mean": -0.1}, "--of-mean must be from 0 to 1, got -0.1"),
+        ({"threshold": 0.1, "of_mean": 0.5}, "--threshold 0.1 and --of-mean 0.5 are two measures: give one"),
         ({"checks": 0}, "--checks must be at least 1"),
         ({"cycle": 0}, "--cycle"),
         ({"warmup": -1}, "--warmup must be at least 0"),

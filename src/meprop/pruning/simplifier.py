@@ -25,6 +25,8 @@ from meprop.pruning.handlers import resize
 from meprop.pruning.report import Check, LayerWidth, SimplificationReport
 from meprop.pruning.trace import find
 
+_OF_MEAN = 0.5
+
 
 class Simplifier:
     """Removes units that are rarely among what back-propagation selects, while a converted model trains.
@@ -33,9 +35,10 @@ class Simplifier:
     unit is hit. In an LSTM each time step of each sequence is an example. A channel of a convolution is hit by an entry
     at any position.
 
-    Checks. Every `check_every` steps, each unit that was hit in a smaller share of the examples than `threshold` is
-    removed for good. Then the counts begin again. Cycles that prune alternate with cycles that only train. The first
-    cycle follows `warmup` steps, and prunes. Everything is counted in steps, as a training loop may have no epochs. The
+    Checks. Every `check_every` steps, each unit that was hit too rarely is removed for good: less often than the share
+    `of_mean` of what units of its layer are hit on average. With `threshold` the measure is the paper's, a share of the
+    examples. Then the counts begin again. Cycles that prune alternate with cycles that only train. The first cycle
+    follows `warmup` steps, and prunes. Everything is counted in steps, as a training loop may have no epochs. The
     paper's code checks 8 times per epoch. Its cycles have 5 of 20 epochs.
 
     Removing. The rows that compute a unit are removed (in an LSTM those of all gates), and the columns of all layers
@@ -44,8 +47,8 @@ class Simplifier:
     is read. The output of a saturated sigmoid is not zero, and back-propagation does not select it either: removing it
     loses something.
 
-    Groups. Units that are added or multiplied entry by entry, as in a residual sum, are removed together: when each of
-    their layers has a share below the threshold. The layers and directions of one LSTM keep one width, the largest that
+    Groups. Units that are added or multiplied entry by entry, as in a residual sum, are removed together: when they are
+    hit too rarely in each of their layers. The layers and directions of one LSTM keep one width, the largest that
     any of them needs, as `torch.nn.LSTM` has one hidden_size. The model's outputs are never pruned. Neither are units
     that an unknown operation reads: `report` says why, and `meprop.pruning.handles` makes operations known. The graph
     is that of a call with `example_inputs`, or else with the arguments that have no default.
@@ -59,16 +62,20 @@ class Simplifier:
     Args:
         model: A model that `meprop.convert` has converted. Watched layers are always sparse. Their parameters stay the
             same objects.
-        threshold: A share of the examples, from 0 to 1. With 0 nothing is removed, only counted.
+        threshold: A share of the examples, from 0 to 1, for rules with a fixed number of entries in each row. Units
+            that fewer examples hit are removed. With 0 nothing is removed, only counted. None for `of_mean`.
+        of_mean: A share of a layer's mean number of hits, from 0 to 1. It is for every rule: the hits of a budget of
+            noise get fewer as training goes on, and their mean with them. Units with fewer hits are removed. None for
+            0.5, or for `threshold` where that is given.
         optimizer: The optimizer of the model, whose state is cut too. None only if there is none.
         check_every: Steps between checks.
         cycle: Steps of a cycle.
         warmup: Steps before the first cycle, in which nothing is removed. The activity of units in a model that has
             learned nothing yet says little about their later activity.
         max_removal: The largest share of its units that a layer loses at one check, the least active ones first. It may
-            always lose one unit. The remaining units then share the k entries, so that their shares rise: with a small
-            `max_removal`, removal ends at the widths where all units reach the threshold. With 1, as in the paper, the
-            first check may remove far more.
+            always lose one unit. With `threshold` the remaining units then share the k entries, so that their shares
+            rise: with a small `max_removal`, removal ends at the widths where all units reach the threshold. With 1, as
+            in the paper, the first check may remove far more.
         min_units: The number of units that a layer keeps in any case, the most active ones.
         example_inputs: Arguments for the model, which is run with them once, in evaluation mode, to see how many
             dimensions tensors have. Without them some units are not pruned: those that `torch.nn.BatchNorm1d` reads,
@@ -81,7 +88,8 @@ class Simplifier:
 
     Raises:
         TypeError: `model` is not a module, or another argument has the wrong type.
-        ValueError: An argument is out of range, or the optimizer is another model's.
+        ValueError: An argument is out of range, both `threshold` and `of_mean` are given, or the optimizer is another
+            model's.
         NotSupportedError: The model is wrapped (DistributedDataParallel, FSDP, torch.compile), or there are several
             processes, which would prune differently.
 
@@ -93,7 +101,7 @@ class Simplifier:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 200), torch.nn.ReLU(), torch.nn.Linear(200, 2))
         >>> report = meprop.convert(model, meprop.TopK(10), when="always")
         >>> optimizer = torch.optim.Adam(model.parameters())
-        >>> simplifier = meprop.Simplifier(model, 0.1, optimizer=optimizer, check_every=20)
+        >>> simplifier = meprop.Simplifier(model, optimizer=optimizer, check_every=20)
         >>> for _ in range(20):
         ...     optimizer.zero_grad()
         ...     model(torch.randn(32, 8)).square().sum().backward()
@@ -106,8 +114,9 @@ class Simplifier:
     def __init__(
         self,
         model: torch.nn.Module,
-        threshold: float = 0.1,
+        threshold: float | None = None,
         *,
+        of_mean: float | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         check_every: int = 500,
         cycle: int = 20_000,
@@ -117,7 +126,7 @@ class Simplifier:
         example_inputs: Sequence[Any] | None = None,
     ) -> None:
         check_model(model, "simplify the module inside, unwrapped")
-        _check_shares(threshold, max_removal)
+        _check_bounds(threshold, of_mean, max_removal)
         _check_counts(check_every=(check_every, 1), cycle=(cycle, 1), warmup=(warmup, 0), min_units=(min_units, 1))
         if not isinstance(example_inputs, Sequence | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             kind = type(example_inputs).__name__
@@ -125,6 +134,7 @@ class Simplifier:
         _check_optimizer(optimizer, model)
         _check_processes()
         self.model, self.threshold, self.optimizer = model, threshold, optimizer
+        self.of_mean = _OF_MEAN if threshold is None and of_mean is None else of_mean
         self.check_every, self.cycle, self.warmup = check_every, cycle, warmup
         self.max_removal, self.min_units = max_removal, min_units
         self.steps = 0
@@ -291,23 +301,28 @@ class Simplifier:
 
     def _choose(self, shares: dict[str, Tensor]) -> dict[int, Tensor]:
         """The places [n] of the units that stay, for each group that loses some."""
+        name, bound = ("threshold", self.threshold) if self.of_mean is None else ("of_mean", self.of_mean)
+        assert bound is not None  # one of the two is given
         of_layer: dict[str, dict[int, Tensor]] = {}  # the groups of one LSTM keep one width
         for number, group in enumerate(self._units.groups):
             if group.reason is None:
-                share = torch.stack([shares[producer.label] for producer in group.producers]).amax(dim=0)
+                of_each = torch.stack([shares[producer.label] for producer in group.producers])
+                if self.of_mean is not None:
+                    of_each /= of_each.mean(dim=1, keepdim=True)  # NaN where no unit is hit
+                share = of_each.amax(dim=0)
                 of_layer.setdefault(group.producers[0].layer, {})[number] = share
         kept: dict[int, Tensor] = {}
         for layer, of_group in of_layer.items():
-            if any(share.isnan().any() for share in of_group.values()):  # no examples, no evidence
+            if any(share.isnan().any() for share in of_group.values()):  # no examples, or no hits: no evidence
                 continue
-            wanted = max(int((share >= self.threshold).sum()) for share in of_group.values())
+            wanted = max(int((share >= bound).sum()) for share in of_group.values())
             width = len(next(iter(of_group.values())))
             least = min(self.min_units, width)
             count = max(wanted, least, width - max(1, int(self.max_removal * width)))
             if wanted < least == count < width:
                 warnings.warn(
-                    f"threshold={self.threshold} would leave {wanted} of {width} units of layer {layer!r}: its "
-                    f"min_units={least} most active ones are kept. Take a lower threshold",
+                    f"{name}={bound} would leave {wanted} of {width} units of layer {layer!r}: its "
+                    f"min_units={least} most active ones are kept. Take a lower {name}",
                     stacklevel=3,
                 )
             if count < width:
@@ -338,9 +353,13 @@ class Simplifier:
                 activity.hits = activity.hits[places.to(activity.hits.device)]
 
 
-def _check_shares(threshold: float, max_removal: float) -> None:
-    if not 0 <= threshold <= 1:
+def _check_bounds(threshold: float | None, of_mean: float | None, max_removal: float) -> None:
+    if threshold is not None and of_mean is not None:
+        raise ValueError(f"threshold={threshold} and of_mean={of_mean} are two measures; give one of them")
+    if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold}; it is a share of the examples, from 0 to 1")
+    if of_mean is not None and not 0 <= of_mean <= 1:
+        raise ValueError(f"of_mean={of_mean}; it is a share of a layer's mean number of hits, from 0 to 1")
     if not 0 < max_removal <= 1:
         raise ValueError(f"max_removal={max_removal}; it is a share of a layer's units, above 0 and at most 1")
 

@@ -148,14 +148,18 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SimplifyConfig:
-    """How runs are simplified (meSimp); the defaults are those of the paper's code.
+    """How runs are simplified (meSimp). Cycles and checks are those of the paper's code.
 
     Raises:
         ValueError: If a setting is outside its range; the message names the option.
     """
 
-    threshold: float = 0.1
-    """Units that a smaller share of the examples selects are removed."""
+    threshold: float | None = None
+    """Units that a smaller share of the examples selects are removed. It is for rules with a fixed number of entries in
+    each row; the paper's code has 0.1."""
+    of_mean: float | None = None
+    """Units that are selected less often than this share of their layer's mean are removed. The default is 0.5 without
+    --threshold."""
     checks: int = 8
     """How many times an epoch the run looks for units to remove."""
     cycle: int = 5
@@ -168,8 +172,11 @@ class SimplifyConfig:
     """At least so many units of each layer stay."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold must be from 0 to 1, got {self.threshold}")
+        if self.threshold is not None and self.of_mean is not None:
+            raise ValueError(f"--threshold {self.threshold} and --of-mean {self.of_mean} are two measures: give one")
+        for name in ("threshold", "of_mean"):
+            if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1, got {share}")
         if not 0 < self.max_removal <= 1:
             raise ValueError(f"--max-removal must be above 0 and at most 1, got {self.max_removal}")
         for name, least in {"checks": 1, "cycle": 1, "warmup": 0, "min_units": 1}.items():
@@ -183,6 +190,7 @@ class SimplifyConfig:
         return meprop.Simplifier(
             model,
             self.threshold,
+            of_mean=self.of_mean,
             optimizer=optimizer,
             check_every=max(1, steps_per_epoch // self.checks),
             cycle=self.cycle * steps_per_epoch,
