@@ -18,10 +18,11 @@ from meprop.functional.common import (
     dtypes_of,
     in_dtype,
     in_dtypes,
+    no_view,
     product_dtype,
     sparse_backward,
 )
-from meprop.policy import Policy, refuse_dtype, refuse_second_derivatives
+from meprop.policy import Policy, refuse_dtype, refuse_transforms_of_backward
 from meprop.rules import Rule
 from meprop.selection import everything
 
@@ -83,7 +84,7 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
     Returns:
         Output [*, O].
     """
-    if policy.is_settled_dense():
+    if policy.is_settled_dense() or policy.leaves_to_torch(x, weight):
         return F.linear(x, weight, bias)
     refuse_dtype(weight)
     needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -127,7 +128,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.policy, ctx.dtypes = policy, dtypes_of(x, weight, bias)
         ctx.transposed = policy.when == "auto" and weight.t().is_contiguous() and not weight.is_contiguous()
-        output = _product(x, weight, bias, copy, autocast)
+        output = no_view(_product(x, weight, bias, copy, autocast))
         if copy is not None and autocast:
             x, weight = cast(x, copy.dtype), copy
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
@@ -136,7 +137,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_transforms_of_backward(*grad_outputs)
         x, weight = ctx.saved_tensors
         grad_output = in_dtype(grad_outputs[0], ctx.dtype)
         grad_NO, x_NI = as_matrix(grad_output), None if x is None else in_dtype(as_matrix(x), ctx.dtype)
@@ -152,6 +153,7 @@ def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | N
     policy: Policy = ctx.policy
     (rows, outputs), needs_bias = grad_NO.shape, ctx.needs_input_grad[2]
     if policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
+        policy.note_sparse_pass()
         return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy)
     if policy.activity is not None:
         policy.activity.count(everything(grad_NO))

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Generic, Literal, TypeVar, cast
+from functools import wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import torch
 
 from meprop.errors import NotSupportedError
+from meprop.ops.registry import PLAIN
 from meprop.policy import Activity, Policy, When
 from meprop.rules import Rule
 from meprop.speed import Decision
@@ -58,7 +61,10 @@ class SparseLayer:
         activity: What a `meprop.Simplifier` counts. None without a Simplifier.
     """
 
-    policy: Policy
+    if TYPE_CHECKING:  # torch.jit.script would look for the type, and compile the properties
+        policy: Policy
+
+    __jit_unused_properties__ = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
 
     @property
     def rule(self) -> Rule:
@@ -130,6 +136,26 @@ class SparseLayer:
         activities = activity if isinstance(activity, tuple) else () if activity is None else (activity,)
         assert self.policy.record is not None
         self.policy.record.activities = activities
+
+
+def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a layer's forward pass, so that torch.fx and torch.jit call the layer and do not look inside.
+
+    Torch.fx treats torch's own layers like that, but goes by the name of their module.
+    """
+
+    @torch.jit.ignore
+    @wraps(forward)
+    def call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if type(next(iter(args), None)) not in PLAIN and "torch.fx" in sys.modules:
+            proxies = (each for each in (*args, *kwargs.values()) if isinstance(each, torch.fx.Proxy))
+            proxy = next(proxies, None)
+            if proxy is not None and isinstance(tracer := proxy.tracer, torch.fx.Tracer):
+                return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
+        return forward(layer, *args, **kwargs)
+
+    call.__signature__ = signature(forward, eval_str=True)  # torch.jit does not look up names of types
+    return call
 
 
 def sparse_repr(layer: SparseLayer) -> str:

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from meprop.errors import NotSupportedError
 from meprop.functional.conv import convolution_with_policy, why_not_sparse
 from meprop.functional.geometry import is_pointwise, padded
-from meprop.nn.base import Descriptor, Layout, SparseLayer, register, sparse_repr
+from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -35,6 +35,7 @@ class _Convolution(SparseLayer, _ConvNd):
             raise NotSupportedError(f"{reason}; for this layer use torch.nn.{type(self).__name__}")
         self.policy = policy.of_layer()
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         """The output [N, O, *T] or [O, *T] for an input [N, I, *S] or [I, *S]."""
         if self.policy.is_settled_dense():

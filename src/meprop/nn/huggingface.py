@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D as PlainConv1D
 
 from meprop.functional.linear import linear_with_policy
-from meprop.nn.base import Descriptor, SparseLayer, register, sparse_repr
+from meprop.nn.base import Descriptor, SparseLayer, leaf, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -39,6 +39,7 @@ class Conv1D(SparseLayer, PlainConv1D):
         super().__init__(nf, nx)
         self.policy = policy.of_layer()
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """The output [*, O] for an input [*, I]."""
         return linear_with_policy(x, self.weight.t(), self.bias, self.policy)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from meprop.functional.linear import linear_with_policy
-from meprop.nn.base import Descriptor, Layout, SparseLayer, register, sparse_repr
+from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -56,6 +56,7 @@ class Linear(SparseLayer, torch.nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.policy = policy.of_layer()
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         """The output [*, O] for an input [*, I]."""
         return linear_with_policy(input, self.weight, self.bias, self.policy)
