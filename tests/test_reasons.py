@@ -429,3 +429,29 @@ def test_without_native_code_convert_warns(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(nn.Linear(8, 200, device="meta"))
+
+
+class Weighted(nn.Module):
+    """A wrapper in the place of a layer whose weight is read."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+
+def test_a_layer_whose_weight_another_reads_is_part_of_that_one():
+    layer = nn.MultiheadAttention(160, 4)
+    layer.out_proj = Weighted(layer.out_proj)
+    assert [(record.name, record.status) for record in convert(layer).layers] == [("", "sparse")]
+    assert not isinstance(layer.out_proj.base_layer, meprop.nn.Linear)
+    x = torch.randn(4, 2, 160)
+    layer(x, x, x)[0].square().sum().backward()
+    assert int((layer.out_proj.weight.grad != 0).any(dim=1).sum()) == 5

@@ -150,8 +150,9 @@ def convert(
     - those that `filter` refuses;
     - GRUs, RNNs, cells, three-dimensional and transposed convolutions and bilinear layers.
 
-    A parametrized layer stays parametrized. A lazy layer takes its rule when it gets its shape: its first forward pass
-    is torch's own.
+    A parametrized layer stays parametrized. A lazy layer takes its rule when it gets its shape, at the end of its first
+    forward pass, which is torch's own. Run the model once before what works with its layers is made, such as a
+    `meprop.RuleSchedule`.
 
     Args:
         model: Any module; it may itself be a Linear.
@@ -309,7 +310,7 @@ def described_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module,
     """What could be converted, or is: each layer by name, with its descriptor."""
     described = [(name, module, descriptor_of(module)) for name, module in model.named_modules()]
     layers = [(name, module, descriptor) for name, module, descriptor in described if descriptor is not None]
-    parts = {part for _, layer, descriptor in layers for part in descriptor.parts(layer)}
+    parts = {inner for _, layer, descriptor in layers for part in descriptor.parts(layer) for inner in part.modules()}
     return [(name, layer, descriptor) for name, layer, descriptor in layers if layer not in parts]
 
 

@@ -75,3 +75,10 @@ def test_quantization_in_place_says_that_training_is_dense_from_now_on():
     with pytest.warns(UserWarning, match="made 1 converted layers plain: they are dense from now on"):
         prepare_qat(with_qconfig(model.train(), get_default_qat_qconfig("fbgemm")), inplace=True)
     assert meprop.report(model).layers[0].status == "dense"
+
+
+def test_torchs_fusion_of_convolution_and_normalisation_takes_converted_layers():
+    model = Model().eval()
+    meprop.convert(model, meprop.TopK(5, scope="batch"), when="always")
+    fused, x = torch.nn.utils.fusion.fuse_conv_bn_eval(model.conv, model.norm), torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(fused(x), model.norm(model.conv(x)))
