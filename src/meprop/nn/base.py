@@ -16,6 +16,8 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from meprop.errors import NotSupportedError
 from meprop.ops.registry import PLAIN
@@ -291,3 +293,20 @@ def layer_descriptor(layer: torch.nn.Module) -> Descriptor[Any]:
     if descriptor is None:
         raise TypeError(f"{type(layer).__qualname__} has no descriptor; meprop.nn.base.register makes one known")
     return descriptor
+
+
+def plain_kind(layer: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The plain class that a layer is of, is converted from, or will be of. None for subclasses and other modules.
+
+    A parametrized layer counts as what it was before, and a lazy layer as what it becomes when it gets its shape.
+    """
+    kind = type(layer).cls_to_become if isinstance(layer, LazyModuleMixin) else type_before_parametrizations(layer)
+    return next((each.plain for each in descriptors() if kind in (each.plain, each.sparse)), None)
+
+
+def become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    """Changes the class of a layer. A parametrized layer stays parametrized."""
+    if is_parametrized(layer):  # torch has derived a class; copies of the layer share it, so it cannot change itself
+        derived = {name: value for name, value in vars(type(layer)).items() if name != "__dict__"}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), derived)
+    object.__setattr__(layer, "__class__", cls)
