@@ -1,6 +1,7 @@
 """Inputs and weights that are no strided tensors, graphs of torch.fx and torch.jit, and vectorised backward passes."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -87,16 +88,25 @@ def test_layers_are_leaves_of_torch_fx():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_scripts_and_traces_of_torch_jit_call_the_layers():
+def test_in_scripts_of_torch_jit_layers_are_torchs_own():
     torch.manual_seed(0)
     model = converted(nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8)))
     x = torch.randn(2, 3, 10)
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
-    scripted(x).sum().backward()
-    assert [model[place].policy.record.sparse_passes for place in (0, 3)] == [1, 1]
+    torch.jit.save(scripted, file := io.BytesIO())
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), model(x))
+    assert type(model[0]) is meprop.nn.Conv1d
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(6, 8), lambda: nn.MultiheadAttention(8, 2)])
+def test_scripts_of_other_layers_are_refused_by_name(make):
+    with pytest.raises(meprop.NotSupportedError, match="script a plain copy"):
+        torch.jit.script(nn.Sequential(converted(make())))
 
 
 VECTORISED = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meprop.functional.linear import linear_with_policy
-from meprop.nn.base import Descriptor, SparseLayer, leaf, register, sparse_repr
+from meprop.nn.base import Descriptor, SparseLayer, leaf, refuse_script, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -56,6 +56,8 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         policy = Policy(rule, sparse_grad, compute_dtype)
         super().__init__(*args, **kwargs)
         self.policy = policy.of_layer()
+
+    __prepare_scriptable__ = refuse_script
 
     @leaf
     def forward(

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import wraps
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -24,6 +23,9 @@ from meprop.ops.registry import PLAIN
 from meprop.policy import Activity, Policy, When
 from meprop.rules import Rule
 from meprop.speed import Decision
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 __all__ = [
     "Descriptor",
@@ -140,24 +142,32 @@ class SparseLayer:
         self.policy.record.activities = activities
 
 
-def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a layer's forward pass, so that torch.fx and torch.jit call the layer and do not look inside.
+def leaf(forward: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a layer's forward pass, so that torch.fx puts a call of the layer into a graph, and looks not inside.
 
     Torch.fx treats torch's own layers like that, but goes by the name of their module.
     """
 
-    @torch.jit.ignore
     @wraps(forward)
-    def call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if type(next(iter(args), None)) not in PLAIN and "torch.fx" in sys.modules:
-            proxies = (each for each in (*args, *kwargs.values()) if isinstance(each, torch.fx.Proxy))
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        layer, *inputs = args
+        if type(next(iter(inputs), None)) not in PLAIN and "torch.fx" in sys.modules:
+            proxies = (each for each in (*inputs, *kwargs.values()) if isinstance(each, torch.fx.Proxy))
             proxy = next(proxies, None)
             if proxy is not None and isinstance(tracer := proxy.tracer, torch.fx.Tracer):
-                return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
-        return forward(layer, *args, **kwargs)
+                path = tracer.path_of_module(cast("torch.nn.Module", layer))
+                return cast("R", tracer.create_proxy("call_module", path, tuple(inputs), kwargs))
+        return forward(*args, **kwargs)
 
-    call.__signature__ = signature(forward, eval_str=True)  # torch.jit does not look up names of types
     return call
+
+
+def refuse_script(layer: torch.nn.Module) -> torch.nn.Module:
+    """Raises a NotSupportedError. `torch.jit.script` calls it under the name `__prepare_scriptable__`."""
+    raise NotSupportedError(
+        f"torch.jit.script of a {type(layer).__name__} of meprop; script a plain copy of the model, made by "
+        "copy.deepcopy and meprop.revert"
+    )
 
 
 def sparse_repr(layer: SparseLayer) -> str:

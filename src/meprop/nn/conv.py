@@ -35,9 +35,15 @@ class _Convolution(SparseLayer, _ConvNd):
             raise NotSupportedError(f"{reason}; for this layer use torch.nn.{type(self).__name__}")
         self.policy = policy.of_layer()
 
-    @leaf
     def forward(self, input: Tensor) -> Tensor:
-        """The output [N, O, *T] or [O, *T] for an input [N, I, *S] or [I, *S]."""
+        """The output [N, O, *T] for an input [N, I, *S], both without N as well. In a torch.jit script it is torch's."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(input, self.weight, self.bias)
+        else:  # noqa: RET505  (torch.jit leaves out a branch, not what follows it)
+            return self._forward(input)
+
+    @leaf
+    def _forward(self, input: Tensor) -> Tensor:
         if self.policy.is_settled_dense():
             return super().forward(input)
         padding = self.padding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from meprop.functional.linear import linear_with_policy
@@ -56,9 +57,15 @@ class Linear(SparseLayer, torch.nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.policy = policy.of_layer()
 
-    @leaf
     def forward(self, input: Tensor) -> Tensor:
-        """The output [*, O] for an input [*, I]."""
+        """The output [*, O] for an input [*, I]. In a script of torch.jit it is torch's own."""
+        if torch.jit.is_scripting():
+            return F.linear(input, self.weight, self.bias)
+        else:  # noqa: RET505  (torch.jit leaves out a branch, not what follows it)
+            return self._forward(input)
+
+    @leaf
+    def _forward(self, input: Tensor) -> Tensor:
         return linear_with_policy(input, self.weight, self.bias, self.policy)
 
     def extra_repr(self) -> str:

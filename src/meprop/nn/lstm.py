@@ -14,7 +14,7 @@ from meprop import speed
 from meprop.errors import NotSupportedError
 from meprop.functional.common import product_dtype
 from meprop.functional.lstm import lstm_policy, lstm_with_policy
-from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, register
+from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, refuse_script, register
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -104,6 +104,8 @@ class LSTM(SparseLayer, torch.nn.LSTM):
         if self.proj_size > 0:
             raise NotSupportedError(f"proj_size={self.proj_size}: meprop.nn.LSTM has no projections; use torch.nn.LSTM")
         self.policy = policy.of_layer()
+
+    __prepare_scriptable__ = refuse_script
 
     @leaf
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's are overloads)
