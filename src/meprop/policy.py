@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from meprop import speed
+from meprop import row_sparse, speed
 from meprop.errors import NotSupportedError
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
@@ -176,6 +176,8 @@ class Policy:
                 f"sparse_grad=True with {self.rule}: rows of a weight's gradient are left out only by scope='batch', "
                 "or by scope='global' with exact_sum=False"
             )
+        if self.sparse_grad and not torch.compiler.is_compiling():
+            row_sparse.support()
         if self.sparse_grad or self.rule.communicates:
             object.__setattr__(self, "when", "always")
 
@@ -301,6 +303,8 @@ class Policy:
                     "a transform of torch.func (grad, vmap, jvp and so on), which a sparse backward pass has no rules "
                     "for; transform a plain copy of the model, made by copy.deepcopy and meprop.revert"
                 )
+            if self.sparse_grad:
+                row_sparse.support()  # a layer that was unpickled has made no policy
             return self._refuse_weight(weight)
         if self.record is not None:
             self.record.compiled = True

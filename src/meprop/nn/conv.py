@@ -36,7 +36,7 @@ class _Convolution(SparseLayer, _ConvNd):
         self.policy = policy.of_layer()
 
     def forward(self, input: Tensor) -> Tensor:
-        """The output [N, O, *T] for an input [N, I, *S], both without N as well. In a torch.jit script it is torch's."""
+        """The output [N, O, *T] for an input [N, I, *S], or without N. In a torch.jit script it is torch's."""
         if torch.jit.is_scripting():
             return self._conv_forward(input, self.weight, self.bias)
         else:  # noqa: RET505  (torch.jit leaves out a branch, not what follows it)
