@@ -268,14 +268,19 @@ def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
 def report(model: torch.nn.Module) -> ConversionReport:
     """The table of `convert`, as things are now.
 
+    A layer whose weight got a gradient, or beside which others had sparse backward passes, while it had none, is dense:
+    something reads its weight past the layer. In compiled graphs passes are not counted.
+
     Raises:
         TypeError: `model` is not a module.
     """
     _check_type(model)
     layers = described_layers(model)
+    policies = [policy for _, layer, _ in layers if (policy := _policy_of(layer)) is not None]
+    trained = any(policy.record is not None and policy.record.seen_sparse for policy in policies)
     known = {layer: descriptor for _, layer, descriptor in layers}
     found = [
-        _describe(name, module, known[module]) if module in known else _describe_other(name, module)
+        _describe(name, module, known[module], trained) if module in known else _describe_other(name, module)
         for name, module in model.named_modules()
     ]
     records = [record for record in found if record is not None]
@@ -294,11 +299,17 @@ def report(model: torch.nn.Module) -> ConversionReport:
 def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -> None:
     """Gives the layer the policy, and our class if it has torch's."""
     vars(layer).pop(_REASON, None)
-    vars(layer)["policy"] = descriptor.policy(policy).of_layer()
+    vars(layer)["policy"] = made = descriptor.policy(policy).of_layer()
+    assert made.record is not None
+    made.record.had_gradient = _has_gradient(layer)
     if isinstance(layer, LazyModuleMixin):
         vars(layer)[_BECOMES] = descriptor.sparse
     elif not isinstance(layer, SparseLayer):
         become(layer, descriptor.sparse)
+
+
+def _has_gradient(layer: torch.nn.Module) -> bool:
+    return any(parameter.grad is not None for parameter in layer.parameters())
 
 
 def _policy_of(layer: torch.nn.Module) -> Policy | None:
@@ -322,7 +333,7 @@ def _describe_other(name: str, module: torch.nn.Module) -> LayerReport | None:
     return LayerReport(name, kind, *features, "dense", None, 1.0, None, reason)
 
 
-def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any]) -> LayerReport:
+def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], trained: bool) -> LayerReport:
     kind = (plain_kind(layer) or type(layer)).__name__
     inputs, width = descriptor.features(layer)
 
@@ -350,9 +361,15 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any]) ->
         reason += f"; keeps {rule}: {vars(layer)[_REASON]}"
     if decision is not None and not decision.sparse:
         return dense(rule, reason)
-    density = rule.density(width)
-    record = policy.record
-    if density is None and record is not None and record.density is not None:
+    density, record = rule.density(width), policy.record
+    assert record is not None  # it is a layer's
+    if not record.seen_sparse:
+        evidence = record.left_to_torch or ("others had some" if trained else None)
+        if _has_gradient(layer) and not record.had_gradient:
+            evidence = evidence or "its parameters have a gradient"
+        if evidence is not None:
+            return dense(rule, f"{reason}; no sparse backward pass seen yet: {evidence}")
+    if density is None and record.density is not None:
         density = record.density
         reason += f"; kept in {record.passes} passes so far, {record.dense_passes} of them dense"
     return LayerReport(

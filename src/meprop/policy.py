@@ -92,6 +92,7 @@ class Record:
         sparse_passes: How many backward passes the layer had that were not torch's own. Those of a compiled graph are
             not counted.
         compiled: Whether torch.compile has traced a forward pass whose backward pass is sparse.
+        had_gradient: Whether a parameter had a gradient already when the layer was converted.
         left_to_torch: Why the last forward pass that was torch's own, for its tensors, was. None if none was.
     """
 
@@ -104,8 +105,14 @@ class Record:
     dense_streak: int = 0
     sparse_passes: int = 0
     compiled: bool = False
+    had_gradient: bool = False
     left_to_torch: str | None = None
     _rested: int = field(default=0, init=False, repr=False)
+
+    @property
+    def seen_sparse(self) -> bool:
+        """Whether the layer had a sparse backward pass, as far as is known of compiled graphs."""
+        return self.sparse_passes > 0 or self.compiled
 
     def note(self, kept: int, seen: int, passes: int, dense_passes: int) -> None:
         """Adds passes, of which so many kept everything."""

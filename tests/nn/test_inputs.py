@@ -20,6 +20,10 @@ def strided_nested() -> Tensor:
     return torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(5, 6)])
 
 
+def kind_of(x: Tensor) -> str:
+    return "nested" if x.is_nested else str(x.layout)
+
+
 def converted(layer: nn.Module, rule: meprop.Rule = RULE, **options) -> nn.Module:
     meprop.convert(layer, rule, **{"when": "always", "min_features": 1, **options})
     return layer
@@ -48,7 +52,9 @@ def test_torchs_own_pass_takes_inputs_of_other_layouts_and_the_record_says_so(ki
         assert torch.equal(found.grad, expected.grad)
     record = layer.policy.record
     assert record.sparse_passes == 0
-    assert record.left_to_torch == f"its input is {'nested' if x.is_nested else x.layout}"
+    (described,) = meprop.report(layer).layers
+    assert described.status == "dense"
+    assert described.reason.endswith(f"no sparse backward pass seen yet: its input is {kind_of(x)}")
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
