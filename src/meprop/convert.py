@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-from meprop import copies
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import Descriptor, SparseLayer, descriptor_of
 from meprop.policy import Policy, When
@@ -218,8 +217,6 @@ def revert(model: torch.nn.Module) -> None:
         if type(layer) is descriptor.sparse:
             del vars(layer)["policy"]
             _become(layer, descriptor.plain)
-            for parameter in layer.parameters():
-                copies.forget(parameter)
         elif isinstance(layer, SparseLayer):
             raise NotSupportedError(
                 f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "

@@ -95,7 +95,7 @@ def test_decay_gives_a_row_the_moments_of_the_dense_optimizer(kind, dtype):
     names = [name for name in expected.state[theirs[0]] if name != "step"]
     for name in names:
         torch.testing.assert_close(optimizer.state[ours[0]][name], expected.state[theirs[0]][name], **TOLERANCE[dtype])
-    assert "row_step" not in optimizer.state[ours[0]]
+    assert not any(name.endswith("_row_decay") for name in optimizer.state[ours[0]])
 
 
 @pytest.mark.parametrize("mode", ["decay", "lazy"])
@@ -111,7 +111,7 @@ def test_rows_without_a_gradient_are_neither_moved_nor_is_their_state(kind, mode
     assert torch.equal(params[0][without], before[without])
     assert not (params[0][~without] == before[~without]).any()
     for name, value in optimizer.state[params[0]].items():
-        if value.dim() > 0:
+        if value.dim() > 0 and not name.endswith("_row_decay"):
             assert torch.equal(value[without], state[name][without]), name
 
 
@@ -126,7 +126,7 @@ def test_a_change_of_mode_begins_with_rows_that_are_up_to_date(kind):
         optimizer.sparse_rows = "exact"
         train(optimizer, params, [5, 6, 8])
     assert torch.equal(found[0], expected[0])
-    assert "row_step" not in optimizers[0].state[found[0]]
+    assert not any(name.endswith("_row_decay") for name in optimizers[0].state[found[0]])
 
 
 @pytest.mark.parametrize(

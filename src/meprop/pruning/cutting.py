@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meprop.errors import NotSupportedError
 from meprop.ops import memory_format
+from meprop.ops.optimizer import ROW_DECAY
 
 Cut = tuple[Tensor, dict[int, Tensor]]
 """A tensor, and for some of its dimensions the entries [n] that stay, int64."""
@@ -36,7 +37,7 @@ def _check_state(parameter: Tensor, optimizer: torch.optim.Optimizer) -> None:
     for name, value in state.items():
         fits = not isinstance(value, list | tuple | dict)
         if isinstance(value, Tensor):
-            shape = parameter.shape[:1] if name == "row_step" else parameter.shape
+            shape = parameter.shape[:1] if name.endswith(ROW_DECAY) else parameter.shape
             fits = value.shape == shape or value.numel() == 1
         if not fits:
             raise NotSupportedError(
@@ -49,7 +50,7 @@ def _cut_tensor(tensor: Tensor, indices: dict[int, Tensor], state: dict[str, Any
     for name, value in state.items():
         if isinstance(value, Tensor) and value.shape == tensor.shape:
             state[name] = _kept(value, indices)
-        elif name == "row_step" and 0 in indices:
+        elif name.endswith(ROW_DECAY) and 0 in indices:
             state[name] = value[indices[0].to(value.device)]
     grad, tensor.grad = tensor.grad, None
     data = _kept(tensor.detach(), indices)
