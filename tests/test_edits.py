@@ -18,6 +18,10 @@ def shared_memory(layer):
     elsewhere[41:47] = 0
 
 
+def other_values(layer):
+    return {name: torch.randn_like(value) for name, value in layer.state_dict().items()}
+
+
 def under_no_grad(layer):
     with torch.no_grad():
         layer.weight[3].mul_(2)
@@ -54,10 +58,8 @@ EDITS = {
     "numpy": lambda layer: np.copyto(layer.weight.detach().numpy()[41:47], 0.0),
     "shared memory": shared_memory,
     "no_grad": under_no_grad,
-    "load_state_dict": lambda layer: layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()}),
-    "assigned by load_state_dict": lambda layer: layer.load_state_dict(
-        {k: torch.randn_like(v) for k, v in layer.state_dict().items()}, assign=True
-    ),
+    "load_state_dict": lambda layer: layer.load_state_dict(other_values(layer)),
+    "assigned by load_state_dict": lambda layer: layer.load_state_dict(other_values(layer), assign=True),
     "another parameter": lambda layer: setattr(layer, "weight", torch.nn.Parameter(torch.randn_like(layer.weight))),
     "swap_tensors": swapped,
     "torch's step": step_of(torch.optim, "SGD"),
@@ -68,18 +70,19 @@ EDITS = {
     "our row-sparse step, Adam": step_of(optim, "Adam", sparse_rows="decay"),
 }
 
-BATCH = meprop.TopK(4, scope="batch")
+SPARSE, ALL = {"rule": meprop.TopK(4, scope="batch")}, {"rule": meprop.TopK(ROWS, scope="batch")}
+BFLOAT16, ROW_SPARSE = {"compute_dtype": torch.bfloat16}, {"sparse_grad": True}
 LAYERS = {
     "linear": (lambda **options: meprop.nn.Linear(WIDTH, ROWS, **options), (6, WIDTH)),
     "convolution": (lambda **options: meprop.nn.Conv2d(WIDTH, ROWS, 3, **options), (2, WIDTH, 5, 5)),
 }
 PRODUCTS = {
-    "autocast": (True, {"rule": BATCH}),
-    "autocast, nothing to leave out": (True, {"rule": meprop.TopK(ROWS, scope="batch")}),
-    "autocast, row-sparse": (True, {"rule": BATCH, "sparse_grad": True}),
-    "compute_dtype": (False, {"rule": BATCH, "compute_dtype": torch.bfloat16}),
-    "compute_dtype, nothing to leave out": (False, {"rule": meprop.TopK(ROWS, scope="batch"), "compute_dtype": torch.bfloat16}),
-    "compute_dtype, row-sparse": (False, {"rule": BATCH, "sparse_grad": True, "compute_dtype": torch.bfloat16}),
+    "autocast": (True, SPARSE),
+    "autocast, nothing to leave out": (True, ALL),
+    "autocast, row-sparse": (True, SPARSE | ROW_SPARSE),
+    "compute_dtype": (False, SPARSE | BFLOAT16),
+    "compute_dtype, nothing to leave out": (False, ALL | BFLOAT16),
+    "compute_dtype, row-sparse": (False, SPARSE | ROW_SPARSE | BFLOAT16),
 }
 
 

@@ -7,11 +7,14 @@ from meprop import ops, optim
 from meprop.ops import GradientRows, native, reference
 from optimizer_cases import ROWS, WIDTH, sparse
 
+SGD = {"lr": 0.1, "dampening": 0.0, "weight_decay": 0.1, "momentum": 0.0, "nesterov": False}
+MOMENTUM = {"lr": 0.1, "dampening": 0.2, "weight_decay": 0.0, "momentum": 0.9, "nesterov": True}
+ADAM = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1}
 OPS = {
-    "sgd": ("sgd_rows", (), {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.1, "nesterov": False}),
-    "momentum": ("sgd_rows", ("momentum_buffer",), {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.0, "nesterov": True}),
-    "adam": ("adam_rows", ("exp_avg", "exp_avg_sq"), {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, "decoupled": False}),
-    "adamw": ("adam_rows", ("exp_avg", "exp_avg_sq"), {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, "decoupled": True}),
+    "sgd": ("sgd_rows", (), SGD),
+    "momentum": ("sgd_rows", ("momentum_buffer",), MOMENTUM),
+    "adam": ("adam_rows", ("exp_avg", "exp_avg_sq"), {**ADAM, "decoupled": False}),
+    "adamw": ("adam_rows", ("exp_avg", "exp_avg_sq"), {**ADAM, "decoupled": True}),
     "adagrad": ("adagrad_rows", ("sum",), {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.1}),
 }
 
@@ -83,7 +86,7 @@ def test_shapes_that_do_not_fit_are_refused_before_memory_is_touched(what):
     if what == "decay":
         decay = torch.zeros(3)
     options = {"lr": 1.0, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+    rows = GradientRows(torch.tensor([1]), values, decays={"momentum_buffer": decay})
     with pytest.raises(ValueError, match=r"do not go with a parameter \[4, 6\]"):
-        rows = GradientRows(torch.tensor([1]), values, decays={"momentum_buffer": decay})
         ops.sgd_rows(weight, buffer, rows, **options)
     assert torch.equal(weight, torch.ones(4, 6))

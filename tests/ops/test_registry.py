@@ -224,7 +224,7 @@ def test_an_optimizers_step_on_what_is_not_contiguous_is_left_to_the_reference()
     assert ops.adagrad_rows.explain(weight, torch.ones(4, 6), rows, **options) == ("native", {})
     scattered = ops.GradientRows(torch.tensor([1, 9, 3])[::2], torch.ones(2, 6))
     for state, gradient in ((other, rows), (torch.ones(4, 6), scattered)):
-        name, reasons = ops.adagrad_rows.explain(weight, state, gradient, 1.0, **options)
+        name, reasons = ops.adagrad_rows.explain(weight, state, gradient, **options)
         assert name == "reference"
         assert "contiguous" in reasons["native"]
 

@@ -196,8 +196,7 @@ def adam_rows(
     else:
         grad = grad + weight_decay * w
     keep_first, keep_second = (
-        rows.decay(name, beta, at, weight.dim())
-        for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
+        rows.decay(name, beta, at, weight.dim()) for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
     )
     _store(exp_avg, at, exp_avg[at] * keep_first + (1 - betas[0]) * grad)
     _store(exp_avg_sq, at, exp_avg_sq[at] * keep_second + (1 - betas[1]) * grad * grad)

@@ -56,10 +56,11 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _decays(self, group: dict[str, Any]) -> dict[str, float]:
-        """By what the dense optimizer multiplies, in this step, each state of a row whose gradient is zero, by its name.
+        """By what this step of the dense optimizer multiplies the state of a row whose gradient is zero.
 
-        `PARAMETER` is the name for the weights, which decoupled weight decay multiplies. A state that such a step leaves
-        as it is is not named. ``sparse_rows="decay"`` makes up for these factors, and for nothing else.
+        The name of each state has its factor. `PARAMETER` is the name for the weights, which decoupled weight decay
+        multiplies. What such a step does not change is left out. ``sparse_rows="decay"`` makes up for these factors,
+        and for nothing else.
         """
 
     @abstractmethod
@@ -140,8 +141,8 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def _fits_fused(self, parameter: Tensor) -> bool:
         """Whether torch's fused implementation takes this parameter with its gradient and its state as they are now.
 
-        It is for one dtype and reads memory in order, whatever the strides say. In torch 2.13 that of SGD leaves most of
-        a half-precision parameter where it is (pytorch issue 191763).
+        It is for one dtype, and reads memory in order, whatever the strides say. In torch 2.13 that of SGD leaves most
+        of a half-precision parameter where it is (pytorch issue 191763).
         """
         dtype, grad = parameter.dtype, parameter.grad
         if not parameter.is_cpu or dtype not in _FUSED_DTYPES or grad is None or grad.layout is not torch.strided:
@@ -152,7 +153,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         if any(type(tensor) not in PLAIN or tensor.dtype is not dtype for tensor in tensors):
             return False
         if parameter.is_contiguous():
-            return all([tensor.is_contiguous() for tensor in tensors])
+            return all(tensor.is_contiguous() for tensor in tensors)
         form = ops.memory_format(parameter)
         return all(tensor.is_contiguous(memory_format=form) for tensor in tensors)
 
@@ -196,8 +197,8 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
         With ``sparse_rows="decay"`` the state of a row falls behind while the row has no gradient. Here each row's
         momentum, or moments, decay for the steps that it missed, and AdamW's weight decay of these steps is applied to
-        the weights. The states that end in `_row_decay` are removed. In the other modes no row falls behind, and nothing
-        is done.
+        the weights. The states whose names end in `_row_decay` are removed. In the other modes no row falls behind, and
+        nothing is done.
 
         Call it before the state_dict goes to torch's optimizer. Training may go on afterwards in any mode.
         """
@@ -214,7 +215,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
                 tensor.mul_(decay.view(-1, *[1] * (parameter.dim() - 1)))
 
     def _row_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """By what this step multiplies each row of each state [O]: the product over it and the steps that were missed."""
+        """By what this step multiplies each row of each state [O]: its own factor times those of missed steps."""
         state, decays = self.state[parameter], {}
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         for name, factor in self._decays(group).items():
