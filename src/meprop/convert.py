@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from meprop import copies
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind
 from meprop.ops.native import reason_missing
@@ -254,8 +253,6 @@ def make_plain(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> None:
         vars(layer).pop(_BECOMES, None)
     if isinstance(layer, SparseLayer):
         become(layer, descriptor.plain)
-        for parameter in layer.parameters():
-            copies.forget(parameter)
 
 
 def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
