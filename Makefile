@@ -23,11 +23,11 @@ test-slow: env  ## the slow tests: means of many draws, and long walks over all 
 	$(PYTEST) -m slow
 
 # Beside the environment, not in it: a torchvision that does not fit its torch would break every import of transformers.
-build/sweep: Makefile
+build/sweep: Makefile | env
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ 'timm>=1.0.20' torchvision==0.28.0
 	touch $@
 
-sweep: env build/sweep  ## one training step of about 120 model families of transformers and timm, into docs/models.md
+sweep: build/sweep  ## one training step of 144 model families of transformers and timm, into docs/models.md
 	PYTHONPATH=build/sweep:tests OMP_NUM_THREADS=1 $(BIN)/python -m sweep --page docs/models.md
 
 env: $(READY)  ## set up .venv only (again, after a change of the build, of the native code or of the list of modules)

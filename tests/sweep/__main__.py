@@ -61,7 +61,7 @@ def text(library: str, results: dict[str, Result]) -> str:
     versions = f"{library} {importlib.import_module(library).__version__}, torch {torch.__version__}"
     lines = [
         f"{len(results)} families: {len(results) - len(failing)} train with the right gradients, {len(failing)} fail. "
-        f"{len(unseen)} have layers that are dense although the report calls them sparse. "
+        f"{len(unseen)} read weights of layers without calling them. "
         f"{versions}, {pages.short_commit(commit())}.",
         "",
         *(f"- **{name}** fails: {'; '.join(result.failures)}" for name, result in failing.items()),

@@ -90,7 +90,7 @@ _SPEECH = _TEXT | {
     "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2,
-    "apply_spec_augment": False,
+    "mask_time_length": 2,  # of frames that are masked in place, as in training
 }
 _STAGES = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_labels": 5}
 _WINDOWS = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4, "image_size": 32}

@@ -161,7 +161,7 @@ class Result:
         sparse: How many of them are sparse with a rule for columns, which all kinds of layers take.
         whole: The largest error where everything is kept, against plain torch, by dtype.
         part: The largest error where a part is kept, against the literal twin, by dtype.
-        unseen: Layers that the report calls sparse, whose weights got gradients that no rule was asked for.
+        unseen: Sparse layers whose weights got gradients that no rule was asked for, because the model reads them itself.
         failures: What went wrong.
     """
 
@@ -227,7 +227,7 @@ def _compare(
     try:
         loss, gradients = run()
     except Exception as problem:  # whatever it is, it goes into the table
-        failure = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+        failure = f"{type(problem).__name__}: {str(problem).splitlines()[0].partition('. ')[0]}"
         if failure not in result.failures:
             result.failures.append(failure)
         return
