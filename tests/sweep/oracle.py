@@ -161,7 +161,7 @@ class Result:
         sparse: How many of them are sparse with a rule for columns, which all kinds of layers take.
         whole: The largest error where everything is kept, against plain torch, by dtype.
         part: The largest error where a part is kept, against the literal twin, by dtype.
-        unseen: Sparse layers whose weights got gradients that no rule was asked for, because the model reads them itself.
+        unseen: Sparse layers whose weights the model reads itself, so that no rule was asked for their gradients.
         failures: What went wrong.
     """
 
