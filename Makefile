@@ -8,7 +8,7 @@ MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1
 READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow sanitize env lint format clean
+.PHONY: help demo test test-slow sweep sanitize env lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,14 @@ test: env  ## set up .venv and run the tests, but for the slow ones
 
 test-slow: env  ## the slow tests: means of many draws, and long walks over all cases (some minutes)
 	$(PYTEST) -m slow
+
+# Beside the environment, not in it: a torchvision that does not fit its torch would break every import of transformers.
+build/sweep: Makefile | env
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ 'timm>=1.0.20' torchvision==0.28.0
+	touch $@
+
+sweep: build/sweep  ## one training step of 144 model families of transformers and timm, into docs/models.md
+	PYTHONPATH=build/sweep:tests OMP_NUM_THREADS=1 $(BIN)/python -m sweep --page docs/models.md
 
 env: $(READY)  ## set up .venv only (again, after a change of the build, of the native code or of the list of modules)
 

@@ -41,25 +41,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, blocks: i
 
 
 class KeepMapsOfGradient(KeepOfGradient):
-    """The identity, whose gradient [N, O, L] is that of the maps whose norms the rule keeps as they are."""
+    """The identity, whose gradient [N, O, *] is that of the maps whose norms the rule keeps as they are."""
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        kept_NO = ctx.rule.select(torch.linalg.vector_norm(grad.float(), dim=2)).to_dense()
-        return torch.where(kept_NO[:, :, None] != 0, grad, 0), None
+        kept_NO = ctx.rule.select(torch.linalg.vector_norm(grad.flatten(2).float(), dim=2)).to_dense()
+        return torch.where(kept_NO.view(*kept_NO.shape, *[1] * (grad.dim() - 2)) != 0, grad, 0), None
 
 
-def convolution(layer: torch.nn.Conv1d, x: Tensor, rule: Rule) -> Tensor:
-    """x [N, I, L] to [N, O, L]; the rule sees a row for each position of each example. The bias as in `linear`.
+def convolution(layer: torch.nn.Conv1d | torch.nn.Conv2d, x: Tensor, rule: Rule) -> Tensor:
+    """x [N, I, *] to [N, O, *]; the rule sees a row for each position of each example. The bias as in `linear`.
 
-    A rule for the whole gradient sees the norms of maps, unless the kernel is 1.
+    A rule for the whole gradient sees the norms of maps, unless the layer is pointwise.
     """
-    output = F.conv1d(x, layer.weight, None, padding=layer.padding)
-    if rule.scope == "global" and layer.kernel_size != (1,):
+    output = layer._conv_forward(x, layer.weight, None)
+    padding = set() if isinstance(layer.padding, str) else {*layer.padding}  # "same" adds none to a kernel of 1
+    is_pointwise = {*layer.kernel_size, *layer.stride} == {1} and padding <= {0}
+    if rule.scope == "global" and not is_pointwise:
         kept = KeepMapsOfGradient.apply(output, rule)
     else:
         kept = KeepOfGradient.apply(output.movedim(1, -1), rule).movedim(-1, 1)
-    bare = F.conv1d(x.detach(), layer.weight.detach(), layer.bias, padding=layer.padding)
+    bare = layer._conv_forward(x.detach(), layer.weight.detach(), layer.bias)
     return bare + (kept - kept.detach())
 
 
@@ -79,13 +81,39 @@ def lstm(layer: torch.nn.LSTM, x: Tensor, rule: Rule) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     weights = (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0)
     x, weight_ih, weight_hh, *biases = (tensor.to(dtype).to(x.dtype) for tensor in (x, *weights))
-    h = c = x.new_zeros(x.shape[1], layer.hidden_size)
-    outputs = []
     with torch.autocast("cpu", enabled=False):
-        for x_t in x:
-            both = torch.cat([x_t, h], dim=1), torch.cat([weight_ih, weight_hh], dim=1)
-            i, f, g, o = linear(*both, biases[0] + biases[1], rule, 4).chunk(4, dim=1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-            outputs.append(h)
-    return torch.stack(outputs).to(dtype)
+        return _walk(x, weight_ih, weight_hh, biases[0] + biases[1], rule)[0].to(dtype)
+
+
+def lstms(layer: torch.nn.LSTM, x: Tensor, rule: Rule) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What an LSTM of any layers and directions returns for whole sequences [T, B, I], or [B, T, I] with `batch_first`.
+
+    States are zeros at first. There is no dropout.
+    """
+    x = x.transpose(0, 1) if layer.batch_first else x
+    last = []
+    for number in range(layer.num_layers):
+        outputs = []
+        for suffix in ("", "_reverse")[: 1 + layer.bidirectional]:
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            weight_ih, weight_hh, *biases = (getattr(layer, f"{name}_l{number}{suffix}", None) for name in names)
+            bias = biases[0] + biases[1] if layer.bias else None
+            output, *states = _walk(x.flip(0) if suffix else x, weight_ih, weight_hh, bias, rule)
+            outputs.append(output.flip(0) if suffix else output)
+            last.append(states)
+        x = torch.cat(outputs, dim=-1)
+    h, c = (torch.stack(states) for states in zip(*last, strict=True))
+    return x.transpose(0, 1) if layer.batch_first else x, (h, c)
+
+
+def _walk(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, ...]:
+    """Output [T, B, H] and the last states h and c [B, H], one time step after the other."""
+    h = c = x.new_zeros(x.shape[1], weight_hh.shape[1])
+    outputs = []
+    for x_t in x:
+        both = torch.cat([x_t, h], dim=1), torch.cat([weight_ih, weight_hh], dim=1)
+        i, f, g, o = linear(*both, bias, rule, 4).chunk(4, dim=1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs), h, c
