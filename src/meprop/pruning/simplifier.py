@@ -36,9 +36,9 @@ class Simplifier:
     at any position.
 
     Checks. Every `check_every` steps, each unit that was hit too rarely is removed for good: less often than the share
-    `of_mean` of what units of its layer are hit on average. With `threshold` the measure is the paper's, a share of the
-    examples. Then the counts begin again. Cycles that prune alternate with cycles that only train. The first cycle
-    follows `warmup` steps, and prunes. Everything is counted in steps, as a training loop may have no epochs. The
+    `of_mean` of the mean, which is the layer's hits divided by the number of units that it began with. With `threshold`
+    the measure is the paper's, a share of the examples. Then the counts begin again. Cycles that prune alternate
+    with cycles that only train. The first cycle follows `warmup` steps, and prunes. Everything is counted in steps, as a training loop may have no epochs. The
     paper's code checks 8 times per epoch. Its cycles have 5 of 20 epochs.
 
     Removing. The rows that compute a unit are removed (in an LSTM those of all gates), and the columns of all layers
@@ -64,8 +64,9 @@ class Simplifier:
             same objects.
         threshold: A share of the examples, from 0 to 1, for rules with a fixed number of entries in each row. Units
             that fewer examples hit are removed. With 0 nothing is removed, only counted. None for `of_mean`.
-        of_mean: A share of a layer's mean number of hits, from 0 to 1. It is for every rule: the hits of a budget of
-            noise get fewer as training goes on, and their mean with them. Units with fewer hits are removed. None for
+        of_mean: A share, from 0 to 1, of the mean number of hits. It is the sum of a layer's hits divided by the number
+            of units that it began with. It is for every rule: the hits of a budget of noise get fewer as training goes
+            on, and their mean with them. What is left of a layer shares the hits, so that removal ends. None for
             0.5, or for `threshold` where that is given.
         optimizer: The optimizer of the model, whose state is cut too. A list if there are several. None only if there
             is none.
@@ -307,7 +308,7 @@ class Simplifier:
             if group.reason is None:
                 of_each = torch.stack([shares[producer.label] for producer in group.producers])
                 if self.of_mean is not None:
-                    of_each /= of_each.mean(dim=1, keepdim=True)  # NaN where no unit is hit
+                    of_each *= group.width / of_each.sum(dim=1, keepdim=True)  # NaN where no unit is hit
                 share = of_each.amax(dim=0)
                 of_layer.setdefault(group.producers[0].layer, {})[number] = share
         kept: dict[int, Tensor] = {}

@@ -158,7 +158,7 @@ class SimplifyConfig:
     """Units that a smaller share of the examples selects are removed. It is for rules with a fixed number of entries in
     each row; the paper's code has 0.1."""
     of_mean: float | None = None
-    """Units that are selected less often than this share of their layer's mean are removed. The default is 0.5 without
+    """Units that are selected less often than this share of the layer's mean are removed. The default is 0.5 without
     --threshold."""
     checks: int = 8
     """How many times an epoch the run looks for units to remove."""
