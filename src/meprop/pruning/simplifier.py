@@ -37,9 +37,9 @@ class Simplifier:
 
     Checks. Every `check_every` steps, each unit that was hit too rarely is removed for good: less often than the share
     `of_mean` of the mean, which is the layer's hits divided by the number of units that it began with. With `threshold`
-    the measure is the paper's, a share of the examples. Then the counts begin again. Cycles that prune alternate
-    with cycles that only train. The first cycle follows `warmup` steps, and prunes. Everything is counted in steps, as a training loop may have no epochs. The
-    paper's code checks 8 times per epoch. Its cycles have 5 of 20 epochs.
+    the measure is the paper's, a share of the examples. Then the counts begin again. Cycles that prune alternate with
+    cycles that only train. The first cycle follows `warmup` steps, and prunes. Everything is counted in steps, as a
+    training loop may have no epochs. The paper's code checks 8 times per epoch. Its cycles have 5 of 20 epochs.
 
     Removing. The rows that compute a unit are removed (in an LSTM those of all gates), and the columns of all layers
     that read it. They are removed from parameters, gradients and the optimizer's state, in place. The smaller model
