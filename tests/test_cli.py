@@ -16,7 +16,9 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
+import meprop
 from meprop import cli, machine
+from meprop.cli import common
 from meprop.cli.main import parse
 from meprop.cli.simplify import Simplify
 from meprop.cli.train import Compare, Train
@@ -291,7 +293,7 @@ def test_doctor_downloads_nothing_and_finds_the_data(data, monkeypatch, tmp_path
 
 
 def test_a_missing_extra_is_named_with_the_remedy():
-    code = "import sys; sys.modules['tyro'] = None; from meprop.cli import main; sys.exit(main(['doctor']))"
+    code = "import sys; sys.modules['tyro'] = None; from meprop.cli import main; sys.exit(main(['data']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "meprop: error: tyro is not installed: pip install 'meprop[tasks]'\n"
@@ -347,3 +349,70 @@ def test_training_keeps_memory_where_the_process_is_the_command_lines(data, monk
     monkeypatch.setattr(sys, "argv", ["meprop", *command, "--overwrite"])
     assert cli.main() == 0
     assert asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("compare minst", "did you mean mnist?"),
+        ("compare MNIST", "did you mean mnist?"),
+        ("compair mnist", "did you mean compare?"),
+        ("docter", "did you mean doctor?"),
+        ("data taging", "did you mean tagging?"),
+        ("simplify --epochs 3 parsin", "did you mean parsing?"),
+        ("bench lineer", "did you mean linear?"),
+        ("bench layers tagger", "did you mean tagging?"),
+        ("train mnist --rule topc", "did you mean topk?"),
+        ("compare mnist --rule=compensate", "did you mean compensated?"),
+        ("train mnist --optimizer adamm", "did you mean adam?"),
+        ("train mnist --scope exmaple", "did you mean example?"),
+        ("reproduce table1-mnist-adam", "did you mean table-1-mnist-adam?"),
+        ("compare mnist --epocs 3", "--epochs"),
+        ("compare mnist --overwite", "--overwrite"),
+        ("reproduce --sedes 1", "--seeds"),
+        ("bench linear --treads 2", "--threads"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest_right_one(capsys, arguments, meant):
+    assert cli.main(arguments.split()) == 2
+    shown = err(capsys)
+    assert meant in shown
+    assert shown.count("did you mean") == meant.count("did you mean")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["compare xyzzy", "train mnist --rule xyzzy", "compare", "train mnist --epochs x"]
+)
+def test_what_is_like_no_name_is_answered_with_none(capsys, arguments):
+    assert cli.main(arguments.split()) == 2
+    assert "did you mean" not in err(capsys)
+
+
+EXTRA_MODULES = sorted({name for names in common.extras().values() for name in names} - {"numpy"})  # torch may need it
+
+
+def without(modules, *arguments):
+    code = f"import sys; sys.modules.update(dict.fromkeys({modules})); from meprop.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_extras_are_those_of_the_package():
+    assert common.extras()["hf"] == ["accelerate", "transformers"]
+    assert {"tyro", "rich", "lightning_fabric"} < set(common.extras()["tasks"])
+
+
+def test_version_and_doctor_need_no_extras():
+    done = without(EXTRA_MODULES, "--version")
+    assert (done.returncode, done.stdout) == (0, f"meprop {meprop.__version__}\n")
+    done = without(EXTRA_MODULES, "doctor")
+    assert done.returncode == 0, done.stderr
+    for text in ("native:", "torch: ", "pip install 'meprop[tasks]'", "pip install 'meprop[hf]'", "not looked for"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("module", ["tyro", "rich", "lightning_fabric", "matplotlib", "pooch", "typeguard", "filelock"])
+def test_a_missing_module_of_an_extra_is_named_with_the_remedy(module, data):
+    command = "reproduce table-5" if module == "typeguard" else f"compare mnist --data-dir {data} --epochs 1"
+    done = without([module], *command.split(), *([] if module == "typeguard" else SMALL))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"meprop: error: {module} is not installed: pip install 'meprop[tasks]'"

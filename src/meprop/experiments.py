@@ -41,7 +41,7 @@ from typing import Any, TypedDict, get_args, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from meprop.errors import DataError
+from meprop.errors import DataError, did_you_mean
 from meprop.training import tracking
 from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig, rule_names
 from meprop.training.loop import Trainer
@@ -163,7 +163,11 @@ def load(name: str, tasks: Mapping[str, type[Any]]) -> Experiment:
     if not path.is_file():
         if name.endswith(".toml"):
             raise ValueError(f"{path}: there is no such file")
-        raise ValueError(f"experiment {name!r}: there are {', '.join(built_in())}; or give the path of a .toml file")
+        names = built_in()
+        raise ValueError(
+            f"experiment {name!r}: there are {', '.join(names)}; or give the path of a .toml file"
+            + did_you_mean(name, names)
+        )
     try:
         return _experiment(path.stem, tomllib.loads(path.read_text(encoding="utf-8")), tasks)
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError too
@@ -182,7 +186,7 @@ def _experiment(name: str, content: dict[str, Any], tasks: Mapping[str, type[Any
     task_settings = dict(found["task"])
     task = task_settings.pop("name", None)
     if not isinstance(task, str) or task not in tasks:
-        raise ValueError(f"[task] name is {task!r}; the tasks are {', '.join(tasks)}")
+        raise ValueError(f"[task] name is {task!r}; the tasks are {', '.join(tasks)}{did_you_mean(str(task), tasks)}")
     if not found["variants"]:
         raise ValueError("[variants] is empty; give one or more")
     task_settings = _checked(task_settings, _task_hints(tasks[task]), "[task] ")
@@ -263,7 +267,8 @@ def _checked(
     found: dict[str, Any] = {}
     for key, given in table.items():
         if key not in allowed:
-            raise ValueError(f"{where}{key}: there is no such key; there are {', '.join(allowed)}")
+            there = f"there is no such key; there are {', '.join(allowed)}{did_you_mean(key, allowed)}"
+            raise ValueError(f"{where}{key}: {there}")
         value = tuple(given) if isinstance(given, list) else given
         parts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(part, int) and abs(part) >= 2**63 for part in parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,14 +13,15 @@ from typing import Annotated, Any, Union
 
 import torch
 
+import meprop
 from meprop import machine
 from meprop.cli.bench import BENCH
-from meprop.cli.common import Command, note
-from meprop.cli.doctor import DATA, DOCTOR
+from meprop.cli.common import Command, missing, note
+from meprop.cli.doctor import DATA, DOCTOR, Doctor
 from meprop.cli.reproduce import REPRODUCE, Reproduce
 from meprop.cli.simplify import SIMPLIFY, Simplify
 from meprop.cli.train import COMPARE, TRAIN, Compare, Train
-from meprop.errors import MepropError
+from meprop.errors import MepropError, nearest
 
 _COMMANDS = (TRAIN, COMPARE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
 
@@ -38,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
         # times as slow, dense or sparse. Said before the first parallel operation, so that its threads inherit it.
         torch.set_flush_denormal(True)
     try:
-        command = parse(sys.argv[1:] if argv is None else argv)
+        arguments = sys.argv[1:] if argv is None else argv
+        if arguments == ["--version"]:
+            print(f"meprop {meprop.__version__}")
+            return 0
+        command = parse(arguments)
         if argv is None and isinstance(command, Train | Compare | Simplify | Reproduce):
             machine.keep_freed_memory()
         command.run()
@@ -53,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "meprop":
             raise
-        note(f"error: {error.name} is not installed: pip install 'meprop[tasks]'")
+        note(f"error: {missing(error)}")
         return 1
     except KeyboardInterrupt:
         note("interrupted")
@@ -68,6 +74,8 @@ def parse(argv: list[str]) -> Any:
         ValueError: If a value is refused by a dataclass.
         SystemExit: After help, or a message about arguments that do not parse.
     """
+    if argv == ["doctor"]:  # which also works where tyro is missing: that is for it to say
+        return Doctor()
     import tyro
 
     messages = io.StringIO()
@@ -76,7 +84,8 @@ def parse(argv: list[str]) -> Any:
             return tyro.cli(
                 _commands(argv),
                 prog="meprop",
-                description="Cheaper training: back-propagate only the part of the gradient that matters (meProp).",
+                description="Cheaper training: back-propagate only the part of the gradient that matters (meProp). "
+                "`meprop --version` prints the version.",
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
@@ -87,6 +96,8 @@ def parse(argv: list[str]) -> Any:
             if isinstance(error, ValueError) and _raised_by_us(error):
                 raise error from None
         print(messages.getvalue(), end="", file=sys.stderr)
+        if (name := _meant(argv, messages.getvalue())) is not None:
+            note(f"did you mean {name}?")
         raise
 
 
@@ -106,6 +117,22 @@ def _commands(argv: list[str]) -> Any:
         return Annotated[Any, about]
 
     return Union[tuple(map(command_type, _COMMANDS))]  # noqa: UP007
+
+
+def _meant(argv: list[str], message: str) -> str | None:
+    """Return the name that is most like one of the arguments, of the names that tyro's message says are allowed.
+
+    A wrong option is not looked at: for that tyro's message has the nearest one.
+    """
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", message).split()).partition(" For full helptext")[0]
+    listed = re.search(r"(?:Available subcommands: |Expected one of )(.*)", text)
+    if listed is None:
+        return None
+    allowed = re.findall(r"[\w-]+", listed[1])
+    words = [word for argument in argv for word in argument.split("=") if not word.startswith("-")]
+    said = set(re.findall(r"[^\s,']+", text)) - set(allowed)
+    wrong = (word for word in words if word in said)
+    return next((name for word in wrong if (name := nearest(word, allowed)) is not None), None)
 
 
 def _raised_by_us(error: BaseException) -> bool:
