@@ -212,7 +212,7 @@ def test_the_commit_is_read_before_anything_else(monkeypatch, command):
         raise ValueError("read")
 
     monkeypatch.setattr(tracking, "commit", commit)
-    assert command("missing") == 2  # and not the 1 of missing data
+    assert command("missing") == 70  # and not the 1 of missing data
 
 
 def test_resuming_without_a_checkpoint_says_that_it_starts_anew(data, capsys):

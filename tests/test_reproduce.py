@@ -231,7 +231,7 @@ def test_two_processes_do_not_share_a_folder(built, capsys):
     with FileLock(folder / ".lock"):
         assert reproduce() == 1
     shown = capsys.readouterr().err
-    assert "results/small: another meprop reproduce is at work there; wait for it, or give another --out" in shown
+    assert "results/small: another meprop command is at work there; wait for it, or give another --out" in shown
     assert shown.count("\n") == 1
     assert not built
     assert reproduce("--seeds", "0") == 0
@@ -243,7 +243,7 @@ def test_the_commit_is_read_before_anything_else(monkeypatch):
 
     monkeypatch.setattr(tracking, "commit", commit)
     monkeypatch.setattr(experiments, "load", lambda name, tasks: pytest.fail("too late"))
-    assert reproduce() == 2
+    assert reproduce() == 70
 
 
 def test_a_group_is_saved_together_so_that_it_continues_side_by_side(monkeypatch):

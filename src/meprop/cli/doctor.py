@@ -9,6 +9,7 @@ from typing import Any, Generic
 import meprop
 from meprop import machine
 from meprop.cli.common import Command, TaskConfig, absent, extras, missing, with_tasks
+from meprop.errors import MepropError
 from meprop.training import tasks, tracking
 
 
@@ -46,7 +47,9 @@ class Doctor:
             for name, entry in tasks.table().items():
                 print(f"  {name}: {entry.locate(None) or f'not here yet; get them with: meprop data {name}'}")
         except ModuleNotFoundError as error:
-            print(f"  not looked for, since {missing(error)}")
+            print(f"  not looked for: {missing(error)}")
+        except (MepropError, ValueError) as error:  # such as a machine without a home directory
+            print(f"  not looked for: {error}")
 
     @staticmethod
     def _state(extra: str, modules: Sequence[str]) -> str:
