@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, damage):
         ):
             assert checkpoint.load(path, SETTINGS, TinyConfig)["step"] == 1
         checkpoint.earlier(path).write_bytes(b"half of it")
-        with pytest.raises(DataError, match=r"c-before\.pt is damaged"), pytest.warns(UserWarning):
+        with pytest.raises(DataError, match=r"c-before\.pt is damaged"), pytest.warns(UserWarning, match="before it"):
             checkpoint.load(path, SETTINGS, TinyConfig)
     checkpoint.delete(path)
     assert not list(tmp_path.iterdir())

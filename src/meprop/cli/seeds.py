@@ -59,15 +59,16 @@ class Seeds:
 
     def _check(self, result: tracking.Result, names: Sequence[str]) -> None:
         path, wanted = self._session.out / tracking.RESULT, self._command.training.seeds
-        found = {(run.rule, run.seed) for run in result.runs}
-        if found != {(name, seed) for name in names for _, seed in found} or "data" not in result.config:
+        config, found = result.config, {(run.rule, run.seed) for run in result.runs}
+        if {"task", "training", "rule", "data"} <= config.keys():
+            then, now = tracking.settings_of(config), tracking.settings_of(self.config)
+            if different := tracking.changes(then, now, type(self._command.task)):
+                raise ValueError(
+                    f"{path} has other settings ({different}); give the same options and data, or another --out, or "
+                    "start again with --overwrite"
+                )
+        if "data" not in config or found != {(name, seed) for name in names for _, seed in found}:
             raise DataError(f"{path} is not of this command; give another --out, or start again with --overwrite")
-        then, now = (tracking.settings_of(config) for config in (result.config, self.config))
-        if different := tracking.changes(then, now, type(self._command.task)):
-            raise ValueError(
-                f"{path} has other settings ({different}); give the same options and data, or another --out, or start "
-                "again with --overwrite"
-            )
         if others := sorted({seed for _, seed in found} - set(wanted)):
             raise ValueError(f"{path} has results of the seeds {others}; give them to --seeds as well")
 
