@@ -67,7 +67,8 @@ def reproduce(*options, out="results"):
 
 
 def files(out="results"):
-    return sorted(path.name for path in (Path(out) / "small").iterdir() if path.name != ".lock")
+    names = (path.name for path in (Path(out) / "small").iterdir())
+    return sorted(name for name in names if name != ".lock" and "-before" not in name)
 
 
 def outcomes(out="results"):

@@ -31,7 +31,7 @@ class Reproduce(Generic[Names]):
     """Experiments by name, or paths of .toml files of your own in the same form."""
     list: bool = False
     """Show the names of the shipped experiments, and how many of their runs are finished."""
-    out: Path = Path("benchmarks/results")
+    out: Path = Path("runs/reproduce")
     """Folder for results. An experiment's folder in it has a file per finished run, a checkpoint per unfinished one."""
     seeds: tuple[int, ...] = ()
     """Seeds to run instead of the experiment's; with --list, seeds to count. The table shows all that are finished."""

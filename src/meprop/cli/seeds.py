@@ -54,7 +54,7 @@ class Seeds:
                     checkpoint.delete(self._path(name, seed))
             note(f"continuing {path}, in which the seeds {sorted(self._done)} are finished")
         elif not (self._session.resume and any(out.glob("checkpoint-*-seed*.pt"))):
-            self._session.start()
+            self._session.start(f"{out} holds nothing to continue")
         return result
 
     def _check(self, result: tracking.Result, names: Sequence[str]) -> None:

@@ -85,16 +85,19 @@ class Session:
     ) -> None:
         self._held.close()
 
-    def start(self) -> None:
+    def start(self, reason: str) -> None:
         """Begin a new experiment, unless there is one that must not be replaced.
+
+        Args:
+            reason: Why none is continued, if that was asked for.
 
         Raises:
             ValueError: There is one.
         """
-        if self.resume:
-            note(f"{self.out} holds nothing to continue: starting from the beginning")
         if not self._overwrite:
             folder.check_free(self.out)
+        if self.resume:
+            note(f"{reason}: starting from the beginning")
         self.saved = False
 
     def make_way(self) -> None:

@@ -77,7 +77,7 @@ class Train(Generic[TaskConfig, RuleName]):
         trainer = Trainer(task, self.training, rule, seed)
         run = Saved(trainer, self.out / tracking.CHECKPOINT, settings, type(self.task))
         if not (self.resume and run.resume()):
-            session.start()
+            session.start(f"{run.path} does not exist")
         return run
 
 
