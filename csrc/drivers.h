@@ -243,21 +243,25 @@ struct SparseRows {
   const int64_t* indices;  // [count], ascending
   const float* grad;       // [count, width]
   float* weight;
-  Bf16* bf16_copy;     // [rows, width], or null. Gets the new weights as bfloat16
-  bool every_row;   // whether the other rows move too, with a gradient of zeros
-  float* row_step;  // [rows], or null. The step until which a row's state is up to date. Missed steps are made up first
-  double step;      // the number of this step, from 1
+  bool every_row;  // whether the other rows move too, with a gradient of zeros
   int threads;
 };
 
+// Each `keep` [rows] below may be null. It then stands for what one step keeps of a row's state: momentum, beta1 or
+// beta2. It has another value for a row that has missed steps.
 struct Sgd {
   float* buffer;  // null without momentum
+  const float* keep;
   double lr, momentum, dampening, weight_decay;
   bool nesterov;
 };
 struct Adam {
   float* first;
   float* second;
+  const float* keep_first;
+  const float* keep_second;
+  const float* shrink;  // [rows], or null for 1 - lr * weight_decay. The factor of decoupled weight decay
+  double step;          // the number of this step, from 1
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled;  // whether weight decay is decoupled, as in AdamW
 };
@@ -272,9 +276,5 @@ Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagra
 
 // Whether indices ascend and lie within [0, rows).
 bool ascending(const int64_t* indices, int64_t count, int64_t rows);
-
-// Whether `bf16_copy` equals `weight` rounded to bfloat16. Compares about `samples` of the `size` entries, evenly
-// spread.
-bool copy_agrees(const float* weight, const Bf16* bf16_copy, int64_t size, int64_t samples);
 
 }  // namespace meprop

@@ -209,8 +209,7 @@ struct LstmKernels {
                         float* gate_sums);
 };
 
-// What an optimizer does to one row w of a parameter. The gradient is g, or zeros if it is null. First g += l2 * w. If
-// `bf16_copy` is not null, it gets the new weights rounded to bfloat16.
+// What an optimizer does to one row w of a parameter. The gradient is g, or zeros if it is null. First g += l2 * w.
 struct SgdStep {
   float l2, lr, momentum;
   float keep, add;  // buffer = keep * buffer + add * g
@@ -228,10 +227,9 @@ struct AdagradStep {
 };
 
 struct OptimizerKernels {
-  void (*sgd)(const SgdStep& step, int64_t width, const float* grad, float* weight, float* buffer, Bf16* bf16_copy);
-  void (*adam)(const AdamStep& step, int64_t width, const float* grad, float* weight, float* first, float* second,
-               Bf16* bf16_copy);
-  void (*adagrad)(const AdagradStep& step, int64_t width, const float* grad, float* weight, float* sum, Bf16* bf16_copy);
+  void (*sgd)(const SgdStep& step, int64_t width, const float* grad, float* weight, float* buffer);
+  void (*adam)(const AdamStep& step, int64_t width, const float* grad, float* weight, float* first, float* second);
+  void (*adagrad)(const AdagradStep& step, int64_t width, const float* grad, float* weight, float* sum);
 };
 
 struct Kernels {

@@ -314,8 +314,8 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return finish(status);
 }
 
-// The arguments of an optimizer's step: those of all, `integers` of them, then `count` floats; the first is the step.
-constexpr Py_ssize_t kRowsIntegers = 10;
+// The arguments of an optimizer's step: those of all, then its own, `integers` in all, and `count` floats.
+constexpr Py_ssize_t kRowsIntegers = 8;
 bool read_step(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_ssize_t count, int64_t* a, double* f,
                SparseRows* call) {
   if (!read_numbers(args, given, integers, count, a, f)) return false;
@@ -325,11 +325,8 @@ bool read_step(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_
            address<const int64_t>(a[3]),
            address<const float>(a[4]),
            address<float>(a[5]),
-           address<Bf16>(a[6]),
-           a[7] != 0,
-           address<float>(a[8]),
-           f[0],
-           thread_count(a[9])};
+           a[6] != 0,
+           thread_count(a[7])};
   return true;
 }
 
@@ -344,40 +341,37 @@ PyObject* run_step(Status (*update)(const Kernels&, const SparseRows&, const Opt
 }
 
 PyObject* py_sgd_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[kRowsIntegers + 2];
-  double f[5];
+  int64_t a[kRowsIntegers + 3];
+  double f[4];
   SparseRows call;
-  if (!read_step(args, given, kRowsIntegers + 2, 5, a, f, &call)) return nullptr;
-  return run_step<Sgd>(sgd_rows, call, {address<float>(a[10]), f[1], f[2], f[3], f[4], a[11] != 0});
+  if (!read_step(args, given, kRowsIntegers + 3, 4, a, f, &call)) return nullptr;
+  return run_step<Sgd>(sgd_rows, call,
+                       {address<float>(a[8]), address<const float>(a[9]), f[0], f[1], f[2], f[3], a[10] != 0});
 }
 
 PyObject* py_adam_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[kRowsIntegers + 3];
+  int64_t a[kRowsIntegers + 6];
   double f[6];
   SparseRows call;
-  if (!read_step(args, given, kRowsIntegers + 3, 6, a, f, &call)) return nullptr;
+  if (!read_step(args, given, kRowsIntegers + 6, 6, a, f, &call)) return nullptr;
   return run_step<Adam>(adam_rows, call,
-                        {address<float>(a[10]), address<float>(a[11]), f[1], f[2], f[3], f[4], f[5], a[12] != 0});
+                        {address<float>(a[8]), address<float>(a[9]), address<const float>(a[10]),
+                         address<const float>(a[11]), address<const float>(a[12]), f[0], f[1], f[2], f[3], f[4], f[5],
+                         a[13] != 0});
 }
 
 PyObject* py_adagrad_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int64_t a[kRowsIntegers + 1];
-  double f[4];
+  double f[3];
   SparseRows call;
-  if (!read_step(args, given, kRowsIntegers + 1, 4, a, f, &call)) return nullptr;
-  return run_step<Adagrad>(adagrad_rows, call, {address<float>(a[10]), f[1], f[2], f[3]});
+  if (!read_step(args, given, kRowsIntegers + 1, 3, a, f, &call)) return nullptr;
+  return run_step<Adagrad>(adagrad_rows, call, {address<float>(a[8]), f[0], f[1], f[2]});
 }
 
 PyObject* py_ascending(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int64_t a[3];
   if (!read_integers(args, given, 3, a)) return nullptr;
   return PyBool_FromLong(ascending(address<const int64_t>(a[0]), a[1], a[2]));
-}
-
-PyObject* py_copy_agrees(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[4];
-  if (!read_integers(args, given, 4, a)) return nullptr;
-  return PyBool_FromLong(copy_agrees(address<const float>(a[0]), address<const Bf16>(a[1]), a[2], a[3]));
 }
 
 PyObject* py_levels(PyObject*, PyObject*) {
@@ -442,16 +436,14 @@ PyMethodDef methods[] = {
      "grad_h0, grad_c0, hits, threads, each_gate, keep, key, exact_sum, kept, share, ceiling), all float32 but hits and kept; "
      "entries of all rows if kept is not 0"},
     {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
-     "sgd_rows(rows, width, count, indices, grad, weight, bf16_copy, every_row, row_step, threads, buffer, nesterov, step, lr, "
-     "momentum, dampening, weight_decay)"},
+     "sgd_rows(rows, width, count, indices, grad, weight, every_row, threads, buffer, keep, nesterov, lr, momentum, "
+     "dampening, weight_decay)"},
     {"adam_rows", as_method(py_adam_rows), METH_FASTCALL,
-     "adam_rows(rows, width, count, indices, grad, weight, bf16_copy, every_row, row_step, threads, exp_avg, exp_avg_sq, "
-     "decoupled, step, lr, beta1, beta2, eps, weight_decay)"},
+     "adam_rows(rows, width, count, indices, grad, weight, every_row, threads, exp_avg, exp_avg_sq, keep_first, "
+     "keep_second, shrink, decoupled, step, lr, beta1, beta2, eps, weight_decay)"},
     {"adagrad_rows", as_method(py_adagrad_rows), METH_FASTCALL,
-     "adagrad_rows(rows, width, count, indices, grad, weight, bf16_copy, every_row, row_step, threads, sum, step, lr, eps, weight_decay)"},
+     "adagrad_rows(rows, width, count, indices, grad, weight, every_row, threads, sum, lr, eps, weight_decay)"},
     {"ascending", as_method(py_ascending), METH_FASTCALL, "ascending(indices, count, rows) -> whether they are, int64"},
-    {"copy_agrees", as_method(py_copy_agrees), METH_FASTCALL,
-     "copy_agrees(weight, bf16_copy, size, samples) -> whether some entries are the weight's as bfloat16"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -2,31 +2,23 @@
 //
 // Every level rounds alike: no multiply-add is fused here, as torch's own optimizers do not rely on one either.
 
-inline void store_bf16(Bf16* to, F32 a, int64_t count) {
-  uint32_t bits[kLanes];
-  store_words(bits, rounded_to_bf16(a));
-  for (int64_t i = 0; i < (count < kLanes ? count : kLanes); ++i) to[i].bits = static_cast<uint16_t>(bits[i] >> 16);
-}
-
 // Calls update(g, w, place, count), which returns the new w, for each vector of the row.
 template <class Update>
-inline void update_row(int64_t width, float l2, const float* grad, float* weight, Bf16* bf16_copy, Update update) {
+inline void update_row(int64_t width, float l2, const float* grad, float* weight, Update update) {
   const F32 decay = broadcast(l2);
   for (int64_t at = 0; at < width; at += kLanes) {
     const int64_t count = width - at;
     const F32 w = load_some(weight + at, count);
     F32 g = load_or_zero(grad, at, count);
     if (l2 != 0) g = add(g, multiply(decay, w));
-    const F32 updated = update(g, w, at, count);
-    store_some(weight + at, updated, count);
-    if (bf16_copy != nullptr) store_bf16(bf16_copy + at, updated, count);
+    store_some(weight + at, update(g, w, at, count), count);
   }
 }
 
-inline void sgd_row(const SgdStep& step, int64_t width, const float* grad, float* weight, float* buffer, Bf16* bf16_copy) {
+inline void sgd_row(const SgdStep& step, int64_t width, const float* grad, float* weight, float* buffer) {
   const F32 lr = broadcast(step.lr), momentum = broadcast(step.momentum);
   const F32 keep = broadcast(step.keep), fresh = broadcast(step.add);
-  update_row(width, step.l2, grad, weight, bf16_copy, [=](F32 g, F32 w, int64_t at, int64_t count) {
+  update_row(width, step.l2, grad, weight, [=](F32 g, F32 w, int64_t at, int64_t count) {
     if (buffer != nullptr) {
       const F32 sum = add(multiply(keep, load_some(buffer + at, count)), multiply(fresh, g));
       store_some(buffer + at, sum, count);
@@ -36,13 +28,12 @@ inline void sgd_row(const SgdStep& step, int64_t width, const float* grad, float
   });
 }
 
-inline void adam_row(const AdamStep& step, int64_t width, const float* grad, float* weight, float* first, float* second,
-                     Bf16* bf16_copy) {
+inline void adam_row(const AdamStep& step, int64_t width, const float* grad, float* weight, float* first, float* second) {
   const F32 shrink = broadcast(step.shrink), size = broadcast(step.step_size);
   const F32 keep_first = broadcast(step.keep_first), new_first = broadcast(step.first);
   const F32 keep_second = broadcast(step.keep_second), new_second = broadcast(step.second);
   const F32 root_scale = broadcast(step.root_scale), eps = broadcast(step.eps);
-  update_row(width, step.l2, grad, weight, bf16_copy, [=](F32 g, F32 w, int64_t at, int64_t count) {
+  update_row(width, step.l2, grad, weight, [=](F32 g, F32 w, int64_t at, int64_t count) {
     const F32 mean = add(multiply(keep_first, load_some(first + at, count)), multiply(new_first, g));
     const F32 square = add(multiply(keep_second, load_some(second + at, count)), multiply(multiply(new_second, g), g));
     store_some(first + at, mean, count);
@@ -52,10 +43,9 @@ inline void adam_row(const AdamStep& step, int64_t width, const float* grad, flo
   });
 }
 
-inline void adagrad_row(const AdagradStep& step, int64_t width, const float* grad, float* weight, float* sum,
-                        Bf16* bf16_copy) {
+inline void adagrad_row(const AdagradStep& step, int64_t width, const float* grad, float* weight, float* sum) {
   const F32 lr = broadcast(step.lr), eps = broadcast(step.eps);
-  update_row(width, step.l2, grad, weight, bf16_copy, [=](F32 g, F32 w, int64_t at, int64_t count) {
+  update_row(width, step.l2, grad, weight, [=](F32 g, F32 w, int64_t at, int64_t count) {
     const F32 squares = add(load_some(sum + at, count), multiply(g, g));
     store_some(sum + at, squares, count);
     return subtract(w, multiply(lr, divide(g, add(square_root(squares), eps))));

@@ -114,7 +114,7 @@ def test_a_second_conversion_leaves_what_its_filter_refuses():
 def test_the_filter_gets_name_and_layer_and_its_refusal_is_reported():
     model, asked = mlp(), []
     report = convert(model, filter=lambda name, layer: asked.append((name, layer)) or name != "0")
-    assert asked == [("0", model[0]), ("2", model[2])]
+    assert asked == [("0", model[0]), ("2", model[2]), ("4", model[4])]
     assert statuses(report) == {"0": "dense", "2": "sparse", "4": "dense"}
     assert reasons(report)["0"] == "refused by the filter"
     assert reasons(meprop.report(model))["0"] == "refused by the filter"
@@ -218,8 +218,10 @@ def test_wrong_types_are_refused():
         convert(lambda x: x)
     with pytest.raises(TypeError, match=r"rule=0\.05"):
         convert(mlp(), 0.05)
-    with pytest.raises(TypeError, match="model is of type dict"):
-        meprop.revert({})
+    for act in (meprop.convert, meprop.revert, meprop.report):
+        for wrong, name in (({}, "dict"), ("x", "str"), (nn.Linear, "type"), (None, "NoneType")):
+            with pytest.raises(TypeError, match=f"model is of type {name}; it must be a torch.nn.Module"):
+                act(wrong)
 
 
 def test_a_refused_call_changes_nothing():
@@ -229,9 +231,9 @@ def test_a_refused_call_changes_nothing():
     assert not any(isinstance(module, meprop.nn.Linear) for module in model.modules())
 
     def broken(name, layer):
-        raise KeyError(name)
+        return name == "0" or {}[name]
 
-    with pytest.raises(KeyError, match="'0'"):
+    with pytest.raises(KeyError, match="'2'"):
         convert(model[0], filter=broken)
     assert not any(isinstance(module, meprop.nn.Linear) for module in model.modules())
 
@@ -269,12 +271,15 @@ def test_a_complex_layer_stays_dense():
     assert "complex64" in reasons(report)["1"]
 
 
-def test_what_was_made_from_a_converted_layer_cannot_be_reverted_silently():
-    model = mlp()
-    convert(model)
-    torch.nn.utils.parametrizations.weight_norm(model[0])
-    with pytest.raises(meprop.NotSupportedError, match=r"layer '0'.*parametrizations"):
+def test_a_class_derived_from_ours_takes_rules_and_cannot_be_reverted():
+    class Own(meprop.nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(30, 200), Own(200, 200, rule=meprop.TopK(3)))
+    assert [layer.k for layer in convert(model, meprop.TopK(7)).layers] == [7, 7]
+    with pytest.raises(meprop.NotSupportedError, match=r"layer '1' is a Own, a class derived from meprop\.nn\.Linear"):
         meprop.revert(model)
+    assert type(model[0]) is meprop.nn.Linear  # a refused call changes nothing
 
 
 class Tagger(nn.Module):

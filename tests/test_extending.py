@@ -375,7 +375,7 @@ def test_a_layer_that_is_not_registered_is_left_alone():
     model = Recurrent()
     with pytest.warns(meprop.NoEffectWarning, match="no layer is sparse"):
         report = convert(model, meprop.TopK(4))
-    assert [layer.name for layer in report.layers] == ["head"]
+    assert [layer.name for layer in report.layers] == ["cell", "head"]
     assert type(model.cell) is nn.GRUCell
 
 

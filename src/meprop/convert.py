@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from math import isnan, nan
 from typing import Any, Literal
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from meprop import copies
 from meprop.errors import NoEffectWarning, NotSupportedError
-from meprop.nn.base import Descriptor, SparseLayer, descriptor_of
+from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind
+from meprop.ops.native import reason_missing
 from meprop.policy import Policy, When
+from meprop.reasons import Surroundings, other_features, why_bypassed, why_left_out, why_unfit
 from meprop.rules import Rule, Sampled
 from meprop.table import text_table
 
@@ -32,6 +33,9 @@ _WRAPPERS = {
 
 # On a layer that convert left as it was: why. Kept on the layer, so that meprop.report can say so later.
 _REASON = "_meprop_reason"
+
+# The class that a lazy layer takes when it gets its shape. Torch looks it up on the layer.
+_BECOMES = "cls_to_become"
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class ConversionReport:
     """What was done to each layer of a model; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer, convolution, LSTM and multi-head attention, in the model's order.
+        layers: One record for each linear layer, convolution, recurrent layer or cell, bilinear layer and multi-head
+            attention, in the model's order.
         notes: What may go wrong with this model and rule, a sentence each.
     """
 
@@ -86,7 +91,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layers, no convolutions, no LSTMs and no attention"
+            return "no linear or bilinear layers, no convolutions, no recurrent layers and no attention"
         head = ("layer", "kind", "in x out", "backward", "kept", "why")
         rows = [
             (
@@ -133,19 +138,27 @@ def convert(
     The report gives the reason for each layer that stays dense. These layers do:
 
     - narrow ones;
-    - subclasses, whose own forward pass would be lost;
+    - subclasses, unless a `meprop.nn.base.Descriptor` makes them known;
+    - layers whose `forward` was replaced on the instance, as accelerate's hooks do;
     - LSTMs with projections, and convolutions with groups;
     - with scope "example" or `PerProduct`, convolutions that are not pointwise;
+    - with `sparse_grad`, layers whose weight is computed, as by a parametrization;
     - layers whose weight is tied to a module of another kind;
-    - the output layer of Hugging Face's models, unless it is converted by itself;
-    - those that `filter` refuses.
+    - the output layer of Hugging Face's models with all its parts, and layers tied to it, unless it is converted by
+      itself;
+    - those that `filter` refuses;
+    - GRUs, RNNs, cells, three-dimensional and transposed convolutions and bilinear layers.
+
+    A parametrized layer stays parametrized. A lazy layer takes its rule when it gets its shape, at the end of its first
+    forward pass, which is torch's own. Run the model once before what works with its layers is made, such as a
+    `meprop.RuleSchedule`.
 
     Args:
         model: Any module; it may itself be a Linear.
         rule: What to keep, e.g. `meprop.TopK(0.05)`. None means `meprop.Sampled()`, whose results are close to those of
             dense training without a number to choose (docs/entries.md).
-        filter: Called with (name, layer) for each layer that could be converted. Those with a false answer stay as they
-            are.
+        filter: Called with (name, layer) for each layer that could be converted, narrow ones included. Those with a
+            false answer stay as they are.
         min_features: Layers with fewer output features stay dense, since among few there is little to leave out. The
             output layer of a classifier, which is best kept exact, is mostly such a one; keep that of a language model
             exact by `filter`. LSTMs count hidden units, attention counts embed_dim. Convolutions repeat the work of
@@ -176,30 +189,37 @@ def convert(
 
     Warns:
         NoEffectWarning: no layer back-propagates sparsely.
+        RuntimeWarning: layers on the CPU are sparse, and the compiled kernels are not there.
     """
     check_model(model)
     policy = Policy(Sampled() if rule is None else rule, sparse_grad, compute_dtype, when)
     if min_features < 1:
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 
-    holders, heads = _holders_of_other_kinds(model), _output_layers(model)
-    for name, layer, descriptor in described_layers(model):
-        reason = _why_left_alone(layer, descriptor, policy, holders, min_features)
-        if reason is None and layer in heads and layer is not model:
-            reason = "it gives the model's outputs"
+    surroundings, layers = Surroundings.of(model), described_layers(model)
+    reasons: list[str | None] = []
+    for name, layer, descriptor in layers:
+        reason = why_unfit(layer, descriptor, surroundings)
         if reason is None and filter is not None and not filter(name, layer):
             reason = "refused by the filter"
-        if reason is not None:
+        reasons.append(reason or why_left_out(layer, descriptor, policy, surroundings, min_features))
+    for (_, layer, descriptor), reason in zip(layers, reasons, strict=True):  # nothing has failed so far
+        if reason is None:
+            _take(layer, descriptor, policy)
+        else:
             vars(layer)[_REASON] = reason
-            continue
-        vars(layer).pop(_REASON, None)
-        vars(layer)["policy"] = descriptor.policy(policy).of_layer()
-        _become(layer, descriptor.sparse)
 
     result = report(model)
     if not any(layer.status == "sparse" for layer in result.layers):
         warnings.warn(
             f"convert changed nothing that matters: no layer is sparse.\n{result}", NoEffectWarning, stacklevel=2
+        )
+    elif (missing := reason_missing()) is not None and any(each.is_cpu for each in model.parameters()):
+        warnings.warn(
+            f"{missing}. Until then sparse layers on the CPU run plain torch operations, which are mostly slower than "
+            "dense: with when='auto' such layers stay dense.",
+            RuntimeWarning,
+            stacklevel=2,
         )
     return result
 
@@ -209,22 +229,30 @@ def revert(model: torch.nn.Module) -> None:
 
     Raises:
         TypeError: `model` is not a module.
-        NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a subclass of one of
-            meprop.nn's, as parametrizations make.
+        NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a class that was derived
+            from one of meprop.nn's.
     """
     check_model(model)
-    for name, layer, descriptor in described_layers(model):
-        vars(layer).pop(_REASON, None)
-        if type(layer) is descriptor.sparse:
-            del vars(layer)["policy"]
-            _become(layer, descriptor.plain)
-            for parameter in layer.parameters():
-                copies.forget(parameter)
-        elif isinstance(layer, SparseLayer):
+    layers = described_layers(model)
+    for name, layer, descriptor in layers:
+        if isinstance(layer, SparseLayer) and plain_kind(layer) is not descriptor.plain:
+            plain = descriptor.plain.__name__
             raise NotSupportedError(
-                f"layer {name!r} is a {type(layer).__name__}, made from meprop.nn's layer: it cannot be made plain. "
-                "Remove what was added to it (parametrizations) first."
+                f"layer {name!r} is a {type(layer).__name__}, a class derived from meprop.nn.{plain}, which cannot be "
+                f"made plain; derive it from torch.nn.{plain}, or replace the layer"
             )
+    for _, layer, descriptor in layers:
+        make_plain(layer, descriptor)
+
+
+def make_plain(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> None:
+    """Makes a layer plain, if it was converted or waits for its shape."""
+    vars(layer).pop(_REASON, None)
+    if _policy_of(layer) is not None:
+        del vars(layer)["policy"]
+        vars(layer).pop(_BECOMES, None)
+    if isinstance(layer, SparseLayer):
+        become(layer, descriptor.plain)
 
 
 def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
@@ -235,9 +263,24 @@ def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def report(model: torch.nn.Module) -> ConversionReport:
-    """The table of `convert`, as things are now."""
+    """The table of `convert`, as things are now.
+
+    A layer whose weight got a gradient, or beside which others had sparse backward passes, while it had none, is dense:
+    something reads its weight past the layer. In compiled graphs passes are not counted.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check_type(model)
     layers = described_layers(model)
-    records = tuple(_describe(name, layer, descriptor) for name, layer, descriptor in layers)
+    policies = [policy for _, layer, _ in layers if (policy := _policy_of(layer)) is not None]
+    trained = any(policy.record is not None and policy.record.seen_sparse for policy in policies)
+    known = {layer: descriptor for _, layer, descriptor in layers}
+    found = [
+        _describe(name, module, known[module], trained) if module in known else _describe_other(name, module)
+        for name, module in model.named_modules()
+    ]
+    records = [record for record in found if record is not None]
     notes: list[str] = []
     if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
         notes.append(f"If the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter")
@@ -247,47 +290,67 @@ def report(model: torch.nn.Module) -> ConversionReport:
             "If its layers' outputs are summed, and normalised only where they are read (pre-norm, as in GPT), choose "
             "with scope='batch': with scope 'example' the sum grows, and it hardly learns (docs/transformers.md)"
         )
-    return ConversionReport(records, tuple(notes))
+    return ConversionReport(tuple(records), tuple(notes))
 
 
-def _become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
-    object.__setattr__(layer, "__class__", cls)
+def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -> None:
+    """Gives the layer the policy, and our class if it has torch's."""
+    vars(layer).pop(_REASON, None)
+    vars(layer)["policy"] = made = descriptor.policy(policy).of_layer()
+    assert made.record is not None
+    made.record.had_gradient = _has_gradient(layer)
+    if isinstance(layer, LazyModuleMixin):
+        vars(layer)[_BECOMES] = descriptor.sparse
+    elif not isinstance(layer, SparseLayer):
+        become(layer, descriptor.sparse)
+
+
+def _has_gradient(layer: torch.nn.Module) -> bool:
+    return any(parameter.grad is not None for parameter in layer.parameters())
+
+
+def _policy_of(layer: torch.nn.Module) -> Policy | None:
+    """The policy that the layer has, or will have when it gets its shape."""
+    return vars(layer)["policy"] if isinstance(layer, SparseLayer) or _BECOMES in vars(layer) else None
 
 
 def described_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, Descriptor[Any]]]:
     """What could be converted, or is: each layer by name, with its descriptor."""
     described = [(name, module, descriptor_of(module)) for name, module in model.named_modules()]
     layers = [(name, module, descriptor) for name, module, descriptor in described if descriptor is not None]
-    parts = {part for _, layer, descriptor in layers for part in descriptor.parts(layer)}
+    parts = {inner for _, layer, descriptor in layers for part in descriptor.parts(layer) for inner in part.modules()}
     return [(name, layer, descriptor) for name, layer, descriptor in layers if layer not in parts]
 
 
-def _output_layers(model: torch.nn.Module) -> set[torch.nn.Module | None]:
-    """Those that models in Hugging Face's manner, of which `model` may consist, say that they have."""
-    found: set[torch.nn.Module | None] = set()
-    for module in model.modules():
-        with suppress(NotImplementedError):
-            found.add(getattr(module, "get_output_embeddings", lambda: None)())
-    return found
+def _describe_other(name: str, module: torch.nn.Module) -> LayerReport | None:
+    if (features := other_features(module)) is None:
+        return None
+    kind = type(module).__name__
+    reason = f"meprop has no sparse backward pass for {kind}"
+    return LayerReport(name, kind, *features, "dense", None, 1.0, None, reason)
 
 
-def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any]) -> LayerReport:
-    is_known = type(layer) in (descriptor.plain, descriptor.sparse)
-    kind = descriptor.plain.__name__ if is_known else type(layer).__name__
+def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], trained: bool) -> LayerReport:
+    kind = (plain_kind(layer) or type(layer)).__name__
     inputs, width = descriptor.features(layer)
 
     def dense(rule: Rule | None, reason: str) -> LayerReport:
         return LayerReport(name, kind, inputs, width, "dense", None, 1.0, rule, reason)
 
-    if not isinstance(layer, SparseLayer):
+    policy = _policy_of(layer)
+    if policy is None:
         return dense(None, vars(layer).get(_REASON, "not converted"))
-    rule, decision = layer.rule, layer.decision
+    if (bypassed := why_bypassed(layer, descriptor)) is not None:
+        return dense(policy.rule, bypassed)
+    rule, decision = policy.rule, policy.decision
     if rule.keeps_all(width):
-        own = layer.policy.own_rule
+        own = policy.own_rule
         return dense(rule, f"{rule} keeps everything" + (f", by a schedule of {own}" if own else ""))
-    if decision is not None:
+    if not isinstance(layer, SparseLayer):
+        reason = "takes its rule at its first forward pass, when it gets its shape"
+    elif decision is not None:
         reason = str(decision)
-    elif layer.when == "auto":
+    elif policy.when == "auto":
         reason = f"to be measured at its first {descriptor.decides_in} pass"
     else:
         reason = "always"
@@ -295,9 +358,15 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any]) ->
         reason += f"; keeps {rule}: {vars(layer)[_REASON]}"
     if decision is not None and not decision.sparse:
         return dense(rule, reason)
-    density = rule.density(width)
-    record = layer.policy.record
-    if density is None and record is not None and record.density is not None:
+    density, record = rule.density(width), policy.record
+    assert record is not None  # it is a layer's
+    if not record.seen_sparse:
+        evidence = record.left_to_torch or ("others had some" if trained else None)
+        if _has_gradient(layer) and not record.had_gradient:
+            evidence = evidence or "its parameters have a gradient"
+        if evidence is not None:
+            return dense(rule, f"{reason}; no sparse backward pass seen yet: {evidence}")
+    if density is None and record.density is not None:
         density = record.density
         reason += f"; kept in {record.passes} passes so far, {record.dense_passes} of them dense"
     return LayerReport(
@@ -307,8 +376,7 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any]) ->
 
 def check_model(model: torch.nn.Module, remedy: str | None = None) -> None:
     """Raises the errors of `convert` that concern the model; `remedy` is what to do with a wrapped one, if not that."""
-    if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")
+    _check_type(model)
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__module__.startswith("torch.") and cls.__name__ in _WRAPPERS:
@@ -317,34 +385,6 @@ def check_model(model: torch.nn.Module, remedy: str | None = None) -> None:
                 raise NotSupportedError(f"{place} is a {cls.__name__}; {remedy}")
 
 
-def _holders_of_other_kinds(model: torch.nn.Module) -> dict[torch.Tensor, str]:
-    """Parameters that other modules than such layers hold (an embedding, say), and a name for the holder."""
-    return {
-        parameter: f"{type(module).__name__} {name!r}"
-        for name, module in model.named_modules()
-        if descriptor_of(module) is None
-        for parameter in module.parameters(recurse=False)
-    }
-
-
-def _why_left_alone(
-    layer: torch.nn.Module,
-    descriptor: Descriptor[Any],
-    policy: Policy,
-    holders: dict[torch.Tensor, str],
-    min_features: int,
-) -> str | None:
-    if type(layer) not in (descriptor.plain, descriptor.sparse):
-        return f"{type(layer).__name__} is a subclass of {descriptor.plain.__name__} with a forward pass of its own"
-    for parameter in layer.parameters():
-        if not parameter.is_floating_point():
-            return f"its weight is of dtype {parameter.dtype}"
-        if parameter.dim() >= 2 and parameter in holders:
-            return f"its weight is tied to {holders[parameter]}"
-    if (reason := descriptor.why_dense(layer, policy) or descriptor.why_narrow(layer, min_features)) is not None:
-        return reason
-    try:
-        policy.rule.count(descriptor.features(layer)[1])
-    except ValueError as error:  # it does not fit this width
-        return str(error)
-    return None
+def _check_type(model: torch.nn.Module) -> None:
+    if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from meprop import speed
+from meprop import row_sparse, speed
 from meprop.errors import NotSupportedError
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
@@ -89,6 +89,11 @@ class Record:
         kept: How many entries they kept, or maps of a convolution.
         seen: How many entries or maps their output gradients had.
         dense_streak: How many of the last backward passes kept everything. All time steps of an LSTM are one.
+        sparse_passes: How many backward passes the layer had that were not torch's own. Those of a compiled graph are
+            not counted.
+        compiled: Whether torch.compile has traced a forward pass whose backward pass is sparse.
+        had_gradient: Whether a parameter had a gradient already when the layer was converted.
+        left_to_torch: Why the last forward pass that was torch's own, for its tensors, was. None if none was.
     """
 
     decision: speed.Decision | None = None
@@ -98,7 +103,16 @@ class Record:
     kept: int = 0
     seen: int = 0
     dense_streak: int = 0
+    sparse_passes: int = 0
+    compiled: bool = False
+    had_gradient: bool = False
+    left_to_torch: str | None = None
     _rested: int = field(default=0, init=False, repr=False)
+
+    @property
+    def seen_sparse(self) -> bool:
+        """Whether the layer had a sparse backward pass, as far as is known of compiled graphs."""
+        return self.sparse_passes > 0 or self.compiled
 
     def note(self, kept: int, seen: int, passes: int, dense_passes: int) -> None:
         """Adds passes, of which so many kept everything."""
@@ -169,6 +183,8 @@ class Policy:
                 f"sparse_grad=True with {self.rule}: rows of a weight's gradient are left out only by scope='batch', "
                 "or by scope='global' with exact_sum=False"
             )
+        if self.sparse_grad and not torch.compiler.is_compiling():
+            row_sparse.support()
         if self.sparse_grad or self.rule.communicates:
             object.__setattr__(self, "when", "always")
 
@@ -236,6 +252,20 @@ class Policy:
             self.record.decision = speed.decide(self.own_rule or self.rule, timed)
         return self.record.decision.sparse and (torch.compiler.is_compiling() or not self.record.rests())
 
+    def leaves_to_torch(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether a forward pass is torch's own, because input or weight are not strided. The reason is noted."""
+        if x.layout is torch.strided and not x.is_nested and weight.layout is torch.strided:
+            return False
+        if self.record is not None:
+            name, tensor = ("weight", weight) if weight.layout is not torch.strided else ("input", x)
+            self.record.left_to_torch = f"its {name} is {'nested' if tensor.is_nested else tensor.layout}"
+        return True
+
+    def note_sparse_pass(self) -> None:
+        """Notes that a backward pass is sparse, unless torch.compile traces it."""
+        if self.record is not None and not torch.compiler.is_compiling():
+            self.record.sparse_passes += 1
+
     def note(self, selection: Selection) -> None:
         """Notes the density of a backward pass, unless torch.compile traces it."""
         if self._notes:
@@ -271,7 +301,8 @@ class Policy:
 
         Raises:
             NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; within transforms of
-                torch.func; a weight that is a DTensor; row-sparse gradients in DistributedDataParallel.
+                torch.func; a weight that is a DTensor; row-sparse gradients in DistributedDataParallel, or of a weight
+                that is computed.
         """
         if not torch.compiler.is_compiling():
             if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
@@ -279,7 +310,11 @@ class Policy:
                     "a transform of torch.func (grad, vmap, jvp and so on), which a sparse backward pass has no rules "
                     "for; transform a plain copy of the model, made by copy.deepcopy and meprop.revert"
                 )
-            return self._refuse_distributed(weight)
+            if self.sparse_grad:
+                row_sparse.support()  # a layer that was unpickled has made no policy
+            return self._refuse_weight(weight)
+        if self.record is not None:
+            self.record.compiled = True
         if self.sparse_grad:
             raise NotSupportedError(
                 "sparse_grad=True: torch.compile has no sparse gradients; use sparse_grad=False with it"
@@ -291,13 +326,20 @@ class Policy:
             )
         return None
 
-    def _refuse_distributed(self, weight: Tensor) -> None:
+    def _refuse_weight(self, weight: Tensor) -> None:
         if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "device_mesh"):
             raise NotSupportedError(
                 "the weight is a DTensor. It comes from tensor parallelism, or from fully_shard outside of the "
                 "module's forward pass. Sparse back-propagation takes whole weights. Keep such a layer torch's own."
             )
-        if self.sparse_grad and DistributedDataParallel._get_active_ddp_module() is not None:  # pyright: ignore[reportPrivateUsage]
+        if not self.sparse_grad:
+            return
+        if not _is_parameter(weight):
+            raise NotSupportedError(
+                "sparse_grad=True with a weight that is computed from other parameters, as by weight_norm. Torch "
+                "passes no row-sparse gradient on to them. Use sparse_grad=False."
+            )
+        if DistributedDataParallel._get_active_ddp_module() is not None:  # pyright: ignore[reportPrivateUsage]
             raise NotSupportedError(
                 "sparse_grad=True in DistributedDataParallel, which takes dense gradients only. Use sparse_grad=False "
                 "with meprop.distributed.row_sparse_hook, or leave the model unwrapped and call "
@@ -313,13 +355,30 @@ def refuse_dtype(weight: Tensor) -> None:
         )
 
 
-def refuse_second_derivatives() -> None:
-    """Raises a NotSupportedError in a backward pass that is itself to be differentiated."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+def refuse_transforms_of_backward(*grad_outputs: Tensor | None) -> None:
+    """Raises a NotSupportedError in a backward pass that is itself to be differentiated, or is vectorised."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
         raise NotSupportedError(
             "create_graph=True: a sparse backward pass has no gradient of its own. What it left out has no graph. "
             "For this pass call meprop.revert(model), or use torch's own function."
         )
+    if any(grad is not None and (_is_batched(grad) or _is_wrapped(grad)) for grad in grad_outputs):
+        raise NotSupportedError(
+            "several output gradients at once (is_grads_batched=True, jacobian with vectorize=True, vmap), which a "
+            "sparse backward pass has no rules for. Pass them one by one, or call meprop.revert(model) before."
+        )
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+
+
+def _is_parameter(weight: Tensor) -> bool:
+    """Whether the weight is a leaf of the graph, or a part of one."""
+    base = weight._base
+    return weight.is_leaf or (base is not None and base.is_leaf)
 
 
 def _saved_tensors_are_hooked() -> bool:

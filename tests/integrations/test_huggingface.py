@@ -30,6 +30,7 @@ def trainer(folder, callback: MePropCallback, **options) -> transformers.Trainer
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="no",
+        **({"optim": options.pop("optim")} if "optim" in options else {}),
     )
     tokens = torch.randint(0, 50, (8, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in tokens]
@@ -64,6 +65,62 @@ def test_a_model_made_anew_is_refused_or_converted_where_it_is_made(tmp_path):
     training = trainer(tmp_path, MePropCallback(), model_init=converted)
     training.train()
     assert training.state.log_history[0]["meprop_density"] < 0.2
+
+
+def llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 160, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, num_key_value_heads=4, **sizes))
+
+
+def test_the_trainers_clipping_is_that_of_dense_gradients(tmp_path):
+    """It clips to a norm of 1 by default. The logged norm is that before."""
+    logged, trained = [], []
+    for sparse_grad in (False, True):
+        model = llama()
+        callback = MePropCallback(RULE, when="always", sparse_grad=sparse_grad)
+        optimizer = meprop.optim.SGD(model.parameters(), lr=0.1)
+        training = trainer(tmp_path, callback, model=model, optimizers=(optimizer, None))
+        layouts = []
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight.register_post_accumulate_grad_hook(lambda each, layouts=layouts: layouts.append(each.grad.layout))
+        training.train()
+        assert layouts == [torch.sparse_coo if sparse_grad else torch.strided] * 2
+        logged.append([entry["grad_norm"] for entry in training.state.log_history if "grad_norm" in entry])
+        trained.append(model.state_dict())
+    assert min(logged[0]) > 1
+    assert logged[1] == pytest.approx(logged[0])
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "adafactor", "rmsprop"])
+def test_the_trainers_optimizers_are_refused_before_a_step_is_lost(tmp_path, optim):
+    model = llama()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    training = trainer(tmp_path, MePropCallback(RULE, sparse_grad=True), model=model, optim=optim)
+    with pytest.raises(meprop.NotSupportedError, match=r"Take meprop\.optim\."):
+        training.train()
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("by", ["norm", "value"])
+def test_accelerate_clips_row_sparse_gradients(by):
+    grads = []
+    for sparse_grad in (False, True):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 200))
+        meprop.convert(model, meprop.TopK(10, scope="batch"), when="always", sparse_grad=sparse_grad)
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, meprop.optim.Adam(model.parameters()))
+        accelerator.backward(model(torch.randn(4, 6)).square().sum())
+        clip = accelerator.clip_grad_norm_ if by == "norm" else accelerator.clip_grad_value_
+        clip(model.parameters(), 0.5)
+        optimizer.step()
+        grads.append([parameter.grad.to_dense() for parameter in model.parameters()])
+    torch.testing.assert_close(*grads)
+    assert 0 < max(each.abs().max() for each in grads[1]) <= 0.5
 
 
 def test_options_need_a_rule():

@@ -14,6 +14,8 @@ RULE = meprop.TopK(10, scope="batch")
 
 
 class Module(pl.LightningModule):
+    optimizer = torch.optim.Adam
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -27,7 +29,7 @@ class Module(pl.LightningModule):
         self.rows.append(int((self.model[2].weight.grad.abs().sum(1) > 0).sum()))
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters())
+        return self.optimizer(self.parameters(), lr=1e-2)
 
     def train_dataloader(self):
         data = torch.utils.data.TensorDataset(torch.randn(16, 6), torch.randint(0, 2, (16,)))
@@ -70,6 +72,36 @@ def test_a_module_that_makes_its_layers_late_converts_them_itself(tmp_path):
     fit.fit(module)
     assert module.rows == [10, 10]
     assert float(fit.callback_metrics["meprop/density"]) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_lightnings_clipping_is_that_of_dense_gradients(tmp_path, algorithm):
+    trained = []
+    for sparse_grad in (False, True):
+        module = Module()
+        module.optimizer = meprop.optim.SGD
+        module.on_after_backward = lambda module=module, sparse_grad=sparse_grad: (
+            module.rows.append(module.model[2].weight.grad.is_sparse == sparse_grad) or None
+        )
+        clipping = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}
+        fit = trainer(tmp_path, MePropCallback(RULE, when="always", sparse_grad=sparse_grad), **clipping)
+        torch.manual_seed(1)
+        fit.fit(module)
+        assert module.rows == [True, True]
+        trained.append(module.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_an_optimizer_for_dense_gradients_is_refused_in_lightnings_closure(tmp_path):
+    module = Module()
+    module.on_after_backward = lambda: None
+    before = module.model[0].weight.detach().clone()
+    with pytest.raises(meprop.NotSupportedError, match=r"Take meprop\.optim\.Adam in its place"):
+        trainer(tmp_path, MePropCallback(RULE, sparse_grad=True)).fit(module)
+    assert torch.equal(module.model[0].weight, before)
 
 
 def test_options_need_a_rule():

@@ -7,12 +7,15 @@ from meprop import ops, optim
 from meprop.ops import GradientRows, native, reference
 from optimizer_cases import ROWS, WIDTH, sparse
 
+SGD = {"lr": 0.1, "dampening": 0.0, "weight_decay": 0.1, "momentum": 0.0, "nesterov": False}
+MOMENTUM = {"lr": 0.1, "dampening": 0.2, "weight_decay": 0.0, "momentum": 0.9, "nesterov": True}
+ADAM = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1}
 OPS = {
-    "sgd": ("sgd_rows", 0, {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.1, "nesterov": False}),
-    "momentum": ("sgd_rows", 1, {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.0, "nesterov": True}),
-    "adam": ("adam_rows", 2, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, "decoupled": False}),
-    "adamw": ("adam_rows", 2, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, "decoupled": True}),
-    "adagrad": ("adagrad_rows", 1, {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.1}),
+    "sgd": ("sgd_rows", (), SGD),
+    "momentum": ("sgd_rows", ("momentum_buffer",), MOMENTUM),
+    "adam": ("adam_rows", ("exp_avg", "exp_avg_sq"), {**ADAM, "decoupled": False}),
+    "adamw": ("adam_rows", ("exp_avg", "exp_avg_sq"), {**ADAM, "decoupled": True}),
+    "adagrad": ("adagrad_rows", ("sum",), {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.1}),
 }
 
 
@@ -28,25 +31,18 @@ def test_native_updates_are_the_references_in_float64(level, op, shape, every_ro
     for count in {0, 1, rows // 3, rows}:
         indices = torch.randperm(rows, generator=generator)[:count].sort().values
         grad = torch.randn((count, shape[1]), generator=generator)
-        tensors = [torch.randn(shape, generator=generator).abs() for _ in range(1 + states)]
-        row_step = torch.randint(0, 9, (rows,), generator=generator).float() if missed_steps else None
-        bf16_copy = torch.zeros(shape, dtype=torch.bfloat16)
-        wide = [tensor.double() for tensor in tensors]
-        wide_step = None if row_step is None else row_step.clone()
-        missing = [None] if name == "sgd_rows" and states == 0 else []
-        updated = GradientRows(indices, grad, every_row, row_step, bf16_copy)
-        missing += [None] if name == "adam_rows" else []
-        getattr(ops.backend("native"), name)(*tensors, *missing, updated, 12.0, **options)
-        oracle = GradientRows(indices, grad.double(), every_row, wide_step)
-        getattr(reference, name)(*wide, *missing, oracle, 12.0, **options)
+        tensors = [torch.randn(shape, generator=generator).abs() for _ in range(1 + len(states))]
+        decaying = [*states, *(["param"] if op == "adamw" else [])] if missed_steps else []
+        decays = {each: torch.rand(rows, generator=generator) for each in decaying}
+        wide, wide_decays = [tensor.double() for tensor in tensors], {each: decays[each].double() for each in decays}
+        missing = [None] if op == "sgd" or name == "adam_rows" else []
+        step = [12.0] if name == "adam_rows" else []
+        updated = GradientRows(indices, grad, every_row, decays)
+        getattr(ops.backend("native"), name)(*tensors, *missing, updated, *step, **options)
+        oracle = GradientRows(indices, grad.double(), every_row, wide_decays)
+        getattr(reference, name)(*wide, *missing, oracle, *step, **options)
         for found, expected in zip(tensors, wide, strict=True):
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-        if row_step is not None:
-            assert torch.equal(row_step, wide_step)
-        moved = torch.ones(rows, dtype=torch.bool) if every_row else torch.zeros(rows, dtype=torch.bool)
-        moved[indices] = True
-        assert torch.equal(bf16_copy[moved], tensors[0][moved].bfloat16())
-        assert not bf16_copy[~moved].any()
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
@@ -76,20 +72,21 @@ def test_native_code_refuses_rows_that_are_not_there(indices):
     weight = torch.zeros(ROWS, WIDTH)
     rows = GradientRows(torch.tensor(indices), torch.ones(2, WIDTH))
     with pytest.raises(IndexError, match="ascend"):
-        ops.backend("native").adagrad_rows(weight, weight.clone(), rows, 1.0, lr=1.0, eps=1.0, weight_decay=0.0)
+        ops.backend("native").adagrad_rows(weight, weight.clone(), rows, lr=1.0, eps=1.0, weight_decay=0.0)
     assert not weight.any()
 
 
-@pytest.mark.parametrize("what", ["gradient", "state", "row_step"])
+@pytest.mark.parametrize("what", ["gradient", "state", "decay"])
 def test_shapes_that_do_not_fit_are_refused_before_memory_is_touched(what):
-    weight, buffer, values, row_step = torch.ones(4, 6), torch.ones(4, 6), torch.ones(1, 6), torch.zeros(4)
+    weight, buffer, values, decay = torch.ones(4, 6), torch.ones(4, 6), torch.ones(1, 6), torch.zeros(4)
     if what == "gradient":
         values = torch.ones(1, 5)
     if what == "state":
         buffer = torch.ones(3, 6)
-    if what == "row_step":
-        row_step = torch.zeros(3)
+    if what == "decay":
+        decay = torch.zeros(3)
     options = {"lr": 1.0, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+    rows = GradientRows(torch.tensor([1]), values, decays={"momentum_buffer": decay})
     with pytest.raises(ValueError, match=r"do not go with a parameter \[4, 6\]"):
-        ops.sgd_rows(weight, buffer, GradientRows(torch.tensor([1]), values, row_step=row_step), 1.0, **options)
+        ops.sgd_rows(weight, buffer, rows, **options)
     assert torch.equal(weight, torch.ones(4, 6))

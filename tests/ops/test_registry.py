@@ -120,7 +120,7 @@ def test_implementations_are_attributes_and_what_is_not_there_says_so():
 
 
 def test_every_operation_has_a_contract():
-    for name in ("topk_rows", "grad_input", "linear_backward", "lstm_backward", "sgd_rows", "copy_agrees"):
+    for name in ("topk_rows", "grad_input", "linear_backward", "lstm_backward", "sgd_rows"):
         operation = getattr(ops, name)
         assert operation.name == name
         assert len(operation.__doc__) > 60
@@ -221,10 +221,10 @@ def test_an_optimizers_step_on_what_is_not_contiguous_is_left_to_the_reference()
     weight, other = torch.ones(4, 6), torch.ones(6, 4).t()
     rows = ops.GradientRows(torch.tensor([1]), torch.ones(1, 6))
     options = {"lr": 1.0, "eps": 1.0, "weight_decay": 0.0}
-    assert ops.adagrad_rows.explain(weight, torch.ones(4, 6), rows, 1.0, **options) == ("native", {})
+    assert ops.adagrad_rows.explain(weight, torch.ones(4, 6), rows, **options) == ("native", {})
     scattered = ops.GradientRows(torch.tensor([1, 9, 3])[::2], torch.ones(2, 6))
     for state, gradient in ((other, rows), (torch.ones(4, 6), scattered)):
-        name, reasons = ops.adagrad_rows.explain(weight, state, gradient, 1.0, **options)
+        name, reasons = ops.adagrad_rows.explain(weight, state, gradient, **options)
         assert name == "reference"
         assert "contiguous" in reasons["native"]
 

@@ -21,21 +21,15 @@ class RMSprop(RowSparseOptimizer, torch.optim.RMSprop):
     def _zero_gradient_moves_weights(self, group):
         return False
 
-    def _zero_gradient_changes_state(self, group):
-        return True
-
-    def _make_up_for(self, missed_steps, parameter, group):
-        self.state[parameter]["square_avg"] *= group["alpha"] ** missed_steps
+    def _decays(self, group):
+        return {"square_avg": group["alpha"]}
 
     def _update(self, parameter, rows, step, group):
         square, indices, grad = self.state[parameter]["square_avg"], rows.indices, rows.values
         if rows.every_row:
             indices, grad = torch.arange(len(parameter)), torch.zeros_like(parameter).index_copy(0, indices, grad)
-        if rows.row_step is not None:
-            missed_steps = step - 1 - rows.row_step[indices, None].to(square.dtype)
-            square[indices] *= group["alpha"] ** missed_steps
-            rows.row_step[indices] = step
-        square[indices] = group["alpha"] * square[indices] + (1 - group["alpha"]) * grad**2
+        keep = rows.decay("square_avg", group["alpha"], indices, parameter.dim())
+        square[indices] = keep * square[indices] + (1 - group["alpha"]) * grad**2
         parameter[indices] -= group["lr"] * grad / (square[indices].sqrt() + group["eps"])
 
 

@@ -121,7 +121,7 @@ def test_the_state_of_every_optimizer_is_cut(name):
 
 
 @pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
-def test_row_sparse_gradients_and_the_age_of_rows_are_cut(sparse_rows):
+def test_row_sparse_gradients_and_the_decay_of_rows_are_cut(sparse_rows):
     check_cut(
         CASES["stack"],
         torch.float32,
@@ -132,7 +132,7 @@ def test_row_sparse_gradients_and_the_age_of_rows_are_cut(sparse_rows):
     )
 
 
-def test_the_copy_in_bfloat16_is_cut():
+def test_a_layer_with_a_compute_dtype_is_cut():
     model, x = make(CASES["stack"], torch.float32, compute_dtype=torch.bfloat16)
     optimizer = meprop.optim.Adam(model.parameters(), lr=1e-2)
     simplifier = meprop.Simplifier(model, 0.3, optimizer=optimizer, check_every=2)

@@ -64,6 +64,17 @@ def in_dtypes(gradients: ops.Gradients, dtypes: Dtypes) -> ops.Gradients:
     return in_dtype(grad_x, of_x), in_dtype(grad_weight, of_weight), in_dtype(grad_bias, of_bias)
 
 
+def no_view(output: Tensor) -> Tensor:
+    """The output of a function of ours as a tensor that is no view, so that operations in place may follow.
+
+    Torch lets no operation in place follow where a function returns a view. Nothing else holds the tensor that this
+    output may be a view of.
+    """
+    if torch.compiler.is_compiling() or output._is_view():
+        return torch.ops.aten._unsafe_view.default(output, output.shape)
+    return output
+
+
 def as_matrix(tensor: Tensor) -> Tensor:
     """The tensor [*, C] as a matrix [N, C]."""
     return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor if tensor.dim() == 2 else tensor[None]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from meprop import ops, speed
 from meprop.errors import NotSupportedError
-from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, product_dtype, sparse_backward
+from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, no_view, product_dtype, sparse_backward
 from meprop.functional.geometry import Geometry, Numbers, padded
 from meprop.functional.maps import gradients_of_maps
-from meprop.policy import Policy, refuse_dtype, refuse_second_derivatives
+from meprop.policy import Policy, refuse_dtype, refuse_transforms_of_backward
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, RowSelection, everything
 
@@ -167,7 +167,7 @@ class _Convolution(torch.autograd.Function):
         ctx.shape, ctx.memory_format = x.shape, ops.memory_format(x)
         ctx.dtypes = dtypes_of(x, weight, bias)
         operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
-        output = geometry.output(*operands)
+        output = no_view(geometry.output(*operands))
         if autocast:
             x, weight, _ = operands
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
@@ -175,7 +175,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_transforms_of_backward(*grad_outputs)
         x, weight = ctx.saved_tensors
         grad, geometry, policy = grad_outputs[0].to(weight.dtype), ctx.geometry, ctx.policy
         if x is None:  # torch asks only for its sizes and its memory format
@@ -208,6 +208,7 @@ class _Backward:
         """The gradients, sparse or dense as the policy decides."""
         rows = len(self.grad) * self._positions
         if self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
+            self.policy.note_sparse_pass()
             if self.geometry.is_pointwise(self.weight):
                 return self._of_entries()
             if self.policy.rule.scope == "global":

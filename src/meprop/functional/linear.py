@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meprop import copies, ops, speed
+from meprop import ops, speed
 from meprop.functional.common import (
     as_matrix,
-    cast,
     cast_operands,
     dtypes_of,
     in_dtype,
     in_dtypes,
+    no_view,
     product_dtype,
     sparse_backward,
 )
-from meprop.policy import Policy, refuse_dtype, refuse_second_derivatives
+from meprop.policy import Policy, refuse_dtype, refuse_transforms_of_backward
 from meprop.rules import Rule
 from meprop.selection import everything
 
@@ -41,9 +41,8 @@ def linear(
     bias's gradient db is the sum of the whole g. Sums are formed in float32, or in float64 for float64 tensors.
     Gradients have the dtype of the tensors.
 
-    Under autocast, x, weight and bias are cast as for torch's own linear function. A float32 weight has one bfloat16
-    copy that is kept from call to call and renewed when the weight has changed (`meprop.copies`). A step of
-    `meprop.optim` on a row-sparse gradient renews the copy in the same pass.
+    Under autocast, x, weight and bias are cast as for torch's own linear function. The weight is cast in each call. No
+    cast is kept for a later call, so that every edit of the weight is seen.
 
     Args:
         x: Input [*, I].
@@ -83,7 +82,7 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
     Returns:
         Output [*, O].
     """
-    if policy.is_settled_dense():
+    if policy.is_settled_dense() or policy.leaves_to_torch(x, weight):
         return F.linear(x, weight, bias)
     refuse_dtype(weight)
     needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -91,52 +90,39 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
     if is_sparse:
         policy.refuse(weight)
     autocast, dtype = product_dtype(x, policy)
-    copy = None if dtype is None else _copy(weight, dtype, autocast, is_sparse and policy.sparse_grad)
-    if autocast and (copy is None or (needs_gradients and not is_sparse)):
-        assert dtype is not None
-        copy, (x, weight, bias) = None, cast_operands(dtype, x, weight, bias)
-    if is_sparse or (needs_gradients and copy is not None):
-        return _Linear.apply(x, weight, bias, copy, policy, autocast)  # pyright: ignore[reportReturnType]  (apply is untyped)
-    return _product(x, weight, bias, copy, autocast)
-
-
-def _copy(weight: Tensor, dtype: torch.dtype, autocast: bool, row_sparse: bool) -> Tensor | None:
-    """The copy that replaces the weight in a product of this dtype. None if the weight or a cast of it is used."""
-    if not torch.compiler.is_compiling() and copies.serves(weight, dtype):
-        return copies.of(weight)
-    # Under autocast, a cast that autograd sees could not pass a sparse gradient back.
-    if weight.dtype != torch.float64 and (not autocast or row_sparse):
-        return weight.detach().to(dtype)
-    return None
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None, autocast: bool) -> Tensor:
-    """The forward product with the copy of the weight, if there is one. Under autocast it stays in that dtype."""
-    if copy is None:
+    if is_sparse or (needs_gradients and dtype is not None and not autocast):
+        return _Linear.apply(x, weight, bias, policy, dtype, autocast)  # pyright: ignore[reportReturnType]  (apply is untyped)
+    if dtype is None or autocast:  # autocast casts by itself
         return F.linear(x, weight, bias)
-    output = F.linear(cast(x, copy.dtype), copy, None if bias is None else cast(bias, copy.dtype))
-    return output if autocast else output.to(x.dtype)
+    return F.linear(*cast_operands(dtype, x, weight, bias)).to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, copy: Tensor | None, policy: Policy, autocast: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        policy: Policy,
+        dtype: torch.dtype | None,
+        autocast: bool,
     ) -> Tensor:
-        """A copy replaces the weight in the forward product, and under autocast in the backward products as well."""
+        """The forward product is formed in `dtype`, if it is given. Under autocast all products are."""
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.policy, ctx.dtypes = policy, dtypes_of(x, weight, bias)
         ctx.transposed = policy.when == "auto" and weight.t().is_contiguous() and not weight.is_contiguous()
-        output = _product(x, weight, bias, copy, autocast)
-        if copy is not None and autocast:
-            x, weight = cast(x, copy.dtype), copy
+        operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
+        output = no_view(F.linear(*operands))
+        if autocast:
+            x, weight, _ = operands
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.dtype = weight.dtype
-        return output
+        return output if autocast else output.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_transforms_of_backward(*grad_outputs)
         x, weight = ctx.saved_tensors
         grad_output = in_dtype(grad_outputs[0], ctx.dtype)
         grad_NO, x_NI = as_matrix(grad_output), None if x is None else in_dtype(as_matrix(x), ctx.dtype)
@@ -152,6 +138,7 @@ def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | N
     policy: Policy = ctx.policy
     (rows, outputs), needs_bias = grad_NO.shape, ctx.needs_input_grad[2]
     if policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
+        policy.note_sparse_pass()
         return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy)
     if policy.activity is not None:
         policy.activity.count(everything(grad_NO))

@@ -11,7 +11,7 @@ from torch import Tensor
 from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.functional.common import as_matrix, cast, is_autocast
-from meprop.policy import Activity, Policy, refuse_second_derivatives
+from meprop.policy import Activity, Policy, refuse_transforms_of_backward
 from meprop.rules import Rule, in_blocks
 from meprop.selection import Entries, PlainTopK, Selection
 
@@ -42,8 +42,7 @@ def lstm(
     mention gates.
 
     The cells' own gradients are exact. A bias gets the sum of the whole gates' gradients. Arithmetic is float32, or
-    float64 for float64 tensors. With k at or above H the gradients are the dense ones up to rounding. The output may
-    not be changed in place, because the backward pass reads it.
+    float64 for float64 tensors. With k at or above H the gradients are the dense ones up to rounding.
 
     Args:
         x: Input [T, B, I]. With `batch_sizes` it is the packed rows [N, I] of sequences of different lengths, as in
@@ -142,17 +141,19 @@ class _Lstm(torch.autograd.Function):
         trace = ops.lstm_forward(x, weight_ih, weight_hh, bias, (h0, c0), batch_sizes, call.reverse)
         h, c, gates, h_n, c_n = trace
         ctx.save_for_backward(x, weight_ih, weight_hh, batch_sizes, h, c, gates)
-        output = h[int(batch_sizes[0]) :]
-        return output.to(ctx.dtype), h_n.to(ctx.dtype), c_n.to(ctx.dtype)
+        # Copies, so that operations in place may follow: the backward pass reads h.
+        output, h_n, c_n = (each.to(ctx.dtype, copy=True) for each in (h[int(batch_sizes[0]) :], h_n, c_n))
+        return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_transforms_of_backward(*grads)
         x, weight_ih, weight_hh, batch_sizes, *trace = ctx.saved_tensors
         grad_output, grad_h, grad_c = (None if grad is None else grad.to(x.dtype) for grad in grads)
         needs_x, needs_h0, needs_c0, needs_ih, needs_hh, *needs_biases = ctx.needs_input_grad[:7]
         needs = (needs_x, needs_ih, needs_hh, any(needs_biases), needs_h0, needs_c0)
         call: _Call = ctx.call
+        call.policy.note_sparse_pass()
         choice = chosen_of_gates(call.policy.rule.in_steps(), weight_hh.shape[1], weight_hh.device)
         kept = torch.zeros_like(batch_sizes)
         results = ops.lstm_backward(

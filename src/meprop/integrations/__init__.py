@@ -1,1 +1,1 @@
-"""Callbacks for trainers. Each module needs the extra of its name."""
+"""Callbacks for trainers, each of which needs the extra of its name, and what torch's quantization needs."""

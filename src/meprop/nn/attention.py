@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meprop.functional.linear import linear_with_policy
-from meprop.nn.base import Descriptor, SparseLayer, register, sparse_repr
+from meprop.nn.base import Descriptor, SparseLayer, leaf, refuse_script, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -57,6 +57,9 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         super().__init__(*args, **kwargs)
         self.policy = policy.of_layer()
 
+    __prepare_scriptable__ = refuse_script
+
+    @leaf
     def forward(
         self,
         query: Tensor,

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Generic, Literal, TypeVar, cast
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from meprop.errors import NotSupportedError
+from meprop.ops.registry import PLAIN
 from meprop.policy import Activity, Policy, When
 from meprop.rules import Rule
 from meprop.speed import Decision
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 __all__ = [
     "Descriptor",
@@ -58,7 +65,10 @@ class SparseLayer:
         activity: What a `meprop.Simplifier` counts. None without a Simplifier.
     """
 
-    policy: Policy
+    if TYPE_CHECKING:  # torch.jit.script would look for the type, and compile the properties
+        policy: Policy
+
+    __jit_unused_properties__ = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
 
     @property
     def rule(self) -> Rule:
@@ -130,6 +140,34 @@ class SparseLayer:
         activities = activity if isinstance(activity, tuple) else () if activity is None else (activity,)
         assert self.policy.record is not None
         self.policy.record.activities = activities
+
+
+def leaf(forward: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a layer's forward pass, so that torch.fx puts a call of the layer into a graph, and looks not inside.
+
+    Torch.fx treats torch's own layers like that, but goes by the name of their module.
+    """
+
+    @wraps(forward)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        layer, *inputs = args
+        if type(next(iter(inputs), None)) not in PLAIN and "torch.fx" in sys.modules:
+            proxies = (each for each in (*inputs, *kwargs.values()) if isinstance(each, torch.fx.Proxy))
+            proxy = next(proxies, None)
+            if proxy is not None and isinstance(tracer := proxy.tracer, torch.fx.Tracer):
+                path = tracer.path_of_module(cast("torch.nn.Module", layer))
+                return cast("R", tracer.create_proxy("call_module", path, tuple(inputs), kwargs))
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def refuse_script(layer: torch.nn.Module) -> torch.nn.Module:
+    """Raises a NotSupportedError. `torch.jit.script` calls it under the name `__prepare_scriptable__`."""
+    raise NotSupportedError(
+        f"torch.jit.script of a {type(layer).__name__} of meprop; script a plain copy of the model, made by "
+        "copy.deepcopy and meprop.revert"
+    )
 
 
 def sparse_repr(layer: SparseLayer) -> str:
@@ -265,3 +303,20 @@ def layer_descriptor(layer: torch.nn.Module) -> Descriptor[Any]:
     if descriptor is None:
         raise TypeError(f"{type(layer).__qualname__} has no descriptor; meprop.nn.base.register makes one known")
     return descriptor
+
+
+def plain_kind(layer: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The plain class that a layer is of, is converted from, or will be of. None for subclasses and other modules.
+
+    A parametrized layer counts as what it was before, and a lazy layer as what it becomes when it gets its shape.
+    """
+    kind = type(layer).cls_to_become if isinstance(layer, LazyModuleMixin) else type_before_parametrizations(layer)
+    return next((each.plain for each in descriptors() if kind in (each.plain, each.sparse)), None)
+
+
+def become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    """Changes the class of a layer. A parametrized layer stays parametrized."""
+    if is_parametrized(layer):  # torch has derived a class; copies of the layer share it, so it cannot change itself
+        derived = {name: value for name, value in vars(type(layer)).items() if name != "__dict__"}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), derived)
+    object.__setattr__(layer, "__class__", cls)

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from meprop.errors import NotSupportedError
 from meprop.functional.conv import convolution_with_policy, why_not_sparse
 from meprop.functional.geometry import is_pointwise, padded
-from meprop.nn.base import Descriptor, Layout, SparseLayer, register, sparse_repr
+from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -36,7 +36,14 @@ class _Convolution(SparseLayer, _ConvNd):
         self.policy = policy.of_layer()
 
     def forward(self, input: Tensor) -> Tensor:
-        """The output [N, O, *T] or [O, *T] for an input [N, I, *S] or [I, *S]."""
+        """The output [N, O, *T] for an input [N, I, *S], or without N. In a torch.jit script it is torch's."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(input, self.weight, self.bias)
+        else:  # noqa: RET505  (torch.jit leaves out a branch, not what follows it)
+            return self._forward(input)
+
+    @leaf
+    def _forward(self, input: Tensor) -> Tensor:
         if self.policy.is_settled_dense():
             return super().forward(input)
         padding = self.padding

@@ -6,11 +6,12 @@ This module needs transformers.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D as PlainConv1D
 
 from meprop.functional.linear import linear_with_policy
-from meprop.nn.base import Descriptor, SparseLayer, register, sparse_repr
+from meprop.nn.base import Descriptor, SparseLayer, leaf, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -40,7 +41,14 @@ class Conv1D(SparseLayer, PlainConv1D):
         self.policy = policy.of_layer()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output [*, O] for an input [*, I]."""
+        """The output [*, O] for an input [*, I]. In a script of torch.jit it is torch's own."""
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight.t(), self.bias)
+        else:  # noqa: RET505  (torch.jit leaves out a branch, not what follows it)
+            return self._forward(x)
+
+    @leaf
+    def _forward(self, x: Tensor) -> Tensor:
         return linear_with_policy(x, self.weight.t(), self.bias, self.policy)
 
     def __repr__(self) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from meprop.functional.linear import linear_with_policy
-from meprop.nn.base import Descriptor, Layout, SparseLayer, register, sparse_repr
+from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, register, sparse_repr
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -57,7 +58,14 @@ class Linear(SparseLayer, torch.nn.Linear):
         self.policy = policy.of_layer()
 
     def forward(self, input: Tensor) -> Tensor:
-        """The output [*, O] for an input [*, I]."""
+        """The output [*, O] for an input [*, I]. In a script of torch.jit it is torch's own."""
+        if torch.jit.is_scripting():
+            return F.linear(input, self.weight, self.bias)
+        else:  # noqa: RET505  (torch.jit leaves out a branch, not what follows it)
+            return self._forward(input)
+
+    @leaf
+    def _forward(self, input: Tensor) -> Tensor:
         return linear_with_policy(input, self.weight, self.bias, self.policy)
 
     def extra_repr(self) -> str:

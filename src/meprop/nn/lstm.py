@@ -14,7 +14,7 @@ from meprop import speed
 from meprop.errors import NotSupportedError
 from meprop.functional.common import product_dtype
 from meprop.functional.lstm import lstm_policy, lstm_with_policy
-from meprop.nn.base import Descriptor, Layout, SparseLayer, register
+from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, refuse_script, register
 from meprop.policy import Policy
 from meprop.rules import Rule
 
@@ -78,8 +78,8 @@ class LSTM(SparseLayer, torch.nn.LSTM):
     `meprop.functional.lstm` describes the backward pass.
 
     A layer that is made by hand is always sparse. A layer that `meprop.convert` has made measures at its first forward
-    pass with gradients whether sparse is faster on this machine, and keeps that decision. The output may not be changed
-    in place. `torch.func` transforms are not supported.
+    pass with gradients whether sparse is faster on this machine, and keeps that decision. `torch.func` transforms are
+    not supported.
 
     Args:
         *args: The arguments of `torch.nn.LSTM`: input_size, hidden_size, num_layers, bias, batch_first, dropout,
@@ -105,6 +105,9 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             raise NotSupportedError(f"proj_size={self.proj_size}: meprop.nn.LSTM has no projections; use torch.nn.LSTM")
         self.policy = policy.of_layer()
 
+    __prepare_scriptable__ = refuse_script
+
+    @leaf
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's are overloads)
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_ent
 from meprop.ops.linear import backward_with, dense_backward, entries_backward, linear_backward
 from meprop.ops.lstm import lstm_backward, lstm_forward
 from meprop.ops.maps import Maps, entries_of_maps_backward, kept_maps, map_norms, maps_backward
-from meprop.ops.optimizer import GradientRows, adagrad_rows, adam_rows, ascending, copy_agrees, sgd_rows
+from meprop.ops.optimizer import GradientRows, adagrad_rows, adam_rows, ascending, sgd_rows
 from meprop.ops.products import (
     Choice,
     Gradients,
@@ -37,7 +37,6 @@ __all__ = [
     "backward_with",
     "choose_entries",
     "column_scores",
-    "copy_agrees",
     "count_hits",
     "dense_backward",
     "draw_columns",

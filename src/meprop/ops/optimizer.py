@@ -1,11 +1,9 @@
-"""Steps of optimizers on a parameter [O, *] whose gradient has only some rows.
-
-The module also has what `meprop.copies` asks of gradients and copies.
-"""
+"""Steps of optimizers on a parameter [O, *] whose gradient has only some rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
@@ -14,6 +12,12 @@ from torch import Tensor
 
 from meprop.ops import native
 from meprop.ops.registry import operation
+
+PARAMETER = "param"
+"""Stands for the parameter itself among the names of its state."""
+
+ROW_DECAY = "_row_decay"
+"""How the name of a state ends that says how far another state, whose name comes before it, decays in each row [O]."""
 
 
 @dataclass(frozen=True)
@@ -24,39 +28,38 @@ class GradientRows:
         indices: The indices of the rows [k], int64, ascending.
         values: The gradients of the rows [k, *].
         every_row: Whether the other rows move as well, with a gradient of zeros.
-        row_step: The step until which the state of each row is up to date [O], float32. A step makes up for what a
-            moving row has missed, and writes its own number here. None means that all rows are up to date.
-        bf16_copy: A bfloat16 copy of the parameter. The new values of the rows that move are written into it. None
-            means that there is no copy.
+        decays: By what this step multiplies each row of a state, or of the parameter (`PARAMETER`), before the gradient
+            acts [O]. The factors differ, as rows have missed steps. A state that is not named here decays as in one
+            step of torch's optimizer.
     """
 
     indices: Tensor
     values: Tensor
     every_row: bool = False
-    row_step: Tensor | None = None
-    bf16_copy: Tensor | None = None
+    decays: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def check(self, weight: Tensor, *state: Tensor | None) -> None:
         """Raises a ValueError if the shapes of a parameter, of its state [O, *], and of this gradient do not fit."""
         fits = self.values.shape == (len(self.indices), *weight.shape[1:])
-        fits = fits and (self.row_step is None or self.row_step.shape == weight.shape[:1])
-        fits = fits and all(each is None or each.shape == weight.shape for each in (*state, self.bf16_copy))
+        fits = fits and all(decay.shape == weight.shape[:1] for decay in self.decays.values())
+        fits = fits and all(each is None or each.shape == weight.shape for each in state)
         if not fits:
-            tensors = (self.values, *state, self.row_step, self.bf16_copy)
+            tensors = (self.values, *state, *self.decays.values())
             found = [list(tensor.shape) for tensor in tensors if tensor is not None]
             raise ValueError(
                 f"gradient and state {found} do not go with a parameter {list(weight.shape)}; give it a new optimizer"
             )
 
+    def decay(self, name: str, otherwise: float, at: Tensor, dimensions: int) -> Tensor | float:
+        """The factors of the rows `at` as a column of so many dimensions, or the one of all rows."""
+        decay = self.decays.get(name)
+        return otherwise if decay is None else decay[at].view(-1, *[1] * (dimensions - 1))
+
 
 def _declines(rows: GradientRows, *tensors: Tensor | None) -> str | None:
     """Why native code cannot take a step on such tensors, which are the parameter and its state. None if it can."""
-    reason = native.declines_scattered(*tensors, rows.values, rows.row_step, dtypes=native.FLOAT32)
-    if reason is None:
-        reason = native.declines_scattered(rows.indices, dtypes=native.INT64)
-    if reason is None and rows.bf16_copy is not None:
-        reason = native.declines_scattered(rows.bf16_copy, dtypes=native.BFLOAT16)
-    return reason
+    reason = native.declines_scattered(*tensors, rows.values, *rows.decays.values(), dtypes=native.FLOAT32)
+    return reason or native.declines_scattered(rows.indices, dtypes=native.INT64)
 
 
 def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
@@ -68,31 +71,22 @@ def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
         rows.indices.data_ptr(),
         rows.values.data_ptr(),
         weight.data_ptr(),
-        native.address(rows.bf16_copy),
         rows.every_row,
-        native.address(rows.row_step),
         torch.get_num_threads(),
     )
 
 
-def _moving_rows(weight: Tensor, rows: GradientRows, step: float) -> tuple[Tensor, Tensor, Tensor | float]:
-    """The rows that move, their gradients, and the number of steps that each has missed.
-
-    The number is a column. It is 0.0 if no row has missed a step.
-    """
+def _moving_rows(weight: Tensor, rows: GradientRows) -> tuple[Tensor, Tensor]:
+    """The rows that move, and their gradients."""
     at, grad = rows.indices, rows.values
     if rows.every_row:
         at, grad = torch.arange(len(weight), device=weight.device), torch.zeros_like(weight).index_copy_(0, at, grad)
-    if rows.row_step is None:
-        return at, grad, 0.0
-    missed_steps = step - 1 - rows.row_step[at]
-    rows.row_step[at] = step
-    return at, grad, missed_steps.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+    return at, grad
 
 
-def _write_copy(weight: Tensor, at: Tensor, rows: GradientRows) -> None:
-    if rows.bf16_copy is not None:
-        rows.bf16_copy[at] = weight[at].to(rows.bf16_copy.dtype)
+def _store(tensor: Tensor, at: Tensor, values: Tensor) -> None:
+    """Writes rows of a parameter or of its state, which may be of different dtypes after ``model.to(dtype)``."""
+    tensor[at] = values.to(tensor.dtype)
 
 
 # ---------------------------------------------------------------- SGD
@@ -103,7 +97,6 @@ def sgd_rows(
     weight: Tensor,
     buffer: Tensor | None,
     rows: GradientRows,
-    step: float,
     *,
     lr: float,
     momentum: float,
@@ -115,9 +108,8 @@ def sgd_rows(
 
     Args:
         weight: The parameter [O, *].
-        buffer: The momentum buffer [O, *]. None without momentum.
+        buffer: The momentum buffer [O, *], named "momentum_buffer" in `rows.decays`. None without momentum.
         rows: The gradient.
-        step: The number of this step, counted from 1.
         lr: The same as torch's.
         momentum: The same as torch's.
         dampening: The same as torch's.
@@ -128,19 +120,17 @@ def sgd_rows(
         ValueError: The shapes do not fit.
     """
     rows.check(weight, buffer)
-    at, grad, missed_steps = _moving_rows(weight, rows, step)
+    at, grad = _moving_rows(weight, rows)
     w = weight[at]
     grad = grad + weight_decay * w
     if buffer is not None:
-        buffer[at] = buffer[at] * momentum ** (missed_steps + 1) + (1 - dampening) * grad
+        keep = rows.decay("momentum_buffer", momentum, at, weight.dim())
+        _store(buffer, at, buffer[at] * keep + (1 - dampening) * grad)
         grad = grad + momentum * buffer[at] if nesterov else buffer[at]
-    weight[at] = w - lr * grad
-    _write_copy(weight, at, rows)
+    _store(weight, at, w - lr * grad)
 
 
-def _native_sgd_declines(
-    weight: Tensor, buffer: Tensor | None, rows: GradientRows, _step: float, **_: Any
-) -> str | None:
+def _native_sgd_declines(weight: Tensor, buffer: Tensor | None, rows: GradientRows, **_: Any) -> str | None:
     return _declines(rows, weight, buffer)
 
 
@@ -149,7 +139,6 @@ def _native_sgd_rows(
     weight: Tensor,
     buffer: Tensor | None,
     rows: GradientRows,
-    step: float,
     *,
     lr: float,
     momentum: float,
@@ -158,9 +147,9 @@ def _native_sgd_rows(
     nesterov: bool,
 ) -> None:
     rows.check(weight, buffer)
-    state = native.address(buffer)
-    native.extension().sgd_rows(*_arguments(weight, rows), state, nesterov, step, lr, momentum, dampening, weight_decay)
-    native.written(weight, rows.bf16_copy, buffer)
+    state = native.address(buffer), native.address(rows.decays.get("momentum_buffer"))
+    native.extension().sgd_rows(*_arguments(weight, rows), *state, nesterov, lr, momentum, dampening, weight_decay)
+    native.written(weight, buffer)
 
 
 # ---------------------------------------------------------------- Adam
@@ -185,8 +174,8 @@ def adam_rows(
 
     Args:
         weight: The parameter [O, *].
-        exp_avg: The first moment [O, *].
-        exp_avg_sq: The second moment [O, *].
+        exp_avg: The first moment [O, *]. Its name in `rows.decays` is this one.
+        exp_avg_sq: The second moment [O, *]. Its name in `rows.decays` is this one.
         max_exp_avg_sq: The largest second moment so far [O, *] with AMSGrad, else None.
         rows: The gradient.
         step: The number of this step, counted from 1.
@@ -200,20 +189,23 @@ def adam_rows(
         ValueError: The shapes do not fit.
     """
     rows.check(weight, exp_avg, exp_avg_sq, max_exp_avg_sq)
-    at, grad, missed_steps = _moving_rows(weight, rows, step)
+    at, grad = _moving_rows(weight, rows)
     w = weight[at]
     if decoupled:
-        w = w * (1 - lr * weight_decay) ** (missed_steps + 1)
+        w = w * rows.decay(PARAMETER, 1 - lr * weight_decay, at, weight.dim())
     else:
         grad = grad + weight_decay * w
-    exp_avg[at] = exp_avg[at] * betas[0] ** (missed_steps + 1) + (1 - betas[0]) * grad
-    exp_avg_sq[at] = exp_avg_sq[at] * betas[1] ** (missed_steps + 1) + (1 - betas[1]) * grad * grad
+    keep_first, keep_second = (
+        rows.decay(name, beta, at, weight.dim()) for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
+    )
+    _store(exp_avg, at, exp_avg[at] * keep_first + (1 - betas[0]) * grad)
+    _store(exp_avg_sq, at, exp_avg_sq[at] * keep_second + (1 - betas[1]) * grad * grad)
     second = exp_avg_sq[at]
     if max_exp_avg_sq is not None:
-        max_exp_avg_sq[at] = second = torch.maximum(max_exp_avg_sq[at], second)
+        second = torch.maximum(max_exp_avg_sq[at], second)
+        _store(max_exp_avg_sq, at, second)
     root = second.sqrt() / sqrt(1 - betas[1] ** step) + eps
-    weight[at] = w - lr / (1 - betas[0] ** step) * exp_avg[at] / root
-    _write_copy(weight, at, rows)
+    _store(weight, at, w - lr / (1 - betas[0] ** step) * exp_avg[at] / root)
 
 
 def _native_adam_declines(
@@ -247,8 +239,10 @@ def _native_adam_rows(
 ) -> None:
     rows.check(weight, exp_avg, exp_avg_sq)
     state = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
-    native.extension().adam_rows(*_arguments(weight, rows), *state, decoupled, step, lr, *betas, eps, weight_decay)
-    native.written(weight, rows.bf16_copy, exp_avg, exp_avg_sq)
+    decays = [native.address(rows.decays.get(name)) for name in ("exp_avg", "exp_avg_sq", PARAMETER)]
+    options = decoupled, step, lr, *betas, eps, weight_decay
+    native.extension().adam_rows(*_arguments(weight, rows), *state, *decays, *options)
+    native.written(weight, exp_avg, exp_avg_sq)
 
 
 # ---------------------------------------------------------------- Adagrad
@@ -256,7 +250,7 @@ def _native_adam_rows(
 
 @operation()
 def adagrad_rows(
-    weight: Tensor, sum_: Tensor, rows: GradientRows, step: float, *, lr: float, eps: float, weight_decay: float
+    weight: Tensor, sum_: Tensor, rows: GradientRows, *, lr: float, eps: float, weight_decay: float
 ) -> None:
     """`torch.optim.Adagrad` on the rows that move, in place.
 
@@ -264,7 +258,6 @@ def adagrad_rows(
         weight: The parameter [O, *].
         sum_: The sum of the squared gradients [O, *].
         rows: The gradient.
-        step: The number of this step, counted from 1.
         lr: The learning rate of this step.
         eps: The same as torch's.
         weight_decay: The same as torch's.
@@ -273,27 +266,26 @@ def adagrad_rows(
         ValueError: The shapes do not fit.
     """
     rows.check(weight, sum_)
-    at, grad, _ = _moving_rows(weight, rows, step)
+    at, grad = _moving_rows(weight, rows)
     grad = grad + weight_decay * weight[at]
-    sum_[at] = sum_[at] + grad * grad
-    weight[at] = weight[at] - lr * grad / (sum_[at].sqrt() + eps)
-    _write_copy(weight, at, rows)
+    _store(sum_, at, sum_[at] + grad * grad)
+    _store(weight, at, weight[at] - lr * grad / (sum_[at].sqrt() + eps))
 
 
-def _native_adagrad_declines(weight: Tensor, sum_: Tensor, rows: GradientRows, _step: float, **_: Any) -> str | None:
+def _native_adagrad_declines(weight: Tensor, sum_: Tensor, rows: GradientRows, **_: Any) -> str | None:
     return _declines(rows, weight, sum_)
 
 
 @native.backend.implements(adagrad_rows, _native_adagrad_declines)
 def _native_adagrad_rows(
-    weight: Tensor, sum_: Tensor, rows: GradientRows, step: float, *, lr: float, eps: float, weight_decay: float
+    weight: Tensor, sum_: Tensor, rows: GradientRows, *, lr: float, eps: float, weight_decay: float
 ) -> None:
     rows.check(weight, sum_)
-    native.extension().adagrad_rows(*_arguments(weight, rows), sum_.data_ptr(), step, lr, eps, weight_decay)
-    native.written(weight, rows.bf16_copy, sum_)
+    native.extension().adagrad_rows(*_arguments(weight, rows), sum_.data_ptr(), lr, eps, weight_decay)
+    native.written(weight, sum_)
 
 
-# ---------------------------------------------------------------- questions about a gradient and about a copy
+# ---------------------------------------------------------------- a question about a gradient
 
 
 @operation()
@@ -309,26 +301,3 @@ def _native_ascending_declines(indices: Tensor, _rows: int) -> str | None:
 @native.backend.implements(ascending, _native_ascending_declines)
 def _native_ascending(indices: Tensor, rows: int) -> bool:
     return native.extension().ascending(indices.data_ptr(), len(indices), rows)
-
-
-@operation()
-def copy_agrees(weight: Tensor, copy: Tensor, samples: int, /) -> bool:
-    """Whether a copy equals a contiguous weight that is cast to its dtype.
-
-    About `samples` entries are compared. They are evenly spread.
-    """
-    flat = weight.detach().view(-1)
-    stride = max(1, len(flat) // samples) | 1  # odd, so that the samples lie in different columns
-    found, expected = copy.view(-1)[::stride], flat[::stride].to(copy.dtype)
-    return torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def _native_copy_declines(weight: Tensor, copy: Tensor, _samples: int) -> str | None:
-    return native.declines_scattered(weight, dtypes=native.FLOAT32) or native.declines_scattered(
-        copy, dtypes=native.BFLOAT16
-    )
-
-
-@native.backend.implements(copy_agrees, _native_copy_declines)
-def _native_copy_agrees(weight: Tensor, copy: Tensor, samples: int) -> bool:
-    return native.extension().copy_agrees(weight.data_ptr(), copy.data_ptr(), weight.numel(), samples)

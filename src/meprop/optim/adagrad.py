@@ -73,14 +73,11 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
     def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
         return group["weight_decay"] != 0
 
-    def _zero_gradient_changes_state(self, group: dict[str, Any]) -> bool:
-        """False: weight decay does add to the sums of squares, but no mode makes up for that."""
-        return False
-
-    def _make_up_for(self, missed_steps: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
-        raise AssertionError("no row's state falls behind")
+    def _decays(self, group: dict[str, Any]) -> dict[str, float]:
+        """None: weight decay does add to the sums of squares, but no mode makes up for that."""
+        return {}
 
     def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         weight_decay, eps = group["weight_decay"], group["eps"]
-        ops.adagrad_rows(parameter, self.state[parameter]["sum"], rows, step, lr=lr, weight_decay=weight_decay, eps=eps)
+        ops.adagrad_rows(parameter, self.state[parameter]["sum"], rows, lr=lr, weight_decay=weight_decay, eps=eps)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from meprop import ops
 from meprop.ops import GradientRows
+from meprop.ops.optimizer import PARAMETER
 from meprop.optim.base import Parameters, RowSparseOptimizer, SparseRows, no_steps
 
 
@@ -80,15 +81,12 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
     def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
         return True
 
-    def _zero_gradient_changes_state(self, group: dict[str, Any]) -> bool:
-        return True
-
-    def _make_up_for(self, missed_steps: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        state["exp_avg"] *= beta1**missed_steps
-        state["exp_avg_sq"] *= beta2**missed_steps
+    def _decays(self, group: dict[str, Any]) -> dict[str, float]:
+        beta1, beta2 = group["betas"]
+        decays = {"exp_avg": float(beta1), "exp_avg_sq": float(beta2)}
         if group["decoupled_weight_decay"]:
-            parameter *= (1 - group["lr"] * group["weight_decay"]) ** missed_steps
+            decays[PARAMETER] = 1 - float(group["lr"]) * group["weight_decay"]
+        return decays
 
     def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
-from meprop import copies, ops
+from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.ops import GradientRows
+from meprop.ops.optimizer import PARAMETER, ROW_DECAY
+from meprop.ops.registry import PLAIN
 
 SparseRows = Literal["exact", "decay", "lazy"]
 """What happens to the rows of a parameter that have no gradient (`meprop.optim`)."""
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+_FUSED_DTYPES = (torch.float32, torch.float64)
 
 
 class RowSparseOptimizer(torch.optim.Optimizer, ABC):
@@ -47,26 +51,16 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
         """Whether the dense optimizer moves the weights of a row whose gradient is zero.
 
-        If it does that, or changes the state of the row, ``sparse_rows="exact"`` updates all rows.
+        If it does that, or if there are `_decays`, ``sparse_rows="exact"`` updates all rows.
         """
 
     @abstractmethod
-    def _zero_gradient_changes_state(self, group: dict[str, Any]) -> bool:
-        """Whether the dense optimizer changes the state of a row whose gradient is zero.
+    def _decays(self, group: dict[str, Any]) -> dict[str, float]:
+        """By what this step of the dense optimizer multiplies the state of a row whose gradient is zero.
 
-        If so, ``sparse_rows="decay"`` keeps a `row_step`. A count of steps that all rows share is not meant.
-        """
-
-    @abstractmethod
-    def _make_up_for(self, missed_steps: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Changes each row's state, in place, as so many steps of the dense optimizer with a gradient of zero do.
-
-        Weights change by decoupled weight decay alone. It is called only where `_zero_gradient_changes_state`.
-
-        Args:
-            missed_steps: How many steps each row has missed [O, 1, ...], in the parameter's dtype.
-            parameter: The parameter [O, *].
-            group: Its group.
+        The name of each state has its factor. `PARAMETER` is the name for the weights, which decoupled weight decay
+        multiplies. What such a step does not change is left out. ``sparse_rows="decay"`` makes up for these factors,
+        and for nothing else.
         """
 
     @abstractmethod
@@ -75,7 +69,8 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
         Args:
             parameter: The parameter [O, *].
-            rows: Which rows are updated, and with what gradient; `group["maximize"]` is already applied to it.
+            rows: Which rows are updated, with what gradient, and how far their state decays. `group["maximize"]` is
+                already applied to the gradient.
             step: The number of this step, the first being 1. It is always 1 where the state has no `step`.
             group: Its group.
         """
@@ -99,11 +94,34 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
             raise ValueError(f"sparse_rows={mode!r}; it is 'exact', 'decay' or 'lazy'")
         self._sparse_rows: SparseRows = mode
 
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  (overloads)
+        """One step of torch's optimizer, in which a row-sparse gradient costs only its rows.
+
+        torch's fused implementation does the steps of dense gradients that it can do, where the user has chosen none.
+
+        Args:
+            closure: Computes the gradients again and returns the loss, as for torch's optimizer.
+
+        Returns:
+            What the closure returns; None without one.
+
+        Raises:
+            NotSupportedError: A sparse gradient is not for this optimizer (see the class).
+        """
+        self._groups_made_fused: list[dict[str, Any]] = []
+        step: Any = super().step.__func__  # pyright: ignore[reportFunctionMemberAccess]
+        if hasattr(step, "hooked"):  # torch has put the running of hooks around it, and around this method as well
+            step = step.__wrapped__
+        try:
+            return step(self, closure)
+        finally:
+            for group in self._groups_made_fused:
+                group["fused"] = None
+
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Collects the gradients of a group for torch's `step`, which calls this once for each group.
 
-        Two kinds of gradients are taken out, and their steps done here: row-sparse ones, and dense ones of a weight
-        whose bfloat16 copy is to be written in the same pass.
+        Row-sparse ones are taken out, and their steps done here. torch asks after this call whether the group is fused.
         """
         left_to_torch: list[Tensor] = []
         for parameter in group["params"]:
@@ -112,28 +130,48 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
                 continue
             if grad.layout == torch.sparse_coo:
                 self._row_sparse_step(parameter, grad, group)
-                continue
-            self._make_up_for_missed_steps(parameter, group)
-            if _updates_copy(parameter, grad, group):
-                every_index = torch.arange(len(parameter))
-                self._init_state(parameter, group)
-                self._update_with_copy(parameter, group, every_index, grad.contiguous())
             else:
+                self._make_up_for_missed_steps(parameter)
                 left_to_torch.append(parameter)
+        if _leaves_the_choice(group) and all(self._fits_fused(parameter) for parameter in left_to_torch):
+            group["fused"] = True
+            self._groups_made_fused.append(group)
         return super()._init_group({**group, "params": left_to_torch}, *args, **kwargs)  # pyright: ignore  (not in torch's stubs)
+
+    def _fits_fused(self, parameter: Tensor) -> bool:
+        """Whether torch's fused implementation takes this parameter with its gradient and its state as they are now.
+
+        It is for one dtype, and reads memory in order, whatever the strides say. In torch 2.13 that of SGD leaves most
+        of a half-precision parameter where it is (pytorch issue 191763).
+        """
+        dtype, grad = parameter.dtype, parameter.grad
+        if not parameter.is_cpu or dtype not in _FUSED_DTYPES or grad is None or grad.layout is not torch.strided:
+            return False
+        tensors = [parameter, grad]
+        if state := self.state.get(parameter):
+            tensors += [value for name, value in state.items() if name != "step" and value is not None]
+        if any(type(tensor) not in PLAIN or tensor.dtype is not dtype for tensor in tensors):
+            return False
+        if parameter.is_contiguous():
+            return all(tensor.is_contiguous() for tensor in tensors)
+        form = ops.memory_format(parameter)
+        return all(tensor.is_contiguous(memory_format=form) for tensor in tensors)
 
     def _row_sparse_step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         self._refuse_unsupported(parameter, group)
         indices, values = _indices_and_values(grad)
         self._init_state(parameter, group)
-        row_step = None
-        if self.sparse_rows == "decay" and self._zero_gradient_changes_state(group):
-            row_step = self._row_step(parameter, group)
+        if self.sparse_rows == "decay":
+            decays = self._row_decays(parameter, group)
         else:
-            self._make_up_for_missed_steps(parameter, group)
-        changes = self._zero_gradient_moves_weights(group) or self._zero_gradient_changes_state(group)
+            decays = {}
+            self._make_up_for_missed_steps(parameter)
+        changes = self._zero_gradient_moves_weights(group) or bool(self._decays(group))
         every_row = self.sparse_rows == "exact" and changes
-        self._update_with_copy(parameter, group, indices, values, every_row, row_step)
+        rows = GradientRows(indices, -values if group["maximize"] else values, every_row, decays)
+        self._update(parameter, rows, self._count_step(parameter), group)
+        for decay in decays.values():
+            decay.index_fill_(0, indices, 1)
 
     def _refuse_unsupported(self, parameter: Tensor, group: dict[str, Any]) -> None:
         if TracingContext.try_get() is not None:  # torch.compiler.is_compiling() is False here
@@ -147,22 +185,6 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
                 "complex parameters; use sparse_grad=False there"
             )
 
-    def _update_with_copy(
-        self,
-        parameter: Tensor,
-        group: dict[str, Any],
-        indices: Tensor,
-        values: Tensor,
-        every_row: bool = False,
-        row_step: Tensor | None = None,
-    ) -> None:
-        """Updates rows of a parameter, and the same rows of its bfloat16 copy if it has one that is up to date."""
-        bf16_copy = copies.current(parameter)
-        rows = GradientRows(indices, -values if group["maximize"] else values, every_row, row_step, bf16_copy)
-        self._update(parameter, rows, self._count_step(parameter), group)
-        if bf16_copy is not None:
-            copies.mark_as_written(parameter)
-
     def _count_step(self, parameter: Tensor) -> float:
         """The number of the step that begins, where the state counts steps; else 1."""
         step: Tensor | None = self.state.get(parameter, {}).get("step")
@@ -175,37 +197,38 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
         With ``sparse_rows="decay"`` the state of a row falls behind while the row has no gradient. Here each row's
         momentum, or moments, decay for the steps that it missed, and AdamW's weight decay of these steps is applied to
-        the weights. The state `row_step` is removed. In the other modes no row falls behind, and nothing is done.
+        the weights. The states whose names end in `_row_decay` are removed. In the other modes no row falls behind, and
+        nothing is done.
 
         Call it before the state_dict goes to torch's optimizer. Training may go on afterwards in any mode.
         """
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._make_up_for_missed_steps(parameter, group)
+                self._make_up_for_missed_steps(parameter)
 
-    def _make_up_for_missed_steps(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _make_up_for_missed_steps(self, parameter: Tensor) -> None:
         state = self.state.get(parameter, {})
-        if "row_step" not in state:
-            return
-        with torch.no_grad():
-            missed_steps = state["step"].to(parameter.device) - state.pop("row_step")
-            missed_steps = missed_steps.to(parameter.dtype).view(-1, *[1] * (parameter.dim() - 1))
-            self._make_up_for(missed_steps, parameter, group)
+        for name in [name for name in state if name.endswith(ROW_DECAY)]:
+            decay, behind = state.pop(name), name.removesuffix(ROW_DECAY)
+            with torch.no_grad():
+                tensor: Tensor = parameter if behind == PARAMETER else state[behind]
+                tensor.mul_(decay.view(-1, *[1] * (parameter.dim() - 1)))
 
-    def _row_step(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """The step until which each row's state is up to date [O], float32: at first that of all rows."""
-        state = self.state[parameter]
-        state.setdefault("step", no_steps(parameter, group))  # which SGD does not count otherwise
-        if "row_step" not in state:
-            state["row_step"] = torch.full(
-                (len(parameter),), float(state["step"]), dtype=torch.float32, device=parameter.device
-            )
-        return state["row_step"]
+    def _row_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """By what this step multiplies each row of each state [O]: its own factor times those of missed steps."""
+        state, decays = self.state[parameter], {}
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        for name, factor in self._decays(group).items():
+            decay = state.get(name + ROW_DECAY)
+            if decay is None:
+                decay = torch.ones(len(parameter), dtype=dtype, device=parameter.device)
+            decays[name] = state[name + ROW_DECAY] = decay.to(dtype).mul_(factor)
+        return decays
 
     # ---- what torch does not know of
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group as torch does. torch's fused implementation serves it, if no other is chosen.
+        """Adds a parameter group as torch does.
 
         Raises:
             ValueError: The group has a `sparse_rows` of its own, or what torch raises it for.
@@ -216,12 +239,6 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
                 "make one optimizer for each"
             )
         super().add_param_group(param_group)
-        self._choose_fused()
-
-    def _choose_fused(self) -> None:
-        for group in self.param_groups:
-            if _fits_fused(group):
-                group["fused"] = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict as torch does, and checks the shapes of the states, which torch does not.
@@ -234,11 +251,11 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(saved, parameters, strict=True):
             state = self.state.get(parameter, {})
-            if "row_step" in state:  # torch has cast it to the parameter's dtype
-                row_step = state_dict["state"][index]["row_step"]
-                state["row_step"] = row_step.to(dtype=torch.float32, device=parameter.device)
             for name, value in state.items():
-                expected = parameter.shape[:1] if name == "row_step" else parameter.shape
+                of_rows = name.endswith(ROW_DECAY)
+                if of_rows:  # torch has cast it to the parameter's dtype
+                    value = state[name] = state_dict["state"][index][name].to(parameter.device, copy=True)
+                expected = parameter.shape[:1] if of_rows else parameter.shape
                 if name != "step" and isinstance(value, Tensor) and value.shape != expected:
                     raise ValueError(
                         f"the state {name!r} is {list(value.shape)}, its parameter {list(parameter.shape)}: the "
@@ -247,10 +264,6 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_sparse_rows": self.sparse_rows}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._choose_fused()
 
 
 def no_steps(parameter: Tensor, group: dict[str, Any]) -> Tensor:
@@ -272,19 +285,8 @@ def _indices_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
     return indices, grad._values().contiguous()
 
 
-def _updates_copy(parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a dense step is done here instead of by torch's fused implementation, so that the copy is written too."""
-    if not group.get("fused") or group.get("capturable") or group.get("amsgrad") or grad.layout != torch.strided:
+def _leaves_the_choice(group: dict[str, Any]) -> bool:
+    """Whether the user has left the choice of torch's implementation to us, and no option needs a certain one."""
+    if group.get("fused", False) is not None or group["foreach"] is not None or group["differentiable"]:
         return False
-    return TracingContext.try_get() is None and parameter.is_cpu and copies.current(parameter) is not None
-
-
-def _fits_fused(group: dict[str, Any]) -> bool:
-    """Whether torch's fused implementation takes this group, and the user has left the choice to us."""
-    chosen = group.get("fused", False) is not None or group["foreach"] is not None
-    if chosen or group["differentiable"] or isinstance(group["lr"], Tensor):
-        return False
-    # torch 2.13's fused SGD leaves most of a half-precision parameter where it is (pytorch issue 191763).
-    dtypes = (torch.float32, torch.float64)
-    plain = all(type(parameter) in (Tensor, torch.nn.Parameter) for parameter in group["params"])  # and no DTensor
-    return plain and all(parameter.is_cpu and parameter.dtype in dtypes for parameter in group["params"])
+    return not isinstance(group["lr"], Tensor) and TracingContext.try_get() is None

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from meprop import row_sparse
+
 
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
@@ -17,7 +19,7 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clips gradients as `torch.nn.utils.clip_grad_norm_` does, and takes sparse gradients as well.
 
-    Sparse gradients are coalesced, and clipped in place.
+    torch's own takes them too, once there is a layer with ``sparse_grad=True`` (`meprop.row_sparse`).
 
     Args:
         parameters: The parameters whose gradients are clipped together.
@@ -32,14 +34,5 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: `error_if_nonfinite` is True, and the norm is not finite.
     """
-    clipped: list[Tensor] = []
-    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if parameter.grad is None or parameter.grad.layout != torch.sparse_coo:
-            clipped.append(parameter)
-            continue
-        parameter.grad = parameter.grad.coalesce()
-        values = parameter.grad._values()
-        if values.numel() > 0:
-            clipped.append(torch.empty_like(values).requires_grad_())  # a stand-in that has them as its gradient
-            clipped[-1].grad = values
-    return torch.nn.utils.clip_grad_norm_(clipped, max_norm, norm_type, error_if_nonfinite, foreach)
+    row_sparse.support()
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)

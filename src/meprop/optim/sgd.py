@@ -69,11 +69,9 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
     def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0 or group["weight_decay"] != 0
 
-    def _zero_gradient_changes_state(self, group: dict[str, Any]) -> bool:
-        return group["momentum"] != 0
-
-    def _make_up_for(self, missed_steps: Tensor, parameter: Tensor, group: dict[str, Any]) -> None:
-        self.state[parameter]["momentum_buffer"] *= group["momentum"] ** missed_steps
+    def _decays(self, group: dict[str, Any]) -> dict[str, float]:
+        momentum = float(group["momentum"])
+        return {"momentum_buffer": momentum} if momentum != 0 else {}  # torch leaves it as it is without momentum
 
     def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         buffer, dampening = None, float(group["dampening"])
@@ -87,7 +85,6 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             parameter,
             buffer,
             rows,
-            step,
             lr=float(group["lr"]),
             momentum=float(group["momentum"]),
             dampening=dampening,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from meprop.errors import NotSupportedError
 from meprop.nn.base import Layout, SparseLayer, descriptor_of
 from meprop.rules import Rule
 
@@ -75,22 +76,37 @@ class Units:
     unreached: str
 
 
-def entries(layout: Layout, widths: Sequence[int], kept: dict[int, torch.Tensor], size: int) -> torch.Tensor:
-    """The entries of a dimension that stay, int64, when some groups keep only some of their units.
+def entries(
+    layouts: dict[int, Layout], widths: Sequence[int], kept: dict[int, torch.Tensor], shape: Sequence[int], name: str
+) -> dict[int, torch.Tensor]:
+    """The entries of a tensor that stay, int64, by dimension, when some groups keep only some of their units.
 
     Args:
-        layout: The groups of the dimension.
+        layouts: The groups of each dimension.
         widths: The number of units of each group.
         kept: By group, the units [n] that it keeps, int64, ascending. A group that is not in it keeps all its units.
-        size: The size of the dimension: a multiple of the sum of the widths of its groups.
+        shape: The shape of the tensor.
+        name: Its name.
+
+    Raises:
+        NotSupportedError: The size of a dimension is not a multiple of the sum of the widths of its groups.
     """
-    parts: list[torch.Tensor] = []
-    start = 0
-    for group in layout:
-        parts.append(start + kept.get(group, torch.arange(widths[group])))
-        start += widths[group]
-    positions = size // start
-    return (torch.cat(parts)[:, None] * positions + torch.arange(positions)).flatten()
+    found: dict[int, torch.Tensor] = {}
+    for dim, layout in layouts.items():
+        parts: list[torch.Tensor] = []
+        start = 0
+        for group in layout:
+            parts.append(start + kept.get(group, torch.arange(widths[group])))
+            start += widths[group]
+        if dim >= len(shape) or shape[dim] % start:
+            raise NotSupportedError(
+                f"{name!r} is of shape {list(shape)}; its dimension {dim} should consist of {start} units. The model "
+                "has been changed since the Simplifier was made, or a handler lays out what is not there. Nothing has "
+                "been changed; make a new Simplifier"
+            )
+        positions = shape[dim] // start
+        found[dim] = (torch.cat(parts)[:, None] * positions + torch.arange(positions)).flatten()
+    return found
 
 
 class Finder:
@@ -191,13 +207,17 @@ class Finder:
         return number
 
     def _block_shared_tensors(self) -> None:
-        owners: dict[torch.Tensor, list[str]] = {}
+        """Blocks what is cut only in part: tensors that share memory, or that a layer has beside torch's."""
+        owners: dict[object, list[str]] = {}
         for name, module in self.model.named_modules():
-            for own, parameter in module.named_parameters(recurse=False):
-                owners.setdefault(parameter, []).append(_full_name(name, own))
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for tensor_name, tensor in own:
+                owners.setdefault(_memory(tensor), []).append(full_name(name, tensor_name))
+                if isinstance(module, SparseLayer) and tensor.numel() > 1:
+                    self._block_unknown(name, tensor_name)
         names = {name: shared for shared in owners.values() for name in shared}
         for (module, tensor), dims in self._layouts.items():
-            name = _full_name(module, tensor)
+            name = full_name(module, tensor)
             groups = [group for layout in dims.values() for group in layout]
             others = [other for other in names.get(name, []) if other != name]
             if others:
@@ -205,10 +225,16 @@ class Finder:
             if {name, *others} & self._read_directly:
                 self.block(groups, f"{name!r} is also read outside of its layer")
 
+    def _block_unknown(self, module: str, tensor: str) -> None:
+        laid_out = {own: dims for (name, own), dims in self._layouts.items() if name == module}
+        if laid_out and tensor not in laid_out:
+            groups = [group for dims in laid_out.values() for layout in dims.values() for group in layout]
+            self.block(groups, f"{full_name(module, tensor)!r} is none of the tensors of such a layer in torch")
+
     def _block_for_unseen(self, seen: set[str]) -> None:
         """A layer outside of the graph may read any units, for instance in another method of the model."""
         for name, module in self.model.named_modules():
-            own = {_full_name(name, parameter) for parameter, _ in module.named_parameters(recurse=False)}
+            own = {full_name(name, parameter) for parameter, _ in module.named_parameters(recurse=False)}
             if own - self._read_directly and not is_part(name, seen):
                 self.block_all(f"{name!r} is not seen in the traced graph, and may read it")
 
@@ -227,5 +253,13 @@ def is_part(name: str, of: set[str]) -> bool:
     return any(name == each or name.startswith(f"{each}.") for each in of)
 
 
-def _full_name(module: str, tensor: str) -> str:
+def full_name(module: str, tensor: str) -> str:
+    """The name in the model of a module's tensor."""
     return f"{module}.{tensor}" if module else tensor
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    """What two tensors have in common that begin at the same place of the same memory, as one does with itself."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    address = tensor.data_ptr() if plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor) else 0  # pyright: ignore
+    return (tensor.device, address) if address else id(tensor)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meprop.convert import check_model, described_layers, plain_copy
+from meprop.convert import described_layers, plain_copy
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import SparseLayer, layer_descriptor
 from meprop.policy import Activity
+from meprop.pruning.arguments import as_optimizers, check_bounds, check_counts, check_kinds, read_state, why_not_covered
 from meprop.pruning.cutting import Cut, cut
-from meprop.pruning.groups import entries, producers
-from meprop.pruning.handlers import resize
+from meprop.pruning.groups import entries, full_name, producers
 from meprop.pruning.report import Check, LayerWidth, SimplificationReport
 from meprop.pruning.trace import find
 
@@ -67,7 +67,8 @@ class Simplifier:
         of_mean: A share of a layer's mean number of hits, from 0 to 1. It is for every rule: the hits of a budget of
             noise get fewer as training goes on, and their mean with them. Units with fewer hits are removed. None for
             0.5, or for `threshold` where that is given.
-        optimizer: The optimizer of the model, whose state is cut too. None only if there is none.
+        optimizer: The optimizer of the model, whose state is cut too. A list if there are several. None only if there
+            is none.
         check_every: Steps between checks.
         cycle: Steps of a cycle.
         warmup: Steps before the first cycle, in which nothing is removed. The activity of units in a model that has
@@ -88,8 +89,8 @@ class Simplifier:
 
     Raises:
         TypeError: `model` is not a module, or another argument has the wrong type.
-        ValueError: An argument is out of range, both `threshold` and `of_mean` are given, or the optimizer is another
-            model's.
+        ValueError: An argument is out of range, both `threshold` and `of_mean` are given, the optimizer is another
+            model's, or a parameter whose entries may be removed requires a gradient and is in none of the optimizers.
         NotSupportedError: The model is wrapped (DistributedDataParallel, FSDP, torch.compile), or there are several
             processes, which would prune differently.
 
@@ -117,7 +118,7 @@ class Simplifier:
         threshold: float | None = None,
         *,
         of_mean: float | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         check_every: int = 500,
         cycle: int = 20_000,
         warmup: int = 0,
@@ -125,21 +126,19 @@ class Simplifier:
         min_units: int = 1,
         example_inputs: Sequence[Any] | None = None,
     ) -> None:
-        check_model(model, "simplify the module inside, unwrapped")
-        _check_bounds(threshold, of_mean, max_removal)
-        _check_counts(check_every=(check_every, 1), cycle=(cycle, 1), warmup=(warmup, 0), min_units=(min_units, 1))
-        if not isinstance(example_inputs, Sequence | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-            kind = type(example_inputs).__name__
-            raise TypeError(f"example_inputs is of type {kind}; it is a tuple of the model's arguments: (tensor,)")
-        _check_optimizer(optimizer, model)
-        _check_processes()
-        self.model, self.threshold, self.optimizer = model, threshold, optimizer
+        check_kinds(model, example_inputs)
+        check_bounds(threshold, of_mean, max_removal)
+        check_counts(check_every=(check_every, 1), cycle=(cycle, 1), warmup=(warmup, 0), min_units=(min_units, 1))
+        self.model, self.threshold = model, threshold
+        self._optimizers = as_optimizers(optimizer, model)
         self.of_mean = _OF_MEAN if threshold is None and of_mean is None else of_mean
         self.check_every, self.cycle, self.warmup = check_every, cycle, warmup
         self.max_removal, self.min_units = max_removal, min_units
         self.steps = 0
         self.history: list[Check] = []
         self._units = find(model, example_inputs)
+        if (reason := why_not_covered(self._removable(), self._optimizers)) is not None:
+            raise ValueError(reason)
         self._alive = [torch.arange(group.width) for group in self._units.groups]
         self._group_of = {
             producer.label: number for number, group in enumerate(self._units.groups) for producer in group.producers
@@ -153,21 +152,25 @@ class Simplifier:
         """Is to be called after each step of the optimizer. Every `check_every` calls it makes a check.
 
         Raises:
-            NotSupportedError: A layer has been converted anew or reverted; or the optimizer has a state that is not of
-                its parameter's shape, so that it cannot be cut. Nothing has been changed then.
+            NotSupportedError: A layer has been converted anew or reverted. Or something cannot be cut, which the
+                message names: a tensor, its gradient, a state of an optimizer, a module's attributes, or a parameter
+                that is in none of the optimizers any more. Then nothing has been changed, and the step is not counted.
+                It may be called again when the cause is gone.
 
         Warns:
             UserWarning: The check would leave fewer than `min_units` units of a layer that has more.
         """
-        self.steps += 1
-        if self.steps % self.check_every != 0:
+        steps = self.steps + 1
+        if steps % self.check_every != 0:
+            self.steps = steps
             return
         self._check_watched()
         shares = {
             label: activity.hits.cpu().double() / activity.examples for label, activity in self._activities.items()
         }
-        prunes = self.steps > self.warmup and (self.steps - self.warmup - 1) // self.cycle % 2 == 0
+        prunes = steps > self.warmup and (steps - self.warmup - 1) // self.cycle % 2 == 0
         self._cut(kept := self._choose(shares) if prunes else {})
+        self.steps = steps
         for label, activity in self._activities.items():
             alive, share = self._alive_of(label), shares[label]
             self._shares[label] = torch.full_like(self._shares[label], torch.nan)
@@ -223,30 +226,26 @@ class Simplifier:
         Load the states of model and optimizer afterwards.
 
         Raises:
-            ValueError: The state is that of another model, or has units that are removed here, or lacks units that
-                cannot be pruned here.
+            ValueError: The state is damaged or that of another model, or has units that are removed here, or lacks
+                units that cannot be pruned here. Nothing has been changed.
             NotSupportedError: For the reasons of `step`.
         """
         self._check_watched()
-        if (
-            state["starts"] != [group.width for group in self._units.groups]
-            or state["hits"].keys() != self.widths.keys()
-        ):
-            raise ValueError("the state is that of a simplifier of another model")
-        kept = {number: torch.isin(now, state["alive"][number]) for number, now in enumerate(self._alive)}
-        if any(int(kept[number].sum()) != len(then) for number, then in enumerate(state["alive"])):
+        starts = [group.width for group in self._units.groups]
+        loaded = read_state(state, starts, self._shares, self._group_of)
+        kept = {number: torch.isin(now, loaded.alive[number]) for number, now in enumerate(self._alive)}
+        if any(int(kept[number].sum()) != len(then) for number, then in enumerate(loaded.alive)):
             raise ValueError("the state has units that are removed here; load it into a new model")
         cut = {number: mask.nonzero().flatten() for number, mask in kept.items() if not mask.all()}
         for number in cut:
             if (reason := self._units.groups[number].reason) is not None:
                 label = self._units.groups[number].producers[0].label
                 raise ValueError(f"the state lacks units of {label!r}, which cannot be pruned here: {reason}")
+        hits = {label: hits.to(self._activities[label].hits.device) for label, hits in loaded.hits.items()}
         self._cut(cut)
         for label, activity in self._activities.items():
-            activity.hits.copy_(state["hits"][label])
-            activity.examples = state["examples"][label]
-        self._shares = {label: share.clone() for label, share in state["shares"].items()}
-        self.steps, self.history = state["steps"], [Check(**check) for check in state["history"]]
+            activity.hits, activity.examples = hits[label], loaded.examples[label]
+        self._shares, self.steps, self.history = loaded.shares, loaded.steps, loaded.history
 
     # ---- counting
 
@@ -331,57 +330,59 @@ class Simplifier:
         return kept
 
     def _cut(self, kept: dict[int, Tensor]) -> None:
-        """Keeps of these groups only the units at these places [n]."""
-        widths = [len(alive) for alive in self._alive]
-        cuts: dict[tuple[str, str], Cut] = {}
-        for (module, name), dims in self._units.layouts.items():
-            tensor: Tensor = getattr(self.model.get_submodule(module), name)
-            indices = {
-                dim: entries(layout, widths, kept, tensor.shape[dim])
-                for dim, layout in dims.items()
-                if not kept.keys().isdisjoint(layout)
-            }
-            if indices:
-                cuts[module, name] = (tensor, indices)
-        cut(list(cuts.values()), self.optimizer)
-        for module in {module for module, _ in cuts}:
-            resize(self.model.get_submodule(module))
+        """Keeps of these groups only the units at these places [n]. If that fails, nothing has been changed."""
+        cuts, modules = self._cuts(kept)
+        if (reason := why_not_covered({each.name: each.tensor for each in cuts}, self._optimizers)) is not None:
+            raise NotSupportedError(f"{reason}. Nothing has been changed")
+        alive = {number: self._alive[number][places] for number, places in kept.items()}
+        hits: dict[str, Tensor] = {}
         for number, places in kept.items():
-            self._alive[number] = self._alive[number][places]
             for producer in self._units.groups[number].producers:
-                activity = self._activities[producer.label]
-                activity.hits = activity.hits[places.to(activity.hits.device)]
+                counted = self._activities[producer.label].hits
+                hits[producer.label] = counted[places.to(counted.device)]
+        cut(cuts, modules, self._optimizers)
+        for number, units in alive.items():
+            self._alive[number] = units
+        for label, counted in hits.items():
+            self._activities[label].hits = counted
 
+    def _cuts(self, kept: dict[int, Tensor]) -> tuple[list[Cut], dict[str, torch.nn.Module]]:
+        """What stays of each tensor of which something goes, and the modules of these tensors by name."""
+        widths = [len(alive) for alive in self._alive]
+        cuts: list[Cut] = []
+        modules: dict[str, torch.nn.Module] = {}
+        for (module, own), dims in self._units.layouts.items():
+            layouts = {dim: layout for dim, layout in dims.items() if not kept.keys().isdisjoint(layout)}
+            if layouts:
+                modules[module], tensor = self._tensor(module, own)
+                name = full_name(module, own)
+                cuts.append(Cut(name, tensor, entries(layouts, widths, kept, tensor.shape, name)))
+        return cuts, modules
 
-def _check_bounds(threshold: float | None, of_mean: float | None, max_removal: float) -> None:
-    if threshold is not None and of_mean is not None:
-        raise ValueError(f"threshold={threshold} and of_mean={of_mean} are two measures; give one of them")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold}; it is a share of the examples, from 0 to 1")
-    if of_mean is not None and not 0 <= of_mean <= 1:
-        raise ValueError(f"of_mean={of_mean}; it is a share of a layer's mean number of hits, from 0 to 1")
-    if not 0 < max_removal <= 1:
-        raise ValueError(f"max_removal={max_removal}; it is a share of a layer's units, above 0 and at most 1")
+    def _tensor(self, module: str, own: str) -> tuple[torch.nn.Module, Tensor]:
+        """A module, and its tensor of this name.
 
+        Raises:
+            NotSupportedError: There is none. Nothing has been changed.
+        """
+        try:
+            holder = self.model.get_submodule(module)
+            tensor = getattr(holder, own)
+        except AttributeError as error:
+            tensor, holder = error, self.model
+        if not isinstance(tensor, Tensor):
+            raise NotSupportedError(
+                f"{full_name(module, own)!r} is {tensor!r}, not a tensor. The model has been changed since the "
+                "Simplifier was made, or a handler lays out what is not there. Nothing has been changed; make a new "
+                "Simplifier"
+            )
+        return holder, tensor
 
-def _check_counts(**counts: tuple[int, int]) -> None:
-    """Checks numbers, each with the least that is allowed."""
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; it is an int")
-        if value < least:
-            raise ValueError(f"{name}={value}; it must be at least {least}")
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    if optimizer is not None and not any(
-        id(each) in own for group in optimizer.param_groups for each in group["params"]
-    ):
-        raise ValueError("the optimizer has none of the model's parameters; give the one that trains it")
-
-
-def _check_processes() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise NotSupportedError("several processes would count, and prune, differently; simplify in one")
+    def _removable(self) -> dict[str, Tensor]:
+        """The tensors that may lose entries, by name."""
+        removable = {number for number, group in enumerate(self._units.groups) if group.reason is None}
+        return {
+            full_name(*name): self._tensor(*name)[1]
+            for name, dims in self._units.layouts.items()
+            if any(not removable.isdisjoint(layout) for layout in dims.values())
+        }

@@ -1,0 +1,171 @@
+"""Why `meprop.convert` leaves a layer dense: each reason as a user reads it in the report."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]  (the base of all convolutions)
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from meprop.nn.base import Descriptor, SparseLayer, descriptor_of, plain_kind
+from meprop.policy import Policy
+
+__all__ = ["Surroundings", "other_features", "why_bypassed", "why_left_out", "why_unfit"]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the rest of a model has to do with a layer.
+
+    Attributes:
+        holders: Parameters that modules of other kinds hold (an embedding, say), and a name for the holder.
+        output_parts: The layers that give the model's outputs, with all modules inside.
+        output_weights: The parameters of these.
+    """
+
+    holders: Mapping[Tensor, str]
+    output_parts: frozenset[torch.nn.Module]
+    output_weights: frozenset[Tensor]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Surroundings:
+        """Looks at the whole model."""
+        layers = [module for module in model.modules() if descriptor_of(module) is not None]
+        inside = {part for layer in layers for part in layer.modules()}
+        holders: dict[Tensor, str] = {
+            parameter: f"{type(module).__name__} {name!r}"
+            for name, module in model.named_modules()
+            if module not in inside
+            for parameter in module.parameters(recurse=False)
+        }
+        outputs = [each for module in model.modules() for each in _outputs_of(module) if each is not model]
+        parts = frozenset(part for each in outputs if isinstance(each, torch.nn.Module) for part in each.modules())
+        weights: set[Tensor] = {each for each in outputs if isinstance(each, Tensor)}
+        weights.update(parameter for part in parts for parameter in part.parameters(recurse=False))
+        return cls(holders, parts, frozenset(weights))
+
+
+def _outputs_of(module: Any) -> Iterator[torch.nn.Module | Tensor]:
+    """The layers, or weights, that a model in Hugging Face's manner says that its outputs come from."""
+    try:
+        found: Any = module.get_output_embeddings()
+    except Exception:  # it has no such method, or cannot answer: both are usual
+        return
+    yield from _modules_and_tensors(found)
+
+
+def _modules_and_tensors(found: Any) -> Iterator[torch.nn.Module | Tensor]:
+    if isinstance(found, (torch.nn.Module, Tensor)):
+        yield found
+    elif isinstance(found, (tuple, list, set)):
+        for each in found:
+            yield from _modules_and_tensors(each)
+    elif isinstance(found, Mapping):
+        yield from _modules_and_tensors(tuple(found.values()))
+
+
+def why_unfit(layer: torch.nn.Module, descriptor: Descriptor[Any], surroundings: Surroundings) -> str | None:
+    """Why a layer cannot be converted, whatever the rule. None if it can."""
+    plain, own = descriptor.plain, type(layer)
+    if plain_kind(layer) is not plain and not isinstance(layer, SparseLayer):
+        what = "of" if own.forward is plain.forward else "with a forward pass of its own, a subclass of"
+        return (
+            f"{own.__name__} is a subclass {what} {plain.__name__}, which convert does not know; "
+            "meprop.nn.base.register makes it known"
+        )
+    if (reason := why_bypassed(layer, descriptor)) is not None:
+        return reason
+    for name, parameter in layer.named_parameters():
+        if not parameter.is_floating_point():
+            return f"its {name} is of dtype {parameter.dtype}, and only floating dtypes are supported"
+        if parameter in surroundings.holders and _is_matrix(parameter):
+            return f"its {name} is tied to {surroundings.holders[parameter]}"
+    return None
+
+
+def why_bypassed(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> str | None:
+    """Why calls of the layer would not reach the forward pass of our class. None if they would."""
+    replaced = vars(layer).get("forward")
+    ours = type(layer) if isinstance(layer, SparseLayer) else descriptor.sparse
+    if replaced is None or _leads_to(replaced, ours.forward, set()):
+        return None
+    return (
+        "its forward was replaced on the instance, so that calls pass the sparse one by; "
+        "convert before that (accelerate's hooks do it, for one), or take it off first"
+    )
+
+
+def _leads_to(found: Any, target: Any, seen: set[int]) -> bool:
+    """Whether a callable is `target`, or wraps it: as functools.wraps, functools.partial or a closure."""
+    found = getattr(found, "__func__", found)
+    if found is target:
+        return True
+    if not callable(found) or isinstance(found, (type, torch.nn.Module)) or id(found) in seen:
+        return False
+    seen.add(id(found))
+    return any(_leads_to(each, target, seen) for each in _wrapped_by(found))
+
+
+def _wrapped_by(found: Any) -> Iterator[Any]:
+    yield getattr(found, "__wrapped__", None)
+    if isinstance(found, functools.partial):
+        yield from (found.func, *found.args, *found.keywords.values())
+    for cell in getattr(found, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # it is empty yet
+            continue
+
+
+def why_left_out(
+    layer: torch.nn.Module,
+    descriptor: Descriptor[Any],
+    policy: Policy,
+    surroundings: Surroundings,
+    min_features: int,
+) -> str | None:
+    """Why a layer that could be converted is not, with this policy and in this model. None if it is."""
+    if layer in surroundings.output_parts:
+        return "it gives the model's outputs"
+    if any(parameter in surroundings.output_weights and _is_matrix(parameter) for parameter in layer.parameters()):
+        return "its weight is tied to the layer that gives the model's outputs"
+    if policy.sparse_grad and _computes_weights(layer):
+        return "sparse_grad: its weight is computed from other parameters, whose gradients cannot be row-sparse"
+    if (reason := descriptor.why_dense(layer, policy) or descriptor.why_narrow(layer, min_features)) is not None:
+        return reason
+    try:
+        policy.rule.count(descriptor.features(layer)[1])
+    except ValueError as error:  # it does not fit this width
+        return str(error)
+    return None
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return is_lazy(parameter) or parameter.dim() >= 2
+
+
+def _computes_weights(layer: torch.nn.Module) -> bool:
+    """Whether a parametrization, or a hook as that of torch.nn.utils.weight_norm or prune, computes its weights."""
+    return any(
+        is_parametrized(part)
+        or any(isinstance(each, Tensor) and not isinstance(each, torch.nn.Parameter) for each in vars(part).values())
+        for part in layer.modules()
+    )
+
+
+def other_features(module: torch.nn.Module) -> tuple[int, int] | None:
+    """The input and output features of a layer with weights that has no descriptor. None for other modules."""
+    if isinstance(module, (RNNBase, RNNCellBase)):
+        return module.input_size, module.hidden_size
+    if isinstance(module, _ConvNd):
+        return module.in_channels, module.out_channels
+    if isinstance(module, torch.nn.Bilinear):
+        return module.in1_features * module.in2_features, module.out_features
+    return None

@@ -1,0 +1,168 @@
+"""Inputs and weights that are no strided tensors, graphs of torch.fx and torch.jit, and vectorised backward passes."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meprop
+
+RULE = meprop.TopK(2, scope="batch")
+
+
+def jagged() -> Tensor:
+    return torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(5, 6)], layout=torch.jagged)
+
+
+def strided_nested() -> Tensor:
+    return torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(5, 6)])
+
+
+def kind_of(x: Tensor) -> str:
+    return "nested" if x.is_nested else str(x.layout)
+
+
+def converted(layer: nn.Module, rule: meprop.Rule = RULE, **options) -> nn.Module:
+    meprop.convert(layer, rule, **{"when": "always", "min_features": 1, **options})
+    return layer
+
+
+INPUTS = {
+    "jagged": jagged,
+    "nested": strided_nested,
+    "coo": lambda: torch.randn(4, 6).relu().to_sparse(),
+    "csr": lambda: torch.randn(4, 6).relu().to_sparse_csr(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_torchs_own_pass_takes_inputs_of_other_layouts_and_the_record_says_so(kind, bias, sparse_grad):
+    torch.manual_seed(0)
+    x, plain = INPUTS[kind](), nn.Linear(6, 8, bias=bias)
+    layer = converted(copy.deepcopy(plain), sparse_grad=sparse_grad)
+    for each in (plain, layer):
+        output = each(x)
+        (output.to_padded_tensor(0.0) if output.is_nested else output).square().sum().backward()
+    for found, expected in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+    record = layer.policy.record
+    assert record.sparse_passes == 0
+    (described,) = meprop.report(layer).layers
+    assert described.status == "dense"
+    assert described.reason.endswith(f"no sparse backward pass seen yet: its input is {kind_of(x)}")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_torchs_own_pass_takes_a_sparse_weight():
+    torch.manual_seed(0)
+    layer, x = converted(nn.Linear(6, 8, bias=False)), torch.randn(4, 6)
+    weight = layer.weight.detach().clone()
+    layer.weight = nn.Parameter(weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(layer(x.requires_grad_()), x @ weight.t())
+    assert "weight" in layer.policy.record.left_to_torch
+
+
+class Both(nn.Module):
+    """A model with each kind of layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(3, 8, 3), nn.Conv2d(1, 8, 1)
+        self.lstm, self.attention, self.head = nn.LSTM(8, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x)[:, None]).mean(dim=1)
+        x, _ = self.lstm(x.permute(2, 0, 1))
+        x, _ = self.attention(x, x, x)
+        return self.head(input=x)
+
+
+def test_layers_are_leaves_of_torch_fx():
+    torch.manual_seed(0)
+    model, x = converted(Both(), meprop.Sampled(noise=0.25)), torch.randn(2, 3, 10)
+    graph = torch.fx.symbolic_trace(model)
+    called = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+    assert called == {"conv1", "conv2", "lstm", "attention", "head"}
+    torch.testing.assert_close(graph(x), model(x))
+    graph(x).sum().backward()
+    assert all(layer.policy.record.sparse_passes > 0 for layer in model.children())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_in_scripts_of_torch_jit_layers_are_torchs_own():
+    torch.manual_seed(0)
+    model = converted(nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8)))
+    x = torch.randn(2, 3, 10)
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), model(x))
+    torch.jit.save(scripted, file := io.BytesIO())
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), model(x))
+    assert type(model[0]) is meprop.nn.Conv1d
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(6, 8), lambda: nn.MultiheadAttention(8, 2)])
+def test_scripts_of_other_layers_are_refused_by_name(make):
+    with pytest.raises(meprop.NotSupportedError, match="script a plain copy"):
+        torch.jit.script(nn.Sequential(converted(make())))
+
+
+VECTORISED = {
+    "is_grads_batched": lambda f, x, y: torch.autograd.grad(f(x), x, torch.randn(3, *y.shape), is_grads_batched=True),
+    "jacobian": lambda f, x, y: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "torch.func.jacrev": lambda f, x, y: torch.func.jacrev(f)(x),
+    "torch.func.vmap": lambda f, x, y: torch.func.vmap(f)(x.expand(2, *x.shape)),
+    "vmap of the backward pass": lambda f, x, y: torch.func.vmap(
+        lambda g: torch.autograd.grad(y, x, g, retain_graph=True)
+    )(torch.randn(3, *y.shape)),
+}
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 8), (4, 6)),
+    "conv": (lambda: nn.Conv2d(6, 8, 3), (2, 6, 5, 5)),
+    "lstm": (lambda: nn.LSTM(6, 8), (4, 2, 6)),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), (4, 2, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("how", VECTORISED)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_vectorised_passes_are_refused_by_name(kind, how):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = converted(make()), torch.randn(shape, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return layer(x, x, x)[0] if kind == "attention" else layer(x)[0] if kind == "lstm" else layer(x)
+
+    y = function(x)
+    with pytest.raises(meprop.NotSupportedError, match=r"transform of torch.func|several output gradients at once"):
+        VECTORISED[how](function, x, y)
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "old weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("how", COMPUTED)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 8), lambda: nn.Conv1d(6, 8, 1)], ids=["linear", "conv"])
+def test_row_sparse_gradients_of_a_computed_weight_are_refused_by_name(make, how):
+    layer = COMPUTED[how](converted(make(), sparse_grad=True))
+    with pytest.raises(meprop.NotSupportedError, match="a weight that is computed"):
+        layer(torch.randn(4, 6, 3) if isinstance(layer, nn.Conv1d) else torch.randn(4, 6))
+    layer = COMPUTED[how](converted(make()))
+    layer(torch.randn(4, 6, 3) if isinstance(layer, nn.Conv1d) else torch.randn(4, 6)).sum().backward()
+    assert layer.policy.record.sparse_passes == 1

@@ -1,0 +1,88 @@
+"""The report says what happened: which layers had a sparse backward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import meprop
+
+RULE = meprop.TopK(3, scope="batch")
+
+
+class ReadsPast(nn.Module):
+    """A model that reads the weight of `past` itself. `through` is called if it is asked for."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.past, self.through, self.calls = nn.Linear(6, 8), nn.Linear(6, 8), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.past.weight, self.past.bias)
+        return y + self.through(x) if self.calls else y
+
+
+def status_of(model: nn.Module) -> dict[str, tuple[str, str]]:
+    return {layer.name: (layer.status, layer.reason) for layer in meprop.report(model).layers}
+
+
+@pytest.mark.parametrize("calls", [False, True])
+@pytest.mark.parametrize("zero", [False, True], ids=["", "gradients set to None"])
+def test_a_layer_whose_weight_is_read_past_it_is_dense_and_counts_so(calls, zero):
+    model = ReadsPast(calls)
+    report = meprop.convert(model, RULE, when="always", min_features=1)
+    assert [layer.reason for layer in report.layers] == ["always", "always"]
+    assert meprop.report(model).layers == report.layers
+    model(torch.randn(4, 6)).sum().backward()
+    if zero:
+        model.zero_grad()
+    status, reason = status_of(model)["past"]
+    if calls or not zero:  # else nothing is known
+        assert status == "dense"
+        assert "no sparse backward pass seen yet" in reason
+    if calls:
+        assert status_of(model)["through"] == ("sparse", "always")
+        assert meprop.report(model).density == pytest.approx((1 + 3 / 8) / 2)
+
+
+def test_a_gradient_from_before_the_conversion_says_nothing():
+    model = nn.Sequential(nn.Linear(6, 8))
+    model(torch.randn(4, 6)).sum().backward()
+    meprop.convert(model, RULE, when="always", min_features=1)
+    assert status_of(model)["0"][0] == "sparse"
+    model(torch.randn(4, 6)).sum().backward()
+    assert status_of(model)["0"] == ("sparse", "always")
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 8), (4, 6)),
+    "conv1d": (lambda: nn.Conv1d(6, 8, 3), (4, 6, 5)),
+    "pointwise": (lambda: nn.Conv2d(6, 8, 1), (4, 6, 5, 5)),
+    "lstm": (lambda: nn.LSTM(6, 8), (4, 2, 6)),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), (4, 2, 8)),
+}
+
+
+@pytest.mark.parametrize("rule", [RULE, meprop.Sampled(noise=0.25), meprop.TopK(3, scope="global")], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_each_kind_of_layer_counts_its_sparse_passes(kind, rule):
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    meprop.convert(layer, rule, when="always", min_features=1)
+    for passes in (1, 2):
+        output = layer(x, x, x) if kind == "attention" else layer(x)
+        (output[0] if isinstance(output, tuple) else output).square().sum().backward()
+        assert layer.policy.record.sparse_passes == passes * (2 if kind == "attention" else 1)  # two projections
+    with torch.no_grad():
+        layer(x, x, x) if kind == "attention" else layer(x)
+    (record,) = meprop.report(layer).layers
+    assert record.status == "sparse"
+    assert "seen yet" not in record.reason
+
+
+def test_a_compiled_layer_is_known_to_be_sparse():
+    torch.compiler.reset()
+    layer = nn.Linear(6, 8)
+    meprop.convert(layer, RULE, when="always", min_features=1)
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(torch.randn(4, 6)).sum().backward()
+    assert status_of(layer)[""] == ("sparse", "always")
