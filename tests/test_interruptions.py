@@ -322,3 +322,18 @@ def test_a_folder_that_is_deleted_while_it_is_trained_for(data, monkeypatch, cap
     shown = capsys.readouterr()
     assert "test accuracy" in shown.out
     assert "No such file or directory: 'out/result.json'" in shown.err
+
+
+def test_a_terminal_that_goes_away_does_not_end_a_training(data):
+    """Under nohup and the like, when the window is closed."""
+    import pty
+
+    master, slave = pty.openpty()
+    code = "import sys; from meprop.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *arguments("train", data, "--epochs", "5", "--batch-size", "1")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "dumb"}) as run:
+        os.close(slave)
+        os.read(master, 100)  # of the first epoch
+        os.close(master)
+    assert run.returncode == 0
+    assert len(json.loads(Path("out/result.json").read_text())["runs"][0]["curve"]) == 5

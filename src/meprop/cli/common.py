@@ -96,8 +96,9 @@ def threads(count: int) -> Generator[None]:
 
 
 def note(text: str) -> None:
-    """Prints a line about what goes on, on standard error."""
-    print(f"meprop: {text}", file=sys.stderr)
+    """Prints a line about what goes on, on standard error, if that is still there."""
+    with contextlib.suppress(OSError):
+        print(f"meprop: {text}", file=sys.stderr)
 
 
 def extras() -> dict[str, list[str]]:

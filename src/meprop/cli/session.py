@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -175,8 +175,12 @@ def train_in_turns(saver: CheckpointSaver, stop: StopRequest, curves_in: Path | 
 
         def after(trainer: Trainer) -> None:
             saver.update()
-            progress.update(trainer)
-            curves.update(trainer)
+            with suppress(OSError):  # a terminal that is gone must not end a training
+                progress.update(trainer)
+            try:
+                curves.update(trainer)
+            except OSError as error:
+                note(f"live curves could not be written: {error}")
             if stop() and not all(each.finished for each in trainers):
                 saver.save()
                 stop.check()

@@ -37,7 +37,7 @@ class Simplify(Generic[TaskConfig, RuleName]):
     simplify: SimplifyConfig
     out: Path
     """Folder for result.json and the pictures curves.png, widths.png and activity.png. It also gets the simplified
-    models, each as a plain torch module, such as compact-seed0.pt."""
+    models, each of plain torch layers, such as compact-seed0.pt. To load the tagger's takes meprop.tasks."""
     rule: RuleName
     seconds: float = 2.0
     """Seconds to spend on timing inference, for each seed."""
