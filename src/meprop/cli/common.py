@@ -21,6 +21,8 @@ TaskConfig = TypeVar("TaskConfig")
 RuleName = TypeVar("RuleName", bound=str)
 """Stands for the names of the rules, which are known when the arguments are read: `rule_choice`."""
 
+_FOR_DEVELOPERS = ("test", "lint", "sweep")  # extras
+
 _MOST_THREADS = 1024  # far above what helps, and below what the system refuses to start
 
 
@@ -106,7 +108,7 @@ def extras() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for requirement in requires("meprop") or []:
         asked = re.fullmatch(r"([\w.-]+)[^;]*; *extra *== *[\"'](\w+)[\"']", requirement)
-        if asked is not None and asked[2] not in ("test", "lint"):
+        if asked is not None and asked[1] != "meprop" and asked[2] not in _FOR_DEVELOPERS:
             found.setdefault(asked[2], []).append(asked[1].replace("-", "_"))
     return found
 
