@@ -3,11 +3,13 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,16 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
+import meprop
 from meprop import cli, machine
+from meprop.cli import common
 from meprop.cli.main import parse
 from meprop.cli.simplify import Simplify
 from meprop.cli.train import Compare, Train
 from meprop.tasks.mnist import MnistConfig
 from meprop.training import checkpoint, tracking
 from meprop.training.config import TrainingConfig
+from meprop.training.loop import Trainer
 
 SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
 
@@ -210,7 +215,7 @@ def test_the_commit_is_read_before_anything_else(monkeypatch, command):
         raise ValueError("read")
 
     monkeypatch.setattr(tracking, "commit", commit)
-    assert command("missing") == 2  # and not the 1 of missing data
+    assert command("missing") == 70  # and not the 1 of missing data
 
 
 def test_resuming_without_a_checkpoint_says_that_it_starts_anew(data, capsys):
@@ -291,7 +296,7 @@ def test_doctor_downloads_nothing_and_finds_the_data(data, monkeypatch, tmp_path
 
 
 def test_a_missing_extra_is_named_with_the_remedy():
-    code = "import sys; sys.modules['tyro'] = None; from meprop.cli import main; sys.exit(main(['doctor']))"
+    code = "import sys; sys.modules['tyro'] = None; from meprop.cli import main; sys.exit(main(['data']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "meprop: error: tyro is not installed: pip install 'meprop[tasks]'\n"
@@ -347,3 +352,169 @@ def test_training_keeps_memory_where_the_process_is_the_command_lines(data, monk
     monkeypatch.setattr(sys, "argv", ["meprop", *command, "--overwrite"])
     assert cli.main() == 0
     assert asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("compare minst", "did you mean mnist?"),
+        ("compare MNIST", "did you mean mnist?"),
+        ("compair mnist", "did you mean compare?"),
+        ("docter", "did you mean doctor?"),
+        ("data taging", "did you mean tagging?"),
+        ("simplify --epochs 3 parsin", "did you mean parsing?"),
+        ("bench lineer", "did you mean linear?"),
+        ("bench layers tagger", "did you mean tagging?"),
+        ("train mnist --rule topc", "did you mean topk?"),
+        ("compare mnist --rule=compensate", "did you mean compensated?"),
+        ("train mnist --optimizer adamm", "did you mean adam?"),
+        ("train mnist --scope exmaple", "did you mean example?"),
+        ("reproduce table1-mnist-adam", "did you mean table-1-mnist-adam?"),
+        ("compare mnist --epocs 3", "--epochs"),
+        ("compare mnist --overwite", "--overwrite"),
+        ("reproduce --sedes 1", "--seeds"),
+        ("bench linear --treads 2", "--threads"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest_right_one(capsys, arguments, meant):
+    assert cli.main(arguments.split()) == 2
+    shown = err(capsys)
+    assert meant in shown
+    assert shown.count("did you mean") == meant.count("did you mean")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["compare xyzzy", "train mnist --rule xyzzy", "compare", "train mnist --epochs x"]
+)
+def test_what_is_like_no_name_is_answered_with_none(capsys, arguments):
+    assert cli.main(arguments.split()) == 2
+    assert "did you mean" not in err(capsys)
+
+
+EXTRA_MODULES = sorted({name for names in common.extras().values() for name in names} - {"numpy"})  # torch may need it
+
+
+def without(modules, *arguments):
+    code = f"import sys; sys.modules.update(dict.fromkeys({modules})); from meprop.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_extras_are_those_of_the_package():
+    assert common.extras()["hf"] == ["accelerate", "transformers"]
+    assert {"tyro", "rich", "lightning_fabric"} < set(common.extras()["tasks"])
+
+
+def test_version_and_doctor_need_no_extras():
+    done = without(EXTRA_MODULES, "--version")
+    assert (done.returncode, done.stdout) == (0, f"meprop {meprop.__version__}\n")
+    done = without(EXTRA_MODULES, "doctor")
+    assert done.returncode == 0, done.stderr
+    for text in ("native:", "torch: ", "pip install 'meprop[tasks]'", "pip install 'meprop[hf]'", "not looked for"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("module", ["tyro", "rich", "lightning_fabric", "matplotlib", "pooch", "typeguard", "filelock"])
+def test_a_missing_module_of_an_extra_is_named_with_the_remedy(module, data):
+    command = "reproduce table-5" if module == "typeguard" else f"compare mnist --data-dir {data} --epochs 1"
+    done = without([module], *command.split(), *([] if module == "typeguard" else SMALL))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"meprop: error: {module} is not installed: pip install 'meprop[tasks]'"
+
+
+# ---------------------------------------------------------------- the terminal, the home directory, faults
+
+
+def command_line(*arguments, encoding):
+    code = "import sys; from meprop.cli import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
+
+
+@pytest.mark.parametrize(("encoding", "out"), [("ascii", b"plain"), ("latin-1", b"plain"), ("utf-8", b"caf\xe9")])
+def test_what_a_terminal_cannot_show_does_not_end_a_command(data, encoding, out):
+    options = ["--data-dir", str(data), *SMALL, "--epochs", "1", "--seeds", "0", "1", "--out", os.fsdecode(out)]
+    done = command_line("compare", "mnist", *options, encoding=encoding)
+    assert done.returncode == 0, done.stderr
+    assert "written: " in done.stdout
+    assert Path(os.fsdecode(out), "result.json").exists()
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+def test_progress_shows_on_every_terminal(data, term):
+    import pty
+
+    master, slave = pty.openpty()
+    code = "import sys; from meprop.cli import main; sys.exit(main())"
+    options = ["--data-dir", str(data), *SMALL, "--epochs", "3"]
+    command = [sys.executable, "-c", code, "train", "mnist", *options]
+    environment = {**os.environ, "TERM": term}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env=environment) as process:
+        os.close(slave)
+        shown = b""
+        while part := _read(master):
+            shown += part
+    assert process.returncode == 0
+    for epoch in (1, 2, 3) if term == "dumb" else (3,):
+        assert f"epoch {epoch}/3".encode() in shown
+    assert (b"\x1b" in shown) == (term != "dumb")
+
+
+def _read(descriptor):
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # the other end is closed
+        return b""
+
+
+def test_a_tilde_is_the_home_directory(data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert train(data, "--out=~/runs") == 0
+    assert (tmp_path / "home/runs/result.json").exists()
+    assert not Path("~").exists()
+    for options in (["--out", "~nobody-here/x"], ["--data-dir=~nobody-here/x"]):
+        assert cli.main(["train", "mnist", *options]) == 2
+        assert "~nobody-here/x: there is no such home directory" in err(capsys)
+
+
+FAULTS = {
+    "ValueError of Python": "int('x')",
+    "ValueError of torch": "torch.ones(2).numpy().reshape(3)",
+    "TypeError": "len(3)",
+    "RuntimeError": "torch.ones(2) @ torch.ones(3)",
+    "KeyError": "{}['x']",
+    "AssertionError": "exec('assert False')",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_our_own_is_no_mistake_of_the_user(data, monkeypatch, tmp_path, capsys, fault):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Trainer, "_set_lr", lambda trainer: eval(FAULTS[fault]))
+    assert train(data) == 70
+    shown = err(capsys)
+    assert "internal error: " in shown
+    assert "Traceback" not in shown
+    (path,) = tmp_path.glob("meprop-fault-*.txt")
+    assert shown.rstrip().endswith(f"its traceback, to be reported, is {path}")
+    assert "_train_step" in path.read_text()
+
+
+def test_a_fault_that_cannot_be_written_down_is_shown(data, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    monkeypatch.setattr(Trainer, "_set_lr", lambda trainer: len(3))
+    assert train(data) == 70
+    assert "Traceback" in err(capsys)
+
+
+def test_an_interrupt_while_it_imports_shows_no_traceback():
+    interrupt = (
+        "import builtins; original = builtins.__import__\n"
+        "def late(name, *rest):\n"
+        "    if name == 'meprop.cli.bench': raise KeyboardInterrupt\n"
+        "    return original(name, *rest)\n"
+        "builtins.__import__ = late\n"
+        "import sys; from meprop.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", interrupt, "doctor"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -67,7 +67,8 @@ def reproduce(*options, out="results"):
 
 
 def files(out="results"):
-    return sorted(path.name for path in (Path(out) / "small").iterdir() if path.name != ".lock")
+    names = (path.name for path in (Path(out) / "small").iterdir())
+    return sorted(name for name in names if name != ".lock" and "-before" not in name)
 
 
 def outcomes(out="results"):
@@ -231,7 +232,7 @@ def test_two_processes_do_not_share_a_folder(built, capsys):
     with FileLock(folder / ".lock"):
         assert reproduce() == 1
     shown = capsys.readouterr().err
-    assert "results/small: another meprop reproduce is at work there; wait for it, or give another --out" in shown
+    assert "results/small: another meprop command is at work there; wait for it, or give another --out" in shown
     assert shown.count("\n") == 1
     assert not built
     assert reproduce("--seeds", "0") == 0
@@ -243,7 +244,7 @@ def test_the_commit_is_read_before_anything_else(monkeypatch):
 
     monkeypatch.setattr(tracking, "commit", commit)
     monkeypatch.setattr(experiments, "load", lambda name, tasks: pytest.fail("too late"))
-    assert reproduce() == 2
+    assert reproduce() == 70
 
 
 def test_a_group_is_saved_together_so_that_it_continues_side_by_side(monkeypatch):

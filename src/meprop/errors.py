@@ -1,5 +1,9 @@
 """The errors and warnings of meprop, beside Python's own ValueError and TypeError."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 __all__ = ["DataError", "MepropError", "NoEffectWarning", "NotSupportedError"]
 
 
@@ -17,3 +21,18 @@ class DataError(MepropError, RuntimeError):
 
 class NoEffectWarning(UserWarning):
     """A call succeeded, but changed nothing."""
+
+
+def nearest(wrong: str, names: Iterable[str]) -> str | None:
+    """Return the name that is most like a wrong one, whatever its case; None if none is like it."""
+    import difflib
+
+    by_case = {name.casefold(): name for name in names}
+    found = difflib.get_close_matches(wrong.casefold(), by_case, n=1)
+    return by_case[found[0]] if found else None
+
+
+def did_you_mean(wrong: str, names: Iterable[str]) -> str:
+    """Return the end of a message about a wrong name: a question after the nearest name, or nothing."""
+    name = nearest(wrong, names)
+    return "" if name is None else f"; did you mean {name}?"

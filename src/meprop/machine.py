@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import os
 import platform
+import re
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from meprop.errors import MepropError
 
 
 def describe() -> dict[str, Any]:
@@ -69,25 +75,104 @@ def cache_folder() -> Path:
 
     It is $MEPROP_CACHE if that is set, else $XDG_CACHE_HOME/meprop if that is set, else ~/.cache/meprop. It need not
     exist yet.
+
+    Raises:
+        MepropError: There is no home directory, and it is needed.
     """
-    if chosen := os.environ.get("MEPROP_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meprop"
+    chosen = os.environ.get("MEPROP_CACHE")
+    try:
+        if chosen:
+            return expanded(chosen)
+        return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "meprop"
+    except ValueError as error:
+        raise MepropError(f"there is no folder for the cache ({error}); set MEPROP_CACHE to a folder") from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file whose content is the whole old or the whole new one at every moment, also after a crash.
+def expanded(path: str | Path) -> Path:
+    """The path with the home directory in place of a `~` or `~user` at its beginning.
+
+    Raises:
+        ValueError: There is no such user, or no home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such home directory; give the whole path") from error
+
+
+# The name that a file has while it is written. No two writers share it, in whatever container they run.
+_UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp")
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, earlier: Path | None = None) -> None:
+    """Writes a file whose content is the whole old or the whole new one at every moment, also after a power loss.
 
     Args:
         path: The file. Its folder has to exist. Several processes may write it at once, and the last one wins.
-        write: A function that gets the opened file and writes the content.
+        write: A function that gets a file in memory and writes the content.
+        earlier: Where the old file is moved to before the new one takes its name. None replaces the old one.
+
+    Raises:
+        OSError: The file cannot be written. The error names it.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()
+    write(content)
+    unfinished = _unfinished(path)
     try:
-        with unfinished.open("wb") as file:
-            write(file)
+        with unfinished.open("xb") as file:
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        if earlier is not None and path.exists():
+            os.replace(path, earlier)
         os.replace(unfinished, path)
+        _keep_names(path.parent)
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as a folder that has become read-only
+            unfinished.unlink(missing_ok=True)
+
+
+def check_room(path: Path, size: int) -> None:
+    """Finds out whether a file of so many bytes can be written, and leaves nothing behind.
+
+    Raises:
+        OSError: It cannot. The error names the file.
+    """
+    unfinished = _unfinished(path)
+    try:
+        with unfinished.open("xb") as file:
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise _named(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def remove_remains(folder: Path) -> None:
+    """Removes what killed writers of `write_atomically` left in a folder. The caller holds the folder's lock."""
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _keep_names(folder: Path) -> None:
+    """Has the names of a folder's files written to the disk, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the name of the file that was to be written."""
+    return OSError(f"{path}: {error}") if error.errno is None else OSError(error.errno, error.strerror, str(path))

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from meprop import machine, timing
+from meprop.errors import MepropError
 from meprop.ops import native
 from meprop.rules import Rule
 
@@ -90,9 +91,9 @@ def decide(rule: Rule, shape: Shape) -> Decision:
     A rule whose density depends on the gradient is measured by its `typical` rule, because the data are random.
     """
     rule = rule.typical()
-    path = machine.cache_folder() / "speed" / f"{_fingerprint()}.json"
-    key = _key(rule, shape)
-    if " at 0x" in key:  # an address in the rule's repr, or in that of what it holds: another process has other ones
+    path, key = _memory(), _key(rule, shape)
+    # An address in the rule's repr, or in that of what it holds: another process has other ones.
+    if path is None or " at 0x" in key:
         dense_us, sparse_us = measure(rule, shape)
         return Decision(sparse_us * _LEAST_GAIN < dense_us, shape.rows, dense_us, sparse_us)
     try:
@@ -136,6 +137,14 @@ def random_tensors(shape: Shape, *sizes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(size, generator=generator, device=shape.device).to(shape.dtype) for size in sizes]
 
 
+def _memory() -> Path | None:
+    """The file of what was measured on this machine; None where there is no folder for it."""
+    try:
+        return machine.cache_folder() / "speed" / f"{_fingerprint()}.json"
+    except MepropError:
+        return None
+
+
 def _key(rule: Rule, shape: Shape) -> str:
     return f"{rule} {shape.device} {str(shape.dtype).removeprefix('torch.')} {shape}"
 
@@ -172,6 +181,7 @@ def _remember(path: Path, key: str, microseconds: tuple[float, float]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent.with_suffix(".lock"), timeout=_LONGEST_WAIT):
+            machine.remove_remains(path.parent)
             content = json.dumps({**_read(path), key: microseconds}, indent=1).encode()
             machine.write_atomically(path, lambda file: file.write(content))
     except (OSError, NotImplementedError, Timeout):  # a file system without locks is not implemented

@@ -1,6 +1,7 @@
 """Words become the numbers that they should, batches hold each of them once, and padding counts nowhere."""
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -346,3 +347,12 @@ def test_real_ewt(real_treebank):
     assert len(batches) == task.steps_per_epoch == 392
     assert sum((tags != PADDING).sum().item() for _, tags in batches) == 204577
     assert sum(tags.numel() for _, tags in batches) < 1.02 * 204577
+
+
+def test_a_treebank_without_trees_is_learned_from_all_the_same(folder):
+    with_trees = epoch(make(folder))
+    for path in folder.glob("*.conllu"):
+        path.write_text(re.sub(r"\t\d+\tdep\t", "\t_\t_\t", path.read_text()))
+    for (inputs, tags), (other_inputs, other_tags) in zip(with_trees, epoch(make(folder)), strict=True):
+        assert torch.equal(tags, other_tags)
+        assert torch.equal(inputs, other_inputs)

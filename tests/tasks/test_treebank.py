@@ -182,6 +182,31 @@ def test_what_is_malformed_is_named_with_its_line(tmp_path, lines, number, reaso
     assert all(len(quoted) <= 40 for quoted in re.findall("'[^']*'", str(caught.value).removeprefix(str(path))))
 
 
+NO_TREE = (line(1, "a", "_"), line(2, "b", "_"), "")
+
+
+@pytest.mark.parametrize(
+    ("lines", "heads"),
+    [
+        (NO_TREE, [()]),
+        ((*NO_TREE, *TREE), [(), (2, 0, 2)]),
+        ((line(1, "a", "_"), line(2, "b", 1), ""), [()]),  # some heads
+    ],
+)
+def test_where_no_tree_is_needed_heads_may_be_missing(tmp_path, lines, heads):
+    path = write(tmp_path / "a.conllu", *lines)
+    assert [sentence.heads for sentence in read(path, trees=False)] == heads
+    with pytest.raises(DataError, match="line 1 has the head '_', which must be a number"):
+        read(path)
+
+
+@pytest.mark.parametrize("head", ["3", "1", "x", "-1"])
+def test_heads_that_are_there_are_checked_though_no_tree_is_needed(tmp_path, head):
+    path = write(tmp_path / "a.conllu", line(1, "a", head), line(2, "b", 0), "")
+    with pytest.raises(DataError, match="line 1 has the head"):
+        read(path, trees=False)
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_mixed_encodings_are_named_with_their_line(tmp_path, mark):
     path = tmp_path / "mixed.conllu"

@@ -139,16 +139,73 @@ def test_a_crash_while_saving_keeps_the_checkpoint_that_was_there(tmp_path, monk
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_kill_9_leaves_the_checkpoint_that_was_there(tmp_path):
+@pytest.mark.parametrize(("call", "nth"), [("fsync", 0), ("replace", 0), ("replace", 1), ("open", 0), ("fsync", 1)])
+def test_kill_9_leaves_the_newest_whole_checkpoint(tmp_path, monkeypatch, call, nth):
     path = tmp_path / "c.pt"
     checkpoint.save(path, {"step": 1}, SETTINGS)
+    checkpoint.save(path, {"step": 2}, SETTINGS)
     child = os.fork()
-    if child == 0:  # dies in the middle of writing, without any clean-up
-        machine.write_atomically(path, lambda file: (file.write(b"half of it"), file.flush(), os.kill(os.getpid(), 9)))
+    if child == 0:  # dies at the nth such call, without any clean-up
+        left = [nth]
+
+        def die(*arguments):
+            if not left[0]:
+                os.kill(os.getpid(), 9)
+            left[0] -= 1
+            return original(*arguments)
+
+        original = getattr(os, call)
+        setattr(os, call, die)
+        checkpoint.save(path, {"step": 3}, SETTINGS)
+        os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
-    assert checkpoint.load(path, SETTINGS, TinyConfig) == {"step": 1}
-    checkpoint.save(path, {"step": 2}, SETTINGS)  # the remains are no obstacle
-    assert checkpoint.load(path, SETTINGS, TinyConfig) == {"step": 2}
+    assert checkpoint.exists(path)
+    assert checkpoint.load(path, SETTINGS, TinyConfig) == {
+        "step": 3 if (call, nth) in (("open", 0), ("fsync", 1)) else 2
+    }
+    checkpoint.save(path, {"step": 4}, SETTINGS)  # the remains are no obstacle
+    assert checkpoint.load(path, SETTINGS, TinyConfig) == {"step": 4}
+    machine.remove_remains(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([path, checkpoint.earlier(path)])
+
+
+def flipped(content, bit):
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"weight": torch.arange(100.0)}, SETTINGS)
+    content = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 8 * len(content), (300,), generator=generator).tolist()
+    for bit in [0, 8 * len(content) - 1, *bits]:
+        path.write_bytes(flipped(content, bit))
+        with pytest.raises(DataError, match=r"c\.pt is damaged"):
+            checkpoint.load(path, SETTINGS, TinyConfig)
+
+
+@pytest.mark.parametrize("damage", [lambda content: flipped(content, 9000), lambda content: b"", None])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, damage):
+    path = tmp_path / "c.pt"
+    for step in (1, 2):
+        checkpoint.save(path, {"step": step, "weight": torch.zeros(1000)}, SETTINGS)
+    if damage is None:  # killed between the two renames
+        path.unlink()
+        assert checkpoint.load(path, SETTINGS, TinyConfig)["step"] == 1
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.warns(
+            UserWarning, match=r"c\.pt is damaged .* Going on from the checkpoint before it, .*c-before\.pt"
+        ):
+            assert checkpoint.load(path, SETTINGS, TinyConfig)["step"] == 1
+        checkpoint.earlier(path).write_bytes(b"half of it")
+        with pytest.raises(DataError, match=r"c-before\.pt is damaged"), pytest.warns(UserWarning, match="before it"):
+            checkpoint.load(path, SETTINGS, TinyConfig)
+    checkpoint.delete(path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -179,7 +236,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    torch.save({"format": 2, "settings": SETTINGS, "state": Evil()}, tmp_path / "c.pt")
+    checkpoint.save(tmp_path / "c.pt", {"evil": Evil()}, SETTINGS)
     with pytest.raises(DataError):
         checkpoint.load(tmp_path / "c.pt", SETTINGS, TinyConfig)
     assert not (tmp_path / "ran").exists()

@@ -45,29 +45,12 @@ def test_a_failed_write_keeps_the_old_result(result, tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["result.json", "checkpoint.pt"])
-def test_an_earlier_experiment_is_only_replaced_on_request(tmp_path, name):
-    (tmp_path / name).write_text("earlier")
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=f"{name} exists; give another --out, or --overwrite"):
-        tracking.claim_folder(tmp_path, overwrite=False)
-    assert (tmp_path / name).read_text() == "earlier"
-    tracking.claim_folder(tmp_path, overwrite=True)
-    assert (tmp_path / name).read_text() == "earlier"  # until the new one is there to replace it
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "x").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        tracking.claim_folder(tmp_path / "x", overwrite=True)
-
-
 def test_live_curves_hold_every_epoch_once(task, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = TrainingConfig(epochs=3, k=5)
-    with tracking.LiveCurves(tmp_path, enabled=True) as curves:
+    with tracking.LiveCurves(tmp_path) as curves:
         fit([Trainer(task, config, None, 4)], curves.update, turn=3)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "dense-seed4"))
     events.Reload()
@@ -75,7 +58,7 @@ def test_live_curves_hold_every_epoch_once(task, tmp_path):
 
 
 def test_no_curves_unless_asked_for(task, tmp_path):
-    with tracking.LiveCurves(tmp_path, enabled=False) as curves:
+    with tracking.LiveCurves(None) as curves:
         fit([Trainer(task, TrainingConfig(epochs=1), None, 4)], curves.update)
     assert not list(tmp_path.iterdir())
 

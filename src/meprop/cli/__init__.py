@@ -3,6 +3,11 @@
 Each command is a frozen dataclass. Its fields are the options, their docstrings are the help, and `run` does the work.
 """
 
-from meprop.cli.main import main
+import sys
+
+try:
+    from meprop.cli.main import main
+except KeyboardInterrupt:  # the imports take a while
+    sys.exit(130)
 
 __all__ = ["main"]

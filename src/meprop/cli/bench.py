@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from meprop.cli.common import Command, forms, note, threads, with_tasks
 from meprop.errors import MepropError
-from meprop.training import tracking
+from meprop.training import folder, tracking
 from meprop.training.tasks import TaskEntry
 
 if TYPE_CHECKING:
@@ -49,15 +49,20 @@ class RunBench(Generic[BenchT]):
         measure = bench.prepare()
         if self.page is not None:
             pages.check_section(self.page, bench.section)
-        with threads(self.threads):
-            tracking.claim_folder(self.out, overwrite=self.overwrite)
+        with threads(self.threads), folder.owned(self.out):
+            if not self.overwrite:
+                folder.check_free(self.out)
             record = measure(self.config, lambda result: note(bench.outcome(result)))
-        tracking.write_result(self.out / tracking.RESULT, record)
-        if bench.figure is not None:
-            bench.draw(record, self.out / bench.figure)
-        if self.page is not None:
-            bench.write_page(record, self.page)
-        print(f"{bench.table(record.results)}\n\n{bench.legend}\nwritten: {self.out / tracking.RESULT}")
+            try:
+                folder.clear(self.out)
+                tracking.write_result(self.out / tracking.RESULT, record)
+                if bench.figure is not None:
+                    bench.draw(record, self.out / bench.figure)
+                if self.page is not None:
+                    bench.write_page(record, self.page)
+            finally:
+                print(f"{bench.table(record.results)}\n\n{bench.legend}")
+            print(f"written: {self.out / tracking.RESULT}")
         if record.wrong:
             raise MepropError(f"wrong, and not timed: {', '.join(record.wrong)}")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import re
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from importlib.metadata import requires
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args
 
 import torch
@@ -17,6 +20,8 @@ from meprop.training.tasks import TaskEntry
 TaskConfig = TypeVar("TaskConfig")
 RuleName = TypeVar("RuleName", bound=str)
 """Stands for the names of the rules, which are known when the arguments are read: `rule_choice`."""
+
+_FOR_DEVELOPERS = ("test", "lint", "sweep")  # extras
 
 _MOST_THREADS = 1024  # far above what helps, and below what the system refuses to start
 
@@ -93,5 +98,28 @@ def threads(count: int) -> Generator[None]:
 
 
 def note(text: str) -> None:
-    """Prints a line about what goes on, on standard error."""
-    print(f"meprop: {text}", file=sys.stderr)
+    """Prints a line about what goes on, on standard error, if that is still there."""
+    with contextlib.suppress(OSError):
+        print(f"meprop: {text}", file=sys.stderr)
+
+
+def extras() -> dict[str, list[str]]:
+    """Return the modules of each extra for users, by its name, as the installed package declares them."""
+    found: dict[str, list[str]] = {}
+    for requirement in requires("meprop") or []:
+        asked = re.fullmatch(r"([\w.-]+)[^;]*; *extra *== *[\"'](\w+)[\"']", requirement)
+        if asked is not None and asked[1] != "meprop" and asked[2] not in _FOR_DEVELOPERS:
+            found.setdefault(asked[2], []).append(asked[1].replace("-", "_"))
+    return found
+
+
+def absent(modules: Sequence[str]) -> list[str]:
+    """Return those of the modules that cannot be imported."""
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Return in words which module is not installed, and the command that installs it."""
+    name = str(error.name).partition(".")[0]
+    extra = next((extra for extra, modules in extras().items() if name in modules), "tasks")
+    return f"{name} is not installed: pip install 'meprop[{extra}]'"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
 import meprop
 from meprop import machine
-from meprop.cli.common import Command, TaskConfig, with_tasks
+from meprop.cli.common import Command, TaskConfig, absent, extras, missing, with_tasks
+from meprop.errors import MepropError
 from meprop.training import tasks, tracking
 
 
@@ -26,12 +28,13 @@ class Data(Generic[TaskConfig]):
 
 @dataclass(frozen=True)
 class Doctor:
-    """Show what this installation can use: backends, versions, machine and data."""
+    """Show what this installation can use: backends, extras, versions, machine and data."""
 
     def run(self) -> None:
         """Print it; what is missing is told, and is no error."""
         for title, facts in (
             ("backends", meprop.backend_info()),
+            ("extras", {extra: self._state(extra, modules) for extra, modules in extras().items()}),
             ("versions", tracking.versions()),
             ("machine", machine.describe()),
         ):
@@ -40,8 +43,18 @@ class Doctor:
                 print(f"  {name}: {value}")
         print(f"commit: {tracking.commit() or 'unknown (not a source checkout)'}")
         print("data")
-        for name, entry in tasks.table().items():
-            print(f"  {name}: {entry.locate(None) or f'not here yet; get them with: meprop data {name}'}")
+        try:
+            for name, entry in tasks.table().items():
+                print(f"  {name}: {entry.locate(None) or f'not here yet; get them with: meprop data {name}'}")
+        except ModuleNotFoundError as error:
+            print(f"  not looked for: {missing(error)}")
+        except (MepropError, ValueError) as error:  # such as a machine without a home directory
+            print(f"  not looked for: {error}")
+
+    @staticmethod
+    def _state(extra: str, modules: Sequence[str]) -> str:
+        lacking = absent(modules)
+        return f"without {', '.join(lacking)}: pip install 'meprop[{extra}]'" if lacking else "installed"
 
 
 def _data_forms() -> Any:

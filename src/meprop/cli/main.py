@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
+import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import torch
 
+import meprop
 from meprop import machine
+from meprop.cli import faults
 from meprop.cli.bench import BENCH
-from meprop.cli.common import Command, note
-from meprop.cli.doctor import DATA, DOCTOR
+from meprop.cli.common import Command, missing, note
+from meprop.cli.doctor import DATA, DOCTOR, Doctor
 from meprop.cli.reproduce import REPRODUCE, Reproduce
 from meprop.cli.simplify import SIMPLIFY, Simplify
+from meprop.cli.stop import Stopped
 from meprop.cli.train import COMPARE, TRAIN, Compare, Train
-from meprop.errors import MepropError
+from meprop.errors import MepropError, nearest
 
 _COMMANDS = (TRAIN, COMPARE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
 
@@ -31,33 +36,51 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments; None takes those of the process.
 
     Returns:
-        The exit code: 0 done; 1 what was asked for failed; 2 the request is wrong; 130 interrupted.
+        The exit code: 0 done; 1 what was asked for failed; 2 the request is wrong; 70 a fault of meprop itself; 128 and
+        the number of the signal if it was stopped (Ctrl-C: 130, SIGTERM: 143).
     """
-    if argv is None:
-        # Adam's moments of weights that get no more gradient fade into denormal numbers, which make its step several
-        # times as slow, dense or sparse. Said before the first parallel operation, so that its threads inherit it.
-        torch.set_flush_denormal(True)
     try:
-        command = parse(sys.argv[1:] if argv is None else argv)
-        if argv is None and isinstance(command, Train | Compare | Simplify | Reproduce):
-            machine.keep_freed_memory()
-        command.run()
+        if argv is None:
+            _prepare_process()
+        return _run(sys.argv[1:] if argv is None else argv, of_process=argv is None)
     except SystemExit as stop:  # --help, or what tyro rejects
         return stop.code if isinstance(stop.code, int) else 0
-    except ValueError as error:
-        note(f"error: {error}")
-        return 2
-    except (MepropError, OSError) as error:
-        note(f"error: {error}")
-        return 1
+    except KeyboardInterrupt as stop:
+        note("interrupted")
+        return 128 + (stop.signum if isinstance(stop, Stopped) else signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "meprop":
-            raise
-        note(f"error: {error.name} is not installed: pip install 'meprop[tasks]'")
+            return faults.report(error)
+        note(f"error: {missing(error)}")
         return 1
-    except KeyboardInterrupt:
-        note("interrupted")
-        return 130
+    except (MepropError, OSError, MemoryError) as error:
+        note(f"error: {error if str(error) else 'out of memory'}")
+        return 1
+    except Exception as error:
+        if isinstance(error, ValueError) and faults.is_refusal(error):
+            note(f"error: {error}")
+            return 2
+        return faults.report(error)
+
+
+def _prepare_process() -> None:
+    """Set up what belongs to the process, where meprop is all of it."""
+    # Adam's moments of weights that get no more gradient fade into denormal numbers, which make its step several times
+    # as slow, dense or sparse. Said before the first parallel operation, so that its threads inherit it.
+    torch.set_flush_denormal(True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not end a training
+            stream.reconfigure(errors="replace")
+
+
+def _run(arguments: list[str], *, of_process: bool) -> int:
+    if arguments == ["--version"]:
+        print(f"meprop {meprop.__version__}")
+        return 0
+    command = parse(arguments)
+    if of_process and isinstance(command, Train | Compare | Simplify | Reproduce):
+        machine.keep_freed_memory()
+    command.run()
     return 0
 
 
@@ -68,6 +91,8 @@ def parse(argv: list[str]) -> Any:
         ValueError: If a value is refused by a dataclass.
         SystemExit: After help, or a message about arguments that do not parse.
     """
+    if argv == ["doctor"]:  # which also works where tyro is missing: that is for it to say
+        return Doctor()
     import tyro
 
     messages = io.StringIO()
@@ -76,17 +101,21 @@ def parse(argv: list[str]) -> Any:
             return tyro.cli(
                 _commands(argv),
                 prog="meprop",
-                description="Cheaper training: back-propagate only the part of the gradient that matters (meProp).",
+                description="Cheaper training: back-propagate only the part of the gradient that matters (meProp). "
+                "`meprop --version` prints the version.",
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                registry=_registry(),
             )
     except SystemExit as stop:
         # tyro would show a dataclass's ValueError under its own internal names; what it could not read itself
         # ("--epochs x") has a message that names the option, and is left alone.
         for error in _causes(stop):
-            if isinstance(error, ValueError) and _raised_by_us(error):
+            if isinstance(error, ValueError) and faults.is_refusal(error):
                 raise error from None
         print(messages.getvalue(), end="", file=sys.stderr)
+        if (name := _meant(argv, messages.getvalue())) is not None:
+            note(f"did you mean {name}?")
         raise
 
 
@@ -108,9 +137,41 @@ def _commands(argv: list[str]) -> Any:
     return Union[tuple(map(command_type, _COMMANDS))]  # noqa: UP007
 
 
-def _raised_by_us(error: BaseException) -> bool:
-    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).startswith("meprop.")
+def _registry() -> Any:
+    """How `tyro` reads paths: with the home directory for `~`, which a shell leaves alone in --out=~/runs."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:  # pyright: ignore[reportUnusedFunction]
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda texts: machine.expanded(texts[0]),
+            is_instance=lambda each: isinstance(each, Path),
+            str_from_instance=lambda each: [str(each)],
+        )
+
+    return registry
+
+
+def _meant(argv: list[str], message: str) -> str | None:
+    """Return the name that is most like one of the arguments, of the names that tyro's message says are allowed.
+
+    A wrong option is not looked at: for that tyro's message has the nearest one.
+    """
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", message).split()).partition(" For full helptext")[0]
+    listed = re.search(r"(?:Available subcommands: |Expected one of )(.*)", text)
+    if listed is None:
+        return None
+    allowed = re.findall(r"[\w-]+", listed[1])
+    words = [word for argument in argv for word in argument.split("=") if not word.startswith("-")]
+    said = set(re.findall(r"[^\s,']+", text)) - set(allowed)
+    wrong = (word for word in words if word in said)
+    return next((name for word in wrong if (name := nearest(word, allowed)) is not None), None)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

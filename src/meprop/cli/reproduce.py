@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from meprop.cli.common import Command, note, threads
-from meprop.cli.train import CheckpointSaver, Saved, position, train_in_turns
+from meprop.cli.session import CheckpointSaver, Saved, train_in_turns
+from meprop.cli.stop import StopRequest
 from meprop.errors import DataError, MepropError
-from meprop.training import checkpoint, tasks, tracking
+from meprop.training import checkpoint, folder, tasks, tracking
 from meprop.training.config import TrainingConfig
 from meprop.training.loop import DivergedError
 from meprop.training.task import Task
@@ -30,7 +31,7 @@ class Reproduce(Generic[Names]):
     """Experiments by name, or paths of .toml files of your own in the same form."""
     list: bool = False
     """Show the names of the shipped experiments, and how many of their runs are finished."""
-    out: Path = Path("benchmarks/results")
+    out: Path = Path("runs/reproduce")
     """Folder for results. An experiment's folder in it has a file per finished run, a checkpoint per unfinished one."""
     seeds: tuple[int, ...] = ()
     """Seeds to run instead of the experiment's; with --list, seeds to count. The table shows all that are finished."""
@@ -87,25 +88,17 @@ class Reproduce(Generic[Names]):
 
     def _reproduce(self, experiment: Experiment) -> list[str]:
         """Run what is not finished of an experiment, show its results, and return what diverged."""
-        from filelock import FileLock, Timeout
-
         from meprop.reporting import reproduce as report
 
         records = self._records(experiment)
-        records.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(records.folder / ".lock", timeout=0):
-                records, diverged = self._run_missing(experiment, records)
-        except Timeout as error:
-            raise MepropError(
-                f"{records.folder}: another meprop reproduce is at work there; wait for it, or give another --out"
-            ) from error
+        with folder.owned(records.folder), StopRequest() as stop:
+            records, diverged = self._run_missing(experiment, records, stop)
         print(f"\n{experiment.title}\n\n{report.table(experiment, records)}\n\n{report.LEGEND}")
         drawn = report.draw_densities(experiment, records, records.folder / report.FIGURE)
         print(f"written: {records.folder}" + (f", {records.folder / report.FIGURE}" if drawn else ""))
         return diverged
 
-    def _run_missing(self, experiment: Experiment, records: Records) -> tuple[Records, list[str]]:
+    def _run_missing(self, experiment: Experiment, records: Records, stop: StopRequest) -> tuple[Records, list[str]]:
         """Run what is not finished; return the records, with the data if they were read, and what diverged."""
 
         @functools.cache
@@ -131,48 +124,60 @@ class Reproduce(Generic[Names]):
                 unfinished = missing(group, seed)
                 for variant in group:
                     if variant not in unfinished:  # killed between its record and this
-                        records.checkpoint(variant, seed).unlink(missing_ok=True)
-                diverged += self._train(records, unfinished, load, seed)
+                        checkpoint.delete(records.checkpoint(variant, seed))
+                diverged += self._train(records, unfinished, load, seed, stop)
         return records, diverged
 
     def _train(
-        self, records: Records, variants: Sequence[Variant], load: Callable[[Any], Task], seed: int
+        self,
+        records: Records,
+        variants: Sequence[Variant],
+        load: Callable[[Any], Task],
+        seed: int,
+        stop: StopRequest,
     ) -> list[str]:
         """Train variants in turns, from checkpoints where there are any, record them, and return what diverged."""
         if not variants:
             return []
-        saved: list[Saved] = []
-        for variant in variants:
-            path, task = records.checkpoint(variant, seed), load(variant.task)
-            settings = {**variant.settings(), "seed": seed, "data": records.data[variant.name]}
-            beside = [other.name for other in variants if other is not variant]
-            trainer = variant.trainer(task, seed)
-            if path.exists():
-                try:
-                    earlier = checkpoint.resume(path, trainer, settings, type(variant.task))["beside"]
-                    beside = earlier if trainer.finished else [name for name in beside if name in earlier]
-                    note(f"continuing {path} after {position(trainer)}")
-                except (ValueError, DataError):
-                    if not self.overwrite:
-                        raise
-                    trainer = variant.trainer(task, seed)  # the other may be half read
-            saved.append(Saved(trainer, path, settings, beside))
-        trainers = [each.trainer for each in saved]
+        saved = [self._saved(records, variant, variants, load(variant.task), seed) for variant in variants]
         try:
-            runs = train_in_turns(trainers, records.folder, tensorboard=False, after_turn=CheckpointSaver(saved).update)
+            stop.check()
+            runs = train_in_turns(CheckpointSaver(saved), stop)
         except KeyboardInterrupt:
-            note("stopped; the same command continues each run after its last whole epoch")
+            note("stopped; the same command continues each run where it was saved")
             raise
         except DivergedError as error:
-            failed = variants[trainers.index(error.trainer)]
+            failed = variants[[each.trainer for each in saved].index(error.trainer)]
             message = f"{failed.name} of {records.folder.name}: {error}"
             note(f"{message}; going on without it")
             others = [variant for variant in variants if variant is not failed]
-            return [message, *self._train(records, others, load, seed)]
+            return [message, *self._train(records, others, load, seed, stop)]
         for variant, run, each in zip(variants, runs, saved, strict=True):
-            records.write(variant, run, each.trainer.task, each.beside)
-            each.path.unlink(missing_ok=True)
+            try:
+                records.write(variant, run, each.trainer.task, each.beside)
+            except OSError:
+                note(f"{variant.name}, seed {seed}, could not be saved; its test scores: {run.test}")
+                raise
+            checkpoint.delete(each.path)
         return []
+
+    def _saved(self, records: Records, variant: Variant, variants: Sequence[Variant], task: Task, seed: int) -> Saved:
+        """Return a run of a variant, from its checkpoint if there is one; it is trained in turns with the others."""
+        settings = {**variant.settings(), "seed": seed, "data": records.data[variant.name]}
+        beside = [other.name for other in variants if other is not variant]
+        new = Saved(
+            variant.trainer(task, seed), records.checkpoint(variant, seed), settings, type(variant.task), beside
+        )
+        try:
+            state = new.resume()
+        except (ValueError, DataError):
+            if not self.overwrite:
+                raise
+            return replace(new, trainer=variant.trainer(task, seed))  # the other may be half read
+        if state is None:
+            return new
+        before = state["beside"]
+        return replace(new, beside=before if new.trainer.finished else [name for name in beside if name in before])
 
 
 def _options() -> Any:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 
+import meprop
 from meprop import machine
 from meprop.bench.measure import check_seconds
-from meprop.cli.common import Command, RuleName, TaskConfig, rule_choice, with_tasks
-from meprop.cli.train import train_in_turns
+from meprop.cli.common import Command, RuleName, TaskConfig, note, rule_choice, with_tasks
+from meprop.cli.seeds import Seeds
+from meprop.cli.session import Session
 from meprop.training import tasks, tracking
-from meprop.training.config import DEFAULT_RULE, SimplifyConfig, TrainingConfig
+from meprop.training.config import DEFAULT_RULE, DENSE, SimplifyConfig, TrainingConfig
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
+from meprop.training.task import Task
 from meprop.training.tasks import TaskEntry
+
+if TYPE_CHECKING:
+    from meprop.reporting.simplify import ModelRecord
 
 _K = 160  # that of the paper's code
 
@@ -30,10 +37,12 @@ class Simplify(Generic[TaskConfig, RuleName]):
     simplify: SimplifyConfig
     out: Path
     """Folder for result.json and the pictures curves.png, widths.png and activity.png. It also gets the simplified
-    models, each as a plain torch module, such as compact-seed0.pt."""
+    models, each of plain torch layers, such as compact-seed0.pt. To load the tagger's takes meprop.tasks."""
     rule: RuleName
     seconds: float = 2.0
     """Seconds to spend on timing inference, for each seed."""
+    resume: bool = False
+    """Continue the experiment in --out, bit for bit. Without one, start from the beginning."""
     overwrite: bool = False
     """Replace an earlier experiment in --out."""
     tensorboard: bool = False
@@ -41,40 +50,77 @@ class Simplify(Generic[TaskConfig, RuleName]):
 
     def run(self) -> None:
         """Train, measure, and write and show the result."""
-        from rich.console import Console
-
-        from meprop.reporting import figures, terminal
         from meprop.reporting import simplify as report
 
         check_seconds(self.seconds)
+        session = Session(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
         tracking.commit()
         task = tasks.entry_of(self.task).build(self.task)
-        tracking.claim_folder(self.out, overwrite=self.overwrite)
         rule = self.training.rule(self.rule)
         runs: list[Run] = []
         models: list[report.ModelRecord] = []
-        starts: dict[str, int] = {}
-        for seed in self.training.seeds:
-            trainers = [Trainer(task, self.training, each, seed) for each in (None, rule)]
-            simplified = Trainer(task, self.training, rule, seed, self.simplify)
-            assert simplified.simplifier is not None
-            starts = simplified.simplifier.widths
-            runs += train_in_turns([*trainers, simplified], self.out, tensorboard=self.tensorboard)
-            models += report.describe([*trainers, simplified], self.seconds)
-            print(simplified.simplifier.report())
-            compact = simplified.simplifier.compact()
-            machine.write_atomically(self.out / f"compact-seed{seed}.pt", lambda file, m=compact: torch.save(m, file))
-            if seed == self.training.seeds[0]:
-                report.draw_activity(simplified.simplifier.activity, self.out / report.ACTIVITY)
-        record = tracking.describe(task.name, tracking.plain(self), runs)
-        tracking.write_result(self.out / tracking.RESULT, report.SimplifyResult(**vars(record), models=models))
+        with session:
+            seeds = Seeds(session, self, task)
+            if earlier := seeds.begin(report.SimplifyResult, (DENSE, self.rule, "simplified")):
+                runs, models = earlier.runs, earlier.models
+
+            def build(seed: int) -> list[Trainer]:
+                trainers = [Trainer(task, self.training, each, seed) for each in (None, rule)]
+                return [*trainers, Trainer(task, self.training, rule, seed, self.simplify)]
+
+            def finish(trainers: Sequence[Trainer], outcome: list[Run]) -> None:
+                runs.extend(outcome)
+                models.extend(report.describe(trainers, self.seconds))
+                simplifier = _simplifier(trainers)
+                print(simplifier.report())
+                session.make_way()
+                _write_model(simplifier.compact(), self.out / f"compact-seed{outcome[0].seed}.pt")
+                record = tracking.describe(task.name, seeds.config, runs)
+                session.write_result(report.SimplifyResult(**vars(record), models=models))
+                if outcome[0].seed == self.training.seeds[0] and simplifier.widths:
+                    report.draw_activity(simplifier.activity, self.out / report.ACTIVITY)
+
+            try:
+                seeds.train(build, finish)
+                self._draw(task, runs, _simplifier(build(self.training.seeds[0])).widths)
+            finally:
+                _show(task, runs, models)
+            print(f"written: {self.out}")
+
+    def _draw(self, task: Task, runs: list[Run], starts: Mapping[str, int]) -> None:
+        """Draw the curves, and the widths where something could be pruned."""
+        from meprop.reporting import figures
+        from meprop.reporting import simplify as report
+
         figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE)
-        of_simplified = [run for run in runs if run.rule == "simplified"]
-        report.draw_widths(of_simplified, starts, task.steps_per_epoch, self.out / report.WIDTHS)
-        console = Console()
-        console.print(terminal.run_table(runs, task.metric))
-        console.print(report.model_table(models))
-        print(f"written: {self.out}")
+        if starts:
+            simplified = [run for run in runs if run.rule == "simplified"]
+            report.draw_widths(simplified, starts, task.steps_per_epoch, self.out / report.WIDTHS)
+        else:
+            note("no layer could be pruned, so that there are no pictures of widths and activity")
+
+
+def _simplifier(trainers: Sequence[Trainer]) -> meprop.Simplifier:
+    """Return that of the run that is simplified, the last."""
+    simplifier = trainers[-1].simplifier
+    assert simplifier is not None
+    return simplifier
+
+
+def _write_model(model: torch.nn.Module, path: Path) -> None:
+    machine.write_atomically(path, lambda file: torch.save(model, file))
+
+
+def _show(task: Task, runs: list[Run], models: list[ModelRecord]) -> None:
+    """Print the tables of what is finished."""
+    from rich.console import Console
+
+    from meprop.reporting import simplify as report
+    from meprop.reporting import terminal
+
+    if runs:
+        Console().print(terminal.run_table(runs, task.metric))
+        Console().print(report.model_table(models))
 
 
 def _forms() -> Any:

@@ -13,7 +13,9 @@ from torch import Tensor
 from meprop.convert import check_model
 from meprop.errors import NotSupportedError
 from meprop.pruning.cutting import Optimizers, parameters_of
+from meprop.pruning.groups import Group
 from meprop.pruning.report import Check
+from meprop.rules import Rule
 
 
 def check_kinds(model: Any, example_inputs: Any) -> None:
@@ -97,6 +99,40 @@ def why_not_covered(tensors: dict[str, Tensor], optimizers: Optimizers) -> str |
         "given. The state in another one would not be cut. Give all: Simplifier(model, optimizer=[first, second]). If "
         "nothing trains it, call requires_grad_(False) on it first"
     )
+
+
+def why_all_would_go(threshold: float | None, layers: Iterable[tuple[str, Any]], groups: Sequence[Group]) -> str | None:
+    """Why a threshold would remove nearly all units of a layer; None if it would not, or nobody knows.
+
+    A unit is hit by as large a share of the examples, on average, as the rule keeps of the units. Where that share is a
+    fixed one, it does not rise when units go, so that the threshold is never reached. Where the rule keeps a fixed
+    number of entries, the remaining units share these. A unit of an LSTM is hit by the entries of four gates, and a
+    channel of a convolution by those of all positions.
+
+    Args:
+        threshold: That of the Simplifier.
+        layers: The converted layers that make units, by name.
+        groups: Of their units.
+    """
+    widths = {each.layer: group.width for group in groups if group.reason is None for each in group.producers}
+    for name, layer in layers:
+        rule: Rule = layer.rule
+        entries = 1 if isinstance(layer, torch.nn.Linear) else 4 if isinstance(layer, torch.nn.LSTM) else None
+        if threshold is None or name not in widths or entries is None:
+            continue
+        width = widths[name]
+        kept, of_twice = rule.density(width), rule.density(2 * width)
+        if kept is None or of_twice is None or of_twice < 0.75 * kept:
+            continue
+        if (hit := entries * kept) <= 1.05 * threshold:  # counts are rounded
+            return (
+                f"threshold={threshold} would remove nearly all units of layer {name!r}: its rule {rule} keeps "
+                f"{kept:.1%} of the units, whatever their number, so that an average unit is hit by no more than "
+                f"{hit:.1%} of the examples. Give the rule a fixed number of entries, such as "
+                f"{max(1, round(kept * width))}, which the remaining units share; or take a threshold well below "
+                f"{hit:.2g}; or of_mean instead of it"
+            )
+    return None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,15 @@ from meprop.convert import described_layers, plain_copy
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import SparseLayer, layer_descriptor
 from meprop.policy import Activity
-from meprop.pruning.arguments import as_optimizers, check_bounds, check_counts, check_kinds, read_state, why_not_covered
+from meprop.pruning.arguments import (
+    as_optimizers,
+    check_bounds,
+    check_counts,
+    check_kinds,
+    read_state,
+    why_all_would_go,
+    why_not_covered,
+)
 from meprop.pruning.cutting import Cut, cut
 from meprop.pruning.groups import entries, full_name, producers
 from meprop.pruning.report import Check, LayerWidth, SimplificationReport
@@ -97,6 +105,7 @@ class Simplifier:
 
     Warns:
         NoEffectWarning: Nothing can be pruned.
+        UserWarning: `threshold` is above the share of the units that a rule keeps at every width.
 
     Example:
         >>> import torch, meprop
@@ -148,6 +157,8 @@ class Simplifier:
         self._shares = {label: torch.full((len(a.hits),), torch.nan) for label, a in self._activities.items()}
         if all(group.reason is not None for group in self._units.groups):
             warnings.warn(f"nothing can be pruned\n{self.report()}", NoEffectWarning, stacklevel=2)
+        elif (reason := why_all_would_go(threshold, self._watched_layers(), self._units.groups)) is not None:
+            warnings.warn(reason, stacklevel=2)
 
     def step(self) -> None:
         """Is to be called after each step of the optimizer. Every `check_every` calls it makes a check.

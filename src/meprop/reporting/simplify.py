@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib import colormaps
@@ -21,6 +22,9 @@ from meprop.reporting.terminal import spread
 from meprop.training import tracking
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 WIDTHS, ACTIVITY = "widths.png", "activity.png"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's
@@ -49,6 +53,12 @@ class SimplifyResult(tracking.Result):
     """The content of result.json: as a comparison's, and the models."""
 
     models: list[ModelRecord]
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Self:
+        """Return the record from plain data."""
+        models: list[dict[str, Any]] = [{**each, "inference": Times(**each["inference"])} for each in content["models"]]
+        return super().of({**content, "models": [ModelRecord(**each) for each in models]})
 
 
 def describe(trainers: Sequence[Trainer], seconds: float) -> list[ModelRecord]:

@@ -22,13 +22,14 @@ _T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 class TrainingProgress:
-    """A progress bar per run on standard error; a plain line per epoch where that is no terminal.
+    """A progress bar per run on standard error; a plain line per epoch where that is no terminal, or a dumb one.
 
     The bars are drawn from `update` alone, never from a thread of their own: that would take time from the steps.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
+        self._bars_show = self._console.is_terminal and not self._console.is_dumb_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -38,7 +39,7 @@ class TrainingProgress:
             RemainingColumn(),
             console=self._console,
             auto_refresh=False,
-            disable=not self._console.is_terminal,
+            disable=not self._bars_show,
         )
         self._bars: dict[Trainer, TaskID] = {}
         self._epochs_shown: dict[Trainer, int] = {}
@@ -55,7 +56,7 @@ class TrainingProgress:
 
     def update(self, trainer: Trainer) -> None:
         """Show where a run is; cheap enough to be called every few milliseconds."""
-        if self._console.is_terminal:
+        if self._bars_show:
             self._draw(trainer)
         elif trainer.epoch > self._epochs_shown.get(trainer, 0):
             self._epochs_shown[trainer] = trainer.epoch

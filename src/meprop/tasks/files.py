@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from meprop.errors import DataError
-from meprop.machine import cache_folder, write_atomically
+from meprop.machine import cache_folder, expanded, remove_remains, write_atomically
 
 Source = Callable[[Path, Sequence[str]], None]
 """``source(folder, names)`` puts the named files into the folder, or raises a DataError."""
@@ -54,7 +54,7 @@ def find_folder(
         DataError: ``data_dir`` lacks files, or ``fill`` could not get them.
     """
     if data_dir is not None:
-        folder, lacking = _most_complete(Path(data_dir).expanduser(), name, missing)
+        folder, lacking = _most_complete(expanded(data_dir), name, missing)
         if lacking:
             raise DataError(
                 f"{folder}: {_lacks(folder, lacking)}. Put the {name} files there, "
@@ -62,7 +62,7 @@ def find_folder(
             )
         return folder
     if root := os.environ.get("MEPROP_DATA"):
-        folder, lacking = _most_complete(Path(root).expanduser(), name, missing)
+        folder, lacking = _most_complete(expanded(root), name, missing)
         if not lacking:
             return folder
         warnings.warn(
@@ -103,6 +103,7 @@ def fill_folder(folder: Path, md5: Mapping[str, str], sources: Sequence[Source])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
+            remove_remains(folder)
             for source in sources:
                 wanted = _wanted(folder, md5)
                 if not wanted:

@@ -72,7 +72,7 @@ class TaggingConfig:
 
 def load(config: TaggingConfig) -> Treebank:
     """Find, or download, the treebank and read it; see `meprop.tasks.treebank.load`."""
-    return treebank.load(config.data_dir)
+    return treebank.load(config.data_dir, trees=False)
 
 
 # ---------------------------------------------------------------- words

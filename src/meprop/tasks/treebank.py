@@ -41,7 +41,7 @@ class Sentence:
     xpos: tuple[str, ...]
     """The treebank's own part-of-speech tags; ``"_"`` where it has none."""
     heads: tuple[int, ...]
-    """The word that each word depends on, from 1; 0 for the root, of which there is one."""
+    """The word that each word depends on, from 1; 0 for the root, of which there is one. Empty: there is no tree."""
     deprels: tuple[str, ...]
     """Each word's relation to its head."""
     path: Path | None = field(default=None, compare=False, repr=False)
@@ -65,12 +65,13 @@ class Treebank:
         return f"{sentences} sentences of {words} words"
 
 
-def load(data_dir: Path | None) -> Treebank:
+def load(data_dir: Path | None, *, trees: bool = True) -> Treebank:
     """Find, or download, the three files and read them.
 
     Args:
         data_dir: folder with one file for each split, ``*train*.conllu``, ``*dev*.conllu`` and ``*test*.conllu``,
             gzipped (``.conllu.gz``) or not; None looks in ``$MEPROP_DATA``, then in the cache, then downloads.
+        trees: whether every sentence must have its tree; see `read`.
 
     Raises:
         DataError: a file is missing or damaged, or more than one matches.
@@ -78,7 +79,7 @@ def load(data_dir: Path | None) -> Treebank:
     folder = files.find_folder(NAME, data_dir, _missing, partial(files.fill_folder, md5=MD5, sources=[_from_github]))
     if lacking := _missing(folder):  # the cache can hold files that are not ours
         raise DataError(f"{folder}: lacks {', '.join(lacking)}. Move what does not belong there away.")
-    return Treebank(*(read(path) for split in SPLITS for path in _find_files(folder, split)))
+    return Treebank(*(read(path, trees=trees) for split in SPLITS for path in _find_files(folder, split)))
 
 
 def locate(data_dir: Path | None) -> Path | None:
@@ -115,11 +116,16 @@ def _from_github(folder: Path, names: Sequence[str]) -> None:
 # ---------------------------------------------------------------- format
 
 
-def read(path: Path) -> tuple[Sentence, ...]:
+def read(path: Path, *, trees: bool = True) -> tuple[Sentence, ...]:
     """Read a CoNLL-U file, gzipped or not.
 
     Multiword tokens (ids such as 3-4) and empty nodes (ids such as 8.1) are left out: only syntactic words have a
     place in the tree. As in Universal Dependencies, each sentence is a tree with exactly one root.
+
+    Args:
+        path: the file.
+        trees: whether every sentence must have its tree. If not, a sentence may have heads that are ``"_"``; the others
+            are checked all the same.
 
     Raises:
         DataError: the file cannot be read or is no such file; the message names the line.
@@ -128,7 +134,7 @@ def read(path: Path) -> tuple[Sentence, ...]:
     # ones, knows of no line numbers, and does not look at the tree.
     numbered = enumerate(_read_text(path).replace("\r\n", "\n").split("\n"), start=1)
     blocks = groupby(numbered, key=lambda line: line[1] != "")
-    sentences = tuple(_read_sentence(path, list(lines)) for has_words, lines in blocks if has_words)
+    sentences = tuple(_read_sentence(path, list(lines), trees) for has_words, lines in blocks if has_words)
     if not sentences:
         raise DataError(f"{path}: holds no sentence. Use a file with some.")
     return sentences
@@ -152,14 +158,15 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_sentence(path: Path, lines: Sequence[tuple[int, str]]) -> Sentence:
+def _read_sentence(path: Path, lines: Sequence[tuple[int, str]], trees: bool) -> Sentence:
     numbers, words = _read_words(path, lines)
     _, forms, _, upos, xpos, _, heads, deprels, _, _ = zip(*words, strict=True)
     for kind, labels in (("UPOS tag", upos), ("XPOS tag", xpos), ("relation", deprels)):
         for number, label in zip(numbers, labels, strict=True):
             if label.split() != [label]:
                 raise _malformed(path, number, f"has the {kind} {quote(label)}, which must be without white space")
-    return Sentence(forms, upos, xpos, _read_heads(path, numbers, heads), deprels, path, numbers)
+    tree = () if "_" in heads and not trees else _read_heads(path, numbers, heads)
+    return Sentence(forms, upos, xpos, tree, deprels, path, numbers)
 
 
 def _read_words(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[tuple[int, ...], list[list[str]]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 import meprop
 from meprop import rules
+from meprop.errors import did_you_mean
 from meprop.rules import Rule
 from meprop.rules.base import checked_share
 
@@ -111,7 +112,7 @@ class TrainingConfig:
         """
         found = rules.named()
         if name not in found:
-            raise ValueError(f"rule is {name!r}; the rules are {', '.join(found)}")
+            raise ValueError(f"rule is {name!r}; the rules are {', '.join(found)}{did_you_mean(name, found)}")
         return found[name].of_settings(self.k, self.scope, noise=self.noise, exact_sum=self.exact_sum)
 
     @property

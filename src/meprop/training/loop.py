@@ -133,8 +133,13 @@ class Trainer:
         """Whether all epochs are done."""
         return self.epoch == self.config.epochs
 
-    def advance(self, steps: int) -> None:
-        """Train up to `steps` batches; stop early at the end of an epoch, and then evaluate dev and test."""
+    def advance(self, steps: int, stop: Callable[[], bool] = lambda: False) -> None:
+        """Train up to `steps` batches; stop early at the end of an epoch, and then evaluate dev and test.
+
+        Args:
+            steps: How many.
+            stop: Asked before each step whether to stop early.
+        """
         self.model.train()
         with self._own_random_state():
             if self._batches is None:
@@ -142,6 +147,8 @@ class Trainer:
                 for _ in range(self.step):  # after a resume: the batches that were already seen
                     next(self._batches)
             for _ in range(steps):
+                if stop():
+                    break
                 batch = next(self._batches, None)
                 if batch is None:
                     self._end_epoch()
@@ -302,20 +309,26 @@ class Trainer:
         )
 
 
-def fit(trainers: Sequence[Trainer], after_turn: Callable[[Trainer], None], turn: int = 100) -> list[Run]:
+def fit(
+    trainers: Sequence[Trainer],
+    after_turn: Callable[[Trainer], None],
+    turn: int = 100,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Run]:
     """Train to the end, in turns of `turn` steps, so that a noisy machine disturbs all runs alike.
 
     Args:
         trainers: The runs.
         after_turn: Called with the trainer after each of its turns, outside what is timed.
         turn: Steps in a turn.
+        stop: Asked before each step whether to end the turn; `after_turn` may then end the training by an error.
 
     Returns:
         The outcome of each trainer, in the same order.
     """
     while unfinished := [trainer for trainer in trainers if not trainer.finished]:
         for trainer in unfinished:
-            trainer.advance(turn)
+            trainer.advance(turn, stop)
             after_turn(trainer)
     return [trainer.result() for trainer in trainers]
 

@@ -11,18 +11,20 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 import meprop
 from meprop import machine
+from meprop.errors import DataError
 from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+    from typing_extensions import Self
 
 RESULT = "result.json"
 CHECKPOINT = "checkpoint.pt"
@@ -44,9 +46,18 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Result(Provenance):
-    """The content of result.json of an experiment."""
+    """The content of result.json of an experiment: of its runs those that are finished."""
 
     runs: list[Run]
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Self:
+        """Return the record from plain data."""
+        fields: dict[str, Any] = {**content, "runs": [Run(**run) for run in content["runs"]]}
+        return cls(**fields)
+
+
+ResultT = TypeVar("ResultT", bound=Result)
 
 
 def describe(task: str, config: dict[str, Any], runs: list[Run]) -> Result:
@@ -92,7 +103,14 @@ def plain(settings: Any) -> dict[str, Any]:
 
 def settings(task: Any, training: TrainingConfig, rule: str) -> dict[str, Any]:
     """Return all that a run's outcome depends on beside its seed and data, as plain data by option name."""
-    found = {**plain(task), **plain(training), "rule": rule}
+    return settings_of({"task": plain(task), "training": plain(training), "rule": rule})
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `settings` does, of the `config` of a result; with data and simplifying, if it has them."""
+    rule = config["rule"]
+    others = {name: config[name] for name in ("data", "simplify") if name in config}
+    found = {**config["task"], **config["training"], "rule": rule, **others}
     of_rule = ("k", "scope", "sparse_rows", "noise_of", "noise_start", "dense_warmup_steps", "dense_end_steps")
     unused = ("data_dir", "seeds", *(of_rule if rule == DENSE else ()))
     return {name: value for name, value in found.items() if name not in unused}
@@ -117,18 +135,19 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any], task: type[Any]) ->
     )
 
 
-def claim_folder(out: Path, *, overwrite: bool) -> None:
-    """Make the folder for a new experiment. What an earlier one left there stays until the new one replaces it.
+def read_result(path: Path, kind: type[ResultT]) -> ResultT:
+    """Read the record of an experiment.
 
     Raises:
-        ValueError: If the folder holds an earlier experiment and `overwrite` is not set, or is a file.
+        DataError: The file is damaged, or of another kind.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
-    earlier = [out / name for name in (RESULT, CHECKPOINT, FIGURE, TENSORBOARD) if (out / name).exists()]
-    if earlier and not overwrite:
-        raise ValueError(f"{earlier[0]} exists; give another --out, or --overwrite to replace it")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        return kind.of(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} is damaged or not a result of this command ({type(error).__name__}: {error}); restore it from a "
+            "copy, or start again with --overwrite"
+        ) from error
 
 
 def write_result(path: Path, result: Any) -> None:
@@ -138,11 +157,14 @@ def write_result(path: Path, result: Any) -> None:
 
 
 class LiveCurves:
-    """TensorBoard curves of loss, dev and test, one series per run, updated after each epoch; off unless `enabled`."""
+    """TensorBoard curves of loss, dev and test, one series per run, updated after each epoch.
 
-    def __init__(self, out: Path, *, enabled: bool) -> None:
-        self._folder = out / TENSORBOARD
-        self._enabled = enabled
+    Args:
+        out: The folder of the experiment; None: there are no curves.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self._folder = out and out / TENSORBOARD
         self._writers: dict[str, SummaryWriter] = {}
         self._written: dict[str, int] = {}
 
@@ -157,7 +179,7 @@ class LiveCurves:
 
     def update(self, trainer: Trainer) -> None:
         """Write the epochs that are new since the last call."""
-        if not self._enabled:
+        if self._folder is None:
             return
         run = f"{trainer.name}-seed{trainer.seed}"
         if run not in self._writers:

@@ -31,31 +31,31 @@ An experiment compares variants of one training: each is run with each seed. Its
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from meprop.errors import DataError
+from meprop.errors import did_you_mean
+from meprop.experiments.records import RecordConfig, Records
 from meprop.training import tracking
 from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig, rule_names
 from meprop.training.loop import Trainer
-from meprop.training.records import Run
 from meprop.training.task import Task
-from meprop.training.tracking import Result
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "experiments"
-"""The experiments of the paper, and ours: in a source checkout only, a wheel has none."""
+__all__ = ["FOLDER", "Experiment", "Published", "RecordConfig", "Records", "Variant", "built_in", "load"]
+
+FOLDER = Path(__file__).resolve().parent / "shipped"
+"""The experiments of the paper, and ours."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -135,18 +135,8 @@ class Experiment:
 
 
 def built_in() -> list[str]:
-    """Return the names of the shipped experiments.
-
-    Raises:
-        ValueError: meprop is installed without them.
-    """
-    names = sorted(path.stem for path in FOLDER.glob("*.toml"))
-    if not names:
-        raise ValueError(
-            "this installation has none of the paper's experiments: they are in meprop's source checkout, in "
-            "benchmarks/experiments; give the path of such a .toml file"
-        )
-    return names
+    """Return the names of the shipped experiments."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load(name: str, tasks: Mapping[str, type[Any]]) -> Experiment:
@@ -163,7 +153,11 @@ def load(name: str, tasks: Mapping[str, type[Any]]) -> Experiment:
     if not path.is_file():
         if name.endswith(".toml"):
             raise ValueError(f"{path}: there is no such file")
-        raise ValueError(f"experiment {name!r}: there are {', '.join(built_in())}; or give the path of a .toml file")
+        names = built_in()
+        raise ValueError(
+            f"experiment {name!r}: there are {', '.join(names)}; or give the path of a .toml file"
+            + did_you_mean(name, names)
+        )
     try:
         return _experiment(path.stem, tomllib.loads(path.read_text(encoding="utf-8")), tasks)
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError too
@@ -182,7 +176,7 @@ def _experiment(name: str, content: dict[str, Any], tasks: Mapping[str, type[Any
     task_settings = dict(found["task"])
     task = task_settings.pop("name", None)
     if not isinstance(task, str) or task not in tasks:
-        raise ValueError(f"[task] name is {task!r}; the tasks are {', '.join(tasks)}")
+        raise ValueError(f"[task] name is {task!r}; the tasks are {', '.join(tasks)}{did_you_mean(str(task), tasks)}")
     if not found["variants"]:
         raise ValueError("[variants] is empty; give one or more")
     task_settings = _checked(task_settings, _task_hints(tasks[task]), "[task] ")
@@ -263,7 +257,8 @@ def _checked(
     found: dict[str, Any] = {}
     for key, given in table.items():
         if key not in allowed:
-            raise ValueError(f"{where}{key}: there is no such key; there are {', '.join(allowed)}")
+            there = f"there is no such key; there are {', '.join(allowed)}{did_you_mean(key, allowed)}"
+            raise ValueError(f"{where}{key}: {there}")
         value = tuple(given) if isinstance(given, list) else given
         parts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(part, int) and abs(part) >= 2**63 for part in parts):
@@ -282,115 +277,3 @@ def _checked(
         if key not in found:
             raise ValueError(f"{where}{key} is missing")
     return found
-
-
-# ---------------------------------------------------------------- the records of finished runs
-
-
-class RecordConfig(TypedDict):
-    """`config` of a run's record."""
-
-    settings: dict[str, Any]
-    """The variant's, and the digest of the data."""
-    metric: str
-    """The quality to compare by."""
-    beside: list[str]
-    """The variants that were trained in turns with it, to the end: with those its seconds can be compared."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """The finished runs of an experiment, a file each, in the format of result.json; a checkpoint of each unfinished.
-
-    Attributes:
-        folder: Where they lie; it need not exist yet.
-        data: The digest of each variant's data by its name, where they have been read: runs on others do not count.
-    """
-
-    folder: Path
-    data: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    def path(self, variant: Variant, seed: int) -> Path:
-        """Return the file of a finished run."""
-        return self.folder / f"{variant.name}-seed{seed}.json"
-
-    def checkpoint(self, variant: Variant, seed: int) -> Path:
-        """Return the file of an unfinished run."""
-        return self.path(variant, seed).with_suffix(".pt")
-
-    def write(self, variant: Variant, run: Run, task: Task, beside: list[str]) -> None:
-        """Write the record of a finished run, with this machine, the versions and the commit.
-
-        Args:
-            variant: Whose run it is.
-            run: Its outcome.
-            task: What it was trained on.
-            beside: The variants that were trained in turns with it, from beginning to end.
-        """
-        settings = {**variant.settings(), "data": task.fingerprint}
-        config = RecordConfig(settings=settings, metric=task.metric, beside=beside)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tracking.write_result(self.path(variant, run.seed), tracking.describe(task.name, {**config}, [run]))
-
-    def read(self, variant: Variant, seed: int) -> Result | None:
-        """Return a finished run; None if there is none with the variant's settings and data.
-
-        Raises:
-            DataError: Its file is damaged.
-        """
-        path = self.path(variant, seed)
-        if not path.exists():
-            return None
-        result = _read(path)
-        return None if self._changes(result, variant) else result
-
-    def seeds(self, variant: Variant) -> list[int]:
-        """Return the seeds of a variant's finished runs, whatever their settings."""
-        prefix = f"{variant.name}-seed"
-        seeds = (path.stem.removeprefix(prefix) for path in self.folder.glob(f"{prefix}*.json"))
-        return sorted(int(seed) for seed in seeds if seed.isdecimal())
-
-    def all(self, variant: Variant) -> dict[int, Result]:
-        """Return the finished runs of a variant by seed."""
-        found = {seed: self.read(variant, seed) for seed in self.seeds(variant)}
-        return {seed: result for seed, result in found.items() if result is not None}
-
-    def check(self, experiment: Experiment) -> None:
-        """Refuse finished runs with other settings or on other data than the experiment's.
-
-        Raises:
-            ValueError: There is such a run; the message says what differs.
-        """
-        for variant in experiment.variants:
-            for seed in self.seeds(variant):
-                path = self.path(variant, seed)
-                if changes := self._changes(_read(path), variant):
-                    raise ValueError(
-                        f"{path} was made with other settings ({changes}); give another --out, or --overwrite to "
-                        "repeat such runs"
-                    )
-
-    def _changes(self, result: Result, variant: Variant) -> str:
-        then = result.config["settings"]
-        data = self.data.get(variant.name, then.get("data"))
-        return tracking.changes(then, {**variant.settings(), "data": data}, type(variant.task))
-
-
-def _read(path: Path) -> Result:
-    """Read the record of a run."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        (run,) = content["runs"]
-        content["runs"] = [Run(**run)]
-        result = Result(**content)
-        check_type(result.config, RecordConfig, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        for known, needed in ((result.machine, ("cpu", "gpu", "threads")), (result.versions, ("torch", "meprop"))):
-            if lacking := [name for name in needed if name not in known]:
-                raise KeyError(lacking)
-        _ = result.runs[0].selected(result.config["metric"]).test[result.config["metric"]]
-    except (ValueError, TypeError, KeyError, TypeCheckError) as error:
-        raise DataError(
-            f"{path} is damaged or not a result of meprop ({type(error).__name__}: {error}); restore it from a copy, "
-            "or delete it to have the run repeated"
-        ) from error
-    return result

@@ -1,0 +1,339 @@
+"""Commands that are stopped, killed, or run out of disk, and what they then go on with and leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tyro")
+pytest.importorskip("lightning_fabric")
+
+from meprop import cli
+from meprop.cli.session import Session
+from meprop.errors import DataError
+from meprop.training import checkpoint, tracking
+
+SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
+COMMANDS = {
+    "train": ["train", "mnist", "--epochs", "2", "--dropout", "0.2"],
+    "compare": ["compare", "mnist", "--epochs", "2", "--seeds", "0", "1"],
+    "simplify": ["simplify", "mnist", "--epochs", "2", "--seeds", "0", "1", "--cycle", "1", "--seconds", "0.01"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Files of MNIST's format: 120 and 30 images of 4 x 4 pixels in 3 classes, told apart by a bright row."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for prefix, count in (("train", 120), ("t10k", 30)):
+        classes = torch.arange(count) % 3
+        images = torch.randint(0, 100, (count, 4, 4), generator=generator)
+        images[torch.arange(count), classes] += 150
+        head = struct.pack(">4I", 0x803, count, 4, 4)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + bytes(images.flatten().tolist()))
+        head = struct.pack(">2I", 0x801, count)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(head + bytes(classes.tolist()))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEPROP_DATA", raising=False)
+
+
+def arguments(command, data, *options, out="out"):
+    return [*COMMANDS[command], "--data-dir", str(data), *SMALL, "--out", out, *options]
+
+
+def run(command, data, *options, out="out"):
+    return cli.main(arguments(command, data, *options, out=out))
+
+
+def outcome(out):
+    """All of an experiment but the seconds: its runs, and the numbers of its models."""
+    content = json.loads(Path(out, "result.json").read_text())
+    runs = [
+        {
+            **{name: value for name, value in each.items() if name not in ("seconds", "curve")},
+            "curve": [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in each["curve"]],
+        }
+        for each in content["runs"]
+    ]
+    models = {}
+    for path in sorted(Path(out).glob("*.pt")):
+        found = torch.load(path, weights_only=False)
+        state = found.state_dict() if path.name.startswith("compact") else found["state"]["model"]
+        models[path.name] = {name: value.tolist() for name, value in state.items()}
+    return runs, models
+
+
+def files(out="out"):
+    return sorted(path.name for path in Path(out).iterdir())
+
+
+class Stop:
+    """Ctrl-C after so many saved checkpoints."""
+
+    def __init__(self, monkeypatch, saves):
+        self._save, self._left = checkpoint.save, saves
+        monkeypatch.setattr(checkpoint, "save", self)
+
+    def __call__(self, *arguments):
+        self._save(*arguments)
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "saves"),
+    [("train", (1, 2)), ("compare", (1, 2, 3, 4, 5, 8)), ("simplify", (1, 3, 5, 6, 9))],
+)
+def test_an_interrupted_command_resumes_bit_for_bit(data, monkeypatch, capsys, command, saves):
+    assert run(command, data, out="whole") == 0
+    for count in saves:
+        out = f"part-{count}"
+        with monkeypatch.context() as patch:
+            Stop(patch, count)
+            assert run(command, data, out=out) == 130
+        assert "continue with --resume" in capsys.readouterr().err
+        assert run(command, data, out=out) == 2  # neither --resume nor --overwrite
+        assert run(command, data, "--resume", out=out) == 0
+        assert outcome(out) == outcome("whole")
+        assert files(out) == files("whole")
+        assert run(command, data, "--resume", out=out) == 0  # there is nothing left to do
+        assert outcome(out) == outcome("whole")
+
+
+@pytest.mark.parametrize("command", ["compare", "simplify"])
+def test_a_kill_between_the_record_and_the_end_of_its_checkpoints(data, monkeypatch, command):
+    assert run(command, data, out="whole") == 0
+
+    def die(path):
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "delete", die)
+        assert run(command, data) == 9
+    assert len(json.loads(Path("out/result.json").read_text())["runs"]) == (2 if command == "compare" else 3)
+    assert run(command, data, "--resume") == 0
+    assert outcome("out") == outcome("whole")
+    assert files() == files("whole")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_resuming_where_nothing_is_starts_from_the_beginning(data, capsys, command):
+    assert run(command, data, "--resume") == 0
+    assert "starting from the beginning" in capsys.readouterr().err
+    assert Path("out/result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--lr", "0.5"], 2, r"other settings (lr was 0.001, now 0.5)"),
+        (["--dropout", "0.3"], 2, r"other settings (dropout was 0.2, now 0.3)"),
+        (["--seeds", "1"], 2, r"has results of the seeds [0]; give them to --seeds as well"),
+        (["--rule", "random"], 2, r"other settings (rule was 'topk', now 'random')"),
+        (["--overwrite"], 2, r"give one of them"),
+    ],
+)
+def test_another_comparison_is_not_resumed(data, capsys, options, code, message):
+    assert run("compare", data, "--seeds", "0") == 0
+    before = Path("out/result.json").read_bytes()
+    assert run("compare", data, "--resume", "--seeds", "0", *options) == code
+    assert message in capsys.readouterr().err
+    assert Path("out/result.json").read_bytes() == before
+
+
+def test_the_result_of_another_command_or_a_damaged_one_is_not_resumed(data, capsys):
+    assert run("train", data) == 0
+    assert run("compare", data, "--resume") == 1
+    assert "is not of this command" in capsys.readouterr().err
+    assert run("simplify", data, "--resume") == 1
+    assert "is damaged or not a result of this command" in capsys.readouterr().err
+    Path("out/result.json").write_text("{")
+    assert run("compare", data, "--resume") == 1
+    assert "result.json is damaged" in capsys.readouterr().err
+
+
+def test_more_seeds_can_be_added(data):
+    assert run("compare", data, "--seeds", "0") == 0
+    assert run("compare", data, "--resume", "--seeds", "0", "3") == 0
+    assert [(each["rule"], each["seed"]) for each in outcome("out")[0]] == [
+        ("dense", 0), ("topk", 0), ("dense", 3), ("topk", 3)
+    ]  # fmt: skip
+
+
+def test_a_seed_that_diverges_leaves_the_finished_ones(data, monkeypatch, capsys):
+    from meprop.training.loop import Trainer
+
+    step = Trainer._train_step
+
+    def diverging(trainer, batch):
+        if trainer.seed == 1:
+            raise DataError("the loss became nan")
+        step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", diverging)
+    assert run("compare", data) == 1
+    shown = capsys.readouterr()
+    assert "the loss became nan" in shown.err
+    assert "test accuracy" in shown.out
+    assert [each["seed"] for each in outcome("out")[0]] == [0, 0]
+
+
+# ---------------------------------------------------------------- replacing
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_overwriting_leaves_nothing_of_the_earlier_experiment(data, command):
+    assert run("simplify", data, "--tensorboard") == 0
+    assert run("train", data, "--overwrite", "--tensorboard", "--rule", "random") == 0
+    assert files() == [".lock", "checkpoint.pt", "curves.png", "result.json", "tensorboard"]
+    assert files("out/tensorboard") == ["random-seed0"]
+    Path("out/notes.txt").write_text("mine")
+    assert run(command, data, out="new") == 0
+    assert run(command, data, "--overwrite") == 0
+    assert files() == sorted([*files("new"), "notes.txt"])
+
+
+def test_what_is_to_be_replaced_stays_until_there_is_something_new(data, monkeypatch):
+    assert run("compare", data) == 0
+    before = outcome("out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "train", lambda *arguments: (_ for _ in ()).throw(DataError("no step was made")))
+        assert run("compare", data, "--overwrite", "--lr", "0.01") == 1
+    assert outcome("out") == before
+    with monkeypatch.context() as patch:
+        Stop(patch, 1)
+        assert run("compare", data, "--overwrite", "--lr", "0.01") == 130
+    assert files() == [".lock", "checkpoint-dense-seed0.pt"]
+
+
+# ---------------------------------------------------------------- signals
+
+
+MANY_STEPS = ["--batch-size", "1", "--epochs", "15", "--seeds", "0"]
+
+
+def started(command, data, *options, out="out"):
+    """The command in a process of its own, when it trains."""
+    code = "import sys; from meprop.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments(command, data, *MANY_STEPS, *options, out=out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    process.stderr.readline()  # of an epoch, or of what is continued
+    return process
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "simplify"])
+def test_a_stopped_process_saves_its_steps_and_ends_as_an_undisturbed_one(data, command):
+    assert run(command, data, *MANY_STEPS, out="whole") == 0
+    for number, (signum, code) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]):
+        process = started(command, data, *(["--resume"] if number else []))
+        time.sleep(0.2 * number)
+        process.send_signal(signum)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == code
+        assert "Traceback" not in said
+        if code > 0:
+            assert "continue with --resume" in said
+        assert any(name.startswith("checkpoint") for name in files())
+    assert run(command, data, *MANY_STEPS, "--resume") == 0
+    assert outcome("out") == outcome("whole")
+    assert files() == files("whole")
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def limited(command, data, size, *options):
+    """The command where no file can be larger than so many bytes."""
+    code = "import sys; from meprop.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments(command, data, *options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+@pytest.mark.parametrize(("command", "name"), [("train", "checkpoint.pt"), ("compare", "checkpoint-dense-seed0.pt")])
+def test_a_full_disk_is_found_before_training(data, command, name):
+    done = limited(command, data, 1000)
+    assert done.returncode == 1
+    assert done.stderr == f"meprop: error: [Errno 27] File too large: 'out/{name}'\n"
+
+
+FAILING = ["checkpoint", "result.json", "curves.png"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("failing", FAILING)
+def test_what_was_computed_is_shown_though_it_cannot_be_saved(data, monkeypatch, capsys, command, failing):
+    from meprop import machine
+
+    fsync = os.fsync
+
+    def full(descriptor):
+        if failing in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(machine.os, "fsync", full)
+    code = run(command, data, "--seeds", "0")
+    shown = capsys.readouterr()
+    assert "test accuracy" in shown.out
+    assert f"No space left on device: 'out/{failing}" in shown.err
+    assert code == (0 if failing == "checkpoint" and command != "train" else 1)
+    assert "Traceback" not in shown.err
+    assert not list(Path("out").glob("*.tmp"))
+
+
+def test_a_folder_that_is_deleted_while_it_is_trained_for(data, monkeypatch, capsys):
+    import shutil
+
+    update = tracking.LiveCurves.update
+
+    def delete(curves, trainer):
+        shutil.rmtree("out", ignore_errors=True)
+        update(curves, trainer)
+
+    monkeypatch.setattr(tracking.LiveCurves, "update", delete)
+    assert run("compare", data, "--seeds", "0") == 1
+    shown = capsys.readouterr()
+    assert "test accuracy" in shown.out
+    assert "No such file or directory: 'out/result.json'" in shown.err
+
+
+def test_a_terminal_that_goes_away_does_not_end_a_training(data):
+    """Under nohup and the like, when the window is closed."""
+    import pty
+
+    master, slave = pty.openpty()
+    code = "import sys; from meprop.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *arguments("train", data, "--epochs", "5", "--batch-size", "1")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "dumb"}) as run:
+        os.close(slave)
+        os.read(master, 100)  # of the first epoch
+        os.close(master)
+    assert run.returncode == 0
+    assert len(json.loads(Path("out/result.json").read_text())["runs"][0]["curve"]) == 5
