@@ -243,6 +243,7 @@ def started(command, data, *options, out="out"):
     return process
 
 
+@pytest.mark.slow  # a minute for each command, and longer than its time limit on a busy machine
 @pytest.mark.parametrize("command", ["train", "compare", "simplify"])
 def test_a_stopped_process_saves_its_steps_and_ends_as_an_undisturbed_one(data, command):
     assert run(command, data, *MANY_STEPS, out="whole") == 0

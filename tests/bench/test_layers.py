@@ -223,7 +223,6 @@ def test_training_before_the_recording_is_with_the_tasks_own_learning_rate(monke
     monkeypatch.setattr(tasks, "table", lambda: {"tiny": entry})
     found = []
     monkeypatch.setattr(layers, "run", lambda task, training, *others: found.append(training) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        bench()
+    assert bench() == 70  # the fault is ours
     chosen = TrainingConfig(1, k=7, lr=0.02, scope="batch", optimizer="sgd", schedule="constant", accelerator="cpu")
     assert found == [chosen]
