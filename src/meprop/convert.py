@@ -167,10 +167,9 @@ def convert(
             with scope "batch", or with scope "global" and no exact sum. Such layers are always sparse, as their
             optimizer counts on it. LSTMs stay dense: they choose anew at each time step, so that most rows of their
             weights get a gradient. Conv1D stays dense: its features are columns.
-        compute_dtype: torch.bfloat16: linear layers form their forward product in bfloat16, from a copy of the weight
-            that is kept from step to step. Weights, gradients and activations stay what they are. See
-            `meprop.functional.linear`. Convolutions form theirs in bfloat16 without keeping the copy. LSTMs do not
-            take part.
+        compute_dtype: torch.bfloat16: linear layers and convolutions form their forward product in bfloat16, for which
+            the weight is cast in each call. Weights, gradients and activations stay what they are. See
+            `meprop.functional.linear`. LSTMs do not take part.
         when: "auto": each layer measures at its first backward pass whether being sparse is faster than dense on this
             machine, for the number of rows that it then gets. An LSTM measures at its first forward pass. The layer
             stays with the answer. The cache folder ($MEPROP_CACHE) remembers it, so that later runs decide alike. Under
