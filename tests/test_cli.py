@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
 import meprop
+from interrupted import write_mnist
 from meprop import cli, machine
 from meprop.cli import common
 from meprop.cli.main import parse
@@ -34,22 +34,7 @@ SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cp
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Files of MNIST's format: 100 and 30 images of 4 x 4 pixels in 3 classes, told apart by a bright row."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    for prefix, count in (("train", 100), ("t10k", 30)):
-        classes = torch.arange(count) % 3
-        images = torch.randint(0, 100, (count, 4, 4), generator=generator)
-        images[torch.arange(count), classes] += 150
-        pixels = bytes(images.flatten().tolist())
-        labels = bytes(classes.tolist())
-        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(
-            gzip.compress(struct.pack(">4I", 0x803, count, 4, 4) + pixels)
-        )
-        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(
-            gzip.compress(struct.pack(">2I", 0x801, count) + labels)
-        )
-    return folder
+    return write_mnist(tmp_path_factory.mktemp("data"), 100, packed=True)
 
 
 @pytest.fixture(autouse=True)

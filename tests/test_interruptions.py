@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
+from interrupted import Stop, write_mnist
 from meprop import cli
 from meprop.cli.session import Session
 from meprop.errors import DataError
@@ -33,18 +33,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Files of MNIST's format: 120 and 30 images of 4 x 4 pixels in 3 classes, told apart by a bright row."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    for prefix, count in (("train", 120), ("t10k", 30)):
-        classes = torch.arange(count) % 3
-        images = torch.randint(0, 100, (count, 4, 4), generator=generator)
-        images[torch.arange(count), classes] += 150
-        head = struct.pack(">4I", 0x803, count, 4, 4)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + bytes(images.flatten().tolist()))
-        head = struct.pack(">2I", 0x801, count)
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(head + bytes(classes.tolist()))
-    return folder
+    return write_mnist(tmp_path_factory.mktemp("data"), 120, packed=False)
 
 
 @pytest.fixture(autouse=True)
@@ -81,20 +70,6 @@ def outcome(out):
 
 def files(out="out"):
     return sorted(path.name for path in Path(out).iterdir())
-
-
-class Stop:
-    """Ctrl-C after so many saved checkpoints."""
-
-    def __init__(self, monkeypatch, saves):
-        self._save, self._left = checkpoint.save, saves
-        monkeypatch.setattr(checkpoint, "save", self)
-
-    def __call__(self, *arguments):
-        self._save(*arguments)
-        self._left -= 1
-        if not self._left:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ pytest.importorskip("lightning_fabric")
 from filelock import FileLock
 
 import meprop
+from interrupted import Stop
 from meprop import cli, experiments
 from meprop.experiments import Records
-from meprop.training import checkpoint, tasks, tracking
+from meprop.training import tasks, tracking
 from meprop.training.config import TrainingConfig
 from tiny import TinyConfig, TinyTask
 
@@ -82,20 +83,6 @@ def outcomes(out="results"):
 
 def record(name):
     return json.loads(Path(f"results/small/{name}-seed0.json").read_text())
-
-
-class Stop:
-    """Ctrl-C after so many saved checkpoints; each group of two saves two for each epoch."""
-
-    def __init__(self, monkeypatch, saves):
-        self._save, self._left = checkpoint.save, saves
-        monkeypatch.setattr(checkpoint, "save", self)
-
-    def __call__(self, *arguments):
-        self._save(*arguments)
-        self._left -= 1
-        if not self._left:
-            raise KeyboardInterrupt
 
 
 def test_every_variant_is_run_with_every_seed_and_shown(built, capsys):

@@ -107,9 +107,11 @@ def test_those_that_take_sparse_gradients_by_a_step_or_a_hook_of_their_own_are_l
     hooked = torch.optim.Adam(model.parameters())
     hooked.register_step_pre_hook(densify)
     for optimizer in (Densifies(model.parameters()), hooked):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
         model.zero_grad()
         backward(model)
         optimizer.step()
+        assert not any(map(torch.equal, before, model.parameters()))
 
 
 def test_a_layer_that_is_unpickled_in_another_process_is_served(tmp_path):

@@ -93,6 +93,42 @@ def test_layers_are_leaves_of_torch_fx():
     assert all(layer.policy.record.sparse_passes > 0 for layer in model.children())
 
 
+class Doubled(meprop.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def doubled_on_the_instance(layer: nn.Module) -> nn.Module:
+    forward = layer.forward
+    layer.forward = lambda input: 2 * forward(input)
+    return layer
+
+
+def doubled_by_a_hook(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return layer
+
+
+TRACED = {
+    "a subclass": lambda: nn.Sequential(Doubled(6, 8, rule=RULE)),
+    "the instance": lambda: nn.Sequential(doubled_on_the_instance(converted(nn.Linear(6, 8)))),
+    "a hook": lambda: nn.Sequential(doubled_by_a_hook(converted(nn.Linear(6, 8)))),
+    "the layer itself": lambda: converted(nn.Linear(6, 8)),
+    "a convolution itself": lambda: converted(nn.Conv1d(4, 8, 3)),
+    "traced again": lambda: torch.fx.symbolic_trace(nn.Sequential(converted(nn.Linear(6, 8)))),
+}
+
+
+@pytest.mark.parametrize("kind", TRACED)
+def test_a_graph_of_torch_fx_computes_what_the_module_does(kind):
+    torch.manual_seed(0)
+    model, x = TRACED[kind](), torch.randn(4, 6)
+    graph = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(graph(x), model(x))
+    graph(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_in_scripts_of_torch_jit_layers_are_torchs_own():
     torch.manual_seed(0)

@@ -82,8 +82,7 @@ def conv2d(
         rule: What to keep, e.g. `meprop.TopK(0.1, scope="batch")`.
         sparse_grad: Make weight.grad a sparse tensor of the kept channels' rows. See `linear`. With
             maps it stays dense.
-        compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `linear`. No copy of the weight is
-            kept, because casting it costs little beside the product.
+        compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `linear`.
 
     Returns:
         Output [N, O, *, *] or [O, *, *], which equals torch's of the same dtypes bit for bit.

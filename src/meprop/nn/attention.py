@@ -35,8 +35,7 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         rule: What to keep of the E entries, e.g. `meprop.TopK(0.05)`.
         sparse_grad: Make the gradients of the weights sparse tensors of the kept rows. See `meprop.functional.linear`.
         compute_dtype: torch.bfloat16 forms the projections' forward products in bfloat16. See
-            `meprop.functional.linear`. It has no effect if torch's own forward pass runs. If query, key and value are
-            not one tensor, their weight is cast anew in each call.
+            `meprop.functional.linear`. It has no effect if torch's own forward pass runs.
         **kwargs: The keyword arguments of `torch.nn.MultiheadAttention`.
 
     Attributes:

@@ -145,7 +145,9 @@ class SparseLayer:
 def leaf(forward: Callable[P, R]) -> Callable[P, R]:
     """Decorates a layer's forward pass, so that torch.fx puts a call of the layer into a graph, and looks not inside.
 
-    Torch.fx treats torch's own layers like that, but goes by the name of their module.
+    Torch.fx treats torch's own layers like that, but goes by the name of their module. Where a call of the layer does
+    more than this forward pass (a subclass, hooks), and where the layer itself is traced, torch's own forward pass
+    goes into the graph instead.
     """
 
     @wraps(forward)
@@ -155,11 +157,19 @@ def leaf(forward: Callable[P, R]) -> Callable[P, R]:
             proxies = (each for each in (*inputs, *kwargs.values()) if isinstance(each, torch.fx.Proxy))
             proxy = next(proxies, None)
             if proxy is not None and isinstance(tracer := proxy.tracer, torch.fx.Tracer):
-                path = tracer.path_of_module(cast("torch.nn.Module", layer))
-                return cast("R", tracer.create_proxy("call_module", path, tuple(inputs), kwargs))
+                return cast("R", _traced(cast("torch.nn.Module", layer), tracer, inputs, kwargs))
         return forward(*args, **kwargs)
 
     return call
+
+
+def _traced(layer: torch.nn.Module, tracer: torch.fx.Tracer, inputs: list[Any], kwargs: dict[str, Any]) -> Any:
+    descriptor = layer_descriptor(layer)
+    hooks = layer._forward_hooks or layer._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    is_whole = type(layer).forward is descriptor.sparse.forward and "forward" not in vars(layer) and not hooks
+    if is_whole and layer is not tracer.root:
+        return tracer.create_proxy("call_module", tracer.path_of_module(layer), tuple(inputs), kwargs)
+    return descriptor.plain.forward(layer, *inputs, **kwargs)
 
 
 def refuse_script(layer: torch.nn.Module) -> torch.nn.Module:
