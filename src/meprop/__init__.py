@@ -7,7 +7,7 @@ from typing import Any as _Any
 
 from torch import distributed as _distributed
 
-from meprop import errors, functional, nn, optim
+from meprop import errors, functional, nn
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.integrations import quantization as _quantization  # pyright: ignore[reportUnusedImport]  # noqa: F401
@@ -15,10 +15,10 @@ from meprop.ops import backend_info
 from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK
 from meprop.selection import ColumnSelection, RowSelection
 
-if _distributed.is_available():
-    from meprop import distributed as distributed
-
 if _TYPE_CHECKING:
+    from meprop import distributed as distributed
+    from meprop import optim
+    from meprop import pruning as pruning
     from meprop.budgets import share_noise
     from meprop.pruning import Simplifier
     from meprop.schedule import RuleSchedule, anneal
@@ -62,16 +62,17 @@ _LATER = {
     "anneal": "meprop.schedule",
     "share_noise": "meprop.budgets",
 }
+_MODULES_LATER = ("optim", "pruning", *(("distributed",) if _distributed.is_available() else ()))
 
 
 def __getattr__(name: str) -> _Any:
     """Imports what only few programs need when they ask for it: a third of the time that `import meprop` took."""
-    if name == "pruning":
-        return _importlib.import_module("meprop.pruning")
+    if name in _MODULES_LATER:
+        return _importlib.import_module(f"meprop.{name}")
     if name in _LATER:
         return getattr(_importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'meprop' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER, *_MODULES_LATER})
