@@ -65,7 +65,7 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise(setting):
 
 NO_HOME = """
 import os, pwd
-for name in ("HOME", "MEPROP_CACHE", "XDG_CACHE_HOME"): os.environ.pop(name, None)
+for name in ("HOME", "MEPROP_CACHE", "MEPROP_DATA", "XDG_CACHE_HOME"): os.environ.pop(name, None)
 def nobody(uid): raise KeyError(uid)
 pwd.getpwuid = nobody
 """
