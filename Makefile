@@ -43,6 +43,10 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	  tests/ops/test_entries.py::test_native_reads_every_layout \
 	  tests/ops/test_entries.py::test_a_sample_that_misleads_changes_nothing \
 	  tests/ops/test_entries.py::test_the_number_of_threads_changes_no_bit \
+	  tests/ops/test_entries.py::test_one_call_gives_the_bits_of_two \
+	  tests/ops/test_entries.py::test_one_call_reads_every_layout \
+	  tests/ops/test_entries.py::test_one_call_is_the_same_for_any_number_of_threads \
+	  tests/ops/test_entries.py::test_one_call_with_more_entries_than_scratch_is_kept_for \
 	  tests/ops/test_maps.py::test_gradients_are_those_of_the_masked_gradient \
 	  tests/ops/test_maps.py::test_the_number_of_threads_changes_no_bit \
 	  tests/ops/test_maps.py::test_maps_that_do_not_fit_are_refused \

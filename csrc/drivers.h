@@ -125,6 +125,13 @@ struct LinearBackward {
 template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call);
 
+// plan_entries, write_entries and linear_backward in one. `call` says what is to be read and written beside the entries:
+// inputs, weight, x and the gradients. `kept` gets the number of entries. If this is more than the share `ceiling` of
+// all, nothing else is done. With `exact_sum` all rows share the mean of what is left out.
+template <class T>
+Status entries_backward(const Kernels& kernels, Entries<T> entries, bool exact_sum, double ceiling,
+                        LinearBackward<T> call, int64_t* kept);
+
 // The norms [maps] of the maps of grad [maps, positions]. Squares are summed in float64.
 template <class T>
 Status map_norms(const Kernels& kernels, const T* grad, int64_t maps, int64_t positions, float* norms, int threads);

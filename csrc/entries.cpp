@@ -167,7 +167,7 @@ void set_threshold(Entries<T>* all, float threshold) {
 }
 
 // Groups of a matrix, from everywhere in it, one after the other. A matrix of few groups is copied whole.
-constexpr int64_t kSampled = 1024;  // groups, at most twice as many
+constexpr int64_t kSampled = 256;  // groups, at most twice as many
 template <class T>
 struct Sample {
   T* entries;  // [2 * kSampled * kGroup]
@@ -221,7 +221,7 @@ bool valid(const Entries<T>& of) {
 }  // namespace
 
 template <class T>
-EntriesPass<T>::EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_t outputs, bool left_out, int threads)
+EntriesPass<T>::EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_t outputs, int sums, int threads)
     : kernels_(kernels),
       outputs_(outputs),
       tables_(kKeyCounts, threads * kTable),
@@ -229,7 +229,8 @@ EntriesPass<T>::EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_
       samples_(kSamples, threads * 2 * kSampled * kGroup),
       ranges_(kKeyRanges, threads),
       candidates_(kCandidates, threads * (outputs + kScratchPad)),
-      sums_(kLeftOut, left_out ? (std::min(rows / kLeastRowsPerBlock, kRowBlocks) + 1) * outputs : 0) {}
+      blocks_(std::min(rows / kLeastRowsPerBlock, kRowBlocks) + 1),
+      sums_(kLeftOut, sums * blocks_ * outputs) {}
 
 template <class T>
 void EntriesPass<T>::plan(Team team, Entries<T>* all) {
@@ -462,34 +463,47 @@ void EntriesPass<T>::write_row(const Entries<T>& all, int64_t row, T* values, in
     kernels_.largest_entries(row_of(all, row), outputs_, all.cut, all.states[row], to, at, scratch);
 }
 
-// The sums over some rows of what they do not keep.
+// The sums over some rows of the gradient, and of what they do not keep. `columns` may be null.
 template <class T>
-void EntriesPass<T>::add_left_out(const Entries<T>& all, Range rows, const T* values, const int32_t* indices,
-                                  double* sums) const {
-  std::fill_n(sums, outputs_, 0.0);
-  kernels_.add_columns(row_of(all, rows.begin), all.grad.ld, rows.size(), outputs_, sums, nullptr);
-  for (int64_t i = all.starts[rows.begin]; i < all.starts[rows.end]; ++i) sums[indices[i]] -= widened(values[i]);
+void EntriesPass<T>::add_up(const Entries<T>& all, Range rows, const T* values, const int32_t* indices, double* left_out,
+                            double* columns) const {
+  std::fill_n(left_out, outputs_, 0.0);
+  kernels_.add_columns(row_of(all, rows.begin), all.grad.ld, rows.size(), outputs_, left_out, nullptr);
+  if (columns != nullptr) std::copy_n(left_out, outputs_, columns);
+  for (int64_t i = all.starts[rows.begin]; i < all.starts[rows.end]; ++i) left_out[indices[i]] -= widened(values[i]);
+}
+
+// Adds up the sums of all blocks of rows, and divides by `parts`. The order is the same for every number of threads.
+template <class T>
+void EntriesPass<T>::write_sums(Team team, int64_t rows, const double* sums, double parts, T* out) const {
+  const int64_t block = rows_per_block(rows);
+  const Range columns = team.part(outputs_, 16);
+  for (int64_t c = columns.begin; c < columns.end; ++c) {
+    double sum = 0;
+    for (int64_t begin = 0; begin < rows; begin += block) sum += sums[begin / block * outputs_ + c];
+    out[c] = rounded(sum / parts, out);
+  }
 }
 
 template <class T>
-void EntriesPass<T>::write(Team team, const Entries<T>& all, T* values, int32_t* indices, T* left_out) const {
+void EntriesPass<T>::write(Team team, const Entries<T>& all, T* values, int32_t* indices, T* left_out,
+                           T* column_sums) const {
   const int64_t block = rows_per_block(all.rows);
   uint32_t* scratch = candidates_.get() + team.id * (outputs_ + kScratchPad);
+  double* of_columns = column_sums != nullptr ? sums_.get() + blocks_ * outputs_ : nullptr;
   const Range part = team.row_part(all.rows);
   for (int64_t begin = part.begin; begin < part.end; begin += block) {
     const Range rows = {begin, std::min(begin + block, part.end)};
     for (int64_t row = rows.begin; row < rows.end; ++row)
       if (all.starts[row] < all.starts[row + 1]) write_row(all, row, values, indices, scratch);
-    if (left_out != nullptr) add_left_out(all, rows, values, indices, sums_.get() + begin / block * outputs_);
+    const int64_t at = begin / block * outputs_;
+    if (left_out != nullptr)
+      add_up(all, rows, values, indices, sums_.get() + at, of_columns != nullptr ? of_columns + at : nullptr);
   }
   if (left_out == nullptr) return;
   team.wait();
-  const Range columns = team.part(outputs_, 16);
-  for (int64_t c = columns.begin; c < columns.end; ++c) {  // of all blocks: the same for every number of threads
-    double sum = 0;
-    for (int64_t begin = 0; begin < all.rows; begin += block) sum += sums_.get()[begin / block * outputs_ + c];
-    left_out[c] = rounded(sum / static_cast<double>(std::max<int64_t>(all.rows, 1)), left_out);
-  }
+  write_sums(team, all.rows, sums_.get(), static_cast<double>(std::max<int64_t>(all.rows, 1)), left_out);
+  if (column_sums != nullptr) write_sums(team, all.rows, of_columns, 1, column_sums);
 }
 
 template <class T>
@@ -497,7 +511,7 @@ Status plan_entries(const Kernels& kernels, Entries<T>* entries) {
   const TrimAtEnd trim;
   if (!valid(*entries)) return Status::kBadSize;
   const int threads = team_size(entries->threads, entries->rows * entries->outputs, 0);
-  EntriesPass<T> pass(typed<T>(kernels), entries->rows, entries->outputs, false, threads);
+  EntriesPass<T> pass(typed<T>(kernels), entries->rows, entries->outputs, 0, threads);
   if (!pass) return Status::kNoMemory;
   run_team(threads, [&](Team team) { pass.plan(team, entries); });
   return Status::kOk;
@@ -514,10 +528,45 @@ Status write_entries(const Kernels& kernels, const Entries<T>& entries, T* value
   return Status::kOk;
 }
 
+template <class T>
+Status entries_backward(const Kernels& kernels, Entries<T> entries, bool exact_sum, double ceiling,
+                        LinearBackward<T> call, int64_t* kept) {
+  const TrimAtEnd trim;
+  *kept = 0;
+  if (!valid(entries)) return Status::kBadSize;
+  const int64_t rows = entries.rows, outputs = entries.outputs, all = rows * outputs;
+  const int threads = team_size(entries.threads, all, 0);
+  const Scratch<int64_t> starts(kEntryStarts, rows + 1);
+  const Scratch<int32_t> states(kEntryStates, rows);
+  const Scratch<uint32_t> groups(kEntryGroups, draws(entries) ? rows * groups_of(outputs) : 0);
+  const Scratch<T> shared(kEntryShared, exact_sum ? outputs : 0);
+  EntriesPass<T> pass(typed<T>(kernels), rows, outputs, exact_sum ? 2 : 0, threads);
+  if (!starts || !states || !groups || !shared || !pass) return Status::kNoMemory;
+  entries.starts = starts.get(), entries.states = states.get(), entries.groups = groups.get();
+  run_team(threads, [&](Team team) { pass.plan(team, &entries); });
+  *kept = entries.starts[rows];
+  if (static_cast<double>(*kept) / static_cast<double>(std::max<int64_t>(all, 1)) > ceiling) return Status::kOk;
+
+  const Scratch<T> values(kEntryValues, *kept);
+  const Scratch<int32_t> indices(kEntryIndices, *kept);
+  if (!values || !indices) return Status::kNoMemory;
+  T* left_out = exact_sum ? shared.get() : nullptr;
+  T* column_sums = exact_sum ? call.grad_bias : nullptr;
+  run_team(threads, [&](Team team) { pass.write(team, entries, values.get(), indices.get(), left_out, column_sums); });
+  call.scope = Scope::kRows, call.select = false, call.k = 0, call.blocks = 1;
+  call.rows = rows, call.outputs = outputs, call.grad = entries.grad;
+  call.starts = entries.starts, call.entries = *kept, call.values = values.get(), call.indices = indices.get();
+  call.shared = left_out;
+  call.hits = nullptr, call.weight_rows_only = false, call.threads = entries.threads;
+  if (column_sums != nullptr) call.grad_bias = nullptr;  // it is written
+  return linear_backward(kernels, call);
+}
+
 #define MEPROP_INSTANTIATE(T)                                       \
   template class EntriesPass<T>;                                    \
   template Status plan_entries(const Kernels&, Entries<T>*);        \
-  template Status write_entries(const Kernels&, const Entries<T>&, T*, int32_t*, T*);
+  template Status write_entries(const Kernels&, const Entries<T>&, T*, int32_t*, T*); \
+  template Status entries_backward(const Kernels&, Entries<T>, bool, double, LinearBackward<T>, int64_t*);
 MEPROP_INSTANTIATE(float)
 MEPROP_INSTANTIATE(Bf16)
 

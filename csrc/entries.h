@@ -14,17 +14,19 @@ namespace meprop {
 template <class T>
 class EntriesPass {
  public:
-  // `left_out` is whether write is asked for what is left out.
-  EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_t outputs, bool left_out, int threads);
+  // `sums` is how many sums over the rows write is asked for: 0, 1 for what is left out, or 2.
+  EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_t outputs, int sums, int threads);
 
   explicit operator bool() const { return tables_ && parts_ && samples_ && ranges_ && candidates_ && sums_; }
 
   // Every thread, with the same entries. Does what plan_entries does. All threads are done when it returns.
   void plan(Team team, Entries<T>* entries);
 
-  // Every thread, with the same planned entries. Does what write_entries does. The entries of team.row_part are written
-  // when it returns. All others, and what is left out, are so after a wait.
-  void write(Team team, const Entries<T>& entries, T* values, int32_t* indices, T* left_out) const;
+  // Every thread, with the same planned entries. Does what write_entries does. If `column_sums` [outputs] is not null, it
+  // gets the sums over the rows of the gradient, and left_out is not null either. The entries of team.row_part are written
+  // when it returns. All others, and the sums, are so after a wait.
+  void write(Team team, const Entries<T>& entries, T* values, int32_t* indices, T* left_out,
+             T* column_sums = nullptr) const;
 
  private:
   // The key of the entry that is the `count`-th largest by half a key, and how many entries of this half are kept.
@@ -46,7 +48,9 @@ class EntriesPass {
   DrawSums sum_rows(Team team, const Entries<T>& all, DrawSums* sums) const;
   void draw_rows(Team team, Entries<T>* all);
   void write_row(const Entries<T>& all, int64_t row, T* values, int32_t* indices, uint32_t* scratch) const;
-  void add_left_out(const Entries<T>& all, Range rows, const T* values, const int32_t* indices, double* sums) const;
+  void add_up(const Entries<T>& all, Range rows, const T* values, const int32_t* indices, double* left_out,
+              double* columns) const;
+  void write_sums(Team team, int64_t rows, const double* sums, double parts, T* out) const;
 
   const TypedKernels<T>& kernels_;
   int64_t outputs_;
@@ -55,6 +59,7 @@ class EntriesPass {
   Scratch<T> samples_;
   Scratch<KeyRange> ranges_;
   Scratch<uint32_t> candidates_;
+  int64_t blocks_;
   Scratch<double> sums_;
   uint32_t first_ = 1, most_ = 0;
   int64_t table_ = 0;

@@ -21,13 +21,13 @@ class EntriesOfSteps {
         width_(outputs_ / blocks_),
         capacity_(used_ ? walk.rows() * outputs_ : 0),
         pass_(kernels.f32, walk.batch(), used_ ? width_ : 0, shares(), used_ ? threads : 0),
-        block_starts_(kStepStarts, blocks_ * (walk.batch() + 1)),
-        states_(kStepStates, blocks_ * walk.batch()),
-        groups_(kStepGroups, walk.batch() * groups_of(width_)),
+        block_starts_(kEntryStarts, blocks_ * (walk.batch() + 1)),
+        states_(kEntryStates, blocks_ * walk.batch()),
+        groups_(kEntryGroups, walk.batch() * groups_of(width_)),
         starts_(kRowStarts, walk.rows() + 1),
-        shared_(kStepShared, shares() ? walk.steps() * outputs_ : 0),
-        block_values_(kBlockValues, blocks_ > 1 ? walk.batch() * outputs_ : 0),
-        block_indices_(kBlockIndices, blocks_ > 1 ? walk.batch() * outputs_ : 0) {
+        shared_(kEntryShared, shares() ? walk.steps() * outputs_ : 0),
+        block_values_(kEntryValues, blocks_ > 1 ? walk.batch() * outputs_ : 0),
+        block_indices_(kEntryIndices, blocks_ > 1 ? walk.batch() * outputs_ : 0) {
     if (starts_) starts_.get()[walk.reverse() ? 0 : walk.rows()] = walk.reverse() ? 0 : capacity_;
   }
 

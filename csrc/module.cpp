@@ -225,6 +225,33 @@ PyObject* py_write_entries(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 template <class T>
+Status backward_with_entries(const int64_t* a, double share, double ceiling) {
+  Entries<T> entries = {};
+  entries.keep = static_cast<Keep>(a[0]);
+  entries.count = a[1], entries.share = share, entries.key = static_cast<uint64_t>(a[2]);
+  entries.rows = a[4], entries.outputs = a[5];
+  entries.grad = {address<const T>(a[6]), a[7]};
+  entries.threads = thread_count(a[17]);
+  LinearBackward<T> call = {};
+  call.inputs = a[8];
+  call.weight = {address<const T>(a[9]), a[10]};
+  call.x = {address<const T>(a[11]), a[12]};
+  call.grad_input = address<T>(a[13]), call.grad_weight = address<T>(a[14]), call.grad_bias = address<T>(a[15]);
+  return entries_backward(*active, entries, a[3] != 0, ceiling, call, address<int64_t>(a[16]));
+}
+
+PyObject* py_entries_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[19];
+  double f[2];
+  if (!read_numbers(args, given, 19, 2, a, f) || !valid_codes(a)) return nullptr;
+  Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = (a[0] == kFloat32 ? backward_with_entries<float> : backward_with_entries<Bf16>)(a + 1, f[0], f[1]);
+  Py_END_ALLOW_THREADS;
+  return finish(status);
+}
+
+template <class T>
 Status norms(const int64_t* a) {
   return map_norms<T>(*active, address<const T>(a[0]), a[1], a[2], address<float>(a[3]), thread_count(a[4]));
 }
@@ -423,6 +450,9 @@ PyMethodDef methods[] = {
     {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,
      "linear_backward(dtype, scope, k, blocks, select, values, indices, starts, entries, shared, rows, outputs, grad, "
      "grad_ld, inputs, weight, weight_ld, x, x_ld, grad_input, grad_weight, grad_bias, weight_rows_only, hits, threads)"},
+    {"entries_backward", as_method(py_entries_backward), METH_FASTCALL,
+     "entries_backward(dtype, keep, count, key, exact_sum, rows, outputs, grad, grad_ld, inputs, weight, weight_ld, x, x_ld, "
+     "grad_input, grad_weight, grad_bias, kept, threads, share, ceiling)"},
     {"map_norms", as_method(py_map_norms), METH_FASTCALL, "map_norms(dtype, grad, maps, positions, norms, threads)"},
     {"maps_backward", as_method(py_maps_backward), METH_FASTCALL,
      "maps_backward(dtype, images, inputs, outputs, size, output, kernel, stride, padding, dilation (two of each), grad, "

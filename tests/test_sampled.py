@@ -185,8 +185,8 @@ def test_training_with_rows_left_out_is_training_with_zeros_in_them():
 
 @pytest.mark.parametrize("when", ["auto", "always"])
 def test_a_rule_that_keeps_everything_for_long_is_asked_now_and_then(when, monkeypatch):
-    asked, select = [], meprop.Sampled.select
-    monkeypatch.setattr(meprop.Sampled, "select", lambda self, grad: asked.append(1) or select(self, grad))
+    asked, as_entries = [], meprop.Sampled.as_entries
+    monkeypatch.setattr(meprop.Sampled, "as_entries", lambda *args: asked.append(1) or as_entries(*args))
     monkeypatch.setattr(speed, "decide", lambda *_: speed.Decision(True, 20, 2.0, 1.0))
     model = torch.nn.Sequential(torch.nn.Linear(5, 200))
     meprop.convert(model, meprop.Sampled(noise=0.25), when=when)

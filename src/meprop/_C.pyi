@@ -90,6 +90,30 @@ def linear_backward(
     threads: int,
     /,
 ) -> None: ...
+def entries_backward(
+    dtype: int,
+    keep: int,
+    count: int,
+    key: int,
+    exact_sum: int,
+    rows: int,
+    outputs: int,
+    grad: int,
+    grad_ld: int,
+    inputs: int,
+    weight: int,
+    weight_ld: int,
+    x: int,
+    x_ld: int,
+    grad_input: int,
+    grad_weight: int,
+    grad_bias: int,
+    kept: int,
+    threads: int,
+    share: float,
+    ceiling: float,
+    /,
+) -> None: ...
 def map_norms(dtype: int, grad: int, maps: int, positions: int, norms: int, threads: int, /) -> None: ...
 def maps_backward(
     dtype: int,

@@ -272,11 +272,14 @@ class Policy:
             entries = selection.rows * selection.width
             self._note(round(selection.density * entries), entries, is_everything(selection))
 
+    def note_kept(self, kept: int, grad_NO: Tensor) -> None:
+        """Notes how many entries of an output gradient [N, O] a backward pass kept."""
+        if self._notes:
+            self._note(kept, grad_NO.numel(), kept == grad_NO.numel())
+
     def note_topk(self, choice: PlainTopK, grad_NO: Tensor) -> None:
         """Notes a top-k of one of two products. That of both is known before, and is not noted."""
-        if self._notes:
-            kept = len(grad_NO) * choice.k * choice.blocks
-            self._note(kept, grad_NO.numel(), kept == grad_NO.numel())
+        self.note_kept(len(grad_NO) * choice.k * choice.blocks, grad_NO)
 
     @property
     def _notes(self) -> bool:

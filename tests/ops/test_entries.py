@@ -101,6 +101,91 @@ def test_the_number_of_threads_changes_no_bit(kind):
         assert torch.equal(each.shared, found[0].shared)
 
 
+# ---------------------------------------------------------------- chosen and multiplied with in one call
+
+
+WANTED = {"everything": (True, True, True), "weight and bias": (False, True, True), "input": (True, False, False)}
+
+
+def assert_one_call_is_two(grad, weight, x, needs_bias, entries) -> None:
+    """The one native call must give the bits of the selection's own products, and how many entries it has."""
+    gradients, kept = ops.entries_backward(entries, grad, weight, x, needs_bias)
+    selection = ops.keep_entries(grad, entries)
+    assert int(kept) == selection.values.numel()
+    for found, expected in zip(gradients, ops.backward_with(selection, grad, weight, x, needs_bias), strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_one_call_gives_the_bits_of_two(level, poisoned, dtype, kind, wanted):
+    needs_input, needs_weight, needs_bias = WANTED[wanted]
+    for number, ((rows, width, k), content) in enumerate(itertools.product(SELECTIONS, GRADIENTS)):
+        if number % 5 != KINDS.index(kind) % 5:
+            continue
+        grad = gradient(content, rows, width, dtype)
+        weight = gradient("normal", width, 35, dtype, seed=1) if needs_input else None
+        x = gradient("normal", rows, 35, dtype, seed=2) if needs_weight else None
+        entries = described(k)[kind]._replace(exact_sum=number % 2 == 0)
+        for ceiling in (1.0, 0.3):
+            assert_one_call_is_two(grad, weight, x, needs_bias, entries._replace(ceiling=ceiling))
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_call_reads_every_layout(layout):
+    grad = gradient("normal", 9, 257, torch.float32)
+    grad = grad[:1].expand(9, 257) if layout == "rows on top of one another" else grad
+    weight, x = gradient("normal", 257, 33, torch.float32), gradient("normal", 9, 33, torch.float32)
+    for entries in described(20).values():
+        assert_one_call_is_two(LAYOUTS[layout](grad), weight, x, True, entries._replace(exact_sum=True))
+
+
+@needs_native
+def test_one_call_is_the_same_for_any_number_of_threads(threads):
+    grad = gradient("rows of all scales", 300, 257, torch.float32)
+    weight, x = gradient("normal", 257, 133, torch.float32), gradient("normal", 300, 133, torch.float32)
+    found = []
+    for number in (1, 2, 3, 7):
+        torch.set_num_threads(number)
+        gradients, _ = ops.entries_backward(described(20)["noise"]._replace(exact_sum=True), grad, weight, x, True)
+        found.append(gradients)
+    assert all(torch.equal(*pair) for each in found[1:] for pair in zip(each, found[0], strict=True))
+
+
+@needs_native
+def test_one_call_with_more_entries_than_scratch_is_kept_for():
+    grad = gradient("normal", 1100, 1000, torch.float32)
+    weight, x = gradient("normal", 1000, 3, torch.float32), gradient("normal", 1100, 3, torch.float32)
+    for entries in (Entries("largest", 990, exact_sum=True), Entries("noise", 990, 0.1, True, KEY)):
+        assert_one_call_is_two(grad, weight, x, True, entries)
+
+
+def test_one_call_is_the_reference_in_float64():
+    grad, weight = gradient("normal", 33, 65, torch.float64), gradient("normal", 65, 7, torch.float64)
+    x = gradient("normal", 33, 7, torch.float64, seed=3)
+    for entries in described(5).values():
+        kept = ops.keep_entries(grad, entries).to_dense()
+        (of_input, of_weight, of_bias), _ = ops.entries_backward(entries, grad, weight, x, True)
+        torch.testing.assert_close(of_input, kept @ weight)
+        torch.testing.assert_close(of_weight, kept.t() @ x)
+        torch.testing.assert_close(of_bias, grad.sum(dim=0))
+
+
+@needs_native
+@pytest.mark.parametrize("wrong", ["weight", "input"])
+def test_one_call_refuses_shapes_that_do_not_go_together(wrong):
+    shapes = {"grad": (4, 17), "weight": (17, 3), "input": (4, 3)} | {wrong: (5, 3)}
+    grad, weight, x = (torch.randn(shape) for shape in shapes.values())
+    for run in (ops.entries_backward, ops.entries_backward.literally):
+        with pytest.raises(ValueError, match="does not go with"):
+            run(described(2)["noise"], grad, weight, x, True)
+
+
 def _one_row(grad):
     grad[:-1] *= 1e-6
 

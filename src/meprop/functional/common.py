@@ -126,8 +126,13 @@ def _backward_by(
             policy.note(everything(grad_NO))
         return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
     width, hits = grad_NO.shape[1], None
-    if needs_known_shapes(grad_NO) and (entries := rule.as_entries(width, grad_NO.device)) is not None:
-        return ops.entries_backward(entries, grad_NO, weight, x_NI, needs_bias)
+    in_graph = needs_known_shapes(grad_NO)
+    needs_no_selection = in_graph or (activity is None and not policy.sparse_grad)
+    if needs_no_selection and (entries := rule.as_entries(width, grad_NO.device)) is not None:
+        gradients, kept = ops.entries_backward(entries, grad_NO, weight, x_NI, needs_bias)
+        if not in_graph:
+            policy.note_kept(int(kept), grad_NO)
+        return gradients
     choice = rule.as_topk(width)
     if choice is None or (activity is not None and positions > 1):  # counting an example once needs a selection
         choice = rule.select(grad_NO)

@@ -30,8 +30,6 @@ from meprop.selection import ColumnSelection, Entries, RowSelection, Selection, 
 _Found = tuple[Tensor, Tensor, Tensor, Tensor]
 """Values [E], indices [E], starts [N + 1], and what all rows share [O], or [0] if they share nothing."""
 
-KEEP_CODES = {"largest": 0, "energy": 1, "noise": 2, "drawn": 3}
-
 
 def _fake_entries(grad: Tensor, *_: object) -> _Found:
     entries = torch.library.get_ctx().new_dynamic_size()
@@ -131,7 +129,7 @@ def _native_choose_entries(grad: Tensor, entries: Entries) -> _Found:
     groups = torch.empty(rows * -(-width // GROUP) if entries.key is not None else 0, dtype=torch.int32)
     key = 0 if entries.key is None else int(entries.key)
     arguments = (
-        *(native.DTYPE_CODES[dtype], KEEP_CODES[entries.keep], rows, width, grad.data_ptr(), grad.stride(0)),
+        *(native.DTYPE_CODES[dtype], native.KEEP_CODES[entries.keep], rows, width, grad.data_ptr(), grad.stride(0)),
         *(min(entries.k, width) * rows, key, starts.data_ptr(), states.data_ptr(), groups.data_ptr()),
         torch.get_num_threads(),
     )

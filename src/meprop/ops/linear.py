@@ -24,6 +24,7 @@ from meprop.ops.products import (
     grad_weight_rows,
     native_declines_selection,
     native_products,
+    native_products_of_entries,
     refuse_row_sparse,
     row_sparse_tensor,
 )
@@ -134,7 +135,7 @@ def _native_declines(
 native.backend.implements(linear_backward, _native_declines)(native_products)
 
 
-# ---------------------------------------------------------------- entries of the whole gradient, for torch.compile
+# ---------------------------------------------------------------- entries of the whole gradient
 
 
 def _flat_entries(
@@ -152,31 +153,33 @@ def _whole_entries(
 
 def _fake_entries_backward(
     grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, width), nothing = grad.shape, grad.new_empty(0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = grad.shape
     return (
-        nothing if weight is None else weight.new_empty(rows, weight.shape[1]),
+        grad.new_empty(0) if weight is None else weight.new_empty(rows, weight.shape[1]),
         grad.new_empty(0) if x is None else x.new_empty(width, x.shape[1]),
         grad.new_empty(width if needs_bias else 0),
+        grad.new_empty((), dtype=torch.int64),
     )
 
 
 def _wanted(
-    found: tuple[Tensor, Tensor, Tensor],
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
     _entries: Entries,
     _grad: Tensor,
     weight: Tensor | None,
     x: Tensor | None,
     needs_bias: bool,
-) -> Gradients:
-    of_input, of_weight, of_bias = found
-    return None if weight is None else of_input, None if x is None else of_weight, of_bias if needs_bias else None
+) -> tuple[Gradients, Tensor]:
+    of_input, of_weight, of_bias, kept = found
+    wanted = None if weight is None else of_input, None if x is None else of_weight, of_bias if needs_bias else None
+    return wanted, kept
 
 
 @operation(
     operator=Operator(
         "(Tensor grad, Tensor? weight, Tensor? x, bool needs_bias, str keep, int k, float share, bool exact_sum, "
-        "Tensor? key, float ceiling) -> (Tensor, Tensor, Tensor)",
+        "Tensor? key, float ceiling) -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_entries_backward,
         _flat_entries,
         _whole_entries,
@@ -189,10 +192,40 @@ def entries_backward(
 ) -> tuple[Tensor, ...]:
     """`linear_backward` with `keep_entries`, in one operation whose results have shapes that are known before.
 
-    An implementation returns an empty tensor for a gradient that is not wanted.
+    Args:
+        entries: What is kept of the output gradient.
+        grad: The whole output gradient [N, O].
+        weight: Weight [O, I] if the input's gradient is wanted, else None.
+        x: Input [N, I] if the weight's gradient is wanted, else None.
+        needs_bias: Whether the bias's gradient is wanted. It is the sum of the whole grad.
+
+    Returns:
+        The gradients of `linear_backward`, and how many entries are kept, int64 []. An implementation returns four
+        tensors, an empty one for a gradient that is not wanted.
     """
-    gradients = backward_with(keep_entries(grad, entries), grad, weight, x, needs_bias)
-    return tuple(grad.new_empty(0) if each is None else each for each in gradients)
+    selection = keep_entries(grad, entries)
+    return _all_tensors(backward_with(selection, grad, weight, x, needs_bias), grad, selection.values.numel())
+
+
+def _all_tensors(gradients: Gradients, grad: Tensor, kept: int | Tensor) -> tuple[Tensor, ...]:
+    return *(grad.new_empty(0) if each is None else each for each in gradients), torch.as_tensor(kept)
+
+
+def _native_declines_entries(
+    entries: Entries, grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool
+) -> str | None:
+    del entries, needs_bias
+    return native.declines(grad, weight, x)
+
+
+@native.backend.implements(entries_backward, _native_declines_entries)
+def _native_entries_backward(
+    entries: Entries, grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, ...]:
+    gradients, kept = native_products_of_entries(entries, grad, weight, x, needs_bias)
+    if int(kept) / max(1, grad.numel()) > entries.ceiling:  # as native code has it
+        gradients, kept = dense_backward(grad, weight, x, needs_bias), grad.numel()
+    return _all_tensors(gradients, grad, kept)
 
 
 def backward_with(

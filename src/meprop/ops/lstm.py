@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meprop.ops import native
-from meprop.ops.entries import KEEP_CODES, choose_entries
+from meprop.ops.entries import choose_entries
 from meprop.ops.products import count_hits_of_blocks
 from meprop.ops.registry import operation
 from meprop.ops.steps import (
@@ -311,7 +311,7 @@ def _native_entries(choice: PlainTopK | Entries, kept: Tensor) -> tuple[int | fl
     key = 0 if choice.key is None else int(choice.key)
     return (
         choice.key is None,
-        KEEP_CODES[choice.keep],
+        native.KEEP_CODES[choice.keep],
         key,
         choice.exact_sum,
         kept.data_ptr(),

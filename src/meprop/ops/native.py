@@ -20,6 +20,7 @@ from meprop.ops.registry import PLAIN, Backend, register
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 SCOPE_CODES = {"example": 0, "batch": 1}
+KEEP_CODES = {"largest": 0, "energy": 1, "noise": 2, "drawn": 3}
 FLOAT32, BFLOAT16, INT32, INT64 = ((dtype,) for dtype in (torch.float32, torch.bfloat16, torch.int32, torch.int64))
 
 _INSIDE_A_TRANSFORM = "native kernels read memory, which tensors inside of torch.func transforms do not have"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meprop.ops import native
 from meprop.ops.registry import Operator, operation
-from meprop.selection import ColumnSelection, PlainTopK, RowSelection, Selection
+from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection, Selection
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """The gradients of input, weight and bias. A gradient that is not wanted is None."""
@@ -299,6 +299,56 @@ def native_products(
     else:
         rows, width, dtype, arguments, tensors = _of_selection(choice)
         grad = grad if needs_bias else None
+    if hits is not None and hits.shape != (width,):  # it would be written beyond its end
+        raise _misfit(rows, width, {"hits": hits})
+    addresses, gradients, _alive = _operands(
+        rows, width, dtype, grad, weight, x, needs_bias, len(tensors[1]) if row_sparse else width
+    )
+    native.extension().linear_backward(
+        *(native.DTYPE_CODES[dtype], *arguments, *addresses, row_sparse, native.address(hits)),
+        torch.get_num_threads(),
+    )
+    of_input, of_weight, of_bias = gradients
+    if row_sparse and of_weight is not None:
+        of_weight = row_sparse_tensor(tensors[1], of_weight, width)
+    return of_input, of_weight, of_bias
+
+
+def native_products_of_entries(
+    entries: Entries, grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool
+) -> tuple[Gradients, Tensor]:
+    """One native call that chooses the entries, and makes the gradients that are wanted.
+
+    Returns:
+        The gradients, and the number of entries, int64 []. The gradients are not computed if this is more than the
+        ceiling allows.
+    """
+    (rows, width), dtype = grad.shape, grad.dtype
+    addresses, gradients, _alive = _operands(rows, width, dtype, grad, weight, x, needs_bias, width)
+    kept = torch.empty((), dtype=torch.int64)
+    key = 0 if entries.key is None else int(entries.key)
+    native.extension().entries_backward(
+        *(native.DTYPE_CODES[dtype], native.KEEP_CODES[entries.keep], min(entries.k, width) * rows, key),
+        *(entries.exact_sum, *addresses, kept.data_ptr(), torch.get_num_threads(), entries.share, entries.ceiling),
+    )
+    return gradients, kept
+
+
+def _operands(
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    grad: Tensor | None,
+    weight: Tensor | None,
+    x: Tensor | None,
+    needs_bias: bool,
+    weight_rows: int,
+) -> tuple[tuple[int, ...], Gradients, tuple[Tensor | None, ...]]:
+    """The arguments of a native call from `rows` to `grad_bias`, the gradients, and tensors that have to live as long.
+
+    Raises:
+        ValueError: The shapes do not fit. A tensor would be read or written beyond its end.
+    """
     fits, of_input, of_weight = True, None, None
     inputs = grad_at = grad_ld = weight_at = weight_ld = x_at = x_ld = of_input_at = of_weight_at = 0
     if grad is not None:
@@ -314,23 +364,15 @@ def native_products(
     if x is not None:
         x = native.readable(x, dtype)
         examples, columns = x.shape
-        of_weight = torch.empty((tensors[1].shape[0] if row_sparse else width, columns), dtype=dtype)
+        of_weight = torch.empty((weight_rows, columns), dtype=dtype)
         x_at, x_ld, of_weight_at = x.data_ptr(), x.stride(0), of_weight.data_ptr()
         fits = fits and examples == rows and (weight is None or columns == inputs)
         inputs = columns
     of_bias = torch.empty(width, dtype=dtype) if needs_bias else None
-    if not fits or (hits is not None and hits.shape != (width,)):  # a tensor would be read or written beyond its end
-        raise _misfit(rows, width, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
-    native.extension().linear_backward(
-        native.DTYPE_CODES[dtype],
-        *arguments,
-        *(rows, width, grad_at, grad_ld, inputs, weight_at, weight_ld, x_at, x_ld),
-        *(of_input_at, of_weight_at, native.address(of_bias), row_sparse, native.address(hits)),
-        torch.get_num_threads(),
-    )
-    if row_sparse and of_weight is not None:
-        of_weight = row_sparse_tensor(tensors[1], of_weight, width)
-    return of_input, of_weight, of_bias
+    if not fits:
+        raise _misfit(rows, width, {"output gradient": grad, "weight": weight, "input": x})
+    addresses = (rows, width, grad_at, grad_ld, inputs, weight_at, weight_ld, x_at, x_ld, of_input_at, of_weight_at)
+    return (*addresses, native.address(of_bias)), (of_input, of_weight, of_bias), (grad, weight, x)
 
 
 def _misfit(rows: int, width: int, tensors: dict[str, Tensor | None]) -> ValueError:

@@ -28,7 +28,7 @@ _NEWTON_STEPS = 8  # before the interval is halved
 _LARGEST_STEP = 1 << 16  # squares vanish below a much larger threshold
 _LEAST_STEP = 1 / ONE  # below a threshold where the probabilities vanish, nothing is certain from this part of it on
 _MOST_STEPS = 256  # more than it takes to double the least threshold up to the largest
-_SAMPLED = 1024  # groups in a sample, at most twice as many
+_SAMPLED = 256  # groups in a sample, at most twice as many
 
 
 def keys_of(grad: Tensor) -> Tensor:

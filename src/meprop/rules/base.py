@@ -117,7 +117,7 @@ class Rule(ABC):
         return False
 
     def as_entries(self, features: int, device: torch.device) -> Entries | None:
-        """The entries of a whole gradient that equal `select`, which `torch.compile` then keeps in one call.
+        """The entries of a whole gradient that equal `select`, so that one call of `ops` chooses and multiplies.
 
         None if there are none, as with rules that choose rows or columns. Random numbers are drawn on the device.
         """
