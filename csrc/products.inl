@@ -27,6 +27,9 @@ struct Line<float> {
   };
   static Entries load(const float* from) { return {as_float(load_words(from))}; }
 
+  // For several products: not read from memory by each of them.
+  static Entries load_once(const float* from) { return {in_register(load(from).all)}; }
+
   F32 all = zero();
   void begin_with(const float* sums) { all = as_float(load_words(sums)); }
   void scale(F32 factor) { all = multiply(factor, all); }
@@ -45,6 +48,8 @@ struct Line<Bf16> {
     const U32 words = load_words(from);
     return {as_float(up_16(words)), as_float(both(words, splat(0xffff0000u)))};
   }
+
+  static Entries load_once(const Bf16* from) { return load(from); }
 
   F32 even = zero(), odd = zero();
   void begin_with(const float* sums) {
@@ -182,11 +187,11 @@ inline void dense_rows(const T* source, int64_t source_ld, int64_t depth, const 
     for (int r = 0; r < Rows; ++r) sums[r] = first.of_row(r);
   }
   for (int64_t d = 0; d < depth; ++d, source += source_ld, coefficients += depth_stride) {
-    typename Line<T>::Entries entries[kPanelLines];
-    for (int i = 0; i < kPanelLines; ++i) entries[i] = Line<T>::load(source + i * Line<T>::kEntries);
-    for (int r = 0; r < Rows; ++r) {
-      const F32 factor = broadcast(to_float(coefficients[r * row_stride]));
-      for (int i = 0; i < kPanelLines; ++i) sums[r].lines[i].add_product(factor, entries[i]);
+    F32 factors[Rows];
+    for (int r = 0; r < Rows; ++r) factors[r] = broadcast(to_float(coefficients[r * row_stride]));
+    for (int i = 0; i < kPanelLines; ++i) {
+      const auto entries = Line<T>::load_once(source + i * Line<T>::kEntries);
+      for (int r = 0; r < Rows; ++r) sums[r].lines[i].add_product(factors[r], entries);
     }
   }
   for (int r = 0; r < Rows; ++r) sums[r].store(out + r * out_ld, width);

@@ -1,7 +1,7 @@
 // Vectors of eight lanes for AVX2 with FMA and BMI.
 
 constexpr int kLanes = 8;
-constexpr int kSumRegisters = 8;  // the number of the 16 vector registers that hold sums
+constexpr int kSumRegisters = 12;  // the number of the 16 vector registers that hold sums
 using U32 = __m256i;
 using F32 = __m256;
 
@@ -70,6 +70,11 @@ inline U32 where_less(U32 a, U32 b, U32 then, U32 otherwise) {
 
 inline F32 zero() { return _mm256_setzero_ps(); }
 inline F32 as_float(U32 bits) { return _mm256_castsi256_ps(bits); }
+// A vector that the compiler must have in a register.
+inline F32 in_register(F32 a) {
+  __asm__("" : "+x"(a));
+  return a;
+}
 inline F32 broadcast(float value) { return _mm256_set1_ps(value); }
 inline U32 as_bits(F32 a) { return _mm256_castps_si256(a); }
 // To the nearest integer, ties to even.

@@ -49,6 +49,11 @@ inline U32 where_less(U32 a, U32 b, U32 then, U32 otherwise) {
 
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 as_float(U32 bits) { return _mm512_castsi512_ps(bits); }
+// A vector that the compiler must have in a register.
+inline F32 in_register(F32 a) {
+  __asm__("" : "+v"(a));
+  return a;
+}
 inline F32 broadcast(float value) { return _mm512_set1_ps(value); }
 inline U32 as_bits(F32 a) { return _mm512_castps_si512(a); }
 // To the nearest integer, ties to even.

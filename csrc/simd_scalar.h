@@ -44,6 +44,7 @@ inline U32 sums_so_far(U32 a) { return a; }
 inline U32 where_less(U32 a, U32 b, U32 then, U32 otherwise) { return a < b ? then : otherwise; }
 
 inline F32 zero() { return 0; }
+inline F32 in_register(F32 a) { return a; }
 inline F32 broadcast(float value) { return value; }
 inline F32 as_float(U32 bits) {
   F32 value;
