@@ -133,10 +133,28 @@ def test_packed_sequences_through_an_lstm():
     assert rows["lstm"].layer.kind == "LSTM"
 
 
-def test_unified_selection_is_timed_too():
-    found = run(TinyTask(), dataclasses.replace(TRAINING, scope="batch"))
+@pytest.mark.parametrize("options", [{"scope": "batch"}, {"scope": "global"}, {"noise": 0.25}, {"noise": 3.0}])
+def test_other_selections_are_checked_and_timed_too(options):
+    found = run(TinyTask(), dataclasses.replace(TRAINING, **options))
     assert found.wrong == []
     assert found.layers[0].ratio is not None
+    assert 0 < found.layers[0].layer.density <= 1  # by the gradient, where it is not k
+
+
+def test_a_wrong_draw_is_found(monkeypatch):
+    select = layers.oracle.select
+    monkeypatch.setattr(layers.oracle, "select", lambda _, grad_NO: select(meprop.Sampled(noise=0.3), grad_NO))
+    found = run(TinyTask(), dataclasses.replace(TRAINING, noise=0.1))
+    assert "differ from the oracle's" in found.layers[0].wrong
+
+
+def test_the_noise_is_an_option_and_is_on_the_page():
+    Path("page.md").write_text("\n".join(pages.markers("bench layers tiny")))
+    assert bench("--noise", "0.5", "--page", "page.md") == 0
+    assert result()["config"]["noise"] == 0.5
+    page = Path("page.md").read_text()
+    assert "noise = 0.5" in page
+    assert "k = " not in page
 
 
 @pytest.mark.parametrize(("position", "name"), [(1, "weight"), (2, "bias")])

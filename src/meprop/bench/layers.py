@@ -96,7 +96,8 @@ def run(
     meter = DisturbanceMeter()
     dense = Trainer(task, training, None, SEED)
     dense.advance(min(steps, task.steps_per_epoch))
-    sparse = Trainer(task, training, training.rule(), SEED)
+    rule = _rule(training)
+    sparse = Trainer(task, training, rule, SEED)
     sparse.load_state_dict(copy.deepcopy(dense.state_dict()))
     recorded = list(islice(task.train_batches(torch.Generator().manual_seed(SEED)), batches))
 
@@ -111,12 +112,14 @@ def run(
         name: str, sides: dict[str, Callable[[], object]], layer: LayerReport | None, examples: float | None
     ) -> None:
         times = {side: _per_batch(spent, len(recorded)) for side, spent in interleaved(sides, seconds).items()}
+        if layer is not None:  # a rule whose density follows the gradient has kept something by now
+            layer = next(each for each in meprop.report(sparse.model).layers if each.name == name)
         rows.append(Comparison(name, layer, examples, None, times, Ratio.of(times["dense"], times["sparse"])))
         after(rows[-1])
 
     together: dict[str, list[_Backward]] = {"dense": [], "sparse": []}
     for name, layer in layers.items():
-        wrong = _wrong(*modules[name], calls[name], meprop.TopK(training.k, training.scope))
+        wrong = _wrong(*modules[name], calls[name], rule)
         if wrong is not None:
             rows.append(Comparison(name, layer, wrong=wrong))
             after(rows[-1])
@@ -131,6 +134,12 @@ def run(
         trainers = {"dense": dense, "sparse": sparse}
         add("whole step", {side: _steps(task, trainer, recorded) for side, trainer in trainers.items()}, None, None)
     return LayersBench.of(f"bench-layers-{task.name}", config, meter, rows)
+
+
+def _rule(training: TrainingConfig) -> meprop.TopK | meprop.Sampled:
+    rule = training.rule() if training.noise is None else training.rule("sampled")
+    assert isinstance(rule, (meprop.TopK, meprop.Sampled))
+    return rule
 
 
 def _per_batch(times: Times, batches: int) -> Times:
@@ -254,7 +263,9 @@ def _all(passes: Sequence[_Backward]) -> Callable[[], object]:
 # ---------------------------------------------------------------- is it right?
 
 
-def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: meprop.TopK) -> str | None:
+def _wrong(
+    dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: meprop.TopK | meprop.Sampled
+) -> str | None:
     """What is wrong with a sparse layer; None if nothing is."""
     for call in calls:
         outputs = [_tensors(layer.eval()(*call.args, **call.kwargs)) for layer in (dense, sparse)]
@@ -262,16 +273,23 @@ def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: me
             layer.train()
         if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*outputs, strict=True)):
             return "its output differs from the dense layer's"
-        backward = _backward(sparse, [call])
-        (gradients,) = backward()
+        graph = _backward(sparse, [call])
+
+        def backward(graph: _Backward = graph) -> _Gradients:
+            torch.manual_seed(SEED)  # a rule that draws draws the same each time
+            return graph()[0]
+
+        gradients = backward()
         if not all(gradient.isfinite().all() for gradient in gradients.values()):
             return "a gradient is not finite"
-        found = oracle.varies(lambda backward=backward: backward()[0], gradients)
+        found = oracle.varies(backward, gradients)
         if found is None and isinstance(sparse, nn.Linear):
             (grad,), (x,) = call.grads.values(), call.inputs
             grad_NO, x_NI = grad.flatten(0, -2), x.flatten(0, -2)
+            torch.manual_seed(SEED)
             selection = oracle.select(rule, grad_NO)
             flat = {name: tensor.flatten(0, -2) if name == "input" else tensor for name, tensor in gradients.items()}
+            torch.manual_seed(SEED)
             found = oracle.selection_differs(rule, grad_NO, selection)
             found = found or oracle.gradients_differ(flat, selection, grad_NO, x_NI, sparse.weight)
         if found is not None:
@@ -298,7 +316,9 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     k: int | float
     """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
     scope: meprop.rules.Scope
-    """The k entries are chosen for each example, or once for the whole batch (unified top-k)."""
+    """The k entries are chosen for each example, once for the whole batch (unified top-k), or of the whole gradient."""
+    noise: float | None
+    """Draw entries under this budget of added variance, in place of k and scope."""
     optimizer: Literal["adam", "adagrad", "sgd"]
     """Optimizer of the whole step. It is torch's fused implementation."""
     steps: int = 200
@@ -313,7 +333,7 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     @classmethod
     def of_task(cls, config: TaskConfig, training: TrainingConfig) -> Layers[TaskConfig]:
         """Return the benchmark of a task, with what its training has by default."""
-        return cls(config, training.k, training.scope, training.optimizer)
+        return cls(config, training.k, training.scope, training.noise, training.optimizer)
 
     @property
     def section(self) -> str:
@@ -329,7 +349,7 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
         if self.batches < 1:
             raise ValueError(f"--batches must be at least 1, got {self.batches}")
         entry = tasks.entry_of(self.task)
-        choices = {"k": self.k, "scope": self.scope, "optimizer": self.optimizer}
+        choices = {"k": self.k, "scope": self.scope, "noise": self.noise, "optimizer": self.optimizer}
         training = replace(entry.training, epochs=1, schedule="constant", accelerator="cpu", **choices)
         task = entry.build(self.task)
         return lambda config, after: run(task, training, self.steps, self.batches, self.seconds, dict(config), after)
@@ -351,6 +371,7 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
 
     def about(self, record: LayersBench) -> str:
         """Return the circumstances, and the settings."""
-        settings = {**record.config["task"], **{name: record.config[name] for name in ("k", "scope", "optimizer")}}
+        names = ("k", "scope", "optimizer") if record.config["noise"] is None else ("noise", "optimizer")
+        settings = {**record.config["task"], **{name: record.config[name] for name in names}}
         shown = ", ".join(f"{name} = {value}" for name, value in settings.items() if name != "data_dir")
         return f"{record.circumstances} Settings: {shown}."

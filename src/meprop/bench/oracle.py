@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 import meprop
+from meprop import ops
 from meprop.ops import reference
-from meprop.selection import ColumnSelection, RowSelection, Selection
+from meprop.rules import Rule
+from meprop.selection import ColumnSelection, RowSelection, Selection, everything
 
 Gradients = Mapping[str, Tensor]
 """By name: "input", "weight", "bias"; what is not there needs none."""
@@ -18,9 +20,14 @@ _CHECKED_COLUMNS = 64  # of each product, all its rows: enough to meet every pan
 _REPEATS = 4
 
 
-def select(rule: meprop.TopK, grad_NO: Tensor) -> Selection:
-    """Return what the rule is to keep of an output gradient."""
-    k, width = rule.count(grad_NO.shape[1]), grad_NO.shape[1]
+def select(rule: meprop.TopK | meprop.Sampled, grad_NO: Tensor) -> Selection:
+    """Return what the rule is to keep of an output gradient. Random numbers are torch's next ones."""
+    width = grad_NO.shape[1]
+    if (entries := rule.as_entries(width, grad_NO.device)) is not None:
+        kept = ops.choose_entries.literally(grad_NO, entries)
+        return everything(grad_NO) if kept.density > entries.ceiling else kept
+    k = rule.count(width)
+    assert k is not None  # of a rule that chooses rows or columns
     if rule.scope == "batch":
         values, indices = reference.topk_columns(grad_NO, k)
         return ColumnSelection(values, indices, width)
@@ -28,8 +35,11 @@ def select(rule: meprop.TopK, grad_NO: Tensor) -> Selection:
     return RowSelection(values, indices, width)
 
 
-def selection_differs(rule: meprop.TopK, grad_NO: Tensor, expected: Selection) -> str | None:
-    """Return in words how the rule's answer differs from the oracle's; None if it does not."""
+def selection_differs(rule: Rule, grad_NO: Tensor, expected: Selection) -> str | None:
+    """Return in words how the rule's answer differs from the oracle's; None if it does not.
+
+    Both draw the same random numbers if torch's generator is where it was for the oracle.
+    """
     selection = rule.select(grad_NO)
     if not torch.equal(selection.indices, expected.indices):
         return "the selection's indices differ from the oracle's"
