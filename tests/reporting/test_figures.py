@@ -133,3 +133,6 @@ def test_the_table_shows_each_rule_and_k():
         console.print(run_table([run("dense"), replace(run("topk", backward=8.0), k=0.05)], "accuracy"))
     assert "0.50x" in captured.get()
     assert "0.05" in captured.get()
+    by_gradient = run_table([run("dense"), replace(run("sampled"), k=None)], "accuracy")
+    (row,) = (place for place, label in enumerate(by_gradient.columns[0].cells) if label == "k")
+    assert [[*column.cells][row] for column in by_gradient.columns] == ["k", "all", "by gradient", ""]

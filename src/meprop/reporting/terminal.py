@@ -139,7 +139,8 @@ def run_table(runs: Sequence[Run], metric: str) -> Table:
         label = "whole step, s" if phase == "step" else f"{phase}, s"
         add_row(label, lambda run, phase=phase: run.seconds[phase], 2, ratio=True)
     table.add_section()
-    table.add_row("k", *("all" if group[0].k is None else str(group[0].k) for group in by_rule.values()))
+    counts = [(rule, group[0].k) for rule, group in by_rule.items()]
+    table.add_row("k", *("all" if rule == DENSE else "by gradient" if k is None else str(k) for rule, k in counts))
     densities = [group[0].density for group in by_rule.values()]
     table.add_row("density", *("by gradient" if density is None else f"{density:.1%}" for density in densities))
     return table

@@ -49,7 +49,7 @@ class Run:
     test: dict[str, float]
     seconds: dict[str, float]
     k: int | float | None
-    """The rule's; None if dense."""
+    """The rule's; None if dense, or if the gradient decides."""
     density: float | None
     """The share of the entries that is propagated, over the output gradients of the sparse layers, dense steps of a
     schedule included. It is 1 if there are no such layers, and None if it depends on the gradient."""
