@@ -54,13 +54,40 @@ def groups(model: nn.Module) -> list[dict]:
     return [{"params": [parameter]} for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("with_closure", [False, True])
+def with_a_step_that_calls_torchs(cls):
+    class Mine(cls):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    Mine.__name__ = cls.__name__
+    return Mine
+
+
+def with_a_hook(cls):
+    def make(*args, **options):
+        optimizer = cls(*args, **options)
+        optimizer.register_step_pre_hook(lambda *_: None)
+        return optimizer
+
+    return make
+
+
+WAYS = {
+    "step": lambda cls: cls,
+    "closure": lambda cls: cls,
+    "hook": with_a_hook,
+    "subclass": with_a_step_that_calls_torchs,
+    "hook, subclass and closure": lambda cls: with_a_hook(with_a_step_that_calls_torchs(cls)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_an_optimizer_steps_as_with_dense_gradients_or_is_refused_with_nothing_changed(name, options, with_closure):
+def test_an_optimizer_steps_as_with_dense_gradients_or_is_refused_with_nothing_changed(name, options, way):
     if name == "SparseAdam":
         pytest.skip("it takes no dense gradients, and is the lazy mode of meprop.optim.Adam")
     refused = name in REFUSED or {"fused", "weight_decay"} & options.keys()
-    make, trained = getattr(torch.optim, name), []
+    make, trained = WAYS[way](getattr(torch.optim, name)), []
     for sparse_grad in (False, True):
         model = model_of(sparse_grad)
         optimizer = make(model.parameters() if name == "LBFGS" else groups(model), lr=1e-2, **options)
@@ -69,15 +96,17 @@ def test_an_optimizer_steps_as_with_dense_gradients_or_is_refused_with_nothing_c
         def step(model=model, optimizer=optimizer) -> None:
             closure = lambda: (model.zero_grad(), backward(model))[1]  # noqa: E731
             closure()
-            optimizer.step(closure) if with_closure or name == "LBFGS" else optimizer.step()
+            optimizer.step(closure) if "closure" in way or name == "LBFGS" else optimizer.step()
 
         if sparse_grad and refused:
             options_named = ", ".join(f"{option}=" for option in options) if name not in REFUSED else ""
-            with pytest.raises(meprop.NotSupportedError, match=rf"^{name}.*{options_named}.*Take meprop\.optim\."):
-                step()
-            assert str((model.state_dict(), optimizer.state_dict())) == before
+            for _ in range(2):
+                with pytest.raises(meprop.NotSupportedError, match=rf"^{name}.*{options_named}.*Take meprop\.optim\."):
+                    step()
+                assert str((model.state_dict(), optimizer.state_dict())) == before
             return
         step(), step()
+        assert "_init_group" not in vars(optimizer)
         trained.append(model.state_dict())
     for one, other in zip(trained[0].values(), trained[1].values(), strict=True):
         torch.testing.assert_close(one, other)
@@ -88,7 +117,7 @@ def test_the_remedy_holds(name):
     model = model_of()
     backward(model)
     with pytest.raises(meprop.NotSupportedError, match=rf"shape \[30, 8\].*Take meprop\.optim\.{name} in its place"):
-        getattr(torch.optim, name)(model.parameters(), weight_decay=0.1).step()
+        with_a_step_that_calls_torchs(getattr(torch.optim, name))(model.parameters(), weight_decay=0.1).step()
     getattr(meprop.optim, name)(model.parameters(), weight_decay=0.1).step()
 
 
@@ -199,13 +228,117 @@ def test_a_norm_that_is_not_finite_is_found():
         torch.nn.utils.clip_grad_norm_([parameter], 1.0, error_if_nonfinite=True)
 
 
-def test_what_would_count_the_zeros_is_refused():
+BOUND = torch.tensor(0.5)
+ANSWERS = {
+    "clamp": lambda g: g.clamp(-0.5, 0.5),
+    "clamp, one bound": lambda g: g.clamp(max=0.5),
+    "clamp, tensors": lambda g: g.clamp(-BOUND, BOUND),
+    "clamp_, tensors": lambda g: g.clone().clamp_(-BOUND, BOUND),
+    "clip": lambda g: g.clip(-0.5, 0.5),
+    "clip_": lambda g: g.clone().clip_(-0.5, 0.5),
+    "clamp_min": lambda g: g.clamp_min(-0.5),
+    "clamp_max": lambda g: g.clamp_max(0.5),
+    "clamp_max_, tensor": lambda g: g.clone().clamp_max_(BOUND),
+    "isfinite": torch.isfinite,
+    "isfinite, all": lambda g: torch.isfinite(g).all(),
+    "isnan": torch.isnan,
+    "isnan, any": lambda g: torch.isnan(g).any(),
+    "isinf, any": lambda g: torch.isinf(g).any(),
+    "isinf, any of a row": lambda g: torch.isinf(g).any(1),
+    "isnan, all": lambda g: torch.isnan(g).all(),
+    "abs": torch.abs,
+    "abs, max": lambda g: g.abs().max(),
+    "max": torch.max,
+    "max of rows": lambda g: g.max(1).values,
+    "min": torch.min,
+    "amax": torch.amax,
+    "amin": lambda g: g.amin(0),
+    "aminmax": lambda g: torch.stack(torch.aminmax(g)),
+    "mean": torch.mean,
+    "std": torch.std,
+    "var": torch.var,
+    "median": torch.median,
+    "argmax": torch.argmax,
+    "count_nonzero": torch.count_nonzero,
+    "above": lambda g: g > 0.5,
+    "not equal to itself": lambda g: g != g,
+    "norm of order 0": lambda g: torch.linalg.vector_norm(g, 0),
+    "norms of rows": lambda g: torch.linalg.vector_norm(g, 2, dim=1, keepdim=True),
+    "scaled by its norm": lambda g: g * (0.5 / (g.norm() + 1e-6)),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("grad", GRADS.values(), ids=GRADS)
+def test_what_hooks_ask_of_a_sparse_gradient_has_the_answer_of_the_dense_one(grad, answer):
     row_sparse.support()
-    for act in (
-        lambda: torch.linalg.vector_norm(GRADS["rows"], 0),
-        lambda: torch.linalg.vector_norm(GRADS["rows"], 2, dim=1),
-        lambda: GRADS["rows"].clone().clamp_(min=1.0),
-        lambda: GRADS["rows"].clone().clamp_(max=-1.0),
-    ):
-        with pytest.raises(meprop.NotSupportedError, match=r"grad\.to_dense"):
-            act()
+    before = grad.to_dense()
+    found, expected = answer(grad), answer(grad.to_dense())
+    if found.is_floating_point():  # as above, of a scale of nan or 0
+        found, expected = found.to_dense().nan_to_num(), expected.nan_to_num()
+    torch.testing.assert_close(found.to_dense(), expected)
+    assert torch.equal(grad.to_dense(), before)
+
+
+HOOKS = {
+    "clamp": lambda g: g.clamp(-0.01, 0.01),
+    "norm": lambda g: g / g.norm().clamp(min=1.0),
+    "largest": lambda g: g / g.abs().max().clamp(min=1.0),
+    "finite": lambda g: g if torch.isfinite(g).all() else g * 0,
+    "nan": lambda g: g * 0 if torch.isnan(g).any() else g,
+    "in place": lambda g: g.clamp_(-0.01, 0.01),
+}
+MAKES = {
+    "Linear": (lambda: nn.Linear(6, 30), (4, 6)),
+    "Linear, sequences": (lambda: nn.Linear(6, 30), (4, 3, 6)),
+    "Conv1d": (lambda: nn.Conv1d(6, 30, 3), (4, 6, 5)),
+    "Conv2d": (lambda: nn.Conv2d(6, 30, 3), (4, 6, 5, 5)),
+    "attention": (lambda: nn.TransformerEncoderLayer(6, 2, 30, dropout=0.0), (5, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("name", MAKES)
+def test_hooks_clip_sparse_gradients_as_dense_ones(name, hook, kind, passes):
+    make, shape = MAKES[name]
+    of_parameter = hook if kind == "register_hook" else lambda p: setattr(p, "grad", hook(p.grad))
+    grads = []
+    for sparse_grad in (False, True):
+        torch.manual_seed(0)
+        layer = make()
+        meprop.convert(layer, RULE, min_features=6, when="always", sparse_grad=sparse_grad)
+        for parameter in layer.parameters():
+            getattr(parameter, kind)(of_parameter)
+        for _ in range(passes):
+            layer(torch.randn(shape)).square().sum().backward()
+        grads.append([parameter.grad for parameter in layer.parameters()])
+    assert any(grad.layout is torch.sparse_coo for grad in grads[1])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(other.to_dense(), one)
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"min": 1.0}, {"max": -1.0}, {"min": torch.tensor(1.0)}, {"max": torch.ones(WIDTH)}]
+)
+def test_bounds_that_leave_zero_out_are_refused(bounds):
+    row_sparse.support()
+    for clamp in (lambda: GRADS["rows"].clamp(**bounds), lambda: GRADS["rows"].clone().clamp_(**bounds)):
+        with pytest.raises(meprop.NotSupportedError, match=r"Clamp grad\.to_dense"):
+            clamp()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda g: torch.maximum(g, torch.zeros(())),
+        lambda g: torch.minimum(g, torch.zeros(())),
+        lambda g: torch.where(g > 0, g, 0.0),
+        lambda g: g.view(-1),
+    ],
+)
+def test_what_makes_a_dense_gradient_of_a_sparse_one_is_refused(act):
+    row_sparse.support()
+    with pytest.raises(meprop.NotSupportedError, match=r"of a sparse gradient, .*Take grad\.to_dense"):
+        act(GRADS["rows"])

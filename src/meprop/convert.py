@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from meprop.copies import deepcopy
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind
 from meprop.ops.native import reason_missing
@@ -255,8 +255,11 @@ def make_plain(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> None:
 
 
 def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the model, reverted: of plain `torch.nn` layers. Raises what `revert` does."""
-    model = copy.deepcopy(model)
+    """A copy of the model, reverted: of plain `torch.nn` layers. Raises what `revert` does.
+
+    A tensor that the model keeps from an earlier call is copied without its history.
+    """
+    model = deepcopy(model)
     revert(model)
     return model
 

@@ -1,10 +1,10 @@
 """What torch lacks for row-sparse gradients: it cannot clip them, and most of its optimizers fail without the remedy.
 
-A layer with ``sparse_grad=True`` makes sparse gradients. torch's clipping needs a norm and bounds of them, which it has
-for dense gradients only. `support` adds these operations to torch's, so that `torch.nn.utils.clip_grad_norm_`,
-`torch.nn.utils.clip_grad_value_`, and all trainers that call them, clip sparse gradients as they clip dense ones.
+A layer with ``sparse_grad=True`` makes sparse gradients. torch's clipping needs norms, bounds and comparisons, which
+torch has for dense gradients only. `support` adds these operations to torch's. `torch.nn.utils.clip_grad_norm_`,
+`torch.nn.utils.clip_grad_value_`, all trainers that call them, and hooks then treat sparse gradients as dense ones.
 
-An optimizer that takes dense gradients only is refused before its step, in which other parameters would move first.
+An optimizer that takes dense gradients only is refused before its step moves a parameter.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_map_only
 
 from meprop.errors import NotSupportedError
 from meprop.ops import ascending
@@ -29,6 +30,15 @@ _DENSE_ONLY = {
 # And those that take none with these options.
 _DENSE_WITH = {"torch.optim.sgd": ("fused", "weight_decay"), "torch.optim.adagrad": ("fused", "weight_decay")}
 
+# Operations whose answer is dense, also for a sparse gradient: comparisons and reductions.
+_ANSWERED = (
+    *(f"{name}.{kind}" for name in ("eq", "ne", "lt", "le", "gt", "ge") for kind in ("Tensor", "Scalar")),
+    *("all", "all.dim", "any.dim", "amax", "amin", "aminmax", "argmax", "argmin", "max", "min", "max.dim", "min.dim"),
+    *("count_nonzero.dim_IntList", "mean.dim", "median", "std.correction", "var.correction"),
+)
+# Operations that would make a dense gradient of a sparse one.
+_REFUSED = ("maximum", "minimum", "view", "where.self")
+
 
 @cache
 def support() -> torch.library.Library:
@@ -41,7 +51,15 @@ def support() -> torch.library.Library:
         What the operations are registered with. They exist as long as it does.
     """
     library = torch.library.Library("aten", "IMPL")
-    kernels = {"linalg_vector_norm": _norm, "clamp_": _clamp_, "clamp_min_": _clamp_, "clamp_max_": _clamp_max_}
+    kernels: dict[str, Callable[..., Any]] = {
+        "linalg_vector_norm": _norm,
+        **dict.fromkeys(("clamp", "clamp.Tensor", "clamp_min", "clamp_min.Tensor"), _clamp),
+        **dict.fromkeys(("clamp_", "clamp_.Tensor", "clamp_min_", "clamp_min_.Tensor"), _clamp_),
+        **dict.fromkeys(("clamp_max", "clamp_max.Tensor"), _clamp_max),
+        **dict.fromkeys(("clamp_max_", "clamp_max_.Tensor"), _clamp_max_),
+        **{name: _of_dense(name) for name in _ANSWERED},
+        **{name: _refusing(name) for name in _REFUSED},
+    }
     for name, kernel in kernels.items():
         for key in ("SparseCPU", "SparseCUDA"):
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):  # pyright: ignore[reportPrivateUsage]
@@ -53,9 +71,11 @@ def support() -> torch.library.Library:
 # ---- clipping
 
 
-def _is_distinct(grad: Tensor) -> bool:
-    """Whether a sparse gradient has each entry once. Autograd forgets whether a gradient is coalesced."""
-    return grad.is_coalesced() or (grad.sparse_dim() == 1 and ascending(grad._indices()[0].contiguous(), len(grad)))
+def _distinct(grad: Tensor) -> Tensor:
+    """The sparse gradient with each entry once. Autograd forgets whether a gradient is coalesced."""
+    if grad.is_coalesced() or (grad.sparse_dim() == 1 and ascending(grad._indices()[0].contiguous(), len(grad))):
+        return grad
+    return grad.coalesce()
 
 
 def _norm(
@@ -68,81 +88,100 @@ def _norm(
 ) -> Tensor:
     """`torch.linalg.vector_norm` of a sparse tensor."""
     if dim is not None or keepdim or ord <= 0:
-        raise NotSupportedError(
-            f"the norm of a sparse gradient with ord={ord}, dim={dim}, keepdim={keepdim}; it is that of all entries, "
-            "with ord above 0. Take the norm of grad.to_dense()"
-        )
-    values = (grad if _is_distinct(grad) else grad.coalesce())._values()
+        return torch.linalg.vector_norm(grad.to_dense(), ord, dim, keepdim, dtype=dtype)
+    values = _distinct(grad)._values()
     return torch.linalg.vector_norm(values if values.numel() else values.new_zeros(1), ord, dtype=dtype)
 
 
-def _clamp_(grad: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+def _clamp(grad: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:
+    """`torch.clamp` of a sparse tensor."""
+    return _clamp_(grad.clone(), min, max)
+
+
+def _clamp_(grad: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:
     """`torch.clamp_` of a sparse tensor."""
-    if (min is not None and min > 0) or (max is not None and max < 0):
+    numbers = all(not isinstance(bound, Tensor) or bound.numel() == 1 for bound in (min, max))
+    low, high = (None if not numbers or bound is None else float(bound) for bound in (min, max))
+    if not numbers or (low is not None and low > 0) or (high is not None and high < 0):
         raise NotSupportedError(
             f"a sparse gradient clamped to min={min}, max={max}; rows without a gradient are zero, which must lie "
-            "between them. Clamp grad.to_dense()"
+            "between them, and each is one number. Clamp grad.to_dense() after backward(), or take sparse_grad=False"
         )
-    if not _is_distinct(grad):
-        grad.copy_(grad.coalesce())
-    grad._values().clamp_(min, max)
+    distinct = _distinct(grad)
+    if distinct is not grad:
+        grad.copy_(distinct)
+    grad._values().clamp_(low, high)
     return grad
 
 
-def _clamp_max_(grad: Tensor, max: float) -> Tensor:
+def _clamp_max(grad: Tensor, max: Tensor | float) -> Tensor:
+    return _clamp(grad, None, max)
+
+
+def _clamp_max_(grad: Tensor, max: Tensor | float) -> Tensor:
     return _clamp_(grad, None, max)
+
+
+def _of_dense(name: str) -> Callable[..., Any]:
+    """The operation of ATen of this name, for tensors some of which are sparse."""
+    packet, _, overload = name.partition(".")
+    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return operation(*tree_map_only(Tensor, Tensor.to_dense, args), **kwargs)
+
+    return kernel
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    def kernel(*_args: Any, **_kwargs: Any) -> Any:
+        raise NotSupportedError(
+            f"torch.{name.partition('.')[0]} of a sparse gradient, which would make it dense. Take grad.to_dense() "
+            "after backward(), or sparse_grad=False"
+        )
+
+    return kernel
 
 
 # ---- optimizers
 
 
-def _before_step(
-    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Runs before the step of every optimizer, and refuses row-sparse gradients that the step would fail with.
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Runs before the step of every optimizer, and has row-sparse gradients refused that the step would fail with.
 
-    A closure makes the gradients within the step. They are looked at when it returns.
-    """
-    # A hook of the optimizer may make them dense, and runs later than this one.
-    if torch.compiler.is_compiling() or optimizer._optimizer_step_pre_hooks or not _may_refuse(optimizer):  # pyright: ignore
-        return None
-    _refuse(optimizer)
-    closure: Callable[[], Any] | None = kwargs.get("closure") or next(iter(args[1:]), None)
-    if closure is None:
-        return None
-
-    def checked() -> Any:
-        result = closure()
-        _refuse(optimizer)
-        return result
-
-    others = {name: value for name, value in kwargs.items() if name != "closure"}
-    return (optimizer, checked, *args[2:]), others
-
-
-def _may_refuse(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step is that of an optimizer which is known not to take every sparse gradient.
-
-    A subclass with a step, or a collection of gradients, of its own may take them.
+    torch's steps collect the gradients of each group by `_init_group`, after all hooks and the closure. They are looked
+    at before the first group's are collected. Another step is refused here, unless a hook may make its gradients dense.
     """
     step = type(optimizer).step
-    collect = getattr(type(optimizer), "_init_group", step)
-    known = step.__module__ in _DENSE_ONLY or step.__module__ in _DENSE_WITH
-    return known and collect.__module__ == step.__module__
+    collect: Any = getattr(type(optimizer), "_init_group", step)
+    module: str = collect.__module__
+    if torch.compiler.is_compiling() or not (module in _DENSE_ONLY or module in _DENSE_WITH):
+        return
+    if collect is step:
+        if not optimizer._optimizer_step_pre_hooks:  # pyright: ignore[reportPrivateUsage]
+            _refuse(optimizer, module)
+        return
+
+    def refuse_and_collect(*args: Any, **kwargs: Any) -> Any:
+        vars(optimizer).pop("_init_group", None)
+        _refuse(optimizer, module)
+        return collect(optimizer, *args, **kwargs)
+
+    vars(optimizer)["_init_group"] = refuse_and_collect
 
 
-def _refuse(optimizer: torch.optim.Optimizer) -> None:
-    options = _DENSE_WITH.get(type(optimizer).step.__module__)
+def _refuse(optimizer: torch.optim.Optimizer, module: str) -> None:
+    options = _DENSE_WITH.get(module)
     for group in optimizer.param_groups:
         chosen = [f"{name}={group[name]}" for name in options or () if group[name]]
         if options is not None and not chosen:
             continue
         for parameter in group["params"]:
             if parameter.grad is not None and parameter.grad.layout == torch.sparse_coo:
-                name = type(optimizer).__name__
-                remedy = f"meprop.optim.{name}" if name in _OURS else "meprop.optim.Adam, AdamW, SGD or Adagrad"
+                classes = [each.__name__ for each in type(optimizer).__mro__]
+                ours = next((name for name in classes if name in _OURS), "Adam, AdamW, SGD or Adagrad")
                 raise NotSupportedError(
-                    f"{name}{' with ' * bool(chosen)}{', '.join(chosen)} takes no row-sparse gradients, and that of a "
-                    f"parameter of shape {list(parameter.shape)} is one: a layer with sparse_grad=True makes them. No "
-                    f"parameter has been changed. Take {remedy} in its place, or sparse_grad=False"
+                    f"{classes[0]}{' with ' * bool(chosen)}{', '.join(chosen)} takes no row-sparse gradients, and that "
+                    f"of a parameter of shape {list(parameter.shape)} is one: a layer with sparse_grad=True makes it. "
+                    f"No parameter has been changed. Take meprop.optim.{ours} in its place, or sparse_grad=False"
                 )

@@ -67,6 +67,42 @@ def test_torchs_own_pass_takes_a_sparse_weight():
     assert "weight" in layer.policy.record.left_to_torch
 
 
+LINEAR = {
+    "Linear": (lambda: nn.Linear(6, 8), (4, 6)),
+    "Linear, no bias": (lambda: nn.Linear(6, 8, bias=False), (4, 6)),
+    "Linear, sequences": (lambda: nn.Linear(6, 8), (4, 3, 6)),
+}
+
+
+def of_a_sparse_factor(output: Tensor, sparse: bool) -> None:
+    grad = torch.ones_like(output).tril()
+    output.backward(grad.to_sparse() if sparse else grad)
+
+
+def of_gather(output: Tensor, sparse: bool) -> None:
+    first = torch.zeros(*output.shape[:-1], 1, dtype=torch.int64)
+    output.gather(-1, first, sparse_grad=sparse).sum().backward()
+
+
+@pytest.mark.parametrize("rule", [RULE, meprop.TopK(2), meprop.TopK(2, scope="global"), meprop.Sampled(0.3)], ids=str)
+@pytest.mark.parametrize("backward", [of_a_sparse_factor, of_gather])
+@pytest.mark.parametrize("frozen", ["", "weight", "bias", "weight and bias", "input"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_sparse_output_gradient_gives_what_the_dense_one_gives(name, frozen, backward, rule):
+    (make, shape), results = LINEAR[name], []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        layer = converted(make(), rule)  # of torch's layers only linear ones take a sparse output gradient
+        for of, parameter in layer.named_parameters():
+            parameter.requires_grad_(not any(kind in of for kind in frozen.split(" and ")) or not frozen)
+        x = torch.randn(shape).requires_grad_(frozen != "input")
+        backward(layer(x), sparse)
+        results.append([each.grad for each in (x, *layer.parameters())])
+    assert any(grad is not None and grad.any() for grad in results[0])
+    for found, expected in zip(*results, strict=True):
+        assert (found is None and expected is None) or torch.equal(found, expected)
+
+
 class Both(nn.Module):
     """A model with each kind of layer."""
 

@@ -249,6 +249,77 @@ def test_every_memory_layout_gives_torchs_step(kind, layout):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+def negated(tensor):
+    """The same values, whose memory has the other sign."""
+    return torch._neg_view(-tensor)
+
+
+class Other(torch.Tensor):
+    """A subclass."""
+
+
+def zeros_without_memory():
+    return torch._efficientzerotensor((9, 5))
+
+
+NOT_PLAIN = {
+    "a negated gradient": lambda p: setattr(p, "grad", negated(torch.randn(9, 5))),
+    "an imaginary part of a conjugate": lambda p: setattr(
+        p, "grad", torch.randn(9, 5, dtype=torch.complex64).conj().imag
+    ),
+    "a gradient of zeros without memory": lambda p: setattr(p, "grad", zeros_without_memory()),
+    "a subclass": lambda p: setattr(p, "grad", torch.randn(9, 5).as_subclass(Other)),
+    "a negated parameter": lambda p: setattr(p, "data", negated(p.detach())),
+    "a negated parameter and gradient": lambda p: (
+        setattr(p, "data", negated(p.detach())),
+        setattr(p, "grad", negated(torch.randn(9, 5))),
+    ),
+    "negated rows": lambda p: setattr(p, "grad", sparse(negated(torch.randn(2, 5)), [2, 6], 9)),
+    "rows of zeros without memory": lambda p: setattr(p, "grad", sparse(torch._efficientzerotensor((2, 5)), [2, 6], 9)),
+    "rows of a negated parameter": lambda p: (
+        setattr(p, "data", negated(p.detach())),
+        setattr(p, "grad", sparse(torch.randn(2, 5), [2, 6], 9)),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["exact", "decay", "lazy"])
+@pytest.mark.parametrize("what", NOT_PLAIN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_that_are_not_what_their_memory_says_give_torchs_step(kind, what, mode):
+    if mode != "exact" and "rows" in what and kind not in ("sgd", "adagrad"):
+        pytest.skip("rows without a gradient are not torch's there")
+    results = []
+    for how, options in ((make, {"sparse_rows": mode}), (make_torch, {})):
+        (parameter,) = params = tensors(torch.float32, 1)
+        optimizer = how(kind, params, **options)
+        torch.manual_seed(0)
+        for _ in range(3):
+            parameter.grad = torch.randn(9, 5)
+            NOT_PLAIN[what](parameter)
+            if how is make_torch:
+                parameter.grad = parameter.grad.to_dense().resolve_neg().clone()
+            optimizer.step()
+        results.append(parameter.detach().clone().as_subclass(torch.Tensor).resolve_neg())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_a_negated_state_gives_torchs_step(kind):
+    results = []
+    for how in (make, make_torch):
+        (parameter,) = params = tensors(torch.float32, 1)
+        optimizer = how(kind, params)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            parameter.grad = torch.randn(9, 5)
+            optimizer.step()
+            state = optimizer.state[parameter]
+            state |= {name: negated(value) for name, value in state.items() if name != "step" and value is not None}
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "choice",
     [{"foreach": False}, {"foreach": True}, {"fused": False}, {"differentiable": True}, {"lr": torch.tensor(0.1)}],

@@ -153,12 +153,56 @@ def test_of_a_residual_sum_a_unit_stays_that_one_layer_hits_often_for_that_layer
     model, x = make(CASES["residual"])
     simplifier = meprop.Simplifier(model, of_mean=0.5, check_every=1)
     model(x).sum().backward()
-    for layer, hits in ((model.first, 1000), (model.block, 10)):  # the second is hit less often altogether
+    for layer, hits in (
+        (model.first, 10_000),
+        (model.block, 100),
+        (model.scaled, 100),
+    ):  # the second is hit less often altogether
         layer.activity.hits.fill_(hits)
         layer.activity.hits[:2] = 0
-    model.block.activity.hits[1] = 10
+    model.block.activity.hits[1] = 100
     simplifier.step()
     assert alive_units(simplifier)["first"].tolist() == list(range(1, WIDTH))
+
+
+def test_a_layer_is_judged_when_half_of_its_mean_is_ten_hits():
+    """Until then it goes on counting, also where it is resumed: few hits leave out units by chance."""
+    model, _ = make(CASES["stack"])
+    simplifier = meprop.Simplifier(model, check_every=1)
+    first, second = model[0].activity, model[3].activity
+    for check in range(1, 5):
+        first.hits[1:] += 5
+        first.examples += 8
+        second.hits.fill_(30)
+        second.hits[0] = 0 if check == 1 else 30
+        second.examples = 8
+        simplifier.step()
+        assert simplifier.widths == {"0": WIDTH, "3": 29}
+        assert (first.hits[0], first.hits[1], first.examples, second.examples) == (0, 5 * check, 8 * check, 0)
+        state = simplifier.state_dict()
+    resumed = meprop.Simplifier(make(CASES["stack"])[0], check_every=1)
+    resumed.load_state_dict(state)
+    first = resumed.model[0].activity
+    first.hits[1:] += 5
+    resumed.step()
+    assert resumed.widths["0"] == WIDTH - 1
+    assert first.examples == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_units_that_are_hit_alike_are_not_removed_by_chance(rows):
+    """A check after few rows: each unit is hit as often as another, on average."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 256), nn.ReLU(), nn.Linear(256, 4))
+    meprop.convert(model, meprop.TopK(10), when="always")
+    simplifier = meprop.Simplifier(model, check_every=20, cycle=10_000)
+    for _ in range(400):
+        activity = model[0].activity
+        for _ in range(rows):
+            activity.hits[torch.randperm(len(activity.hits))[:10]] += 1
+            activity.examples += 1
+        simplifier.step()
+    assert simplifier.widths["0"] > 245
 
 
 def test_without_a_hit_nothing_is_removed():
@@ -169,6 +213,7 @@ def test_without_a_hit_nothing_is_removed():
     assert simplifier.widths == {"0": WIDTH, "3": 30}
 
 
+@pytest.mark.filterwarnings("ignore:of_mean=0.5 may remove nearly all units")
 @pytest.mark.parametrize("rule", [meprop.Sampled(noise=0.25), meprop.TopK(0.2), meprop.TopK(0.04, scope="global")])
 def test_the_defaults_remove_units_that_never_learn_and_no_others(rule):
     torch.manual_seed(0)

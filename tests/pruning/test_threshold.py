@@ -38,17 +38,17 @@ MODELS = {
 SHARES = [(meprop.TopK(0.02), 0.1), (meprop.TopK(0.1), 0.41), (meprop.TopK(0.02, scope="global"), 0.1)]
 SHARES += [(meprop.Sampled(0.02), 0.1), (meprop.RandomK(0.02), 0.1), (meprop.CompensatedTopK(0.02), 0.1)]
 OF_LINEAR = [(meprop.TopK(0.04), 0.1), (meprop.TopK(0.1), 0.1), (meprop.TopK(0.04, scope="global"), 0.05)]
-REACHED = [(meprop.TopK(20), 0.1), (meprop.TopK(5), 0.1), (meprop.TopK(0.2), 0.1), (meprop.TopK(0.04), None)]
+REACHED = [(meprop.TopK(20), 0.1), (meprop.TopK(5), 0.1), (meprop.TopK(0.2), 0.1)]
 REACHED += [(meprop.TopK(0.04), 0.0), (meprop.Sampled(noise=0.25), 0.1), (meprop.TopK(20), None)]
 
 
-def made(model, rule, threshold):
+def made(model, rule, threshold, **options):
     build, wrapped = MODELS[model]
     network = build()
     meprop.convert(network, wrapped(rule), when="always")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        meprop.Simplifier(network, threshold)
+        meprop.Simplifier(network, threshold, **options)
     return [str(each.message) for each in caught]
 
 
@@ -62,6 +62,18 @@ def test_a_threshold_that_is_above_a_rules_share_is_warned_of(model, rule, thres
     assert said.startswith(f"threshold={threshold} would remove nearly all units of layer ")
     assert f"{rule}" in said
     assert "Give the rule a fixed number of entries, such as" in said
+
+
+@pytest.mark.parametrize("rule", [rule for rule, _ in SHARES], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_share_of_the_mean_with_a_rule_that_keeps_a_share_is_warned_of(model, rule):
+    (said,) = made(model, rule, None)
+    assert said.startswith("of_mean=0.5 may remove nearly all units of layer ")
+    assert f"{rule}" in said
+    assert "Give the rule a fixed number of entries, such as" in said
+    least = int(said.split()[-3])
+    assert made(model, rule, None, min_units=least + 1) == []
+    assert made(model, rule, None, of_mean=0) == []
 
 
 OTHERS = [(model, *row) for model in MODELS for row in REACHED]

@@ -125,6 +125,8 @@ class _Linear(torch.autograd.Function):
         refuse_transforms_of_backward(*grad_outputs)
         x, weight = ctx.saved_tensors
         grad_output = in_dtype(grad_outputs[0], ctx.dtype)
+        if not torch.compiler.is_compiling() and grad_output.layout is not torch.strided:  # gather(sparse_grad=True)
+            grad_output = grad_output.to_dense()
         grad_NO, x_NI = as_matrix(grad_output), None if x is None else in_dtype(as_matrix(x), ctx.dtype)
         inputs = x_NI.shape[1] if x_NI is not None else weight.shape[1]
         grad_x, grad_weight, grad_bias = _backward(ctx, grad_NO, weight, x_NI, inputs)

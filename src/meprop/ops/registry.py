@@ -28,6 +28,12 @@ Declines = Callable[..., str | None]
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that only consist of their memory. Subclasses may be fake, distributed or wrapped."""
 
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor of a real dtype is what its memory says: no subclass, no negative bit, and no zero tensor."""
+    return type(tensor) in PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
 _is_compiling = torch.compiler.is_compiling
 _library = torch.library.Library("meprop", "DEF")
 

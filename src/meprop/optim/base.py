@@ -19,7 +19,7 @@ from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.ops import GradientRows
 from meprop.ops.optimizer import PARAMETER, ROW_DECAY
-from meprop.ops.registry import PLAIN
+from meprop.ops.registry import is_plain
 
 SparseRows = Literal["exact", "decay", "lazy"]
 """What happens to the rows of a parameter that have no gradient (`meprop.optim`)."""
@@ -141,7 +141,8 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def _fits_fused(self, parameter: Tensor) -> bool:
         """Whether torch's fused implementation takes this parameter with its gradient and its state as they are now.
 
-        It is for one dtype, and reads memory in order, whatever the strides say. In torch 2.13 that of SGD leaves most
+        It is for one dtype, and reads memory in order, whatever the strides say. It takes no negative bit and no zero
+        tensor. In torch 2.13 that of SGD leaves most
         of a half-precision parameter where it is (pytorch issue 191763).
         """
         dtype, grad = parameter.dtype, parameter.grad
@@ -150,7 +151,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         tensors = [parameter, grad]
         if state := self.state.get(parameter):
             tensors += [value for name, value in state.items() if name != "step" and value is not None]
-        if any(type(tensor) not in PLAIN or tensor.dtype is not dtype for tensor in tensors):
+        if any(not is_plain(tensor) or tensor.dtype is not dtype for tensor in tensors):
             return False
         if parameter.is_contiguous():
             return all(tensor.is_contiguous() for tensor in tensors)

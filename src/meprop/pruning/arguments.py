@@ -101,36 +101,50 @@ def why_not_covered(tensors: dict[str, Tensor], optimizers: Optimizers) -> str |
     )
 
 
-def why_all_would_go(threshold: float | None, layers: Iterable[tuple[str, Any]], groups: Sequence[Group]) -> str | None:
-    """Why a threshold would remove nearly all units of a layer; None if it would not, or nobody knows.
+def why_all_would_go(
+    threshold: float | None,
+    of_mean: float | None,
+    min_units: int,
+    layers: Iterable[tuple[str, Any]],
+    groups: Sequence[Group],
+) -> str | None:
+    """Why nearly all units of a layer would be removed, whose rule keeps a share; None if not, or nobody knows.
 
     A unit is hit by as large a share of the examples, on average, as the rule keeps of the units. Where that share is a
-    fixed one, it does not rise when units go, so that the threshold is never reached. Where the rule keeps a fixed
-    number of entries, the remaining units share these. A unit of an LSTM is hit by the entries of four gates, and a
-    channel of a convolution by those of all positions.
+    fixed one, it does not rise when units go, so that a threshold above it is never reached. Under `of_mean` the rule
+    then selects ever fewer units. Where the rule keeps a fixed number of entries, the remaining units share these. A
+    unit of an LSTM is hit by the entries of four gates, and a channel of a convolution by those of all positions.
 
     Args:
         threshold: That of the Simplifier.
+        of_mean: That of the Simplifier.
+        min_units: That of the Simplifier.
         layers: The converted layers that make units, by name.
         groups: Of their units.
     """
     widths = {each.layer: group.width for group in groups if group.reason is None for each in group.producers}
     for name, layer in layers:
         rule: Rule = layer.rule
-        entries = 1 if isinstance(layer, torch.nn.Linear) else 4 if isinstance(layer, torch.nn.LSTM) else None
-        if threshold is None or name not in widths or entries is None:
+        if name not in widths:
             continue
         width = widths[name]
         kept, of_twice = rule.density(width), rule.density(2 * width)
-        if kept is None or of_twice is None or of_twice < 0.75 * kept:
+        if kept is None or of_twice is None or of_twice < 0.75 * kept or kept == 1:
             continue
-        if (hit := entries * kept) <= 1.05 * threshold:  # counts are rounded
-            return (
+        advice = f"Give the rule a fixed number of entries, such as {max(1, round(kept * width))}, which the remaining "
+        advice += "units share"
+        entries = 1 if isinstance(layer, torch.nn.Linear) else 4 if isinstance(layer, torch.nn.LSTM) else None
+        if threshold is not None and entries is not None and (hit := entries * kept) <= 1.05 * threshold:
+            return (  # counts are rounded
                 f"threshold={threshold} would remove nearly all units of layer {name!r}: its rule {rule} keeps "
                 f"{kept:.1%} of the units, whatever their number, so that an average unit is hit by no more than "
-                f"{hit:.1%} of the examples. Give the rule a fixed number of entries, such as "
-                f"{max(1, round(kept * width))}, which the remaining units share; or take a threshold well below "
-                f"{hit:.2g}; or of_mean instead of it"
+                f"{hit:.1%} of the examples. {advice}; or take a threshold well below {hit:.2g}"
+            )
+        if of_mean and min_units * kept < 1:
+            return (
+                f"of_mean={of_mean} may remove nearly all units of layer {name!r}: its rule {rule} keeps {kept:.1%} of "
+                f"the units, whatever their number, which is {kept * width:.0f} of {width} units now, and 1 of "
+                f"{round(1 / kept)} later. {advice}; or a min_units of {round(1 / kept)} or more"
             )
     return None
 

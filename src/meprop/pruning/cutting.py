@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,25 +64,17 @@ def cut(cuts: Sequence[Cut], modules: Mapping[str, torch.nn.Module], optimizers:
     with ExitStack() as undo:
         for each, data, grad in tensors:
             undo.callback(_put, each.tensor, each.tensor.detach(), each.tensor.grad)
-            try:
+            with _refusing(f"{each.name!r} cannot be cut in place", "make it a plain tensor"):
                 _put(each.tensor, data, grad)
-            except _OF_THE_MACHINE:
-                raise
-            except Exception as error:
-                raise _refusal(f"{each.name!r} cannot be cut in place", error, "make it a plain tensor") from error
         for state, of_state in states:
             undo.callback(_refill, state, dict(state))
             state.update(of_state)
         for name, module in modules.items():
             for attributes in (vars(module), *(each for each in vars(module).values() if isinstance(each, dict))):
                 undo.callback(_refill, attributes, dict(attributes))
-            try:
+            remedy = "correct the function that meprop.pruning.handles has as resize, or Descriptor.resize"
+            with _refusing(f"module {name!r} cannot be resized", remedy):
                 resize(module)
-            except _OF_THE_MACHINE:
-                raise
-            except Exception as error:
-                remedy = "correct the function that meprop.pruning.handles has as resize, or Descriptor.resize"
-                raise _refusal(f"module {name!r} cannot be resized", error, remedy) from error
         undo.pop_all()
 
 
@@ -91,9 +83,17 @@ def parameters_of(optimizers: Optimizers) -> set[Tensor]:
     return {parameter for each in optimizers for group in each.param_groups for parameter in group["params"]}
 
 
-def _refusal(what: str, error: Exception, remedy: str) -> NotSupportedError:
-    line = next(iter(str(error).strip().splitlines()), "")
-    return NotSupportedError(f"{what}: {type(error).__name__}: {line}. Nothing has been changed; {remedy}")
+@contextmanager
+def _refusing(what: str, remedy: str) -> Generator[None]:
+    """Turns an error into a refusal that names what cannot be cut."""
+    try:
+        yield
+    except _OF_THE_MACHINE:
+        raise
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        text = f"{what}: {type(error).__name__}: {line}. Nothing has been changed; {remedy}"
+        raise NotSupportedError(text) from error
 
 
 # ---- what is known of an optimizer
@@ -169,16 +169,12 @@ def _cut_state(state: State, each: Cut, optimizer: torch.optim.Optimizer) -> Sta
 def _kept(tensor: Tensor, indices: dict[int, Tensor], what: str, remedy: str) -> Tensor:
     """A copy of the entries that stay, in the tensor's memory format."""
     whole = tensor.detach()
-    try:
+    with _refusing(f"{what} ({type(tensor).__name__}) cannot be cut", remedy):
         form = None if tensor.layout != torch.strided else memory_format(whole)
         kept = whole
         for dim, index in indices.items():
             kept = kept.index_select(dim, index.to(tensor.device))
         kept = kept if form is None else kept.contiguous(memory_format=form)
-    except _OF_THE_MACHINE:
-        raise
-    except Exception as error:
-        raise _refusal(f"{what} ({type(tensor).__name__}) cannot be cut", error, remedy) from error
     shape = [len(indices[dim]) if dim in indices else size for dim, size in enumerate(whole.shape)]
     found = (type(kept).__name__, list(kept.shape), kept.dtype, kept.layout)
     expected = (type(whole).__name__, shape, whole.dtype, whole.layout)

@@ -29,11 +29,13 @@ from meprop.pruning.arguments import (
     why_not_covered,
 )
 from meprop.pruning.cutting import Cut, cut
-from meprop.pruning.groups import entries, full_name, producers
+from meprop.pruning.groups import Producer, entries, full_name, producers
 from meprop.pruning.report import Check, LayerWidth, SimplificationReport
 from meprop.pruning.trace import find
 
 _OF_MEAN = 0.5
+_EVIDENCE = 10
+"""How many hits `of_mean` of the mean must be at least for a layer's units to be judged."""
 
 
 class Simplifier:
@@ -74,8 +76,9 @@ class Simplifier:
             that fewer examples hit are removed. With 0 nothing is removed, only counted. None for `of_mean`.
         of_mean: A share, from 0 to 1, of the mean number of hits. It is the sum of a layer's hits divided by the number
             of units that it began with. It is for every rule: the hits of a budget of noise get fewer as training goes
-            on, and their mean with them. What is left of a layer shares the hits, so that removal ends. None for
-            0.5, or for `threshold` where that is given.
+            on, and their mean with them. What is left of a layer shares the hits, so that removal ends. A layer is
+            judged when this share of its mean is 10 hits or more. Until then it goes on counting. None for 0.5, or for
+            `threshold` where that is given.
         optimizer: The optimizer of the model, whose state is cut too. A list if there are several. None only if there
             is none.
         check_every: Steps between checks.
@@ -105,7 +108,8 @@ class Simplifier:
 
     Warns:
         NoEffectWarning: Nothing can be pruned.
-        UserWarning: `threshold` is above the share of the units that a rule keeps at every width.
+        UserWarning: `threshold` is above the share of the units that a rule keeps at every width. Or `of_mean` is used
+            with such a rule, and `min_units` allows a width at which it keeps one entry.
 
     Example:
         >>> import torch, meprop
@@ -157,7 +161,7 @@ class Simplifier:
         self._shares = {label: torch.full((len(a.hits),), torch.nan) for label, a in self._activities.items()}
         if all(group.reason is not None for group in self._units.groups):
             warnings.warn(f"nothing can be pruned\n{self.report()}", NoEffectWarning, stacklevel=2)
-        elif (reason := why_all_would_go(threshold, self._watched_layers(), self._units.groups)) is not None:
+        elif reason := why_all_would_go(threshold, self.of_mean, min_units, self._watched_layers(), self._units.groups):
             warnings.warn(reason, stacklevel=2)
 
     def step(self) -> None:
@@ -180,14 +184,16 @@ class Simplifier:
         shares = {
             label: activity.hits.cpu().double() / activity.examples for label, activity in self._activities.items()
         }
+        waiting: set[str] = set()
         prunes = steps > self.warmup and (steps - self.warmup - 1) // self.cycle % 2 == 0
-        self._cut(kept := self._choose(shares) if prunes else {})
+        self._cut(kept := self._choose(shares, waiting) if prunes else {})
         self.steps = steps
         for label, activity in self._activities.items():
             alive, share = self._alive_of(label), shares[label]
             self._shares[label] = torch.full_like(self._shares[label], torch.nan)
             self._shares[label][alive] = share[kept.get(self._group_of.get(label, -1), slice(None))].float()
-            activity.reset()
+            if label not in waiting:
+                activity.reset()
         self.history.append(Check(self.steps, prunes, self.widths))
 
     @property
@@ -310,8 +316,11 @@ class Simplifier:
 
     # ---- removing
 
-    def _choose(self, shares: dict[str, Tensor]) -> dict[int, Tensor]:
-        """The places [n] of the units that stay, for each group that loses some."""
+    def _choose(self, shares: dict[str, Tensor], waiting: set[str]) -> dict[int, Tensor]:
+        """The places [n] of the units that stay, for each group that loses some.
+
+        The labels of layers with too few hits to judge by are added to `waiting`.
+        """
         name, bound = ("threshold", self.threshold) if self.of_mean is None else ("of_mean", self.of_mean)
         assert bound is not None  # one of the two is given
         of_layer: dict[str, dict[int, Tensor]] = {}  # the groups of one LSTM keep one width
@@ -324,6 +333,10 @@ class Simplifier:
                 of_layer.setdefault(group.producers[0].layer, {})[number] = share
         kept: dict[int, Tensor] = {}
         for layer, of_group in of_layer.items():
+            made = [each for number in of_group for each in self._units.groups[number].producers]
+            if self.of_mean is not None and any(self._has_few_hits(each) for each in made):
+                waiting |= {each.label for each in made}
+                continue
             if any(share.isnan().any() for share in of_group.values()):  # no examples, or no hits: no evidence
                 continue
             wanted = max(int((share >= bound).sum()) for share in of_group.values())
@@ -340,6 +353,11 @@ class Simplifier:
                 for number, share in of_group.items():
                     kept[number] = share.argsort(descending=True, stable=True)[:count].sort().values
         return kept
+
+    def _has_few_hits(self, made: Producer) -> bool:
+        assert self.of_mean is not None
+        least = self.of_mean * int(self._activities[made.label].hits.sum()) / made.width
+        return 0 < least < _EVIDENCE
 
     def _cut(self, kept: dict[int, Tensor]) -> None:
         """Keeps of these groups only the units at these places [n]. If that fails, nothing has been changed."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from meprop.copies import unchanged
 from meprop.pruning import operations  # noqa: F401  # pyright: ignore[reportUnusedImport]  (fills the table)
-from meprop.pruning.groups import Finder, Units, is_part
+from meprop.pruning.groups import Finder, Units, full_name, is_part
 from meprop.pruning.handlers import (
     NOTHING,
     Call,
@@ -34,7 +35,7 @@ def find(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> Units:
     """The groups of a model.
 
     Args:
-        model: Plain or converted. It stays as it is, except for what its own forward pass stores.
+        model: Plain or converted. It stays as it is, also if its forward pass keeps something.
         example_inputs: Arguments to call it with once. The call shows the ranks of tensors, and which modules are
             called; without it both stay unknown. The traced call has these arguments, or else those that have no
             default.
@@ -46,29 +47,21 @@ def find(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> Units:
     seen: set[str] = set()
     for training in (True, False):
         try:
-            with _mode(model, training):
-                graph = _trace(model, example_inputs)
+            graph, kept = _trace(model, training, example_inputs)
         except Exception as error:  # tracing runs the model's own code, which may fail in any way
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return Units((), {}, f"torch.fx cannot trace the model: {line}")
-        inputs = sum(node.op == "placeholder" for node in graph.nodes)
-        _Walk(finder, graph, ranks or {}).run(*[NOTHING] * inputs, enable_io_processing=False)
         found = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        inputs = sum(node.op == "placeholder" for node in graph.nodes)
+        walk = _Walk(finder, graph, ranks or {})
+        walk.run(*[NOTHING] * inputs, enable_io_processing=False)
+        for name, node in kept.items():
+            groups = [group for value in values_in(walk.env[node]) for group in value.groups]
+            finder.block(groups, f"{name!r} keeps it for a later call")
         seen |= found
         if not training and ranks is not None:
             _block_what_differs(finder, found, set(ranks))
     return finder.result(seen)
-
-
-@contextmanager
-def _mode(model: torch.nn.Module, training: bool) -> Generator[None]:
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was_training in before.items():
-            module.training = was_training
 
 
 def _ranks(model: torch.nn.Module, example_inputs: Sequence[Any]) -> dict[str, int | None]:
@@ -79,13 +72,10 @@ def _ranks(model: torch.nn.Module, example_inputs: Sequence[Any]) -> dict[str, i
         rank = inputs[0].dim() if inputs and isinstance(inputs[0], torch.Tensor) else None
         ranks[name] = rank if ranks.get(name, rank) == rank else None
 
-    hooks = [module.register_forward_pre_hook(partial(remember, name)) for name, module in model.named_modules()]
-    try:
-        with _mode(model, False), torch.no_grad(), torch.random.fork_rng():
-            model(*example_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with unchanged(model), torch.no_grad():
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(remember, name))
+        model.eval()(*example_inputs)
     return ranks
 
 
@@ -101,21 +91,30 @@ class _Tracer(torch.fx.Tracer):
         return is_handled_as_a_whole(m) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: torch.nn.Module, example_inputs: Sequence[Any] | None) -> torch.fx.Graph:
-    """The graph. Arguments that are not tensors are constants in it, and so are the defaults of those not given."""
+def _trace(
+    model: torch.nn.Module, training: bool, example_inputs: Sequence[Any] | None
+) -> tuple[torch.fx.Graph, dict[str, torch.fx.Node]]:
+    """The graph, and the nodes whose values the model keeps, by the name of the attribute.
+
+    Arguments that are not tensors are constants in the graph, and so are the defaults of those not given.
+    """
     parameters = inspect.signature(model.forward).parameters
     constants = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
     for name, value in zip(parameters, example_inputs or (), strict=False):
         constants.pop(name, None)
         if value is None or isinstance(value, bool | int | float | str):
             constants[name] = value
-    own = set(vars(model))
-    with torch.random.fork_rng():
+    with unchanged(model):
+        model.train(training)
         graph = _Tracer().trace(model, constants or None)
-    for name in vars(model).keys() - own:
-        if name.startswith("_tensor_constant"):  # the tracer leaves these behind
-            delattr(model, name)
-    return graph
+        kept = {
+            full_name(name, attribute): each.node
+            for name, module in model.named_modules()
+            for attribute, value in vars(module).items()
+            for each in tree_leaves(value)
+            if isinstance(each, torch.fx.Proxy)
+        }
+    return graph, kept
 
 
 def _block_what_differs(finder: Finder, found: set[str], called: set[str]) -> None:
