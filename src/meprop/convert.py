@@ -8,14 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan, nan
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind
 from meprop.ops.native import reason_missing
-from meprop.policy import Policy, When
+from meprop.policy import Policy, Record, When
 from meprop.reasons import Surroundings, other_features, why_bypassed, why_left_out, why_unfit
 from meprop.rules import Rule, Sampled
 from meprop.table import text_table
@@ -36,6 +40,9 @@ _REASON = "_meprop_reason"
 
 # The class that a lazy layer takes when it gets its shape. Torch looks it up on the layer.
 _BECOMES = "cls_to_become"
+
+# The hooks that wait for the first gradient of each converted layer. They are not on the layer, as copies share none.
+_gradient_hooks: WeakKeyDictionary[torch.nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -247,6 +254,7 @@ def revert(model: torch.nn.Module) -> None:
 def make_plain(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> None:
     """Makes a layer plain, if it was converted or waits for its shape."""
     vars(layer).pop(_REASON, None)
+    _forget_hooks(layer)
     if _policy_of(layer) is not None:
         del vars(layer)["policy"]
         vars(layer).pop(_BECOMES, None)
@@ -262,10 +270,21 @@ def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def report(model: torch.nn.Module) -> ConversionReport:
-    """The table of `convert`, as things are now.
+    """The table of `convert`, with what has happened since.
 
-    A layer whose weight got a gradient, or beside which others had sparse backward passes, while it had none, is dense:
-    something reads its weight past the layer. In compiled graphs passes are not counted.
+    A converted model that has not been trained is reported as it will be. Once there was training, a layer without a
+    sparse backward pass is dense. Something may read its weight past the layer, or nothing may call the layer. There
+    was training if one of these holds:
+
+    - the layer's weight got a gradient since `convert`, even if that gradient is gone;
+    - another layer had a sparse backward pass, or has measured.
+
+    An edit of the weight, as by `load_state_dict`, is no training.
+
+    The report counts the layer's own passes, and does not see what else adds to a gradient. A layer is sparse if it is
+    called, even if something reads its weight past it as well. In compiled graphs passes are not counted: a layer is
+    sparse there once it is traced. Copies of layers, lazy layers, and layers that were made by hand are known to have
+    got a gradient only while they have it.
 
     Raises:
         TypeError: `model` is not a module.
@@ -273,7 +292,7 @@ def report(model: torch.nn.Module) -> ConversionReport:
     _check_type(model)
     layers = described_layers(model)
     policies = [policy for _, layer, _ in layers if (policy := _policy_of(layer)) is not None]
-    trained = any(policy.record is not None and policy.record.seen_sparse for policy in policies)
+    trained = any(policy.record is not None and policy.record.seen_training for policy in policies)
     known = {layer: descriptor for _, layer, descriptor in layers}
     found = [
         _describe(name, module, known[module], trained) if module in known else _describe_other(name, module)
@@ -298,6 +317,7 @@ def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -
     vars(layer)["policy"] = made = descriptor.policy(policy).of_layer()
     assert made.record is not None
     made.record.had_gradient = _has_gradient(layer)
+    _note_first_gradient(layer, made.record)
     if isinstance(layer, LazyModuleMixin):
         vars(layer)[_BECOMES] = descriptor.sparse
     elif not isinstance(layer, SparseLayer):
@@ -306,6 +326,26 @@ def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -
 
 def _has_gradient(layer: torch.nn.Module) -> bool:
     return any(parameter.grad is not None for parameter in layer.parameters())
+
+
+def _note_first_gradient(layer: torch.nn.Module, record: Record) -> None:
+    """Lets the record know when a weight of the layer gets its first gradient. A later one costs nothing."""
+    _forget_hooks(layer)
+    handles = _gradient_hooks[layer] = list[RemovableHandle]()
+
+    def note(_: Tensor) -> None:
+        record.got_gradient = True
+        for handle in handles:
+            handle.remove()
+
+    for each in layer.parameters():
+        if not is_lazy(each) and each.dim() >= 2 and each.is_leaf and each.requires_grad:
+            handles.append(each.register_post_accumulate_grad_hook(note))
+
+
+def _forget_hooks(layer: torch.nn.Module) -> None:
+    for handle in _gradient_hooks.pop(layer, ()):
+        handle.remove()
 
 
 def _policy_of(layer: torch.nn.Module) -> Policy | None:
@@ -361,8 +401,8 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
     assert record is not None  # it is a layer's
     if not record.seen_sparse:
         evidence = record.left_to_torch or ("others had some" if trained else None)
-        if _has_gradient(layer) and not record.had_gradient:
-            evidence = evidence or "its parameters have a gradient"
+        if record.got_gradient or (_has_gradient(layer) and not record.had_gradient):
+            evidence = evidence or "its weight got a gradient"
         if evidence is not None:
             return dense(rule, f"{reason}; no sparse backward pass seen yet: {evidence}")
     if density is None and record.density is not None:

@@ -93,6 +93,7 @@ class Record:
             not counted.
         compiled: Whether torch.compile has traced a forward pass whose backward pass is sparse.
         had_gradient: Whether a parameter had a gradient already when the layer was converted.
+        got_gradient: Whether a weight got a gradient since the layer was converted, from wherever it came.
         left_to_torch: Why the last forward pass that was torch's own, for its tensors, was. None if none was.
     """
 
@@ -106,6 +107,7 @@ class Record:
     sparse_passes: int = 0
     compiled: bool = False
     had_gradient: bool = False
+    got_gradient: bool = False
     left_to_torch: str | None = None
     _rested: int = field(default=0, init=False, repr=False)
 
@@ -113,6 +115,11 @@ class Record:
     def seen_sparse(self) -> bool:
         """Whether the layer had a sparse backward pass, as far as is known of compiled graphs."""
         return self.sparse_passes > 0 or self.compiled
+
+    @property
+    def seen_training(self) -> bool:
+        """Whether the layer was called for training: it had a sparse backward pass, or has measured."""
+        return self.seen_sparse or self.decision is not None
 
     def note(self, kept: int, seen: int, passes: int, dense_passes: int) -> None:
         """Adds passes, of which so many kept everything."""
