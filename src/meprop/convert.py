@@ -146,7 +146,7 @@ def convert(
 
     - narrow ones;
     - subclasses, unless a `meprop.nn.base.Descriptor` makes them known;
-    - layers whose `forward` was replaced on the instance, as accelerate's hooks do;
+    - layers whose `forward` was replaced on the instance, as accelerate's hooks do, or on the class of torch;
     - LSTMs with projections, and convolutions with groups;
     - with scope "example" or `PerProduct`, convolutions that are not pointwise;
     - with `sparse_grad`, layers whose weight is computed, as by a parametrization;
@@ -279,7 +279,8 @@ def report(model: torch.nn.Module) -> ConversionReport:
     - the layer's weight got a gradient since `convert`, even if that gradient is gone;
     - another layer had a sparse backward pass, or has measured.
 
-    An edit of the weight, as by `load_state_dict`, is no training.
+    An edit of the weight, as by `load_state_dict`, is no training. If the `forward` of a layer was replaced on the
+    instance by something that cannot be seen through, its passes tell.
 
     The report counts the layer's own passes, and does not see what else adds to a gradient. A layer is sparse if it is
     called, even if something reads its weight past it as well. In compiled graphs passes are not counted: a layer is
@@ -379,9 +380,10 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
     policy = _policy_of(layer)
     if policy is None:
         return dense(None, vars(layer).get(_REASON, "not converted"))
-    if (bypassed := why_bypassed(layer, descriptor)) is not None:
-        return dense(policy.rule, bypassed)
-    rule, decision = policy.rule, policy.decision
+    rule, decision, record = policy.rule, policy.decision, policy.record
+    assert record is not None  # it is a layer's
+    if (bypassed := why_bypassed(layer, descriptor, record.seen_sparse)) is not None:
+        return dense(rule, bypassed)
     if rule.keeps_all(width):
         own = policy.own_rule
         return dense(rule, f"{rule} keeps everything" + (f", by a schedule of {own}" if own else ""))
@@ -397,8 +399,7 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
         reason += f"; keeps {rule}: {vars(layer)[_REASON]}"
     if decision is not None and not decision.sparse:
         return dense(rule, reason)
-    density, record = rule.density(width), policy.record
-    assert record is not None  # it is a layer's
+    density = rule.density(width)
     if not record.seen_sparse:
         evidence = record.left_to_torch or ("others had some" if trained else None)
         if record.got_gradient or (_has_gradient(layer) and not record.had_gradient):
