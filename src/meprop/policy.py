@@ -13,10 +13,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils._expanded_weights import ExpandedWeight
 
 from meprop import row_sparse, speed
 from meprop.errors import NotSupportedError
+from meprop.ops.registry import PLAIN
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
 
@@ -94,7 +97,8 @@ class Record:
         compiled: Whether torch.compile has traced a forward pass whose backward pass is sparse.
         had_gradient: Whether a parameter had a gradient already when the layer was converted.
         got_gradient: Whether a weight got a gradient since the layer was converted, from wherever it came.
-        left_to_torch: Why the last forward pass that was torch's own, for its tensors, was. None if none was.
+        left_to_torch: Why the last forward pass with gradients that was torch's own, for its tensors, was. None if none
+            was.
     """
 
     decision: speed.Decision | None = None
@@ -259,14 +263,23 @@ class Policy:
             self.record.decision = speed.decide(self.own_rule or self.rule, timed)
         return self.record.decision.sparse and (torch.compiler.is_compiling() or not self.record.rests())
 
-    def leaves_to_torch(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether a forward pass is torch's own, because input or weight are not strided. The reason is noted."""
-        if x.layout is torch.strided and not x.is_nested and weight.layout is torch.strided:
-            return False
-        if self.record is not None:
-            name, tensor = ("weight", weight) if weight.layout is not torch.strided else ("input", x)
-            self.record.left_to_torch = f"its {name} is {'nested' if tensor.is_nested else tensor.layout}"
-        return True
+    def leave_to_torch(self, **tensors: Tensor | None) -> bool:
+        """Leaves a forward pass to torch if it must be torch's own, and notes why.
+
+        It must be if a tensor is not strided, or gets a gradient for each example (an ExpandedWeight).
+
+        Args:
+            tensors: The tensors of the pass by name: "input", "weight" and so on.
+
+        Returns:
+            Whether the pass is left to torch.
+        """
+        for name, tensor in tensors.items():
+            if tensor is not None and (kind := _odd_kind(tensor)) is not None:
+                if self.record is not None and torch.is_grad_enabled():
+                    self.record.left_to_torch = f"its {name} is {kind}"
+                return True
+        return False
 
     def note_sparse_pass(self) -> None:
         """Notes that a backward pass is sparse, unless torch.compile traces it."""
@@ -307,16 +320,10 @@ class Policy:
         """Refuses a forward pass whose backward pass would go wrong.
 
         Raises:
-            NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; within transforms of
-                torch.func; a weight that is a DTensor; row-sparse gradients in DistributedDataParallel, or of a weight
-                that is computed.
+            NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; a weight that is a
+                DTensor; row-sparse gradients in DistributedDataParallel, or of a weight that is computed.
         """
         if not torch.compiler.is_compiling():
-            if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
-                raise NotSupportedError(
-                    "a transform of torch.func (grad, vmap, jvp and so on), which a sparse backward pass has no rules "
-                    "for; transform a plain copy of the model, made by copy.deepcopy and meprop.revert"
-                )
             if self.sparse_grad:
                 row_sparse.support()  # a layer that was unpickled has made no policy
             return self._refuse_weight(weight)
@@ -352,6 +359,40 @@ class Policy:
                 "with meprop.distributed.row_sparse_hook, or leave the model unwrapped and call "
                 "meprop.distributed.average_gradients after backward()."
             )
+
+
+def _odd_kind(tensor: Tensor) -> str | None:
+    """What a tensor is that only torch's own functions take. None for others."""
+    if type(tensor) not in PLAIN and isinstance(tensor, ExpandedWeight):  # it has no layout
+        return "an ExpandedWeight"
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.layout is torch.strided else str(tensor.layout)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass of ours may follow. In a trace of torch.jit the backward pass is torch's own."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises a NotSupportedError in a forward pass that is transformed, if a node of ours is to be in its graph."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or any(map(_is_dual, tensors)):  # pyright: ignore[reportPrivateUsage]
+        raise NotSupportedError(
+            "a transform of torch.func (grad, vmap, jvp and so on), or forward-mode differentiation, which a sparse "
+            "backward pass has no rules for; transform a plain copy of the model, made by copy.deepcopy and "
+            "meprop.revert"
+        )
+
+
+def _is_dual(tensor: Tensor | None) -> bool:
+    """Whether the tensor has a tangent of forward-mode differentiation."""
+    level = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
+    return tensor is not None and level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def refuse_dtype(weight: Tensor) -> None:
