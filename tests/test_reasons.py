@@ -327,6 +327,12 @@ class Language(nn.Module):
         return self.outputs(self)
 
 
+def cycle(layer):
+    found = [layer]
+    found.append(found)
+    return found
+
+
 def raises(error):
     def outputs(model):
         raise error
@@ -343,6 +349,14 @@ HEADS = {
     "a list": (lambda model: [model.lm_head], lambda: Wrapper(nn.Linear(256, 512))),
     "a dict": (lambda model: {"lm": model.lm_head}, lambda: nn.Linear(256, 512)),
     "the weight": (lambda model: model.lm_head.weight, lambda: nn.Linear(256, 512)),
+    "a view of the weight": (lambda model: model.lm_head.weight.t()[:8], lambda: nn.Linear(256, 512)),
+    "a namespace": (lambda model: types.SimpleNamespace(base=[model.lm_head]), lambda: nn.Linear(256, 512)),
+    "a bound method": (lambda model: model.lm_head.forward, lambda: nn.Linear(256, 512)),
+    "a partial": (lambda model: functools.partial(model.lm_head), lambda: nn.Linear(256, 512)),
+    "a partial with it": (lambda model: functools.partial(max, key=model.lm_head), lambda: nn.Linear(256, 512)),
+    "a generator": (lambda model: (each for each in [model.lm_head]), lambda: nn.Linear(256, 512)),
+    "values": (lambda model: {"lm": model.lm_head}.values(), lambda: Wrapper(nn.Linear(256, 512))),
+    "a cycle": (lambda model: cycle(model.lm_head), lambda: nn.Linear(256, 512)),
 }
 
 
@@ -370,6 +384,15 @@ def test_every_part_of_what_gives_the_outputs_stays_dense(head, place):
 )
 def test_a_model_that_names_no_output_layer_is_converted_whole(outputs):
     assert {layer.status for layer in convert(Language(outputs)).layers} == {"sparse"}
+
+
+def test_a_method_of_the_model_itself_names_no_output_layer_and_an_iterator_that_it_keeps_is_not_used_up():
+    inner = Language(lambda model: model.get_output_embeddings)
+    assert {layer.status for layer in convert(nn.Sequential(inner)).layers} == {"sparse"}
+    keeps = Language(lambda model: model.kept)
+    keeps.kept = iter([keeps.lm_head])
+    convert(keeps)
+    assert next(keeps.kept) is keeps.lm_head
 
 
 def test_layers_tied_to_the_output_layer_stay_dense_and_a_head_by_itself_does_not():

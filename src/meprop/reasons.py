@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -53,23 +53,36 @@ class Surroundings:
         return cls(holders, parts, frozenset(weights))
 
 
-def _outputs_of(module: Any) -> Iterator[torch.nn.Module | Tensor]:
-    """The layers, or weights, that a model in Hugging Face's manner says that its outputs come from."""
+def _outputs_of(module: Any) -> list[torch.nn.Module | Tensor]:
+    """The layers, or weights, that a model in Hugging Face's manner says that its outputs come from.
+
+    An iterator that the model keeps is not read, because that would use it up.
+    """
     try:
         found: Any = module.get_output_embeddings()
+        if isinstance(found, Iterator) and any(found is each for each in vars(module).values()):
+            return []
+        return [each for each in _modules_and_tensors(found, set()) if each is not module]
     except Exception:  # it has no such method, or cannot answer: both are usual
-        return
-    yield from _modules_and_tensors(found)
+        return []
 
 
-def _modules_and_tensors(found: Any) -> Iterator[torch.nn.Module | Tensor]:
-    if isinstance(found, (torch.nn.Module, Tensor)):
+def _modules_and_tensors(found: Any, seen: set[int]) -> Iterator[torch.nn.Module | Tensor]:
+    """The modules and tensors in what a model returned: in containers, attributes, bound methods and partials.
+
+    A view counts as the tensor that it is a view of.
+    """
+    if isinstance(found, torch.nn.Module):
         yield found
-    elif isinstance(found, (tuple, list, set)):
-        for each in found:
-            yield from _modules_and_tensors(each)
-    elif isinstance(found, Mapping):
-        yield from _modules_and_tensors(tuple(found.values()))
+    elif isinstance(found, Tensor):
+        yield found if found._base is None else found._base
+    elif found is not None and not isinstance(found, (str, bytes, type, ModuleType)) and id(found) not in seen:
+        seen.add(id(found))
+        parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, Iterable) else ()
+        attributes = getattr(found, "__dict__", {}).values()
+        of_partial = (found.func, *found.args, *found.keywords.values()) if isinstance(found, partial) else ()
+        for each in (*parts, *attributes, *of_partial, getattr(found, "__self__", None)):
+            yield from _modules_and_tensors(each, seen)
 
 
 def why_unfit(layer: torch.nn.Module, descriptor: Descriptor[Any], surroundings: Surroundings) -> str | None:
@@ -135,7 +148,7 @@ def _held_by(found: Any, layer: torch.nn.Module) -> Iterator[Any]:
     function = getattr(found, "__func__", found)
     for each in (found, function, *(() if isinstance(holder, torch.nn.Module) else (holder,))):
         yield from getattr(each, "__dict__", {}).values()
-    if isinstance(found, functools.partial):
+    if isinstance(found, partial):
         yield from (found.func, *found.args, *found.keywords.values())
     if isinstance(function, FunctionType):
         yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
