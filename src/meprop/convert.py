@@ -187,7 +187,7 @@ def convert(
         A report; `print` it.
 
     Raises:
-        TypeError: `model` or `rule` is of the wrong type.
+        TypeError: `model`, `rule`, `filter`, `min_features` or `sparse_grad` is of the wrong type.
         ValueError: `min_features` is below 1, `when` or `compute_dtype` is unknown, or `sparse_grad` does not go with
             the rule.
         NotSupportedError: the model, or a part of it, is wrapped in DistributedDataParallel, FSDP, DataParallel or
@@ -199,6 +199,15 @@ def convert(
     """
     check_model(model)
     policy = Policy(Sampled() if rule is None else rule, sparse_grad, compute_dtype, when)
+    if filter is not None and not callable(filter):  # pyright: ignore[reportUnnecessaryComparison]
+        kind = type(filter).__name__
+        raise TypeError(
+            f"filter={filter!r} is of type {kind}; it must be None or a function of (name, layer), such as "
+            "lambda name, layer: 'head' not in name"
+        )
+    if isinstance(min_features, bool) or not isinstance(min_features, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = type(min_features).__name__
+        raise TypeError(f"min_features={min_features!r} is of type {kind}; it must be an int of at least 1")
     if min_features < 1:
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 

@@ -169,7 +169,7 @@ class Policy:
             one that is measured. None without a schedule.
 
     Raises:
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
         ValueError: `sparse_grad` is used with a rule that chooses for each row or has an exact sum, or `compute_dtype`
             or `when` is unknown.
     """
@@ -189,6 +189,9 @@ class Policy:
         if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers without a type checker)
             kind = type(self.rule).__name__
             raise TypeError(f"rule={self.rule!r} is of type {kind}; it must be a rule such as meprop.TopK(0.05)")
+        if not isinstance(self.sparse_grad, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            kind = type(self.sparse_grad).__name__
+            raise TypeError(f"sparse_grad={self.sparse_grad!r} is of type {kind}; it must be True or False")
         if self.sparse_grad and not self.rule.row_sparse:
             raise ValueError(
                 f"sparse_grad=True with {self.rule}: rows of a weight's gradient are left out only by scope='batch', "

@@ -44,7 +44,7 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         decision: With "auto", what was decided. None before the first backward pass.
 
     Raises:
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
         ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, or `compute_dtype` is
             not torch.bfloat16 or None.
     """

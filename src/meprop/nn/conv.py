@@ -88,7 +88,7 @@ class Conv2d(_Convolution, torch.nn.Conv2d):
     Raises:
         NotSupportedError: `groups` is above 1, or scope "example" or a `PerProduct` is used with a layer that is not
             pointwise. A pointwise layer has kernel 1, stride 1 and no padding.
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
         ValueError: `sparse_grad` is used with scope "example" or an exact sum, or `compute_dtype` is not torch.bfloat16
             or None.
     """
