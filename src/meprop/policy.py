@@ -373,9 +373,12 @@ def _odd_kind(tensor: Tensor) -> str | None:
     return None if tensor.layout is torch.strided else str(tensor.layout)
 
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+
+
 def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass of ours may follow. In a trace of torch.jit the backward pass is torch's own."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+    """Whether a backward pass of ours may follow. In a graph of torch.jit.trace or torch.export it is torch's own."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or _is_exporting():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 

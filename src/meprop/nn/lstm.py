@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 
 from meprop import speed
@@ -177,6 +178,8 @@ class LSTM(SparseLayer, torch.nn.LSTM):
         rows, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
         states = dict(zip(("hx[0]", "hx[1]"), () if hx is None else hx, strict=False))
         if not self.policy.may_be_sparse(self.hidden_size):
+            return False
+        if rows.is_meta or isinstance(rows, FakeTensor):  # they have shapes only, and torch's are the same
             return False
         tensors = {"input": rows, **states, **dict(self.named_parameters())}
         if self.policy.leave_to_torch(**tensors) or rows.numel() == 0 or not needs_gradients(*tensors.values()):
