@@ -435,6 +435,11 @@ def test_a_sparse_last_layer_that_widens_is_questioned():
     assert "If the last one" not in str(convert(nn.Sequential(nn.Linear(30, 200), nn.Linear(200, 200))))
 
 
+def test_a_layer_that_is_the_whole_model_is_questioned_without_a_name():
+    (note,) = convert(nn.Linear(8, 256)).notes
+    assert note == "If this layer gives the model's outputs, rather leave it dense: use filter"
+
+
 def test_a_choice_by_example_in_a_model_with_layer_norm_is_questioned():
     model = nn.Sequential(nn.LayerNorm(30), nn.Linear(30, 200), nn.ReLU(), nn.Linear(200, 10))
     assert "scope='batch'" in str(convert(model))

@@ -311,7 +311,8 @@ def report(model: torch.nn.Module) -> ConversionReport:
     records = [record for record in found if record is not None]
     notes: list[str] = []
     if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
-        notes.append(f"If the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter")
+        which = f"If the last one, {last.name!r}," if last.name else "If this layer"
+        notes.append(f"{which} gives the model's outputs, rather leave it dense: use filter")
     by_example = any(layer.rule.scope == "example" for _, layer, _ in layers if isinstance(layer, SparseLayer))
     if by_example and any(type(module).__name__.endswith(("LayerNorm", "RMSNorm")) for module in model.modules()):
         notes.append(
