@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -224,6 +226,32 @@ def test_wrong_types_are_refused():
                 act(wrong)
 
 
+WRONG = [
+    *({"filter": wrong} for wrong in ("head", ["head"], 1, False)),
+    *({"min_features": wrong} for wrong in ("128", True, 1.5, 128.0, None, [1], float("nan"))),
+    *({"sparse_grad": wrong} for wrong in ("yes", 1, 0, None, torch.tensor(True))),
+    *({"rule": wrong} for wrong in ("topk", 0.05, meprop.TopK)),
+    *({"min_features": wrong} for wrong in (0, -1)),
+    *({"when": wrong} for wrong in ("never", None, True, ["auto"])),
+    *({"compute_dtype": wrong} for wrong in ("bfloat16", torch.float16, True)),
+]
+
+
+@pytest.mark.parametrize("options", WRONG, ids=str)
+def test_wrong_arguments_are_refused_by_name_and_value_before_anything_changes(options):
+    model, rule = mlp(), meprop.TopK(5, scope="batch")
+    ((name, wrong),) = options.items()
+    with pytest.raises((TypeError, ValueError), match=f"{name}={re.escape(repr(wrong))}.*; it (is|must be)"):
+        convert(model, **{"rule": rule, **options})
+    assert not any(isinstance(module, meprop.nn.Linear) for module in model.modules())
+    if name in ("sparse_grad", "compute_dtype"):
+        for make in (partial(meprop.nn.Linear, 6, 8), partial(meprop.nn.Conv1d, 6, 8, 1)):
+            with pytest.raises((TypeError, ValueError), match=f"{name}="):
+                make(rule=rule, **options)
+        with pytest.raises((TypeError, ValueError), match=f"{name}="):
+            setattr(meprop.nn.MultiheadAttention(8, 2, rule=rule), *next(iter(options.items())))
+
+
 def test_a_refused_call_changes_nothing():
     model = nn.Sequential(mlp(), nn.DataParallel(mlp()))
     with pytest.raises(meprop.NotSupportedError, match="its part '1' is a DataParallel"):
@@ -405,6 +433,11 @@ def test_a_sparse_last_layer_that_widens_is_questioned():
     meprop.revert(head)
     assert "If the last one" not in str(convert(head, filter=lambda name, _: name != "2"))
     assert "If the last one" not in str(convert(nn.Sequential(nn.Linear(30, 200), nn.Linear(200, 200))))
+
+
+def test_a_layer_that_is_the_whole_model_is_questioned_without_a_name():
+    (note,) = convert(nn.Linear(8, 256)).notes
+    assert note == "If this layer gives the model's outputs, rather leave it dense: use filter"
 
 
 def test_a_choice_by_example_in_a_model_with_layer_norm_is_questioned():

@@ -3,6 +3,8 @@
 import copy
 import functools
 import pickle
+import subprocess
+import sys
 import types
 import warnings
 
@@ -79,7 +81,47 @@ def by_accelerate_twice(layer):
     add_hook_to_module(layer, ModelHook(), append=True)
 
 
-WRAPS = [by_a_closure, by_a_partial, by_a_wrapper, by_a_method, by_accelerate, by_accelerate_twice]
+class Holder:
+    def __init__(self, forward):
+        self.held = forward
+
+    def __call__(self, *args):
+        return self.held(*args)
+
+    def run(self, *args):
+        return self.held(*args)
+
+
+def by_an_object(layer):
+    layer.forward = Holder(layer.forward)
+
+
+def by_a_method_of_an_object(layer):
+    layer.forward = Holder(layer.forward).run
+
+
+def by_a_default(layer):
+    def forward(*args, held=layer.forward):
+        return held(*args)
+
+    layer.forward = forward
+
+
+def by_an_attribute(layer):
+    layer.before = layer.forward
+    layer.forward = types.MethodType(lambda self, *args: self.before(*args), layer)
+
+
+def by_a_global(layer):
+    global held
+    held = layer.forward
+    layer.forward = lambda *args: held(*args)
+
+
+WRAPS = [
+    *(by_a_closure, by_a_partial, by_a_wrapper, by_a_method, by_accelerate, by_accelerate_twice),
+    *(by_an_object, by_a_method_of_an_object, by_a_default, by_an_attribute, by_a_global),
+]
 
 
 @of_each_layer
@@ -119,6 +161,109 @@ def test_a_forward_put_in_the_place_of_ours_is_reported_and_may_be_taken_off(kin
         assert report.density == 1.0
     del layer.forward
     assert meprop.report(layer).layers[0].status == "sparse"
+
+
+@of_each_layer
+def test_what_cannot_be_seen_through_counts_by_the_passes_that_it_lets_through(kind):
+    layer, x = make(kind)
+    convert(layer, meprop.Sampled(noise=1.0))
+    forwards = {id(layer): [layer.forward]}
+    layer.forward = lambda *args: forwards[id(layer)][0](*args)
+    assert "its forward was replaced on the instance" in meprop.report(layer).layers[0].reason
+    call(layer, x).sum().backward()
+    assert meprop.report(layer).layers[0].status == "sparse"
+    layer.forward = functools.partial(getattr(nn, kind).forward, layer)
+    assert meprop.report(layer).layers[0].status == "dense"
+
+
+# ---- forward replaced on torch's class
+
+
+def doubled(forward):
+    def twice(self, *args):
+        output = forward(self, *args)
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    return twice
+
+
+@of_each_layer
+def test_a_forward_of_torchs_class_that_is_replaced_before_runs_and_the_layer_stays_dense(kind, monkeypatch):
+    layer, x = make(kind)
+    monkeypatch.setattr(getattr(nn, kind), "forward", doubled(getattr(nn, kind).forward))
+    expected = call(layer, x)
+    with pytest.warns(meprop.NoEffectWarning):
+        (record,) = convert(layer).layers
+    assert record.status == "dense"
+    assert f".{kind}.forward was replaced" in record.reason
+    assert torch.equal(call(layer, x), expected)
+
+
+@of_each_layer
+def test_a_forward_of_torchs_class_that_is_replaced_later_runs_until_it_is_put_back(kind, monkeypatch):
+    layer, x = make(kind)
+    plain = copy.deepcopy(layer)
+    convert(layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(nn, kind), "forward", doubled(getattr(nn, kind).forward))
+        assert torch.equal(call(layer, x), call(plain, x))
+        gradients = [gradient(each, x) for each in (layer, plain)]
+        assert torch.equal(*gradients)
+        (record,) = meprop.report(layer).layers
+        assert record.status == "dense"
+        assert f".{kind}.forward was replaced" in record.reason
+    call(layer, x).sum().backward()
+    assert meprop.report(layer).layers[0].status == "sparse"
+
+
+def test_a_forward_of_torchs_class_that_was_replaced_before_the_import_is_known():
+    program = """
+import torch
+forward = torch.nn.Linear.forward
+torch.nn.Linear.forward = lambda self, x: 2 * forward(self, x)
+import meprop
+layer = torch.nn.Linear(8, 200)
+print(meprop.convert(layer).layers[0].reason)
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("torch.nn.modules.linear.Linear.forward was replaced")
+
+
+# ---- calls that end elsewhere
+
+
+def past(layer, *args):
+    return getattr(nn, type(layer).__name__).forward(layer, *args)
+
+
+def by_a_hook(layer, patch):
+    layer.register_forward_hook(lambda module, args, output: past(module, *args))
+
+
+def by_call_impl(layer, patch):
+    layer._call_impl = functools.partial(past, layer)
+
+
+def by_call_of_the_class(layer, patch):
+    patch.setattr(type(layer), "__call__", past, raising=False)
+
+
+def by_call_of_torchs_class(layer, patch):
+    patch.setattr(type(layer).__mro__[2], "__call__", past, raising=False)
+
+
+@of_each_layer
+@pytest.mark.parametrize("how", [by_a_hook, by_call_impl, by_call_of_the_class, by_call_of_torchs_class])
+def test_a_call_that_ends_elsewhere_takes_effect_and_the_report_says_so_after_the_first_step(kind, how, monkeypatch):
+    layer, x = make(kind)
+    convert(layer)
+    how(layer, monkeypatch)
+    optimizer = torch.optim.SGD(layer.parameters())
+    call(layer, x).square().sum().backward()
+    optimizer.zero_grad()
+    (record,) = meprop.report(layer).layers
+    assert record.status == "dense"
+    assert "no sparse backward pass seen yet" in record.reason
 
 
 def test_hooks_of_accelerate_that_are_taken_off_let_a_layer_be_converted():
@@ -182,6 +327,12 @@ class Language(nn.Module):
         return self.outputs(self)
 
 
+def cycle(layer):
+    found = [layer]
+    found.append(found)
+    return found
+
+
 def raises(error):
     def outputs(model):
         raise error
@@ -198,6 +349,14 @@ HEADS = {
     "a list": (lambda model: [model.lm_head], lambda: Wrapper(nn.Linear(256, 512))),
     "a dict": (lambda model: {"lm": model.lm_head}, lambda: nn.Linear(256, 512)),
     "the weight": (lambda model: model.lm_head.weight, lambda: nn.Linear(256, 512)),
+    "a view of the weight": (lambda model: model.lm_head.weight.t()[:8], lambda: nn.Linear(256, 512)),
+    "a namespace": (lambda model: types.SimpleNamespace(base=[model.lm_head]), lambda: nn.Linear(256, 512)),
+    "a bound method": (lambda model: model.lm_head.forward, lambda: nn.Linear(256, 512)),
+    "a partial": (lambda model: functools.partial(model.lm_head), lambda: nn.Linear(256, 512)),
+    "a partial with it": (lambda model: functools.partial(max, key=model.lm_head), lambda: nn.Linear(256, 512)),
+    "a generator": (lambda model: (each for each in [model.lm_head]), lambda: nn.Linear(256, 512)),
+    "values": (lambda model: {"lm": model.lm_head}.values(), lambda: Wrapper(nn.Linear(256, 512))),
+    "a cycle": (lambda model: cycle(model.lm_head), lambda: nn.Linear(256, 512)),
 }
 
 
@@ -225,6 +384,15 @@ def test_every_part_of_what_gives_the_outputs_stays_dense(head, place):
 )
 def test_a_model_that_names_no_output_layer_is_converted_whole(outputs):
     assert {layer.status for layer in convert(Language(outputs)).layers} == {"sparse"}
+
+
+def test_a_method_of_the_model_itself_names_no_output_layer_and_an_iterator_that_it_keeps_is_not_used_up():
+    inner = Language(lambda model: model.get_output_embeddings)
+    assert {layer.status for layer in convert(nn.Sequential(inner)).layers} == {"sparse"}
+    keeps = Language(lambda model: model.kept)
+    keeps.kept = iter([keeps.lm_head])
+    convert(keeps)
+    assert next(keeps.kept) is keeps.lm_head
 
 
 def test_layers_tied_to_the_output_layer_stay_dense_and_a_head_by_itself_does_not():

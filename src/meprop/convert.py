@@ -7,15 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan, nan
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from meprop.copies import deepcopy
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind
 from meprop.ops.native import reason_missing
-from meprop.policy import Policy, When
+from meprop.policy import Policy, Record, When
 from meprop.reasons import Surroundings, other_features, why_bypassed, why_left_out, why_unfit
 from meprop.rules import Rule, Sampled
 from meprop.table import text_table
@@ -36,6 +40,9 @@ _REASON = "_meprop_reason"
 
 # The class that a lazy layer takes when it gets its shape. Torch looks it up on the layer.
 _BECOMES = "cls_to_become"
+
+# The hooks that wait for the first gradient of each converted layer. They are not on the layer, as copies share none.
+_gradient_hooks: WeakKeyDictionary[torch.nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def convert(
 
     - narrow ones;
     - subclasses, unless a `meprop.nn.base.Descriptor` makes them known;
-    - layers whose `forward` was replaced on the instance, as accelerate's hooks do;
+    - layers whose `forward` was replaced on the instance, as accelerate's hooks do, or on the class of torch;
     - LSTMs with projections, and convolutions with groups;
     - with scope "example" or `PerProduct`, convolutions that are not pointwise;
     - with `sparse_grad`, layers whose weight is computed, as by a parametrization;
@@ -180,7 +187,7 @@ def convert(
         A report; `print` it.
 
     Raises:
-        TypeError: `model` or `rule` is of the wrong type.
+        TypeError: `model`, `rule`, `filter`, `min_features` or `sparse_grad` is of the wrong type.
         ValueError: `min_features` is below 1, `when` or `compute_dtype` is unknown, or `sparse_grad` does not go with
             the rule.
         NotSupportedError: the model, or a part of it, is wrapped in DistributedDataParallel, FSDP, DataParallel or
@@ -192,6 +199,15 @@ def convert(
     """
     check_model(model)
     policy = Policy(Sampled() if rule is None else rule, sparse_grad, compute_dtype, when)
+    if filter is not None and not callable(filter):  # pyright: ignore[reportUnnecessaryComparison]
+        kind = type(filter).__name__
+        raise TypeError(
+            f"filter={filter!r} is of type {kind}; it must be None or a function of (name, layer), such as "
+            "lambda name, layer: 'head' not in name"
+        )
+    if isinstance(min_features, bool) or not isinstance(min_features, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = type(min_features).__name__
+        raise TypeError(f"min_features={min_features!r} is of type {kind}; it must be an int of at least 1")
     if min_features < 1:
         raise ValueError(f"min_features={min_features}; it must be at least 1")
 
@@ -247,6 +263,7 @@ def revert(model: torch.nn.Module) -> None:
 def make_plain(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> None:
     """Makes a layer plain, if it was converted or waits for its shape."""
     vars(layer).pop(_REASON, None)
+    _forget_hooks(layer)
     if _policy_of(layer) is not None:
         del vars(layer)["policy"]
         vars(layer).pop(_BECOMES, None)
@@ -265,10 +282,22 @@ def plain_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def report(model: torch.nn.Module) -> ConversionReport:
-    """The table of `convert`, as things are now.
+    """The table of `convert`, with what has happened since.
 
-    A layer whose weight got a gradient, or beside which others had sparse backward passes, while it had none, is dense:
-    something reads its weight past the layer. In compiled graphs passes are not counted.
+    A converted model that has not been trained is reported as it will be. Once there was training, a layer without a
+    sparse backward pass is dense. Something may read its weight past the layer, or nothing may call the layer. There
+    was training if one of these holds:
+
+    - the layer's weight got a gradient since `convert`, even if that gradient is gone;
+    - another layer had a sparse backward pass, or has measured.
+
+    An edit of the weight, as by `load_state_dict`, is no training. If the `forward` of a layer was replaced on the
+    instance by something that cannot be seen through, its passes tell.
+
+    The report counts the layer's own passes, and does not see what else adds to a gradient. A layer is sparse if it is
+    called, even if something reads its weight past it as well. In compiled graphs passes are not counted: a layer is
+    sparse there once it is traced. Copies of layers, lazy layers, and layers that were made by hand are known to have
+    got a gradient only while they have it.
 
     Raises:
         TypeError: `model` is not a module.
@@ -276,7 +305,7 @@ def report(model: torch.nn.Module) -> ConversionReport:
     _check_type(model)
     layers = described_layers(model)
     policies = [policy for _, layer, _ in layers if (policy := _policy_of(layer)) is not None]
-    trained = any(policy.record is not None and policy.record.seen_sparse for policy in policies)
+    trained = any(policy.record is not None and policy.record.seen_training for policy in policies)
     known = {layer: descriptor for _, layer, descriptor in layers}
     found = [
         _describe(name, module, known[module], trained) if module in known else _describe_other(name, module)
@@ -285,7 +314,8 @@ def report(model: torch.nn.Module) -> ConversionReport:
     records = [record for record in found if record is not None]
     notes: list[str] = []
     if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
-        notes.append(f"If the last one, {last.name!r}, gives the model's outputs, rather leave it dense: use filter")
+        which = f"If the last one, {last.name!r}," if last.name else "If this layer"
+        notes.append(f"{which} gives the model's outputs, rather leave it dense: use filter")
     by_example = any(layer.rule.scope == "example" for _, layer, _ in layers if isinstance(layer, SparseLayer))
     if by_example and any(type(module).__name__.endswith(("LayerNorm", "RMSNorm")) for module in model.modules()):
         notes.append(
@@ -301,6 +331,7 @@ def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -
     vars(layer)["policy"] = made = descriptor.policy(policy).of_layer()
     assert made.record is not None
     made.record.had_gradient = _has_gradient(layer)
+    _note_first_gradient(layer, made.record)
     if isinstance(layer, LazyModuleMixin):
         vars(layer)[_BECOMES] = descriptor.sparse
     elif not isinstance(layer, SparseLayer):
@@ -309,6 +340,26 @@ def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -
 
 def _has_gradient(layer: torch.nn.Module) -> bool:
     return any(parameter.grad is not None for parameter in layer.parameters())
+
+
+def _note_first_gradient(layer: torch.nn.Module, record: Record) -> None:
+    """Lets the record know when a weight of the layer gets its first gradient. A later one costs nothing."""
+    _forget_hooks(layer)
+    handles = _gradient_hooks[layer] = list[RemovableHandle]()
+
+    def note(_: Tensor) -> None:
+        record.got_gradient = True
+        for handle in handles:
+            handle.remove()
+
+    for each in layer.parameters():
+        if not is_lazy(each) and each.dim() >= 2 and each.is_leaf and each.requires_grad:
+            handles.append(each.register_post_accumulate_grad_hook(note))
+
+
+def _forget_hooks(layer: torch.nn.Module) -> None:
+    for handle in _gradient_hooks.pop(layer, ()):
+        handle.remove()
 
 
 def _policy_of(layer: torch.nn.Module) -> Policy | None:
@@ -342,9 +393,10 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
     policy = _policy_of(layer)
     if policy is None:
         return dense(None, vars(layer).get(_REASON, "not converted"))
-    if (bypassed := why_bypassed(layer, descriptor)) is not None:
-        return dense(policy.rule, bypassed)
-    rule, decision = policy.rule, policy.decision
+    rule, decision, record = policy.rule, policy.decision, policy.record
+    assert record is not None  # it is a layer's
+    if (bypassed := why_bypassed(layer, descriptor, record.seen_sparse)) is not None:
+        return dense(rule, bypassed)
     if rule.keeps_all(width):
         own = policy.own_rule
         return dense(rule, f"{rule} keeps everything" + (f", by a schedule of {own}" if own else ""))
@@ -360,12 +412,11 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
         reason += f"; keeps {rule}: {vars(layer)[_REASON]}"
     if decision is not None and not decision.sparse:
         return dense(rule, reason)
-    density, record = rule.density(width), policy.record
-    assert record is not None  # it is a layer's
+    density = rule.density(width)
     if not record.seen_sparse:
         evidence = record.left_to_torch or ("others had some" if trained else None)
-        if _has_gradient(layer) and not record.had_gradient:
-            evidence = evidence or "its parameters have a gradient"
+        if record.got_gradient or (_has_gradient(layer) and not record.had_gradient):
+            evidence = evidence or "its weight got a gradient"
         if evidence is not None:
             return dense(rule, f"{reason}; no sparse backward pass seen yet: {evidence}")
     if density is None and record.density is not None:

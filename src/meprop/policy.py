@@ -13,10 +13,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils._expanded_weights import ExpandedWeight
 
 from meprop import row_sparse, speed
 from meprop.errors import NotSupportedError
+from meprop.ops.registry import PLAIN
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
 
@@ -93,7 +96,9 @@ class Record:
             not counted.
         compiled: Whether torch.compile has traced a forward pass whose backward pass is sparse.
         had_gradient: Whether a parameter had a gradient already when the layer was converted.
-        left_to_torch: Why the last forward pass that was torch's own, for its tensors, was. None if none was.
+        got_gradient: Whether a weight got a gradient since the layer was converted, from wherever it came.
+        left_to_torch: Why the last forward pass with gradients that was torch's own, for its tensors, was. None if none
+            was.
     """
 
     decision: speed.Decision | None = None
@@ -106,6 +111,7 @@ class Record:
     sparse_passes: int = 0
     compiled: bool = False
     had_gradient: bool = False
+    got_gradient: bool = False
     left_to_torch: str | None = None
     _rested: int = field(default=0, init=False, repr=False)
 
@@ -113,6 +119,11 @@ class Record:
     def seen_sparse(self) -> bool:
         """Whether the layer had a sparse backward pass, as far as is known of compiled graphs."""
         return self.sparse_passes > 0 or self.compiled
+
+    @property
+    def seen_training(self) -> bool:
+        """Whether the layer was called for training: it had a sparse backward pass, or has measured."""
+        return self.seen_sparse or self.decision is not None
 
     def note(self, kept: int, seen: int, passes: int, dense_passes: int) -> None:
         """Adds passes, of which so many kept everything."""
@@ -158,7 +169,7 @@ class Policy:
             one that is measured. None without a schedule.
 
     Raises:
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
         ValueError: `sparse_grad` is used with a rule that chooses for each row or has an exact sum, or `compute_dtype`
             or `when` is unknown.
     """
@@ -178,6 +189,9 @@ class Policy:
         if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers without a type checker)
             kind = type(self.rule).__name__
             raise TypeError(f"rule={self.rule!r} is of type {kind}; it must be a rule such as meprop.TopK(0.05)")
+        if not isinstance(self.sparse_grad, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            kind = type(self.sparse_grad).__name__
+            raise TypeError(f"sparse_grad={self.sparse_grad!r} is of type {kind}; it must be True or False")
         if self.sparse_grad and not self.rule.row_sparse:
             raise ValueError(
                 f"sparse_grad=True with {self.rule}: rows of a weight's gradient are left out only by scope='batch', "
@@ -252,14 +266,23 @@ class Policy:
             self.record.decision = speed.decide(self.own_rule or self.rule, timed)
         return self.record.decision.sparse and (torch.compiler.is_compiling() or not self.record.rests())
 
-    def leaves_to_torch(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether a forward pass is torch's own, because input or weight are not strided. The reason is noted."""
-        if x.layout is torch.strided and not x.is_nested and weight.layout is torch.strided:
-            return False
-        if self.record is not None:
-            name, tensor = ("weight", weight) if weight.layout is not torch.strided else ("input", x)
-            self.record.left_to_torch = f"its {name} is {'nested' if tensor.is_nested else tensor.layout}"
-        return True
+    def leave_to_torch(self, **tensors: Tensor | None) -> bool:
+        """Leaves a forward pass to torch if it must be torch's own, and notes why.
+
+        It must be if a tensor is not strided, or gets a gradient for each example (an ExpandedWeight).
+
+        Args:
+            tensors: The tensors of the pass by name: "input", "weight" and so on.
+
+        Returns:
+            Whether the pass is left to torch.
+        """
+        for name, tensor in tensors.items():
+            if tensor is not None and (kind := _odd_kind(tensor)) is not None:
+                if self.record is not None and torch.is_grad_enabled():
+                    self.record.left_to_torch = f"its {name} is {kind}"
+                return True
+        return False
 
     def note_sparse_pass(self) -> None:
         """Notes that a backward pass is sparse, unless torch.compile traces it."""
@@ -303,16 +326,10 @@ class Policy:
         """Refuses a forward pass whose backward pass would go wrong.
 
         Raises:
-            NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; within transforms of
-                torch.func; a weight that is a DTensor; row-sparse gradients in DistributedDataParallel, or of a weight
-                that is computed.
+            NotSupportedError: Under torch.compile, row-sparse gradients or a Simplifier's counts; a weight that is a
+                DTensor; row-sparse gradients in DistributedDataParallel, or of a weight that is computed.
         """
         if not torch.compiler.is_compiling():
-            if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
-                raise NotSupportedError(
-                    "a transform of torch.func (grad, vmap, jvp and so on), which a sparse backward pass has no rules "
-                    "for; transform a plain copy of the model, made by copy.deepcopy and meprop.revert"
-                )
             if self.sparse_grad:
                 row_sparse.support()  # a layer that was unpickled has made no policy
             return self._refuse_weight(weight)
@@ -348,6 +365,43 @@ class Policy:
                 "with meprop.distributed.row_sparse_hook, or leave the model unwrapped and call "
                 "meprop.distributed.average_gradients after backward()."
             )
+
+
+def _odd_kind(tensor: Tensor) -> str | None:
+    """What a tensor is that only torch's own functions take. None for others."""
+    if type(tensor) not in PLAIN and isinstance(tensor, ExpandedWeight):  # it has no layout
+        return "an ExpandedWeight"
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.layout is torch.strided else str(tensor.layout)
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass of ours may follow. In a graph of torch.jit.trace or torch.export it is torch's own."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or _is_exporting():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises a NotSupportedError in a forward pass that is transformed, if a node of ours is to be in its graph."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or any(map(_is_dual, tensors)):  # pyright: ignore[reportPrivateUsage]
+        raise NotSupportedError(
+            "a transform of torch.func (grad, vmap, jvp and so on), or forward-mode differentiation, which a sparse "
+            "backward pass has no rules for; transform a plain copy of the model, made by copy.deepcopy and "
+            "meprop.revert"
+        )
+
+
+def _is_dual(tensor: Tensor | None) -> bool:
+    """Whether the tensor has a tangent of forward-mode differentiation."""
+    level = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
+    return tensor is not None and level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def refuse_dtype(weight: Tensor) -> None:

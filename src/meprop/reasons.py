@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from meprop.nn.base import Descriptor, SparseLayer, descriptor_of, plain_kind
+from meprop.nn.base import Descriptor, SparseLayer, descriptor_of, plain_kind, replaced_forward
 from meprop.policy import Policy
 
 __all__ = ["Surroundings", "other_features", "why_bypassed", "why_left_out", "why_unfit"]
@@ -52,23 +53,36 @@ class Surroundings:
         return cls(holders, parts, frozenset(weights))
 
 
-def _outputs_of(module: Any) -> Iterator[torch.nn.Module | Tensor]:
-    """The layers, or weights, that a model in Hugging Face's manner says that its outputs come from."""
+def _outputs_of(module: Any) -> list[torch.nn.Module | Tensor]:
+    """The layers, or weights, that a model in Hugging Face's manner says that its outputs come from.
+
+    An iterator that the model keeps is not read, because that would use it up.
+    """
     try:
         found: Any = module.get_output_embeddings()
+        if isinstance(found, Iterator) and any(found is each for each in vars(module).values()):
+            return []
+        return [each for each in _modules_and_tensors(found, set()) if each is not module]
     except Exception:  # it has no such method, or cannot answer: both are usual
-        return
-    yield from _modules_and_tensors(found)
+        return []
 
 
-def _modules_and_tensors(found: Any) -> Iterator[torch.nn.Module | Tensor]:
-    if isinstance(found, (torch.nn.Module, Tensor)):
+def _modules_and_tensors(found: Any, seen: set[int]) -> Iterator[torch.nn.Module | Tensor]:
+    """The modules and tensors in what a model returned: in containers, attributes, bound methods and partials.
+
+    A view counts as the tensor that it is a view of.
+    """
+    if isinstance(found, torch.nn.Module):
         yield found
-    elif isinstance(found, (tuple, list, set)):
-        for each in found:
-            yield from _modules_and_tensors(each)
-    elif isinstance(found, Mapping):
-        yield from _modules_and_tensors(tuple(found.values()))
+    elif isinstance(found, Tensor):
+        yield found if found._base is None else found._base
+    elif found is not None and not isinstance(found, (str, bytes, type, ModuleType)) and id(found) not in seen:
+        seen.add(id(found))
+        parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, Iterable) else ()
+        attributes = getattr(found, "__dict__", {}).values()
+        of_partial = (found.func, *found.args, *found.keywords.values()) if isinstance(found, partial) else ()
+        for each in (*parts, *attributes, *of_partial, getattr(found, "__self__", None)):
+            yield from _modules_and_tensors(each, seen)
 
 
 def why_unfit(layer: torch.nn.Module, descriptor: Descriptor[Any], surroundings: Surroundings) -> str | None:
@@ -90,11 +104,20 @@ def why_unfit(layer: torch.nn.Module, descriptor: Descriptor[Any], surroundings:
     return None
 
 
-def why_bypassed(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> str | None:
-    """Why calls of the layer would not reach the forward pass of our class. None if they would."""
-    replaced = vars(layer).get("forward")
+def why_bypassed(layer: torch.nn.Module, descriptor: Descriptor[Any], seen_sparse: bool = False) -> str | None:
+    """Why calls of the layer would not reach the forward pass of our class. None if they would.
+
+    What replaced a forward pass, and cannot be seen through, counts by `seen_sparse`: whether the layer had a sparse
+    backward pass.
+    """
     ours = type(layer) if isinstance(layer, SparseLayer) else descriptor.sparse
-    if replaced is None or _leads_to(replaced, ours.forward, set()):
+    if replaced_forward(ours) is not None:
+        name = f"{descriptor.plain.__module__}.{descriptor.plain.__qualname__}.forward"
+        return f"{name} was replaced, and what replaced it runs; put the original back, and convert again"
+    replaced = vars(layer).get("forward")
+    if replaced is None or _leads_to(replaced, ours.forward, layer):
+        return None
+    if seen_sparse and not _leads_to(replaced, descriptor.plain.forward, layer):
         return None
     return (
         "its forward was replaced on the instance, so that calls pass the sparse one by; "
@@ -102,26 +125,40 @@ def why_bypassed(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> str | N
     )
 
 
-def _leads_to(found: Any, target: Any, seen: set[int]) -> bool:
-    """Whether a callable is `target`, or wraps it: as functools.wraps, functools.partial or a closure."""
-    found = getattr(found, "__func__", found)
-    if found is target:
-        return True
-    if not callable(found) or isinstance(found, (type, torch.nn.Module)) or id(found) in seen:
-        return False
-    seen.add(id(found))
-    return any(_leads_to(each, target, seen) for each in _wrapped_by(found))
+def _leads_to(found: Any, target: Any, layer: torch.nn.Module) -> bool:
+    """Whether a callable is `target`, or holds it.
+
+    A callable holds what is in its closure, default values and attributes, what functools.partial and functools.wraps
+    put there, and the attributes of the layer and the global variables that it names.
+    """
+    seen: dict[int, Any] = {}
+    waiting = [found]
+    while waiting:
+        each = waiting.pop()
+        if getattr(each, "__func__", each) is target:
+            return True
+        if callable(each) and not isinstance(each, (type, torch.nn.Module)) and id(each) not in seen:
+            seen[id(each)] = each
+            waiting += _held_by(each, layer)
+    return False
 
 
-def _wrapped_by(found: Any) -> Iterator[Any]:
-    yield getattr(found, "__wrapped__", None)
-    if isinstance(found, functools.partial):
+def _held_by(found: Any, layer: torch.nn.Module) -> Iterator[Any]:
+    holder = getattr(found, "__self__", None)  # of a bound method
+    function = getattr(found, "__func__", found)
+    for each in (found, function, *(() if isinstance(holder, torch.nn.Module) else (holder,))):
+        yield from getattr(each, "__dict__", {}).values()
+    if isinstance(found, partial):
         yield from (found.func, *found.args, *found.keywords.values())
-    for cell in getattr(found, "__closure__", None) or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # it is empty yet
-            continue
+    if isinstance(function, FunctionType):
+        yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        for name in function.__code__.co_names:
+            yield from (function.__globals__.get(name), vars(layer).get(name))
+        for cell in function.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # it is empty yet
+                continue
 
 
 def why_left_out(

@@ -14,10 +14,12 @@ from torch.ao.quantization import (
     fuse_modules_qat,
     get_default_qat_qconfig,
     get_default_qconfig,
+    get_default_qconfig_mapping,
     prepare,
     prepare_qat,
     quantize_dynamic,
 )
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 import meprop
 
@@ -82,3 +84,13 @@ def test_torchs_fusion_of_convolution_and_normalisation_takes_converted_layers()
     meprop.convert(model, meprop.TopK(5, scope="batch"), when="always")
     fused, x = torch.nn.utils.fusion.fuse_conv_bn_eval(model.conv, model.norm), torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(fused(x), model.norm(model.conv(x)))
+
+
+@pytest.mark.parametrize("prepare_by", [prepare_fx, prepare_qat_fx])
+def test_graph_mode_finds_converted_layers_and_makes_those_of_the_model_itself_plain(prepare_by):
+    model, x = nn.Sequential(nn.Linear(8, 200)), torch.randn(3, 8)
+    meprop.convert(model, meprop.TopK(5), when="always")
+    prepared = prepare_by(model.train(prepare_by is prepare_qat_fx), get_default_qconfig_mapping("fbgemm"), (x,))
+    prepared(x)
+    assert type(model[0]) is nn.Linear
+    assert "quantize_per_tensor" in convert_fx(prepared.eval()).code

@@ -2,10 +2,14 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from transformers.pytorch_utils import Conv1D
 
 import meprop
 
@@ -18,6 +22,11 @@ def jagged() -> Tensor:
 
 def strided_nested() -> Tensor:
     return torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(5, 6)])
+
+
+def of(layer: nn.Module, x: Tensor) -> Tensor:
+    output = layer(x, x, x) if isinstance(layer, nn.MultiheadAttention) else layer(x)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def kind_of(x: Tensor) -> str:
@@ -187,6 +196,11 @@ def test_scripts_of_other_layers_are_refused_by_name(make):
         torch.jit.script(nn.Sequential(converted(make())))
 
 
+def forward_mode(f, x, y):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 VECTORISED = {
     "is_grads_batched": lambda f, x, y: torch.autograd.grad(f(x), x, torch.randn(3, *y.shape), is_grads_batched=True),
     "jacobian": lambda f, x, y: torch.autograd.functional.jacobian(f, x, vectorize=True),
@@ -198,6 +212,7 @@ VECTORISED = {
 }
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 8), (4, 6)),
+    "Conv1D": (lambda: Conv1D(8, 6), (4, 6)),
     "conv": (lambda: nn.Conv2d(6, 8, 3), (2, 6, 5, 5)),
     "lstm": (lambda: nn.LSTM(6, 8), (4, 2, 6)),
     "attention": (lambda: nn.MultiheadAttention(8, 2), (4, 2, 8)),
@@ -218,6 +233,154 @@ def test_vectorised_passes_are_refused_by_name(kind, how):
     y = function(x)
     with pytest.raises(meprop.NotSupportedError, match=r"transform of torch.func|several output gradients at once"):
         VECTORISED[how](function, x, y)
+
+
+FORWARD_MODE = {
+    "forward_ad": forward_mode,
+    "jvp": lambda f, x, y: torch.func.jvp(f, (x,), (x,)),
+    "linearize": lambda f, x, y: torch.func.linearize(f, x),
+    "jacfwd": lambda f, x, y: torch.func.jacfwd(f)(x),
+    "forward-mode jacobian": lambda f, x, y: torch.autograd.functional.jacobian(
+        f, x, strategy="forward-mode", vectorize=True
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FORWARD_MODE)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_forward_mode_is_refused_by_name_or_torchs_own(kind, how):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = converted(make()), torch.randn(shape)
+    plain = copy.deepcopy(layer)
+    meprop.revert(plain)
+    if kind == "Conv1D" and how in ("jvp", "jacfwd"):  # the transposed weight needs no gradient there
+        found, expected = (FORWARD_MODE[how](partial(of, each), x, None) for each in (layer, plain))
+        torch.testing.assert_close(found, expected)
+        return
+    with pytest.raises(meprop.NotSupportedError, match="forward-mode differentiation"):
+        FORWARD_MODE[how](partial(of, layer), x, None)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 8), lambda: nn.Conv1d(4, 8, 3)], ids=["linear", "conv"])
+def test_tangents_of_parameters_are_refused_by_name_and_without_gradients_they_are_torchs(make, options, name):
+    layer, x = converted(make(), **options), torch.randn(4, 6)
+    plain = getattr(layer, name)
+    delattr(layer, name)
+    with forward_ad.dual_level():
+        setattr(layer, name, forward_ad.make_dual(plain, torch.ones_like(plain)))
+        with pytest.raises(meprop.NotSupportedError, match="forward-mode differentiation"):
+            layer(x)
+        with torch.no_grad():
+            assert forward_ad.unpack_dual(layer(x)).tangent is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::meprop.NoEffectWarning")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": torch.bfloat16}, {"rule": meprop.TopK(9)}], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_traces_of_torch_jit_are_torchs_own(kind, options, grad):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    plain = copy.deepcopy(layer)
+    meprop.convert(layer, **{"rule": RULE, "when": "always", "min_features": 1, **options})
+    inputs = (x, x, x) if kind == "attention" else (x,)
+    with torch.set_grad_enabled(grad):
+        output = torch.jit.trace(layer, inputs)(*inputs)
+        output = output[0] if isinstance(output, tuple) else output
+        # With attention compute_dtype has no effect on torch's own forward pass.
+        torch.testing.assert_close(output, of(plain if kind == "attention" else layer, x))
+    if grad and not options:
+        output.square().sum().backward()
+        of(plain, x).square().sum().backward()
+        for found, expected in zip(layer.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": torch.bfloat16}, {"sparse_grad": True}], ids=str)
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Linear(6, 8), (4, 6)), (lambda: nn.Conv1d(3, 8, 3), (4, 3, 6))],
+    ids=["linear", "conv"],
+)
+def test_gradients_of_each_example_are_torchs_own(make, shape, options, frozen):
+    torch.manual_seed(0)
+    plain, x = make(), torch.randn(shape)
+    if frozen is not None:
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+    layer = copy.deepcopy(plain)
+    meprop.convert(layer, RULE, when="always", min_features=1, **options)
+    for each in (plain, layer):
+        call_for_per_sample_grads(each, batch_size=4)(x).square().sum().backward()
+    for found, expected in zip(layer.parameters(), plain.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(found.grad_sample, expected.grad_sample)
+    assert layer.policy.record.left_to_torch.endswith("is an ExpandedWeight")
+
+
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+def test_gradients_of_each_example_are_refused_as_torchs_own_layer_refuses_them(kind):
+    make, shape = LAYERS[kind]
+    plain, x = make(), torch.randn(shape)
+    errors = []
+    for layer in (plain, converted(copy.deepcopy(plain))):
+        inputs = (x, x, x) if kind == "attention" else (x,)
+        with pytest.raises(RuntimeError, match="Expanded Weights") as error:
+            call_for_per_sample_grads(layer, batch_size=2, batch_first=False)(*inputs)[0].sum().backward()
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+MKLDNN = {
+    "linear": (lambda: nn.Linear(6, 8), (4, 6)),
+    "conv1d": (lambda: nn.Conv1d(3, 8, 3), (4, 3, 6)),
+    "conv2d": (lambda: nn.Conv2d(3, 8, 3, padding="same"), (4, 3, 6, 6)),
+    "pointwise": (lambda: nn.Conv2d(3, 8, 1), (4, 3, 6, 6)),
+    "lstm": (lambda: nn.LSTM(6, 8), (2, 4, 6)),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), (4, 2, 8)),
+}
+
+
+def outcome(layer: nn.Module, x: Tensor) -> list[Tensor] | str:
+    """The output and the gradients of a pass, or torch's error."""
+    try:
+        output = of(layer, x)
+        output = output.to_dense() if output.layout == torch._mkldnn else output
+        output.square().sum().backward()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return [output, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("kind", MKLDNN)
+def test_inputs_in_the_layout_of_mkldnn_go_through_torchs_own_layer(kind):
+    torch.manual_seed(0)
+    make, shape = MKLDNN[kind]
+    plain, x = make(), torch.randn(shape).to_mkldnn()
+    layer = converted(copy.deepcopy(plain))
+    expected, found = outcome(plain, x), outcome(layer, x)
+    assert type(found) is type(expected)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert layer.policy.record.left_to_torch == f"its {'query' if kind == 'attention' else 'input'} is torch._mkldnn"
+    with torch.no_grad():
+        assert type(outcome(layer, x)) is type(outcome(plain, x))
+
+
+def test_an_evaluation_of_a_layer_that_was_not_trained_tells_nothing():
+    layer = converted(nn.Linear(6, 8))
+    with torch.no_grad():
+        layer(jagged())
+    assert meprop.report(layer).layers[0].reason == "always"
 
 
 COMPUTED = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.cases import SEQUENCES as SIZES
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -618,3 +619,25 @@ def test_each_layer_and_direction_counts_and_computes_the_same(rule):
         assert 0 < activity.hits.max() <= sum(LENGTHS)
         if rule.k < UNITS:
             assert activity.hits.sum() < sum(LENGTHS) * UNITS
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("rule", [meprop.TopK(3), meprop.TopK(3, scope="global"), meprop.Sampled()], ids=str)
+def test_without_contents_and_in_torch_export_it_is_torchs_own(rule, grad):
+    layer = meprop.nn.LSTM(6, 8, rule=rule)
+    with FakeTensorMode(), torch.set_grad_enabled(grad):
+        fake = meprop.nn.LSTM(6, 8, rule=rule)
+        output = fake(torch.randn(2, 4, 6))[0]
+        assert output.shape == (2, 4, 8)
+        if grad:
+            output.sum().backward()
+            assert fake.weight_hh_l0.grad.shape == (32, 8)
+    meta, x = copy.deepcopy(layer).to("meta"), torch.randn(2, 4, 6)
+    with torch.set_grad_enabled(grad):
+        output = meta(x.to("meta"))[0]
+        assert output.shape == (2, 4, 8)
+        exported = torch.export.export(layer, (x,))
+        torch.testing.assert_close(exported.module()(x)[0], layer(x)[0])
+    if grad:
+        output.sum().backward()
+        assert meta.weight_hh_l0.grad.shape == (32, 8)

@@ -16,7 +16,7 @@ from meprop.errors import NotSupportedError
 from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, no_view, product_dtype, sparse_backward
 from meprop.functional.geometry import Geometry, Numbers, padded
 from meprop.functional.maps import gradients_of_maps
-from meprop.policy import Policy, refuse_dtype, refuse_transforms_of_backward
+from meprop.policy import Policy, needs_gradients, refuse_dtype, refuse_transforms, refuse_transforms_of_backward
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, RowSelection, everything
 
@@ -133,17 +133,19 @@ def convolution_with_policy(
         Output [N, O, *T] or [O, *T].
     """
     refuse_dtype(weight)
-    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    is_sparse = needs_gradients and policy.may_be_sparse(len(weight))
-    if is_sparse:
-        policy.refuse(weight)
+    needs = needs_gradients(x, weight)
+    is_sparse = needs and policy.may_be_sparse(len(weight))
     autocast, dtype = product_dtype(x, policy)
     unbatched = x.dim() == weight.dim() - 1
     batch = x[None] if unbatched else x
-    if is_sparse or (dtype is not None and not autocast):
+    if is_sparse or (needs and dtype is not None and not autocast):
+        refuse_transforms(x, weight, bias)
+        if is_sparse:
+            policy.refuse(weight)
         output: Tensor = _Convolution.apply(batch, weight, bias, geometry, policy, dtype, autocast)  # pyright: ignore[reportAssignmentType]  (apply is untyped)
     elif dtype is not None:
         output = geometry.output(*cast_operands(dtype, batch, weight, bias))
+        output = output if autocast else output.to(x.dtype)
     else:
         output = geometry.output(batch, weight, bias)
     return output[0] if unbatched else output

@@ -21,7 +21,7 @@ from meprop.functional.common import (
     product_dtype,
     sparse_backward,
 )
-from meprop.policy import Policy, refuse_dtype, refuse_transforms_of_backward
+from meprop.policy import Policy, needs_gradients, refuse_dtype, refuse_transforms, refuse_transforms_of_backward
 from meprop.rules import Rule
 from meprop.selection import everything
 
@@ -82,15 +82,16 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
     Returns:
         Output [*, O].
     """
-    if policy.is_settled_dense() or policy.leaves_to_torch(x, weight):
+    if policy.is_settled_dense() or policy.leave_to_torch(input=x, weight=weight, bias=bias):
         return F.linear(x, weight, bias)
     refuse_dtype(weight)
-    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    is_sparse = needs_gradients and policy.may_be_sparse(weight.shape[0])
-    if is_sparse:
-        policy.refuse(weight)
+    needs = needs_gradients(x, weight)
+    is_sparse = needs and policy.may_be_sparse(weight.shape[0])
     autocast, dtype = product_dtype(x, policy)
-    if is_sparse or (needs_gradients and dtype is not None and not autocast):
+    if is_sparse or (needs and dtype is not None and not autocast):
+        refuse_transforms(x, weight, bias)
+        if is_sparse:
+            policy.refuse(weight)
         return _Linear.apply(x, weight, bias, policy, dtype, autocast)  # pyright: ignore[reportReturnType]  (apply is untyped)
     if dtype is None or autocast:  # autocast casts by itself
         return F.linear(x, weight, bias)

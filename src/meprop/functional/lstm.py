@@ -11,7 +11,7 @@ from torch import Tensor
 from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.functional.common import as_matrix, cast, is_autocast
-from meprop.policy import Activity, Policy, refuse_transforms_of_backward
+from meprop.policy import Activity, Policy, refuse_transforms, refuse_transforms_of_backward
 from meprop.rules import Rule, in_blocks
 from meprop.selection import Entries, PlainTopK, Selection
 
@@ -82,6 +82,7 @@ def lstm_with_policy(
     activity: Activity | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm` with checked arguments. `activity`, if it is given, counts what the backward pass selects."""
+    refuse_transforms(x, *(() if hx is None else hx), *weights)
     policy.refuse(weights[0])
     if not weights[0].is_floating_point():
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meprop.functional.linear import linear_with_policy
 from meprop.nn.base import Descriptor, SparseLayer, leaf, refuse_script, register, sparse_repr
-from meprop.policy import Policy
+from meprop.policy import Policy, needs_gradients
 from meprop.rules import Rule
 
 
@@ -44,7 +44,7 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
         decision: With "auto", what was decided. None before the first backward pass.
 
     Raises:
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
         ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, or `compute_dtype` is
             not torch.bfloat16 or None.
     """
@@ -112,12 +112,11 @@ class MultiheadAttention(SparseLayer, torch.nn.MultiheadAttention):
             return output[0], None if weights is None else weights[0]
         return output, weights
 
-    def _is_sparse(self, *inputs: Tensor) -> bool:
-        if not torch.is_grad_enabled() or self.rule.keeps_all(self.embed_dim):
+    def _is_sparse(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        tensors = {"query": query, "key": key, "value": value, **dict(self.named_parameters())}
+        if self.rule.keeps_all(self.embed_dim) or self.policy.leave_to_torch(**tensors):
             return False
-        if any(x.is_nested for x in inputs):  # torch refuses them with gradients
-            return False
-        return any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
+        return needs_gradients(*tensors.values())
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int = 1) -> Tensor:
         return linear_with_policy(x, weight, bias, self.policy.in_blocks(blocks))

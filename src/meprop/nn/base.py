@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import wraps
+from os.path import dirname
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 import torch
@@ -67,6 +68,9 @@ class SparseLayer:
 
     if TYPE_CHECKING:  # torch.jit.script would look for the type, and compile the properties
         policy: Policy
+
+    _plain: type[Any] | None = None  # the class of another library, from `register` on
+    _plain_forward: Any = None  # its own forward pass
 
     __jit_unused_properties__ = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
 
@@ -148,11 +152,15 @@ def leaf(forward: Callable[P, R]) -> Callable[P, R]:
     Torch.fx treats torch's own layers like that, but goes by the name of their module. Where a call of the layer does
     more than this forward pass (a subclass, hooks), and where the layer itself is traced, torch's own forward pass
     goes into the graph instead.
+
+    Where somebody replaced the forward pass of torch's class, the replacement runs.
     """
 
     @wraps(forward)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         layer, *inputs = args
+        if (plain := replaced_forward(type(layer))) is not None:
+            return plain(*args, **kwargs)
         if type(next(iter(inputs), None)) not in PLAIN and "torch.fx" in sys.modules:
             proxies = (each for each in (*inputs, *kwargs.values()) if isinstance(each, torch.fx.Proxy))
             proxy = next(proxies, None)
@@ -161,6 +169,12 @@ def leaf(forward: Callable[P, R]) -> Callable[P, R]:
         return forward(*args, **kwargs)
 
     return call
+
+
+def replaced_forward(sparse: Any) -> Callable[..., Any] | None:
+    """The forward pass that the plain class of a class of ours has instead of its own. None if it has its own."""
+    plain = sparse._plain
+    return None if plain is None or plain.forward is sparse._plain_forward else plain.forward
 
 
 def _traced(layer: torch.nn.Module, tracer: torch.fx.Tracer, inputs: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -275,6 +289,15 @@ def register(descriptor: Descriptor[Any]) -> None:
     if any(descriptor.plain is each.plain for each in _descriptors):
         raise ValueError(f"{descriptor.plain.__qualname__} has a descriptor already")
     _descriptors.append(descriptor)
+    descriptor.sparse._plain = descriptor.plain
+    descriptor.sparse._plain_forward = _own_forward(descriptor.plain)
+
+
+def _own_forward(plain: type[Any]) -> Any:
+    """The forward pass of a class, as it is now. None for a class of torch that has one from elsewhere already."""
+    code = getattr(plain.forward, "__code__", None)
+    from_torch = code is not None and code.co_filename.startswith(dirname(torch.__file__))
+    return plain.forward if from_torch or not plain.__module__.startswith("torch.") else None
 
 
 def unregister(descriptor: Descriptor[Any]) -> None:

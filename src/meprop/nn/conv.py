@@ -44,14 +44,15 @@ class _Convolution(SparseLayer, _ConvNd):
 
     @leaf
     def _forward(self, input: Tensor) -> Tensor:
-        if self.policy.is_settled_dense():
+        policy, weight, bias = self.policy, self.weight, self.bias
+        if policy.is_settled_dense() or policy.leave_to_torch(input=input, weight=weight, bias=bias):
             return super().forward(input)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        input, geometry = padded(input, self.weight.shape[2:], self.stride, padding, self.dilation)
-        return convolution_with_policy(input, self.weight, self.bias, geometry, self.policy)
+        input, geometry = padded(input, weight.shape[2:], self.stride, padding, self.dilation)
+        return convolution_with_policy(input, weight, bias, geometry, policy)
 
     def extra_repr(self) -> str:
         """The text of torch's layer, and the rule."""
@@ -87,7 +88,7 @@ class Conv2d(_Convolution, torch.nn.Conv2d):
     Raises:
         NotSupportedError: `groups` is above 1, or scope "example" or a `PerProduct` is used with a layer that is not
             pointwise. A pointwise layer has kernel 1, stride 1 and no padding.
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
         ValueError: `sparse_grad` is used with scope "example" or an exact sum, or `compute_dtype` is not torch.bfloat16
             or None.
     """

@@ -36,7 +36,7 @@ class Linear(SparseLayer, torch.nn.Linear):
         activity: What a `meprop.Simplifier` counts. None without a Simplifier.
 
     Raises:
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
         ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, or `compute_dtype` is
             not torch.bfloat16 or None.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 
 from meprop import speed
@@ -15,7 +16,7 @@ from meprop.errors import NotSupportedError
 from meprop.functional.common import product_dtype
 from meprop.functional.lstm import lstm_policy, lstm_with_policy
 from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, refuse_script, register
-from meprop.policy import Policy
+from meprop.policy import Policy, needs_gradients
 from meprop.rules import Rule
 
 
@@ -175,12 +176,13 @@ class LSTM(SparseLayer, torch.nn.LSTM):
 
     def _is_sparse(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None) -> bool:
         rows, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
-        if rows.numel() == 0 or not torch.is_grad_enabled():
-            return False
+        states = dict(zip(("hx[0]", "hx[1]"), () if hx is None else hx, strict=False))
         if not self.policy.may_be_sparse(self.hidden_size):
             return False
-        states = () if hx is None else hx
-        if not any(tensor.requires_grad for tensor in (rows, *states, *self.parameters())):
+        if rows.is_meta or isinstance(rows, FakeTensor):  # they have shapes only, and torch's are the same
+            return False
+        tensors = {"input": rows, **states, **dict(self.named_parameters())}
+        if self.policy.leave_to_torch(**tensors) or rows.numel() == 0 or not needs_gradients(*tensors.values()):
             return False
         if self.activity is not None:  # only our backward pass counts, also if everything is kept
             return True
