@@ -16,14 +16,17 @@ from meprop.selection import PlainTopK, everything
 
 def is_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device. Autocast does not know some devices, such as "meta"."""
+    if not torch._C._is_any_autocast_enabled():  # pyright: ignore[reportPrivateUsage]  (the usual case, at once)
+        return False
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def product_dtype(x: Tensor, policy: Policy) -> tuple[bool, torch.dtype | None]:
     """Whether autocast is on, and the dtype of the forward product. None for the dtype of the tensors."""
-    autocast = is_autocast(x)
-    return autocast, torch.get_autocast_dtype(x.device.type) if autocast else policy.compute_dtype
+    if is_autocast(x):
+        return True, torch.get_autocast_dtype(x.device.type)
+    return False, policy.compute_dtype
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -119,7 +119,7 @@ class _Linear(torch.autograd.Function):
             x, weight, _ = operands
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.dtype = weight.dtype
-        return output if autocast else output.to(x.dtype)
+        return output if autocast or dtype is None else output.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
