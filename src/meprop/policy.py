@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils._expanded_weights import ExpandedWeight
 
 from meprop import row_sparse, speed
 from meprop.errors import NotSupportedError
@@ -369,7 +368,7 @@ class Policy:
 
 def _odd_kind(tensor: Tensor) -> str | None:
     """What a tensor is that only torch's own functions take. None for others."""
-    if type(tensor) not in PLAIN and isinstance(tensor, ExpandedWeight):  # it has no layout
+    if type(tensor).__name__ == "ExpandedWeight":  # it has no layout; importing its class takes long
         return "an ExpandedWeight"
     if tensor.is_nested:
         return "nested"

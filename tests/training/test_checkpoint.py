@@ -45,7 +45,7 @@ def test_a_resumed_run_with_row_sparse_gradients(task, tmp_path, optimizer, spar
 @pytest.mark.parametrize("steps", [3, 8, 11])  # between checks, at the end of an epoch, in a cycle that only trains
 def test_a_resumed_run_that_is_simplified(task, tmp_path, steps, sparse_rows):
     config = TrainingConfig(epochs=3, k=5, accelerator="cpu", scope="batch", sparse_rows=sparse_rows)
-    simplify = SimplifyConfig(checks=4, cycle=1)
+    simplify = SimplifyConfig(threshold=0.05, checks=4, cycle=1)
     whole, interrupted, resumed = (Trainer(task, config, config.rule(), 7, simplify) for _ in range(3))
     (expected,) = fit([whole], ignore)
     interrupted.advance(steps)

@@ -211,7 +211,7 @@ def test_a_warmup_that_takes_all_epochs_is_refused(task):
 
 
 def test_a_simplified_run_shrinks_in_its_cycles_and_learns(task):
-    trainer = Trainer(task, CONFIG, CONFIG.rule(), 7, SimplifyConfig(checks=4, cycle=1, warmup=1))
+    trainer = Trainer(task, CONFIG, CONFIG.rule(), 7, SimplifyConfig(threshold=0.05, checks=4, cycle=1, warmup=1))
     (run,) = fit([trainer], ignore)
     assert run.rule == trainer.name == "simplified"
     assert [check["step"] for check in run.checks] == list(range(2, 26, 2))  # 8 steps in an epoch
