@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meprop import row_sparse, speed
 from meprop.errors import NotSupportedError
-from meprop.ops.registry import PLAIN
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
 
