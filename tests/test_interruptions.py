@@ -62,8 +62,10 @@ def outcome(out):
     ]
     models = {}
     for path in sorted(Path(out).glob("*.pt")):
-        found = torch.load(path, weights_only=False)
-        state = found.state_dict() if path.name.startswith("compact") else found["state"]["model"]
+        if path.name.startswith("compact"):
+            state = torch.load(path, weights_only=False).state_dict()
+        else:
+            state = checkpoint._read(path)["state"]["model"]
         models[path.name] = {name: value.tolist() for name, value in state.items()}
     return runs, models
 
