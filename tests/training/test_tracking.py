@@ -55,9 +55,8 @@ def test_a_changed_result_is_never_read_as_another(result, tmp_path):
         path.write_bytes(changed)
         try:
             assert tracking.read_result(path, tracking.Result) == result  # such as of a space that is a line's end
-        except DataError as error:
+        except DataError:
             refused += 1
-            assert "result.json is damaged" in str(error)
     assert refused > 300
 
 
