@@ -110,6 +110,18 @@ def test_a_kill_between_the_record_and_the_end_of_its_checkpoints(data, monkeypa
     assert files() == files("whole")
 
 
+def test_every_picture_of_a_finished_seed_is_there(data, monkeypatch):
+    """Killed between the record, with which a seed is finished, and what comes then."""
+    from meprop.reporting import simplify
+
+    assert run("simplify", data, "--seeds", "0", out="whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(simplify, "draw_activity", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
+        assert run("simplify", data, "--seeds", "0") == 1
+    assert run("simplify", data, "--seeds", "0", "--resume") == 0
+    assert files() == files("whole")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_resuming_where_nothing_is_starts_from_the_beginning(data, capsys, command):
     assert run(command, data, "--resume") == 0
