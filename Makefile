@@ -8,7 +8,7 @@ MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1
 READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow sweep sanitize env lint format clean
+.PHONY: help demo test test-slow torture fuzz sweep sanitize env lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ test: env  ## set up .venv and run the tests, but for the slow ones
 
 test-slow: env  ## the slow tests: means of many draws, and long walks over all cases (some minutes)
 	$(PYTEST) -m slow
+
+torture: env  ## kill real runs at random moments and calls, resume them, compare the ends (10 minutes; SECONDS=)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),600)
+
+fuzz: env  ## read files that are changed at random, of every format (10 minutes or so; EXAMPLES=)
+	MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) tests/test_fuzz.py
 
 # Beside the environment, not in it: a torchvision that does not fit its torch would break every import of transformers.
 build/sweep: Makefile | env

@@ -62,7 +62,7 @@ def result(folder):
 def test_compare_writes_the_result_and_shows_it(data, capsys):
     assert compare(data, "--seeds", "0", "1") == 0
     content = result("runs/compare-mnist")
-    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs", "sha256"}
     assert [(run["rule"], run["seed"]) for run in content["runs"]] == [
         ("dense", 0), ("topk", 0), ("dense", 1), ("topk", 1)
     ]  # fmt: skip
@@ -148,7 +148,7 @@ def test_an_interrupted_run_continues_bit_for_bit(data, monkeypatch, capsys, eve
         patch.setattr(checkpoint, "save", save_then_ctrl_c)
         assert train(data, "--out", "part", *every) == 130
     assert "part/checkpoint.pt is kept: continue with --resume" in err(capsys)
-    assert torch.load("part/checkpoint.pt", weights_only=True)["state"]["step"] == step
+    assert checkpoint._read(Path("part/checkpoint.pt"))["state"]["step"] == step
     assert not Path("part/result.json").exists()
 
     assert train(data, "--out", "part") == 2  # neither --resume nor --overwrite
@@ -156,7 +156,7 @@ def test_an_interrupted_run_continues_bit_for_bit(data, monkeypatch, capsys, eve
     assert train(data, "--out", "part", "--resume", *every) == 0
     whole, part = result("whole")["runs"][0], result("part")["runs"][0]
     assert (part["dev"], part["test"]) == (whole["dev"], whole["test"])
-    states = [torch.load(f"{name}/checkpoint.pt", weights_only=True)["state"] for name in ("whole", "part")]
+    states = [checkpoint._read(Path(name, "checkpoint.pt"))["state"] for name in ("whole", "part")]
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name
 

@@ -19,7 +19,7 @@ from meprop.errors import DataError
 from meprop.experiments import Published, Records
 from meprop.reporting import pages
 from meprop.reporting import reproduce as report
-from meprop.training import tasks
+from meprop.training import tasks, tracking
 from meprop.training.config import SimplifyConfig
 from meprop.training.records import EpochRecord, Run, Seconds
 from tiny import TinyConfig, TinyTask
@@ -196,7 +196,7 @@ def test_a_record_is_read_back_as_long_as_the_settings_are_the_same(experiment, 
     assert list(records.all(topk)) == [9, 10]
     assert records.all(topk)[9].runs == [run(9)]
     content = json.loads(records.path(topk, 9).read_text())
-    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs", "sha256"}
     assert content["config"]["settings"]["hidden"] == [128, 128]
     assert content["config"]["settings"]["epochs"] == 2
 
@@ -231,7 +231,7 @@ def test_an_option_that_came_later_had_its_default_then(experiment, tmp_path):
     records, dense = Records(tmp_path), experiment.variant("dense")
     records.write(dense, run(rule="dense"), TinyTask(), [])
     path = records.path(dense, 0)
-    content = json.loads(path.read_text())
+    content = tracking.read_content(path)
     del content["config"]["settings"]["precision"]
     path.write_text(json.dumps(content))
     assert records.read(dense, 0) is not None
@@ -244,7 +244,7 @@ def test_so_had_an_option_of_simplifying(experiment, tmp_path):
     records, simplified = Records(tmp_path), experiment.variant("simplified")
     records.write(simplified, run(), TinyTask(), [])
     path = records.path(simplified, 0)
-    content = json.loads(path.read_text())
+    content = tracking.read_content(path)
     del content["config"]["settings"]["simplify"]["max_removal"]
     path.write_text(json.dumps(content))
     assert records.read(simplified, 0) is not None
@@ -263,7 +263,7 @@ def test_names_that_begin_alike_are_not_mixed_up(experiment, tmp_path):
 
 def test_a_damaged_record_is_named_with_a_remedy(experiment, tmp_path):
     records, dense = Records(tmp_path), experiment.variant("dense")
-    for content in ("", "{}", '{"runs": [{"rule": 1}]}', "[1]"):
+    for content in ("", "{}", '{"runs": [{"rule": 1}]}', "[1]", "3", '{"runs": 3}', '{"runs": [3]}', "[" * 100_000):
         records.path(dense, 0).write_text(content)
         with pytest.raises(DataError, match=re.escape(f"{records.path(dense, 0)} is damaged") + ".*delete it"):
             records.read(dense, 0)
@@ -288,7 +288,7 @@ def test_a_record_that_lacks_a_part_is_damaged_too(experiment, tmp_path, part, v
     records, dense = Records(tmp_path), experiment.variant("dense")
     records.write(dense, run(rule="dense"), TinyTask(), [])
     path = records.path(dense, 0)
-    path.write_text(json.dumps({**json.loads(path.read_text()), part: value}))
+    path.write_text(json.dumps({**tracking.read_content(path), part: value}))
     for ask in (lambda: records.read(dense, 0), lambda: records.check(experiment)):
         with pytest.raises(DataError, match=r"dense-seed0\.json is damaged"):
             ask()

@@ -62,8 +62,10 @@ def outcome(out):
     ]
     models = {}
     for path in sorted(Path(out).glob("*.pt")):
-        found = torch.load(path, weights_only=False)
-        state = found.state_dict() if path.name.startswith("compact") else found["state"]["model"]
+        if path.name.startswith("compact"):
+            state = torch.load(path, weights_only=False).state_dict()
+        else:
+            state = checkpoint._read(path)["state"]["model"]
         models[path.name] = {name: value.tolist() for name, value in state.items()}
     return runs, models
 
@@ -105,6 +107,18 @@ def test_a_kill_between_the_record_and_the_end_of_its_checkpoints(data, monkeypa
     assert len(json.loads(Path("out/result.json").read_text())["runs"]) == (2 if command == "compare" else 3)
     assert run(command, data, "--resume") == 0
     assert outcome("out") == outcome("whole")
+    assert files() == files("whole")
+
+
+def test_every_picture_of_a_finished_seed_is_there(data, monkeypatch):
+    """Killed between the record, with which a seed is finished, and what comes then."""
+    from meprop.reporting import simplify
+
+    assert run("simplify", data, "--seeds", "0", out="whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(simplify, "draw_activity", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
+        assert run("simplify", data, "--seeds", "0") == 1
+    assert run("simplify", data, "--seeds", "0", "--resume") == 0
     assert files() == files("whole")
 
 

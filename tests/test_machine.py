@@ -129,7 +129,7 @@ def test_asking_for_room_leaves_nothing(tmp_path):
 
 def test_the_file_before_is_kept_where_that_is_asked_for(tmp_path):
     for content in (b"1", b"2", b"3"):
-        machine.write_atomically(tmp_path / "a", lambda file, c=content: file.write(c), earlier=tmp_path / "b")
+        machine.write_atomically(tmp_path / "a", lambda file, c=content: file.write(c), earlier=[tmp_path / "b"])
     assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"3", b"2"]
 
 

@@ -17,7 +17,7 @@ import meprop
 from interrupted import Stop
 from meprop import cli, experiments
 from meprop.experiments import Records
-from meprop.training import tasks, tracking
+from meprop.training import checkpoint, tasks, tracking
 from meprop.training.config import TrainingConfig
 from tiny import TinyConfig, TinyTask
 
@@ -89,7 +89,7 @@ def test_every_variant_is_run_with_every_seed_and_shown(built, capsys):
     assert reproduce() == 0
     assert files() == sorted(NAMES)
     content = json.loads(Path("results/small/random-5-seed1.json").read_text())
-    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs", "sha256"}
     assert content["config"]["settings"]["hidden"] == [128, 128]
     assert content["config"]["beside"] == ["deep"]
     assert [(run["rule"], run["seed"], run["k"]) for run in content["runs"]] == [("random", 1, 5)]
@@ -238,7 +238,7 @@ def test_a_group_is_saved_together_so_that_it_continues_side_by_side(monkeypatch
     with monkeypatch.context() as patch:
         Stop(patch, 2)
         assert reproduce() == 130
-    states = [torch.load(f"results/small/{name}-seed0.pt", weights_only=True)["state"] for name in ("dense", "topk-5")]
+    states = [checkpoint._read(Path(f"results/small/{name}-seed0.pt"))["state"] for name in ("dense", "topk-5")]
     assert [(len(state["curve"]), state["step"]) for state in states] == [(1, 0), (1, 0)]
 
 

@@ -1,5 +1,10 @@
 """Cheaper training for PyTorch: only the part of a gradient that matters is back-propagated."""
 
+# First: it answers Ctrl-C while torch is imported, which takes seconds.
+from meprop import _startup  # pyright: ignore[reportUnusedImport]  # noqa: F401
+
+# isort: split
+
 import importlib as _importlib
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING

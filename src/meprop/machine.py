@@ -9,7 +9,8 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,13 +109,14 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, earlier: Path | None = None) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, earlier: Sequence[Path] = ()) -> None:
     """Writes a file whose content is the whole old or the whole new one at every moment, also after a power loss.
 
     Args:
         path: The file. Its folder has to exist. Several processes may write it at once, and the last one wins.
         write: A function that gets a file in memory and writes the content.
-        earlier: Where the old file is moved to before the new one takes its name. None replaces the old one.
+        earlier: Where old files are moved to before the new one takes its name: that of `path` to the first place, that
+            of the first place to the second, and so on. The last one is replaced.
 
     Raises:
         OSError: The file cannot be written. The error names it.
@@ -127,8 +129,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, earlier
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        if earlier is not None and path.exists():
-            os.replace(path, earlier)
+        for newer, older in reversed(list(pairwise([path, *earlier]))):
+            if newer.exists():
+                os.replace(newer, older)
         os.replace(unfinished, path)
         _keep_names(path.parent)
     except OSError as error:

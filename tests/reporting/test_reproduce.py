@@ -16,6 +16,7 @@ from meprop import experiments
 from meprop.experiments import Records
 from meprop.reporting import figures, pages
 from meprop.reporting import reproduce as report
+from meprop.training import tracking
 from meprop.training.config import SimplifyConfig
 from meprop.training.records import EpochRecord, Run, Seconds
 from tiny import TinyConfig, TinyTask
@@ -161,7 +162,7 @@ def test_runs_of_other_settings_are_not_shown(experiment, filled, tmp_path):
 
 
 def change(path, **parts):
-    content = json.loads(path.read_text())
+    content = tracking.read_content(path)
     for name, value in parts.items():
         content[name] = {**content[name], **value} if isinstance(value, dict) else value
     path.write_text(json.dumps(content))

@@ -179,7 +179,7 @@ def test_trees_that_are_not_projective_are_left_out_counted_and_said(tmp_path):
     assert "22 transitions from 3 training sentences (2 more are not projective and left out)" in str(data)
     assert "1 development, 1 test sentences; 5 words, 6 tags, 5 relations" in str(data)
     assert data.vocabulary.words["a"] == data.vocabulary.words.unknown
-    assert len(data.dev.lengths) == 1  # what is scored is everything
+    assert len(data.dev[0].lengths) == 1  # what is scored is everything
 
 
 def test_only_the_universal_part_of_a_relation_counts(tmp_path):
@@ -195,9 +195,9 @@ def test_what_training_did_not_show_and_words_that_it_showed_once_are_unknown(tm
     other = sentence("the DET DT 2 det", "dog NOUN NNS 0 root", "once ADV RB 2 vocative")
     data = load(config(write(tmp_path, [known], [other], [other])))
     words, tags, relations = data.vocabulary.words, data.vocabulary.tags, data.vocabulary.relations
-    assert data.dev.words[0].tolist() == [words.root, words["the"], words.unknown, words.unknown, words.nothing]
-    assert data.dev.tags[0].tolist() == [tags.root, tags["DT"], tags.unknown, tags["RB"], tags.nothing]
-    assert data.dev.relations[0, 1:4].tolist() == [relations["det"], relations["root"], relations.unknown]
+    assert data.dev[0].words[0].tolist() == [words.root, words["the"], words.unknown, words.unknown, words.nothing]
+    assert data.dev[0].tags[0].tolist() == [tags.root, tags["DT"], tags.unknown, tags["RB"], tags.nothing]
+    assert data.dev[0].relations[0, 1:4].tolist() == [relations["det"], relations["root"], relations.unknown]
     assert relations.unknown not in data.vocabulary.given  # so it is wrong whatever the parser says
     assert (data.features == words.unknown).any()  # there is something to learn from
 
@@ -205,7 +205,7 @@ def test_what_training_did_not_show_and_words_that_it_showed_once_are_unknown(tm
 @pytest.mark.parametrize(("tags", "expected"), [("xpos", SAW.xpos), ("upos", SAW.upos)])
 def test_the_tags_are_those_of_the_column(tmp_path, tags, expected):
     data = load(config(write(tmp_path, [SAW], [SAW], [SAW]), tags=tags))
-    assert data.dev.tags[0, 1:6].tolist() == [data.vocabulary.tags[tag] for tag in expected]
+    assert data.dev[0].tags[0, 1:6].tolist() == [data.vocabulary.tags[tag] for tag in expected]
     assert len(data.vocabulary.tags) == len(set(expected))
 
 
@@ -257,8 +257,8 @@ def test_config_refuses(field, value):
 def test_real_ewt(real_treebank):
     data = load(ParsingConfig())
     assert "392214 transitions from 12256 training sentences (288 more are not projective" in str(data)
-    assert [int(split.lengths.sum()) for split in (data.dev, data.test)] == [25147, 25094]
-    assert [len(split.lengths) for split in (data.dev, data.test)] == [2001, 2077]
+    assert [int(split.lengths.sum()) for (split,) in (data.dev, data.test)] == [25147, 25094]
+    assert [len(split.lengths) for (split,) in (data.dev, data.test)] == [2001, 2077]
 
 
 # ---------------------------------------------------------------- parsing and scores
@@ -282,7 +282,7 @@ def test_every_outcome_is_a_tree_with_one_root(tmp_path, constant):
     sentences = [*random_sentences(200, 30), YES, SAW, CROSSED]
     data = load(config(write(tmp_path, [SAW], sentences, [YES])))
     torch.manual_seed(0)
-    heads, relations = parse(Chance(len(data.vocabulary.kinds), constant), data.dev, data.vocabulary)
+    heads, relations = parse(Chance(len(data.vocabulary.kinds), constant), data.dev[0], data.vocabulary)
     for row, parsed in enumerate(sentences):
         length = len(parsed.forms)
         tree = heads[row, 1 : length + 1].tolist()
@@ -300,7 +300,7 @@ def test_parsing_is_that_of_one_sentence_at_a_time(task):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)  # decided at every step
-        heads, relations = parse(model, task.data.dev, vocabulary)
+        heads, relations = parse(model, task.data.dev[0], vocabulary)
         for row, sentence in enumerate(random_sentences(20)):
             literal = LiteralFeatures(sentence, vocabulary)
             while any(allowed := literal.allowed()):
@@ -325,14 +325,14 @@ def test_scores_count_words_with_and_without_punctuation():
     relations = gold.relations.copy()
     relations[0, 2] = relation["obj"]
     relations[1, 2] = relation["punct"]
-    assert scores(gold, heads, relations) == {
+    assert scores([(gold, heads, relations)]) == {
         "uas": pytest.approx(100 * 7 / 8),
         "las": pytest.approx(100 * 5 / 8),
         "uas_nopunct": pytest.approx(100 * 5 / 6),  # "." and "!" are punctuation; "-", a symbol, is not
         "las_nopunct": pytest.approx(100 * 4 / 6),
     }
     perfect = dict.fromkeys(("uas", "las", "uas_nopunct", "las_nopunct"), 100.0)
-    assert scores(gold, gold.heads, gold.relations) == perfect
+    assert scores([(gold, gold.heads, gold.relations)]) == perfect
 
 
 # ---------------------------------------------------------------- task
@@ -408,10 +408,10 @@ def test_an_epoch_shows_each_transition_once_in_the_generators_order(task):
 def test_evaluate_is_without_dropout_and_leaves_mode_and_random_state_alone(task, training):
     model = task.build_model().train(training)
     state = torch.get_rng_state()
-    for split, sentences in (("dev", task.data.dev), ("test", task.data.test)):
+    for split, sentences in (("dev", task.data.dev[0]), ("test", task.data.test[0])):
         result = task.evaluate(model, split)
         assert all(layer.training == training for layer in model)
-        expected = scores(sentences, *parse(model.eval(), sentences, task.data.vocabulary))
+        expected = scores([(sentences, *parse(model.eval(), sentences, task.data.vocabulary))])
         model.train(training)
         assert result == expected
     assert torch.equal(torch.get_rng_state(), state)

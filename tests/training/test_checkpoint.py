@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import io
 import os
+import random
+import zipfile
 from dataclasses import asdict
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 pytest.importorskip("lightning_fabric")
@@ -11,7 +16,7 @@ pytest.importorskip("lightning_fabric")
 import meprop
 from meprop import machine
 from meprop.errors import DataError
-from meprop.training import checkpoint, tracking
+from meprop.training import checkpoint, encoding, tracking
 from meprop.training.config import SimplifyConfig, TrainingConfig
 from meprop.training.loop import Trainer, fit
 from tiny import TinyConfig, TinyTask
@@ -121,17 +126,38 @@ def test_a_checkpoint_from_before_there_were_schedules_goes_on(task, tmp_path):
         checkpoint.load(tmp_path / "c.pt", tracking.settings(TinyConfig(), other, "topk"), TinyConfig)
 
 
-@pytest.mark.parametrize("failing", ["save", "fsync", "replace"])
+class DrawingTask(TinyTask):
+    """Draws from Python's and numpy's random numbers as well, as a task of a user's own may."""
+
+    def loss(self, model, batch):
+        return super().loss(model, batch) * (1 + random.random()) * (1 + np.random.normal() ** 2)  # noqa: NPY002
+
+
+@pytest.mark.parametrize("steps", [5, 8, 13])
+def test_a_resumed_run_draws_what_an_undisturbed_one_does(tmp_path, steps):
+    config = TrainingConfig(epochs=2, k=5, accelerator="cpu")
+    whole, interrupted, resumed = (Trainer(DrawingTask(), config, None, 2**64 - 1) for _ in range(3))
+    (expected,) = fit([whole], ignore, turn=3)
+    interrupted.advance(steps)
+    checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
+    (actual,) = fit([resumed], ignore)
+    assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
+    assert random.random() == random.Random(0).random()  # the caller's own are not disturbed
+    assert np.random.random() == np.random.RandomState(0).random()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("failing", ["flatten", "fsync", "replace"])
 def test_a_crash_while_saving_keeps_the_checkpoint_that_was_there(tmp_path, monkeypatch, failing):
     path = tmp_path / "c.pt"
     checkpoint.save(path, {"step": 1}, SETTINGS)
 
     def crash(*args):
-        if failing == "save":
-            args[1].write(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch if failing == "save" else os, failing, crash)
+    monkeypatch.setattr(encoding if failing == "flatten" else os, failing, crash)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, {"step": 2}, SETTINGS)
     monkeypatch.undo()
@@ -166,7 +192,7 @@ def test_kill_9_leaves_the_newest_whole_checkpoint(tmp_path, monkeypatch, call, 
     checkpoint.save(path, {"step": 4}, SETTINGS)  # the remains are no obstacle
     assert checkpoint.load(path, SETTINGS, TinyConfig) == {"step": 4}
     machine.remove_remains(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([path, checkpoint.earlier(path)])
+    assert sorted(tmp_path.iterdir()) == sorted([path, *checkpoint.earlier(path)])
 
 
 def flipped(content, bit):
@@ -192,16 +218,26 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, damage):
     path = tmp_path / "c.pt"
     for step in (1, 2):
         checkpoint.save(path, {"step": step, "weight": torch.zeros(1000)}, SETTINGS)
+    (before,) = checkpoint.earlier(path)
     if damage is None:  # killed between the two renames
         path.unlink()
         assert checkpoint.load(path, SETTINGS, TinyConfig)["step"] == 1
     else:
-        path.write_bytes(damage(path.read_bytes()))
+        damaged = damage(path.read_bytes())
+        path.write_bytes(damaged)
+        with (
+            pytest.raises(ValueError, match=r"c-before\.pt belongs to a run with other settings"),
+            pytest.warns(UserWarning, match="before it"),
+        ):
+            checkpoint.load(path, {**SETTINGS, "k": 6}, TinyConfig)
+        assert path.exists()  # a refused request deletes nothing
         with pytest.warns(
             UserWarning, match=r"c\.pt is damaged .* Going on from the checkpoint before it, .*c-before\.pt"
         ):
             assert checkpoint.load(path, SETTINGS, TinyConfig)["step"] == 1
-        checkpoint.earlier(path).write_bytes(b"half of it")
+        assert not path.exists()  # else the next save would move it to where the good one is
+        path.write_bytes(damaged)
+        before.write_bytes(b"half of it")
         with pytest.raises(DataError, match=r"c-before\.pt is damaged"), pytest.warns(UserWarning, match="before it"):
             checkpoint.load(path, SETTINGS, TinyConfig)
     checkpoint.delete(path)
@@ -226,9 +262,60 @@ def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path, damage):
 
 
 def test_a_file_of_another_kind_is_no_checkpoint(tmp_path):
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "c.pt")
-    with pytest.raises(DataError, match="not a checkpoint of meprop"):
-        checkpoint.load(tmp_path / "c.pt", SETTINGS, TinyConfig)
+    path = tmp_path / "c.pt"
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(DataError, match="is an archive, and not a checkpoint of meprop"):
+        checkpoint.load(path, SETTINGS, TinyConfig)
+
+
+def sealed(path, members, compression=zipfile.ZIP_STORED):
+    """A file with a right digest and any members."""
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        archive.comment = bytes(checkpoint._SEAL_LENGTH)
+    content = body.getvalue()[: -checkpoint._SEAL_LENGTH]
+    path.write_bytes(content + checkpoint._seal(content))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "[]", "{}", '{"format": 4}', '{"format": 4, "content": 3}', '{"format": 4, "content": {"dict": [1]}}',
+        '{"format": 4, "content": {"pickle": "x"}}', '{"format": 4, "content": {"tensor": "0"}}', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_right_digest_of_wrong_content(tmp_path, state):
+    path = tmp_path / "c.pt"
+    sealed(path, {checkpoint._STATE: state, checkpoint._TENSORS: safetensors.torch.save({})})
+    with pytest.raises(DataError, match=r"c\.pt is damaged or not a checkpoint of meprop"):
+        checkpoint.load(path, SETTINGS, TinyConfig)
+
+
+def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path):
+    path = tmp_path / "c.pt"
+    sealed(path, {checkpoint._STATE: b" " * 10_000_000, checkpoint._TENSORS: b""}, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(DataError, match="it is compressed"):
+        checkpoint.load(path, SETTINGS, TinyConfig)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_so_many_checkpoints_are_kept(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(checkpoint, "KEPT", count)
+    path = tmp_path / "c.pt"
+    for step in range(5):
+        checkpoint.save(path, {"step": step}, SETTINGS)
+    found = [checkpoint._read(each)["state"]["step"] for each in (path, *checkpoint.earlier(path))]
+    assert found == [4, 3, 2][:count]
+    assert len(list(tmp_path.iterdir())) == count
+    for each in (path, *checkpoint.earlier(path)[:-1]):  # all but the oldest
+        each.write_bytes(b"")
+    with pytest.warns(UserWarning, match="before it"):
+        assert checkpoint.load(path, SETTINGS, TinyConfig) == {"step": found[-1]}
+    checkpoint.delete(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -236,8 +323,12 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    checkpoint.save(tmp_path / "c.pt", {"evil": Evil()}, SETTINGS)
-    with pytest.raises(DataError):
+    with pytest.raises(TypeError, match="no Evil"):
+        checkpoint.save(tmp_path / "c.pt", {"evil": Evil()}, SETTINGS)
+    torch.save({"format": 3, "state": Evil()}, tmp_path / "c.pt")
+    with pytest.raises(
+        DataError, match="a checkpoint of an older meprop, of format 3, and this version reads format 4"
+    ):
         checkpoint.load(tmp_path / "c.pt", SETTINGS, TinyConfig)
     assert not (tmp_path / "ran").exists()
 
@@ -255,14 +346,20 @@ def test_an_option_that_came_later_had_its_default_then(tmp_path):
         checkpoint.load(tmp_path / "c.pt", {**SETTINGS, "dropout": 0.5}, TinyConfig)
 
 
-@pytest.mark.parametrize("other", ["model", "state", "format"])
+@pytest.mark.parametrize("other", ["model", "state", "newer", "older"])
 def test_a_checkpoint_that_does_not_fit_is_named_with_a_remedy(task, tmp_path, monkeypatch, other):
     config = TrainingConfig(k=5, accelerator="cpu")
     state = Trainer(task, config, None, 7).state_dict()
-    if other == "format":
-        monkeypatch.setattr(checkpoint, "_FORMAT", 1)
+    if other in ("newer", "older"):
+        monkeypatch.setattr(checkpoint, "_FORMAT", checkpoint._FORMAT + (1 if other == "newer" else -1))
     checkpoint.save(tmp_path / "c.pt", {"model": state["model"]} if other == "state" else state, SETTINGS)
     monkeypatch.undo()
     wider = Trainer(TinyTask(TinyConfig(hidden=(130,))) if other == "model" else task, config, None, 7)
-    with pytest.raises(DataError, match=r"c\.pt (does not fit|is damaged or not a checkpoint).*--overwrite"):
+    said = {
+        "model": r"size mismatch for 0.weight: .*\[128, 6\].*\[130, 6\]",
+        "state": "KeyError: 'decisions'",
+        "newer": "another version of meprop: it is of format 5, and this version reads format 4",
+        "older": "another version of meprop: it is of format 3, and this version reads format 4",
+    }
+    with pytest.raises(DataError, match=rf"c\.pt .*{said[other]}.*--overwrite"):
         checkpoint.resume(tmp_path / "c.pt", wider, SETTINGS, TinyConfig)

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("lightning_fabric")
 
+from meprop.errors import DataError
 from meprop.training import tracking
 from meprop.training.config import TrainingConfig
 from meprop.training.loop import Trainer, fit
@@ -24,7 +25,7 @@ def test_result_json_has_the_published_keys(result, tmp_path):
     path = tmp_path / "result.json"
     tracking.write_result(path, result)
     content = json.loads(path.read_text())
-    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs"}
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs", "sha256"}
     assert [run["rule"] for run in content["runs"]] == ["dense", "topk"]
     for run in content["runs"]:
         assert {"rule", "seed", "epochs", "dev", "test", "seconds"} <= set(run)
@@ -33,6 +34,36 @@ def test_result_json_has_the_published_keys(result, tmp_path):
     assert content["config"]["training"]["seeds"] == [0]
     assert content["versions"]["torch"] == str(torch.__version__)
     assert {"cpu", "cores", "memory_gib", "threads", "gpu"} <= set(content["machine"])
+
+
+@pytest.mark.parametrize("layout", [{"indent": 2}, {}, {"indent": "\t", "ensure_ascii": False}])
+def test_a_result_is_read_back_however_it_is_laid_out(result, tmp_path, layout):
+    path = tmp_path / "result.json"
+    tracking.write_result(path, result)
+    path.write_text(json.dumps(json.loads(path.read_text()), **layout))
+    assert tracking.read_result(path, tracking.Result) == result
+
+
+def test_a_changed_result_is_never_read_as_another(result, tmp_path):
+    path = tmp_path / "result.json"
+    tracking.write_result(path, result)
+    content = path.read_bytes()
+    refused = 0
+    for bit in torch.randint(0, 8 * len(content), (500,), generator=torch.Generator().manual_seed(0)).tolist():
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            assert tracking.read_result(path, tracking.Result) == result  # such as of a space that is a line's end
+        except DataError:
+            refused += 1
+    assert refused > 300
+
+
+def test_a_result_of_an_earlier_version_has_no_digest(result, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(tracking.plain(result)))
+    assert tracking.read_result(path, tracking.Result) == result
 
 
 def test_a_failed_write_keeps_the_old_result(result, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from meprop.bench.base import Measure, TableBench
-from meprop.bench.measure import DisturbanceMeter, Times, check_seconds
+from meprop.bench.measure import DisturbanceMeter, Times, check_seconds, until_stopped
 from meprop.bench.record import Record
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class CasesBench(TableBench[ResultT, Record], Generic[CaseT, ResultT]):
 def run_each(cases: Iterable[T], run: Callable[[T], U], after: Callable[[U], None]) -> list[U]:
     """Return what `run` gives for each case; `after` is called with each as soon as it is there."""
     results: list[U] = []
-    for case in cases:
-        results.append(run(case))
-        after(results[-1])
+    with until_stopped(results):
+        for case in cases:
+            results.append(run(case))
+            after(results[-1])
     return results

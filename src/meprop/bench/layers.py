@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import meprop
 from meprop.bench import oracle
 from meprop.bench.base import Measure, TableBench, keep_freed_memory
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, interleaved
+from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, interleaved, until_stopped
 from meprop.bench.record import Record
 from meprop.convert import LayerReport
 from meprop.errors import MepropError
@@ -117,22 +117,25 @@ def run(
         rows.append(Comparison(name, layer, examples, None, times, Ratio.of(times["dense"], times["sparse"])))
         after(rows[-1])
 
-    together: dict[str, list[_Backward]] = {"dense": [], "sparse": []}
-    for name, layer in layers.items():
-        wrong = _wrong(*modules[name], calls[name], rule)
-        if wrong is not None:
-            rows.append(Comparison(name, layer, wrong=wrong))
-            after(rows[-1])
-            continue
-        passes = {side: _backward(module, calls[name]) for side, module in zip(together, modules[name], strict=True)}
-        for side, backward in passes.items():
-            together[side].append(backward)
-        add(name, dict(passes), layer, sum(call.rows for call in calls[name]) / len(recorded))
-    if not any(row.wrong for row in rows):
-        if len(layers) > 1:
-            add("hidden layers together", {side: _all(passes) for side, passes in together.items()}, None, None)
-        trainers = {"dense": dense, "sparse": sparse}
-        add("whole step", {side: _steps(task, trainer, recorded) for side, trainer in trainers.items()}, None, None)
+    with until_stopped(rows):
+        together: dict[str, list[_Backward]] = {"dense": [], "sparse": []}
+        for name, layer in layers.items():
+            wrong = _wrong(*modules[name], calls[name], rule)
+            if wrong is not None:
+                rows.append(Comparison(name, layer, wrong=wrong))
+                after(rows[-1])
+                continue
+            passes = {
+                side: _backward(module, calls[name]) for side, module in zip(together, modules[name], strict=True)
+            }
+            for side, backward in passes.items():
+                together[side].append(backward)
+            add(name, dict(passes), layer, sum(call.rows for call in calls[name]) / len(recorded))
+        if not any(row.wrong for row in rows):
+            if len(layers) > 1:
+                add("hidden layers together", {side: _all(passes) for side, passes in together.items()}, None, None)
+            trainers = {"dense": dense, "sparse": sparse}
+            add("whole step", {side: _steps(task, trainer, recorded) for side, trainer in trainers.items()}, None, None)
     return LayersBench.of(f"bench-layers-{task.name}", config, meter, rows)
 
 

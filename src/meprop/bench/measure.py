@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
@@ -64,6 +65,16 @@ def check_seconds(seconds: float) -> None:
     """
     if not 0 < seconds < float("inf"):
         raise ValueError(f"--seconds must be a positive number, got {seconds}")
+
+
+@contextmanager
+def until_stopped(results: Sequence[object]) -> Generator[None]:
+    """Let Ctrl-C end what is measured within it, where there are results to show by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not results:
+            raise
 
 
 @dataclass(frozen=True)

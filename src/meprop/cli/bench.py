@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from meprop.cli.common import Command, forms, note, threads, with_tasks
+from meprop.cli.stop import StopRequest
 from meprop.errors import MepropError
 from meprop.training import folder, tracking
 from meprop.training.tasks import TaskEntry
@@ -49,20 +50,26 @@ class RunBench(Generic[BenchT]):
         measure = bench.prepare()
         if self.page is not None:
             pages.check_section(self.page, bench.section)
-        with threads(self.threads), folder.owned(self.out):
+        with threads(self.threads), folder.owned(self.out), StopRequest() as stop:
             if not self.overwrite:
                 folder.check_free(self.out)
-            record = measure(self.config, lambda result: note(bench.outcome(result)))
+
+            def after(result: Any) -> None:
+                note(bench.outcome(result))
+                stop.check()
+
+            record = measure(self.config, after)
             try:
                 folder.clear(self.out)
                 tracking.write_result(self.out / tracking.RESULT, record)
                 if bench.figure is not None:
                     bench.draw(record, self.out / bench.figure)
-                if self.page is not None:
+                if self.page is not None and not stop():
                     bench.write_page(record, self.page)
             finally:
                 print(f"{bench.table(record.results)}\n\n{bench.legend}")
             print(f"written: {self.out / tracking.RESULT}")
+            stop.check()
         if record.wrong:
             raise MepropError(f"wrong, and not timed: {', '.join(record.wrong)}")
 

@@ -28,7 +28,7 @@ def is_refusal(error: BaseException) -> bool:
     return last.tb_frame.f_code.co_code[last.tb_lasti] in _RAISES
 
 
-def report(error: Exception) -> int:
+def report(error: BaseException) -> int:
     """Write a traceback to a file, say where it is, and return the exit code."""
     lines = "".join(traceback.format_exception(error))
     try:

@@ -22,7 +22,7 @@ from meprop.cli.common import Command, missing, note
 from meprop.cli.doctor import DATA, DOCTOR, Doctor
 from meprop.cli.reproduce import REPRODUCE, Reproduce
 from meprop.cli.simplify import SIMPLIFY, Simplify
-from meprop.cli.stop import Stopped
+from meprop.cli.stop import Stopped, StopRequest
 from meprop.cli.train import COMPARE, TRAIN, Compare, Train
 from meprop.errors import MepropError, nearest
 
@@ -39,28 +39,36 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0 done; 1 what was asked for failed; 2 the request is wrong; 70 a fault of meprop itself; 128 and
         the number of the signal if it was stopped (Ctrl-C: 130, SIGTERM: 143).
     """
-    try:
-        if argv is None:
-            _prepare_process()
-        return _run(sys.argv[1:] if argv is None else argv, of_process=argv is None)
-    except SystemExit as stop:  # --help, or what tyro rejects
-        return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt as stop:
-        note("interrupted")
-        return 128 + (stop.signum if isinstance(stop, Stopped) else signal.SIGINT)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "meprop":
-            return faults.report(error)
+    with StopRequest(at_once=True) as stop:
+        try:
+            if argv is None:
+                _prepare_process()
+            return _run(sys.argv[1:] if argv is None else argv, of_process=argv is None)
+        except BaseException as error:
+            try:  # libraries hide the interruption of an import in errors of their own
+                stop.check()
+                return _ended(error)
+            except KeyboardInterrupt as interruption:
+                note("interrupted")
+                return 128 + (interruption.signum if isinstance(interruption, Stopped) else signal.SIGINT)
+
+
+def _ended(error: BaseException) -> int:
+    """Say why a command has ended before it was done, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if isinstance(error, SystemExit):  # --help, or what tyro rejects
+        return error.code if isinstance(error.code, int) else 0
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "meprop":
         note(f"error: {missing(error)}")
         return 1
-    except (MepropError, OSError, MemoryError) as error:
+    if isinstance(error, MepropError | OSError | MemoryError):
         note(f"error: {error if str(error) else 'out of memory'}")
         return 1
-    except Exception as error:
-        if isinstance(error, ValueError) and faults.is_refusal(error):
-            note(f"error: {error}")
-            return 2
-        return faults.report(error)
+    if isinstance(error, ValueError) and faults.is_refusal(error):
+        note(f"error: {error}")
+        return 2
+    return faults.report(error)
 
 
 def _prepare_process() -> None:

@@ -75,10 +75,11 @@ class Simplify(Generic[TaskConfig, RuleName]):
                 print(simplifier.report())
                 session.make_way()
                 _write_model(simplifier.compact(), self.out / f"compact-seed{outcome[0].seed}.pt")
-                record = tracking.describe(task.name, seeds.config, runs)
-                session.write_result(report.SimplifyResult(**vars(record), models=models))
                 if outcome[0].seed == self.training.seeds[0] and simplifier.widths:
                     report.draw_activity(simplifier.activity, self.out / report.ACTIVITY)
+                # Last: the seed is finished with it, and not looked at again after a resume.
+                record = tracking.describe(task.name, seeds.config, runs)
+                session.write_result(report.SimplifyResult(**vars(record), models=models))
 
             try:
                 seeds.train(build, finish)

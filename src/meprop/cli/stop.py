@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -23,10 +24,17 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Within it, Ctrl-C and the system's requests to end are noted. The second one raises `Stopped` at once."""
+    """Within it, Ctrl-C and the system's requests to end are noted.
 
-    def __init__(self) -> None:
+    The second one raises `Stopped` at once. One more ends the process without any clean-up.
+
+    Args:
+        at_once: Whether the first one raises `Stopped` already.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
         self._signum: int | None = None
+        self._left = 0 if at_once else 1  # requests that are only noted
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -52,6 +60,8 @@ class StopRequest:
             raise Stopped(self._signum)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None:
+        if self._left < 0:
+            os._exit(128 + signum)
+        self._signum, self._left = signum, self._left - 1
+        if self._left < 0:
             raise Stopped(signum)
-        self._signum = signum

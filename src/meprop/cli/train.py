@@ -66,7 +66,7 @@ class Train(Generic[TaskConfig, RuleName]):
                 _show(runs, task)
             if session.saver.failure is not None:
                 raise session.saver.failure
-            checkpoint.earlier(run.path).unlink(missing_ok=True)
+            checkpoint.delete_earlier(run.path)
             print(f"written: {self.out / tracking.RESULT}, {self.out / tracking.FIGURE}")
 
     def _begin(self, session: Session, task: Task) -> Saved:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,14 +111,14 @@ class Records:
 def _read(path: Path) -> Result:
     """Read the record of a run."""
     try:
-        result = Result.of(json.loads(path.read_bytes()))
+        result = Result.of(tracking.read_content(path))
         (run,) = result.runs
         check_type(result.config, RecordConfig, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         for known, needed in ((result.machine, ("cpu", "gpu", "threads")), (result.versions, ("torch", "meprop"))):
             if lacking := [name for name in needed if name not in known]:
                 raise KeyError(lacking)
         _ = run.selected(result.config["metric"]).test[result.config["metric"]]
-    except (ValueError, TypeError, KeyError, TypeCheckError) as error:
+    except (*tracking.DAMAGE, TypeCheckError) as error:
         raise DataError(
             f"{path} is damaged or not a result of meprop ({type(error).__name__}: {error}); restore it from a copy, "
             "or delete it to have the run repeated"

@@ -11,7 +11,7 @@ so it is in the CoNLL 2018 shared task's LAS. Part-of-speech tags are given, not
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,8 +26,12 @@ from meprop.errors import DataError
 from meprop.tasks import treebank
 from meprop.tasks.arrays import Sentences, TagColumn, Vocabulary, tags_of
 from meprop.tasks.transitions import SHIFT, Configurations, oracle
+from meprop.tasks.treebank import Sentence
 
 Activation = Literal["relu", "tanh"]
+
+BUDGET = 2**23
+"""Words that are turned into arrays, or parsed, together, padding included: less than a gigabyte."""
 
 locate = treebank.locate
 
@@ -82,8 +86,9 @@ class ParsingData:
     """What the parser sees before each transition ``[M, 48]``, int32."""
     targets: Tensor
     """The transition to do then ``[M]``, int64."""
-    dev: Sentences
-    test: Sentences
+    dev: list[Sentences]
+    """In groups, see `treebank.grouped`."""
+    test: list[Sentences]
     vocabulary: Vocabulary
     trees: int
     """Training trees."""
@@ -92,9 +97,10 @@ class ParsingData:
 
     def __str__(self) -> str:
         vocabulary = self.vocabulary
+        dev, test = (sum(len(group.lengths) for group in groups) for groups in (self.dev, self.test))
         return (
             f"{len(self.targets)} transitions from {self.trees} training sentences ({self.left_out} more are not "
-            f"projective and left out), {len(self.dev.lengths)} development, {len(self.test.lengths)} test sentences; "
+            f"projective and left out), {dev} development, {test} test sentences; "
             f"{len(vocabulary.words)} words, {len(vocabulary.tags)} tags, {len(vocabulary.relations)} relations"
         )
 
@@ -126,16 +132,24 @@ def load(config: ParsingConfig) -> ParsingData:
                 "Use a treebank that has other words."
             )
     vocabulary = Vocabulary(train, config.tags)
-    features, targets = _examples(Sentences(train, vocabulary), [steps for _, steps in derived], vocabulary)
+    examples = [
+        _examples(Sentences([train[i] for i in group], vocabulary), [derived[i][1] for i in group], vocabulary)
+        for group in _groups(train)
+    ]
+    features, targets = (torch.cat(parts) for parts in zip(*examples, strict=True))
     return ParsingData(
         features=features,
         targets=targets,
-        dev=Sentences(bank.dev, vocabulary),
-        test=Sentences(bank.test, vocabulary),
+        dev=[Sentences([bank.dev[i] for i in group], vocabulary) for group in _groups(bank.dev)],
+        test=[Sentences([bank.test[i] for i in group], vocabulary) for group in _groups(bank.test)],
         vocabulary=vocabulary,
         trees=len(train),
         left_out=len(bank.train) - len(train),
     )
+
+
+def _groups(sentences: Sequence[Sentence]) -> list[list[int]]:
+    return treebank.grouped([len(sentence.forms) for sentence in sentences], BUDGET)
 
 
 def _examples(
@@ -185,7 +199,8 @@ class ParsingTask:
         """A digest of the transitions to learn from and the sentences to parse."""
         data = self.data
         digest = hashlib.blake2b(str(data).encode(), digest_size=6)
-        for array in (data.features.numpy(), data.targets.numpy(), *vars(data.dev).values(), *vars(data.test).values()):
+        of_sentences = [array for group in (*data.dev, *data.test) for array in vars(group).values()]
+        for array in (data.features.numpy(), data.targets.numpy(), *of_sentences):
             digest.update(array.data)
         return digest.hexdigest()
 
@@ -237,14 +252,14 @@ class ParsingTask:
 
     def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
         """Parse a split greedily, in evaluation mode, and return the attachment scores: see `scores`."""
-        sentences = self.data.dev if split == "dev" else self.data.test
+        groups = self.data.dev if split == "dev" else self.data.test
         training = model.training
         model.eval()
         try:
-            heads, relations = parse(model, sentences, self.data.vocabulary)
+            parsed = [(group, *parse(model, group, self.data.vocabulary)) for group in groups]
         finally:
             model.train(training)
-        return scores(sentences, heads, relations)
+        return scores(parsed)
 
 
 @torch.no_grad()
@@ -270,21 +285,26 @@ def parse(
     return configurations.heads, relations
 
 
-def scores(sentences: Sentences, heads: NDArray[np.int32], relations: NDArray[np.int32]) -> dict[str, float]:
+def scores(parsed: Sequence[tuple[Sentences, NDArray[np.int32], NDArray[np.int32]]]) -> dict[str, float]:
     """Return the attachment scores of trees, in percent.
 
     ``uas`` is the share of words with the right head, ``las`` of those with the right head and relation: all words, as
     in the CoNLL 2018 shared task. ``uas_nopunct`` and ``las_nopunct`` leave out punctuation, which is, as usual, what
     has the tag of punctuation in the treebank (PUNCT of the universal ones), whatever its relation. A treebank without
     universal tags has no such words.
+
+    Args:
+        parsed: groups of sentences, each with the heads and the relations ``[S, W]`` that `parse` found.
     """
-    right_head = heads == sentences.heads
-    right_both = right_head & (relations == sentences.relations)
-    every = sentences.heads >= 0
-    other = every & ~sentences.punctuation
+    columns: list[NDArray[np.bool_]] = []
+    for sentences, heads, relations in parsed:
+        right_head = heads == sentences.heads
+        right_both = right_head & (relations == sentences.relations)
+        columns.append(np.stack((right_head, right_both, ~sentences.punctuation))[:, sentences.heads >= 0])
+    right_head, right_both, other = np.concatenate(columns, axis=1)
     return {
-        "uas": 100 * float(right_head[every].mean()),
-        "las": 100 * float(right_both[every].mean()),
+        "uas": 100 * float(right_head.mean()),
+        "las": 100 * float(right_both.mean()),
         "uas_nopunct": 100 * float(right_head[other].mean()),
         "las_nopunct": 100 * float(right_both[other].mean()),
     }

@@ -14,12 +14,13 @@ from functools import cache
 from itertools import accumulate, chain, groupby
 from pathlib import Path
 from reprlib import repr as quote  # cuts what is long
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from meprop.errors import DataError
 from meprop.tasks import treebank
@@ -28,6 +29,7 @@ from meprop.tasks.treebank import Sentence, Treebank
 UNKNOWN = 0  # the index of all words, or all values of a feature, that the training sentences do not have
 PADDING = -100  # the tag after a sentence's end; cross_entropy leaves it out
 EVALUATION_BATCH = 128
+BUDGET = 2**15  # words that the network reads at once, padding included: less than a gigabyte in training
 
 locate = treebank.locate
 
@@ -272,7 +274,16 @@ class TaggingTask:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean cross-entropy of the words of a batch that is on the model's device."""
         inputs, tags = batch
-        return F.cross_entropy(model(inputs).flatten(0, 1), tags.flatten())
+        if tags.numel() <= BUDGET:
+            return F.cross_entropy(model(inputs).flatten(0, 1), tags.flatten())
+        # Part by part, as long sentences need. The backward pass computes each part again, so that one is in memory.
+        lengths = (tags != PADDING).sum(0)
+        sums: list[Tensor] = []
+        for part in treebank.grouped(lengths.tolist(), BUDGET):
+            longest = int(lengths[part].max())
+            cut = inputs[:longest, part], tags[:longest, part]
+            sums.append(cast(Tensor, checkpoint(_summed_loss, model, *cut, use_reentrant=False)))
+        return torch.stack(sums).sum() / lengths.sum()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
@@ -285,14 +296,24 @@ class TaggingTask:
         training = model.training
         model.eval()
         try:
-            for batch in by_length:
-                batch_inputs, batch_tags = (tensor.to(device) for tensor in _pad(inputs, tags, batch.tolist()))
+            for sentences in chain.from_iterable(_parts(words, batch.tolist()) for batch in by_length):
+                batch_inputs, batch_tags = (tensor.to(device) for tensor in _pad(inputs, tags, sentences))
                 scores = model(batch_inputs).float()
                 correct += (scores.argmax(-1) == batch_tags).sum().item()
                 loss += F.cross_entropy(scores.flatten(0, 1), batch_tags.flatten(), reduction="sum").item()
         finally:
             model.train(training)
         return {"accuracy": 100 * correct / len(words.tags), "loss": loss / len(words.tags)}
+
+
+def _summed_loss(model: nn.Module, inputs: Tensor, tags: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs).flatten(0, 1), tags.flatten(), reduction="sum")
+
+
+def _parts(words: Words, batch: list[int]) -> list[list[int]]:
+    """Return a batch in parts that can be read at once."""
+    parts = treebank.grouped([words.lengths[i] for i in batch], BUDGET)
+    return [[batch[i] for i in part] for part in parts]
 
 
 def _pad(inputs: Sequence[Tensor], tags: Sequence[Tensor], sentences: Sequence[int]) -> tuple[Tensor, Tensor]:

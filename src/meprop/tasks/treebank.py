@@ -113,6 +113,26 @@ def _from_github(folder: Path, names: Sequence[str]) -> None:
         files.download(URL + name, f"md5:{MD5[name]}", folder)
 
 
+def grouped(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Return the numbers of sentences in groups that, padded to their longest sentence, have at most so many words.
+
+    That is one group, in the order given, where all fit. Else it is several by length. A sentence that is longer than
+    the budget is a group of its own.
+
+    Args:
+        lengths: words in each sentence, of one or more.
+        budget: of words in a group, padding included.
+    """
+    if len(lengths) * max(lengths) <= budget:
+        return [[*range(len(lengths))]]
+    groups: list[list[int]] = [[]]
+    for sentence in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[sentence] > budget:
+            groups.append([])
+        groups[-1].append(sentence)
+    return groups
+
+
 # ---------------------------------------------------------------- format
 
 

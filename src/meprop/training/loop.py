@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -9,8 +10,9 @@ from math import cos, isfinite, pi
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import meprop
 from meprop import optim
@@ -76,14 +78,18 @@ class Trainer:
         self.device = self._fabric.device
         self._cuda_devices = [self.device] if self.device.type == "cuda" else []
 
-        with torch.random.fork_rng(devices=self._cuda_devices):
+        self._random = self._random_state()
+        with self._own_random_state():
             torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.set_state({**np.random.MT19937(seed).state})  # noqa: NPY002
             self.model = task.build_model().to(self.device)
-            self._random = self._random_state()
+            at_start = self._random_state()
             if rule is not None:
                 meprop.convert(self.model, rule, sparse_grad=config.sparse_rows != "no", when=config.when)
                 if config.noise is not None and config.noise_of == "model":
                     meprop.share_noise(self.model, config.noise)
+        self._random = at_start
         self.optimizer = _build_optimizer(self.model, config, self.device, sparse=rule is not None)
         self.simplifier: meprop.Simplifier | None = None
         if simplify is not None:
@@ -239,18 +245,31 @@ class Trainer:
         dense = dense_steps / (self.config.epochs * self.task.steps_per_epoch)
         return dense + (1 - dense) * found
 
-    def _random_state(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda_devices)]
+    def _random_state(self) -> dict[str, Any]:
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state(device) for device in self._cuda_devices],
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
+        }
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        for device, each in zip(self._cuda_devices, state["cuda"], strict=True):
+            torch.cuda.set_rng_state(each, device)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
 
     @contextmanager
     def _own_random_state(self) -> Generator[None]:
         """Swap in this run's random state, so that runs in turns, or a caller's draws, do not disturb one another."""
-        with torch.random.fork_rng(devices=self._cuda_devices):
-            torch.set_rng_state(self._random[0])
-            for device, state in zip(self._cuda_devices, self._random[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
+        before = self._random_state()
+        self._set_random_state(self._random)
+        try:
             yield
             self._random = self._random_state()
+        finally:
+            self._set_random_state(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to continue bit for bit: tensors and plain data only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import platform
 import subprocess
@@ -142,18 +143,40 @@ def read_result(path: Path, kind: type[ResultT]) -> ResultT:
         DataError: The file is damaged, or of another kind.
     """
     try:
-        return kind.of(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, KeyError) as error:
+        return kind.of(read_content(path))
+    except DAMAGE as error:
         raise DataError(
             f"{path} is damaged or not a result of this command ({type(error).__name__}: {error}); restore it from a "
             "copy, or start again with --overwrite"
         ) from error
 
 
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What reading a damaged result raises."""
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """Return the plain data of a file of `write_result`. Those of earlier versions have no digest.
+
+    Raises:
+        ValueError: It is no JSON, or its digest is not that of its content. Others of `DAMAGE`: it is no object.
+    """
+    content = json.loads(path.read_bytes())
+    if content.pop("sha256", None) not in (None, _digest(content)):
+        raise ValueError("its digest, sha256, is not that of its content")
+    return content
+
+
 def write_result(path: Path, result: Any) -> None:
-    """Write a `Result`, or the dataclass of a benchmark, as JSON."""
-    content = json.dumps(plain(result), indent=2, allow_nan=False).encode() + b"\n"
-    machine.write_atomically(path, lambda file: file.write(content))
+    """Write a `Result`, or the dataclass of a benchmark, as JSON, with a digest of it as the last entry."""
+    content = plain(result)
+    text = json.dumps({**content, "sha256": _digest(content)}, indent=2, allow_nan=False) + "\n"
+    machine.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Return the digest of data, however their file is laid out."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class LiveCurves:
