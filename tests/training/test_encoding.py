@@ -52,7 +52,7 @@ VALUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize("value", VALUES, ids=[f"{place}-{type(each).__name__}" for place, each in enumerate(VALUES)])
 def test_state_comes_back_as_it_was(value):
     assert same(value if type(value) is not OrderedDict else dict(value), round_trip(value))
 
