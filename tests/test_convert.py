@@ -5,6 +5,7 @@ import pickle
 import re
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -232,9 +233,23 @@ WRONG = [
     *({"sparse_grad": wrong} for wrong in ("yes", 1, 0, None, torch.tensor(True))),
     *({"rule": wrong} for wrong in ("topk", 0.05, meprop.TopK)),
     *({"min_features": wrong} for wrong in (0, -1)),
+    {"min_features": numpy.True_},
+    {"min_features": numpy.float64(128)},
     *({"when": wrong} for wrong in ("never", None, True, ["auto"])),
     *({"compute_dtype": wrong} for wrong in ("bfloat16", torch.float16, True)),
 ]
+
+
+@pytest.mark.parametrize("count", [numpy.int64(6), numpy.uint8(6), numpy.int32(6)], ids=lambda count: str(type(count)))
+def test_counts_may_be_integers_of_numpy(count):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))
+    report = convert(model, meprop.TopK(2), min_features=count)
+    assert [layer.status for layer in report.layers] == ["sparse", "dense"]
+    assert report.layers[1].reason == "narrow: 5 output features, min_features=6"
+    assert repr(meprop.InBlocks(meprop.TopK(1), count)) == repr(meprop.InBlocks(meprop.TopK(1), 6))
+    simplifier = meprop.Simplifier(model, threshold=0.1, check_every=count, cycle=count, warmup=count, min_units=count)
+    numbers = simplifier.check_every, simplifier.cycle, simplifier.warmup, simplifier.min_units
+    assert [type(number) for number in numbers] == [int] * 4
 
 
 @pytest.mark.parametrize("options", WRONG, ids=str)

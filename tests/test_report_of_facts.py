@@ -87,7 +87,20 @@ def test_a_layer_alone_that_trains_past_its_forward_pass_is_dense_when_its_gradi
     optimizer.zero_grad()
     status, reason = status_of(layer)[""]
     assert (status, meprop.report(layer).density) == ("dense", 1.0)
-    assert reason.endswith("no sparse backward pass seen yet: its weight got a gradient")
+    assert reason.endswith("no sparse backward pass seen yet: a parameter of it got a gradient")
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "pointwise"])
+def test_a_layer_alone_of_which_only_the_bias_trains_is_dense_when_its_gradient_is_gone(kind):
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    layer.weight.requires_grad_(False)
+    meprop.convert(layer, RULE, when="always", min_features=1)
+    run(layer, x)
+    layer.zero_grad()
+    status, reason = status_of(layer)[""]
+    assert status == "dense"
+    assert reason.endswith("a parameter of it got a gradient")
 
 
 def test_a_layer_past_which_a_model_reads_is_dense_also_where_the_others_were_measured_to_be_dense(monkeypatch):

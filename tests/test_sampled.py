@@ -81,6 +81,12 @@ def test_a_floor_is_rounded_up():
     assert rule.select(torch.randn(4000, 128)).density > 0.003
 
 
+@pytest.mark.parametrize("scope", ["example", "batch"])
+def test_what_is_drawn_of_a_tensor_without_contents_is_everything(scope):
+    kept = meprop.Sampled(0.5, scope=scope).select(torch.randn(4, 128, device="meta"))
+    assert (kept.density, kept.values.is_meta) == (1, True)
+
+
 @pytest.mark.parametrize("rule", WHOLE, ids=repr)
 def test_tensors_without_contents_get_gradients_of_their_shapes(rule):
     layer = meprop.nn.Linear(16, 128, rule=rule, device="meta")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan, nan
+from numbers import Integral
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -205,7 +206,7 @@ def convert(
             f"filter={filter!r} is of type {kind}; it must be None or a function of (name, layer), such as "
             "lambda name, layer: 'head' not in name"
         )
-    if isinstance(min_features, bool) or not isinstance(min_features, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(min_features, bool) or not isinstance(min_features, Integral):
         kind = type(min_features).__name__
         raise TypeError(f"min_features={min_features!r} is of type {kind}; it must be an int of at least 1")
     if min_features < 1:
@@ -288,7 +289,7 @@ def report(model: torch.nn.Module) -> ConversionReport:
     sparse backward pass is dense. Something may read its weight past the layer, or nothing may call the layer. There
     was training if one of these holds:
 
-    - the layer's weight got a gradient since `convert`, even if that gradient is gone;
+    - a parameter of the layer got a gradient since `convert`, even if that gradient is gone;
     - another layer had a sparse backward pass, or has measured.
 
     An edit of the weight, as by `load_state_dict`, is no training. If the `forward` of a layer was replaced on the
@@ -296,8 +297,8 @@ def report(model: torch.nn.Module) -> ConversionReport:
 
     The report counts the layer's own passes, and does not see what else adds to a gradient. A layer is sparse if it is
     called, even if something reads its weight past it as well. In compiled graphs passes are not counted: a layer is
-    sparse there once it is traced. Copies of layers, lazy layers, and layers that were made by hand are known to have
-    got a gradient only while they have it.
+    sparse there once it is traced. Copies of layers, lazy layers, layers that were made by hand, and parameters that
+    were frozen at `convert` are known to have got a gradient only while they have it.
 
     Raises:
         TypeError: `model` is not a module.
@@ -343,7 +344,7 @@ def _has_gradient(layer: torch.nn.Module) -> bool:
 
 
 def _note_first_gradient(layer: torch.nn.Module, record: Record) -> None:
-    """Lets the record know when a weight of the layer gets its first gradient. A later one costs nothing."""
+    """Lets the record know when a parameter of the layer gets its first gradient. A later one costs nothing."""
     _forget_hooks(layer)
     handles = _gradient_hooks[layer] = list[RemovableHandle]()
 
@@ -353,7 +354,7 @@ def _note_first_gradient(layer: torch.nn.Module, record: Record) -> None:
             handle.remove()
 
     for each in layer.parameters():
-        if not is_lazy(each) and each.dim() >= 2 and each.is_leaf and each.requires_grad:
+        if not is_lazy(each) and each.is_leaf and each.requires_grad:
             handles.append(each.register_post_accumulate_grad_hook(note))
 
 
@@ -416,7 +417,7 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
     if not record.seen_sparse:
         evidence = record.left_to_torch or ("others had some" if trained else None)
         if record.got_gradient or (_has_gradient(layer) and not record.had_gradient):
-            evidence = evidence or "its weight got a gradient"
+            evidence = evidence or "a parameter of it got a gradient"
         if evidence is not None:
             return dense(rule, f"{reason}; no sparse backward pass seen yet: {evidence}")
     if density is None and record.density is not None:

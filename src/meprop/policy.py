@@ -94,7 +94,7 @@ class Record:
             not counted.
         compiled: Whether torch.compile has traced a forward pass whose backward pass is sparse.
         had_gradient: Whether a parameter had a gradient already when the layer was converted.
-        got_gradient: Whether a weight got a gradient since the layer was converted, from wherever it came.
+        got_gradient: Whether a parameter got a gradient since the layer was converted, from wherever it came.
         left_to_torch: Why the last forward pass with gradients that was torch's own, for its tensors, was. None if none
             was.
     """

@@ -532,6 +532,44 @@ def test_refusals():
         layer(torch.randn(3, INPUTS), (torch.zeros(1, 1, UNITS), torch.zeros(1, 1, UNITS)))
 
 
+RULES_BY_GRADIENT = [
+    meprop.Sampled(),
+    meprop.Sampled(0.5),
+    meprop.Sampled(exact_sum=True),
+    meprop.Sampled(0.5, scope="batch"),
+    meprop.Sampled(0.5, scope="example"),
+    meprop.TopK(2, scope="global"),
+    meprop.TopK(energy=0.9),
+]
+
+
+@pytest.mark.parametrize("rule", RULES_BY_GRADIENT, ids=str)
+def test_tensors_without_contents_get_gradients_of_the_right_shapes(rule):
+    weights = [each.detach().to("meta").requires_grad_() for each in make(torch.float32).parameters()]
+    x = torch.randn(3, 2, INPUTS, device="meta", requires_grad=True)
+    output, states = functional.lstm(x, None, *weights, rule=rule)
+    assert output.shape == (3, 2, UNITS)
+    found = torch.autograd.grad(sum(each.sum() for each in (output, *states)), [x, *weights])
+    assert [(each.shape, each.device.type) for each in found] == [(each.shape, "meta") for each in (x, *weights)]
+
+
+@pytest.mark.parametrize("case", ["one direction", "batch_first", "bidirectional", "unbatched"])
+def test_an_output_can_be_detached_in_place_where_that_of_torch_can(case):
+    options = {} if case in ("one direction", "unbatched") else {case: True}
+    x = torch.randn((3, INPUTS) if case == "unbatched" else (3, 2, INPUTS))
+    plain = torch.nn.LSTM(INPUTS, UNITS, **options)
+    layer = copy.deepcopy(plain)
+    meprop.convert(layer, meprop.TopK(2), when="always", min_features=1)
+
+    def detaches(lstm: torch.nn.Module) -> bool:
+        try:
+            return not lstm(x)[0].detach_().requires_grad
+        except RuntimeError:
+            return False
+
+    assert detaches(layer) or not detaches(plain)
+
+
 @pytest.mark.parametrize("sizes", [torch.tensor([4, 4, 3, 3, 2, 2])[::2], torch.tensor([64]).expand(5)], ids=str)
 def test_batch_sizes_of_any_memory_layout(sizes):
     layer = make(torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meprop import ops
 from meprop.errors import NotSupportedError
-from meprop.functional.common import as_matrix, cast, is_autocast
+from meprop.functional.common import as_matrix, cast, is_autocast, no_view
 from meprop.policy import Activity, Policy, refuse_transforms, refuse_transforms_of_backward
 from meprop.rules import Rule, in_blocks
 from meprop.selection import Entries, PlainTopK, Selection
@@ -98,7 +98,7 @@ def lstm_with_policy(
     assert rows is not None
     sizes = torch.full((x.shape[0],), x.shape[1], device="cpu") if batch_sizes is None else batch_sizes.contiguous()
     output, h_n, c_n = _Lstm.apply(as_matrix(rows), *others, sizes, _Call(reverse, policy, activity))  # pyright: ignore[reportGeneralTypeIssues]
-    return output if batch_sizes is not None else output.view(*x.shape[:2], -1), (h_n, c_n)
+    return output if batch_sizes is not None else no_view(output.view(*x.shape[:2], -1)), (h_n, c_n)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,8 @@ def _select(
     """What is propagated of the gates' gradients at a time step [n, 4H]."""
     if not isinstance(choice, Entries):
         return select(gates)
-    if choice.exact_sum and len(gates) == 1:  # what is missing of one row is its mean
+    # Tensors without contents have nothing to choose by. What is missing of one row is its mean.
+    if gates.is_meta or (choice.exact_sum and len(gates) == 1):
         selection = everything(gates)
     elif choice.key is None:
         selection = side_by_side([choose_entries(gate, choice) for gate in gates.chunk(4, dim=1)])

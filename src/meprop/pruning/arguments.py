@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def check_bounds(threshold: float | None, of_mean: float | None, max_removal: fl
 def check_counts(**counts: tuple[int, int]) -> None:
     """Checks numbers, each with the least that is allowed."""
     for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; it is an int")
         if value < least:
             raise ValueError(f"{name}={value}; it must be at least {least}")

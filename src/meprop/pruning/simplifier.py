@@ -146,8 +146,8 @@ class Simplifier:
         self.model, self.threshold = model, threshold
         self._optimizers = as_optimizers(optimizer, model)
         self.of_mean = _OF_MEAN if threshold is None and of_mean is None else of_mean
-        self.check_every, self.cycle, self.warmup = check_every, cycle, warmup
-        self.max_removal, self.min_units = max_removal, min_units
+        self.check_every, self.cycle, self.warmup = int(check_every), int(cycle), int(warmup)
+        self.max_removal, self.min_units = max_removal, int(min_units)
         self.steps = 0
         self.history: list[Check] = []
         self._units = find(model, example_inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from torch import Tensor
 
@@ -50,10 +51,11 @@ class InBlocks(Rule):
             raise TypeError(f"rule={self.rule!r} is of type {type(self.rule).__name__}; it is a rule of each block")
         if self.rule.differs:
             raise TypeError(f"rule={self.rule!r} is no single rule; give each of its rules InBlocks")
-        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(self.blocks, bool) or not isinstance(self.blocks, Integral):
             raise TypeError(f"blocks={self.blocks!r} is of type {type(self.blocks).__name__}; it is an int")
         if self.blocks < 1:
             raise ValueError(f"blocks={self.blocks}; it must be at least 1")
+        object.__setattr__(self, "blocks", int(self.blocks))
         object.__setattr__(self, "scope", self.rule.scope)
 
     @property

@@ -137,13 +137,15 @@ class Sampled(Rule):
     def select(self, grad_output_NO: Tensor) -> Selection:
         """What is drawn of grad_output_NO [N, O], or everything if that is more than `ceiling` of it.
 
+        Of a tensor without contents (device "meta") it is everything.
+
         Raises:
             ValueError: grad_output_NO is not a matrix with at least one column.
             TypeError: grad_output_NO is not of a floating dtype.
         """
         check_output_gradient(grad_output_NO)
         features, device = grad_output_NO.shape[1], grad_output_NO.device
-        if self.keeps_all(features):
+        if self.keeps_all(features) or grad_output_NO.is_meta:  # which has nothing to draw by
             return everything(grad_output_NO)
         entries = self.as_entries(features, device)
         if entries is not None:
