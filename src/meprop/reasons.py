@@ -89,9 +89,9 @@ def why_unfit(layer: torch.nn.Module, descriptor: Descriptor[Any], surroundings:
     """Why a layer cannot be converted, whatever the rule. None if it can."""
     plain, own = descriptor.plain, type(layer)
     if plain_kind(layer) is not plain and not isinstance(layer, SparseLayer):
-        what = "of" if own.forward is plain.forward else "with a forward pass of its own, a subclass of"
+        its_own = "" if own.forward is plain.forward else " with a forward pass of its own"
         return (
-            f"{own.__name__} is a subclass {what} {plain.__name__}, which convert does not know; "
+            f"{own.__name__} is a subclass of {plain.__name__}{its_own}, which convert does not know; "
             "meprop.nn.base.register makes it known"
         )
     if (reason := why_bypassed(layer, descriptor)) is not None:
