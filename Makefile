@@ -8,7 +8,7 @@ MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1
 READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow sweep sanitize env lint format clean
+.PHONY: help demo test test-slow fuzz soak sweep sanitize env lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ test: env  ## set up .venv and run the tests, but for the slow ones
 
 test-slow: env  ## the slow tests: means of many draws, and long walks over all cases (some minutes)
 	$(PYTEST) -m slow
+
+fuzz: env  ## the native code on 3000 random calls a test (MEPROP_FUZZ=N for another number)
+	MEPROP_FUZZ=$${MEPROP_FUZZ:-3000} $(PYTEST) tests/ops/test_native_fuzz.py
+
+soak: env  ## 20,000 steps of small models in several threads: flat memory, the same bits twice
+	MEPROP_SOAK=20000 $(BIN)/python -m pytest -s -m slow tests/soak
 
 # Beside the environment, not in it: a torchvision that does not fit its torch would break every import of transformers.
 build/sweep: Makefile | env
@@ -38,7 +44,7 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
-	  $(PYTEST) tests/ops/test_native.py tests/ops/test_selected.py \
+	  $(PYTEST) tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py \
 	  tests/ops/test_entries.py::test_native_equals_the_reference \
 	  tests/ops/test_entries.py::test_native_reads_every_layout \
 	  tests/ops/test_entries.py::test_a_sample_that_misleads_changes_nothing \
