@@ -8,7 +8,7 @@ MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1
 READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow torture fuzz sweep sanitize env lint format clean
+.PHONY: help demo test test-slow torture fuzz soak sweep sanitize env lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,11 @@ test-slow: env  ## the slow tests: means of many draws, and long walks over all 
 torture: env  ## kill real runs at random moments and calls, resume them, compare the ends (10 minutes; SECONDS=)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),600)
 
-fuzz: env  ## read files that are changed at random, of every format (10 minutes or so; EXAMPLES=)
-	MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) tests/test_fuzz.py
+fuzz: env  ## files of every format, changed at random, and random calls of the native code (20 minutes or so; EXAMPLES=)
+	MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) tests/test_fuzz.py tests/ops/test_native_fuzz.py
+
+soak: env  ## 20,000 steps of small models in several threads: flat memory, the same bits twice
+	MEPROP_SOAK=20000 $(BIN)/python -m pytest -s -m slow tests/soak
 
 # Beside the environment, not in it: a torchvision that does not fit its torch would break every import of transformers.
 build/sweep: Makefile | env
@@ -44,7 +47,7 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
-	  $(PYTEST) tests/ops/test_native.py tests/ops/test_selected.py \
+	  $(PYTEST) tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py \
 	  tests/ops/test_entries.py::test_native_equals_the_reference \
 	  tests/ops/test_entries.py::test_native_reads_every_layout \
 	  tests/ops/test_entries.py::test_a_sample_that_misleads_changes_nothing \

@@ -276,7 +276,7 @@ class Policy:
             Whether the pass is left to torch.
         """
         for name, tensor in tensors.items():
-            if tensor is not None and (kind := _odd_kind(tensor)) is not None:
+            if (tensor is not None or name == "input") and (kind := _odd_kind(tensor)) is not None:
                 if self.record is not None and torch.is_grad_enabled():
                     self.record.left_to_torch = f"its {name} is {kind}"
                 return True
@@ -365,10 +365,12 @@ class Policy:
             )
 
 
-def _odd_kind(tensor: Tensor) -> str | None:
+def _odd_kind(tensor: Tensor | None) -> str | None:
     """What a tensor is that only torch's own functions take. None for others."""
     if type(tensor).__name__ == "ExpandedWeight":  # it has no layout; importing its class takes long
         return "an ExpandedWeight"
+    if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]  (torch says what it takes)
+        return f"of type {type(tensor).__name__}"
     if tensor.is_nested:
         return "nested"
     return None if tensor.layout is torch.strided else str(tensor.layout)

@@ -123,7 +123,7 @@ class RuleSchedule:
             ValueError: The state is not one of a schedule.
             TypeError or NotSupportedError: See above.
         """
-        steps = state.get("steps")
+        steps = state.get("steps") if isinstance(state, dict) else None  # pyright: ignore[reportUnnecessaryIsInstance]
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"the state is {state!r}; it is that of a RuleSchedule, such as {{'steps': 500}}")
         self._go_to(steps)

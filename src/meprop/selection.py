@@ -50,7 +50,8 @@ class RowSelection:
             from starts[n] to starts[n + 1]. None means that each row has k.
 
     Raises:
-        ValueError: The shapes do not fit, or the indices are not int32.
+        ValueError: The shapes or devices do not fit, the indices are not int32, or `width` is no number of features.
+        TypeError: One of them is not a tensor.
     """
 
     values: Tensor
@@ -60,6 +61,7 @@ class RowSelection:
     starts: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self, shared=self.shared, starts=self.starts)
         if self.starts is None:
             _check(self.values, self.indices, 2, self.values.shape, "[N, k] with int32 indices [N, k]")
         else:
@@ -107,7 +109,8 @@ class ColumnSelection:
         shared: What every row gets in addition [O], in the gradient's dtype. None means nothing.
 
     Raises:
-        ValueError: The shapes do not fit, or the indices are not int32.
+        ValueError: The shapes or devices do not fit, the indices are not int32, or `width` is no number of features.
+        TypeError: One of them is not a tensor.
     """
 
     values: Tensor
@@ -116,6 +119,7 @@ class ColumnSelection:
     shared: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self, shared=self.shared)
         _check(self.values, self.indices, 2, self.values.shape[1:], "[N, k] with int32 indices [k]")
         _check_shared(self.shared, self.width)
 
@@ -243,12 +247,23 @@ def shared_or_zeros(part: Selection) -> Tensor:
     return part.values.new_zeros(part.width) if part.shared is None else part.shared
 
 
+def _check_types(selection: Selection, **tensors: Tensor | None) -> None:
+    width = selection.width
+    if not isinstance(width, int | torch.SymInt) or isinstance(width, bool) or width < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"width={width!r}; it is O, the number of output features")
+    for name, tensor in {"values": selection.values, "indices": selection.indices, **tensors}.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("values", "indices")):
+            raise TypeError(f"{name} is of type {type(tensor).__name__}; it is a torch.Tensor")
+
+
 def _check(values: Tensor, indices: Tensor, dims: int, shape: torch.Size, form: str) -> None:
     if values.dim() != dims or indices.shape != shape or indices.dtype != torch.int32:
         raise ValueError(
             f"a selection is values {form}, not values {list(values.shape)} with "
             f"{indices.dtype} indices {list(indices.shape)}"
         )
+    if values.device != indices.device:
+        raise ValueError(f"values are on {values.device}, and indices on {indices.device}; they are on one device")
 
 
 def _check_shared(shared: Tensor | None, width: int) -> None:

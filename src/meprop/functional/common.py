@@ -14,6 +14,13 @@ from meprop.rules import Rule
 from meprop.selection import PlainTopK, everything
 
 
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raises a TypeError for an argument that is not a tensor. A bias may be None."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name.startswith("bias")):
+            raise TypeError(f"{name} is of type {type(tensor).__name__}; it is a torch.Tensor")
+
+
 def is_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device. Autocast does not know some devices, such as "meta"."""
     if not torch._C._is_any_autocast_enabled():  # pyright: ignore[reportPrivateUsage]  (the usual case, at once)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from meprop import ops, speed
 from meprop.errors import NotSupportedError
-from meprop.functional.common import cast_operands, dtypes_of, in_dtypes, no_view, product_dtype, sparse_backward
+from meprop.functional.common import (
+    cast_operands,
+    check_tensors,
+    dtypes_of,
+    in_dtypes,
+    no_view,
+    product_dtype,
+    sparse_backward,
+)
 from meprop.functional.geometry import Geometry, Numbers, padded
 from meprop.functional.maps import gradients_of_maps
 from meprop.policy import Policy, needs_gradients, refuse_dtype, refuse_transforms, refuse_transforms_of_backward
@@ -91,7 +99,7 @@ def conv2d(
         NotSupportedError: `groups` is above 1, or scope "example" or a `PerProduct` is used with a convolution that is
             not pointwise (docs/convolution.md says why). Or the backward pass is called with create_graph=True, or
             `sparse_grad` or maps of another rule than `TopK` and `Sampled` are used under torch.compile.
-        TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
+        TypeError: `rule` is not a Rule, input, weight or bias is not a tensor, or weight is not of a floating dtype.
         ValueError: `sparse_grad` is used with scope "example" or an exact sum, `compute_dtype` is not torch.bfloat16 or
             None, the weight has another number of dimensions, or torch does not know the padding.
     """
@@ -108,6 +116,7 @@ def _convolution(
     groups: int,
     policy: Policy,
 ) -> Tensor:
+    check_tensors(input=x, weight=weight, bias=bias)
     if weight.dim() != dims + 2:
         raise ValueError(f"weight is {list(weight.shape)}; that of a conv{dims}d has {dims + 2} dimensions")
     x, geometry = padded(x, weight.shape[2:], *moves)
@@ -304,8 +313,8 @@ def why_not_sparse(rule: Rule, pointwise: bool, groups: int) -> str | None:
     """Why a convolution cannot back-propagate what the rule keeps. None if it can."""
     if groups != 1:
         return (
-            f"groups={groups}: a group's inputs get their gradient from its own outputs alone, so that groups without "
-            "a kept channel would pass nothing back"
+            f"groups={groups!r}: a group's inputs get their gradient from its own outputs alone, so that groups "
+            "without a kept channel would pass nothing back"
         )
     if rule.differs and not pointwise:
         return f"{rule} differs for the two products, which goes for pointwise convolutions only"

@@ -72,5 +72,7 @@ def padded(
 
 def _each(value: Numbers, kernel: torch.Size) -> tuple[int, ...]:
     """A number for each spatial dimension."""
+    if not isinstance(value, int | Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"stride, padding and dilation are an int or ints, not {value!r}")
     numbers = (value,) if isinstance(value, int) else tuple(value)
     return numbers * len(kernel) if len(numbers) == 1 else numbers

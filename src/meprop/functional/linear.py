@@ -14,6 +14,7 @@ from meprop import ops, speed
 from meprop.functional.common import (
     as_matrix,
     cast_operands,
+    check_tensors,
     dtypes_of,
     in_dtype,
     in_dtypes,
@@ -63,11 +64,16 @@ def linear(
     Raises:
         NotSupportedError: The backward pass is called with create_graph=True, `sparse_grad` is used under torch.compile
             or in DistributedDataParallel, or the weight is a DTensor (tensor parallelism).
-        TypeError: `rule` is not a Rule, or weight is not of a floating dtype.
-        ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, or `compute_dtype` is
-            not one of those above.
+        TypeError: `rule` is not a Rule, x, weight or bias is not a tensor, or weight is not of a floating dtype.
+        ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, `compute_dtype` is not
+            one of those above, or weight or bias is of another shape.
     """
-    return linear_with_policy(x, weight, bias, Policy(rule, sparse_grad, compute_dtype))
+    policy = Policy(rule, sparse_grad, compute_dtype)
+    check_tensors(x=x, weight=weight, bias=bias)
+    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        of_bias = "" if bias is None else f" and bias {list(bias.shape)}"
+        raise ValueError(f"weight is {list(weight.shape)}{of_bias}; they are [O, I] and [O]")
+    return linear_with_policy(x, weight, bias, policy)
 
 
 def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: Policy) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meprop import ops
 from meprop.errors import NotSupportedError
-from meprop.functional.common import as_matrix, cast, is_autocast, no_view
+from meprop.functional.common import as_matrix, cast, check_tensors, is_autocast, no_view
 from meprop.policy import Activity, Policy, refuse_transforms, refuse_transforms_of_backward
 from meprop.rules import Rule, in_blocks
 from meprop.selection import Entries, PlainTopK, Selection
@@ -63,11 +63,15 @@ def lstm(
     Raises:
         NotSupportedError: The backward pass is called with create_graph=True, or several processes choose together by
             the rule.
-        TypeError: `rule` is not a Rule, or the weights are not of a floating dtype.
+        TypeError: `rule` is not a Rule, x, a weight or a bias is not a tensor, `reverse` is not a bool, or the weights
+            are not of a floating dtype.
         ValueError: A shape, dtype or device does not fit, or `batch_sizes` is not as described above.
     """
     policy = lstm_policy(Policy(rule))
     parameters = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
+    check_tensors(x=x, **parameters)
+    if not isinstance(reverse, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"reverse={reverse!r} is of type {type(reverse).__name__}; it is True or False")
     _check_shapes(x, hx, parameters, batch_sizes)
     return lstm_with_policy(x, hx, (weight_ih, weight_hh, bias_ih, bias_hh), batch_sizes, reverse, policy)
 
@@ -219,7 +223,7 @@ def _check_shapes(
     """Raises the errors of `lstm` that concern shapes."""
     weight_hh = parameters["weight_hh"]
     assert weight_hh is not None
-    if hx is not None and (not isinstance(hx, tuple) or len(hx) != 2):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if hx is not None and not (isinstance(hx, tuple) and len(hx) == 2 and all(isinstance(h, Tensor) for h in hx)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("hx is a tuple of two tensors [B, H], the initial output and cell state, or None")
     if x.dim() != (3 if batch_sizes is None else 2):
         raise ValueError(f"x is {list(x.shape)}; it is [T, B, I] without batch_sizes, and [N, I] with them")
@@ -227,6 +231,8 @@ def _check_shapes(
         _check_batch_sizes(batch_sizes, len(x))
     elif x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x is {list(x.shape)} [T, B, I]; an LSTM needs at least one time step and one sequence")
+    if weight_hh.dim() != 2 or weight_hh.shape[1] == 0:
+        raise ValueError(f"weight_hh is {list(weight_hh.shape)}; it is [4H, H] with H >= 1")
     units, inputs, batch = weight_hh.shape[-1], x.shape[-1], x.shape[1] if batch_sizes is None else int(batch_sizes[0])
     shapes = {"weight_ih": (4 * units, inputs), "weight_hh": (4 * units, units)}
     expected = [(name, tensor, shapes.get(name, (4 * units,))) for name, tensor in parameters.items()]
@@ -240,7 +246,8 @@ def _check_shapes(
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
     valid = (
-        batch_sizes.dim() == 1
+        isinstance(batch_sizes, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+        and batch_sizes.dim() == 1
         and batch_sizes.dtype == torch.int64
         and batch_sizes.is_cpu
         and len(batch_sizes) > 0

@@ -129,6 +129,8 @@ class SparseLayer:
 
     @decision.setter
     def decision(self, decision: Decision | None) -> None:
+        if not isinstance(decision, Decision | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"decision={decision!r} is of type {type(decision).__name__}; it is a Decision or None")
         assert self.policy.record is not None
         self.policy.record.decision = decision
 
@@ -142,6 +144,8 @@ class SparseLayer:
     @activity.setter
     def activity(self, activity: Activity | tuple[Activity, ...] | None) -> None:
         activities = activity if isinstance(activity, tuple) else () if activity is None else (activity,)
+        if not all(isinstance(each, Activity) for each in activities):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"activity={activity!r}; it is an Activity, a tuple of them, or None")
         assert self.policy.record is not None
         self.policy.record.activities = activities
 

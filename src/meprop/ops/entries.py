@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from meprop.errors import NotSupportedError
 from meprop.ops import native
-from meprop.ops.registry import Operator, operation
+from meprop.ops.registry import PLAIN, Operator, operation
 from meprop.ops.thresholds import (
     GROUP,
     ONE,
@@ -32,6 +33,11 @@ _Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _fake_entries(grad: Tensor, *_: object) -> _Found:
+    if type(grad) in PLAIN:
+        raise NotSupportedError(
+            "a choice of entries of a whole gradient on the meta device: how many there are depends on the data, which "
+            "it has not; use a rule with k of scope 'example' or 'batch', or a tensor with data"
+        )
     entries = torch.library.get_ctx().new_dynamic_size()
     rows, width = grad.shape
     starts = grad.new_empty(rows + 1, dtype=torch.int64)
@@ -97,6 +103,7 @@ def choose_entries(grad: Tensor, entries: Entries, /) -> _Found:
         is grad less the entries. An implementation returns values [E], indices [E], starts [N + 1] and the shared part
         [O], which is empty without `exact_sum`.
     """
+    native.codes_of(entries)
     rows, width = grad.shape
     if entries.keep == "largest":
         places = largest(grad.abs().flatten(), entries.k * rows)
@@ -127,9 +134,9 @@ def _native_choose_entries(grad: Tensor, entries: Entries) -> _Found:
     (rows, width), dtype = grad.shape, grad.dtype
     starts, states = torch.empty(rows + 1, dtype=torch.int64), torch.empty(rows, dtype=torch.int32)
     groups = torch.empty(rows * -(-width // GROUP) if entries.key is not None else 0, dtype=torch.int32)
-    key = 0 if entries.key is None else int(entries.key)
+    keep, key = native.codes_of(entries)
     arguments = (
-        *(native.DTYPE_CODES[dtype], native.KEEP_CODES[entries.keep], rows, width, grad.data_ptr(), grad.stride(0)),
+        *(native.DTYPE_CODES[dtype], keep, rows, width, grad.data_ptr(), grad.stride(0)),
         *(min(entries.k, width) * rows, key, starts.data_ptr(), states.data_ptr(), groups.data_ptr()),
         torch.get_num_threads(),
     )
@@ -205,7 +212,7 @@ def draw_columns(grad: Tensor, k: int, key: Tensor) -> ColumnSelection:
 
 def _draw(grad: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
     """The places of the drawn entries in the flattened gradient, ascending, and their values."""
-    assert entries.key is not None
+    assert entries.key is not None  # choose_entries has checked it
     rows, width = grad.shape
     keys, count = keys_of(grad), min(entries.k, width) * rows
     threshold = threshold_for_draws(keys, entries.share if entries.keep == "noise" else None, count)

@@ -111,8 +111,8 @@ def linear_backward(
             blocks is out of range.
         IndexError: The indices of a given selection do not ascend, or are not output features.
     """
-    if not isinstance(choice, PlainTopK):
-        check_fits(choice, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
+    choice = _selected(Operation.literally, choice, grad)
+    check_fits(choice, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
     return _consist_of(Operation.literally, choice, grad, weight, x, needs_bias, row_sparse, hits)
 
 

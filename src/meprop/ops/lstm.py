@@ -45,6 +45,19 @@ def _native_declines(batch_sizes: Tensor, *tensors: Tensor | None) -> str | None
     return native.declines_scattered(batch_sizes, dtypes=native.INT64) if reason is None else reason
 
 
+def _check(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Raises a ValueError for a tensor of another shape, which would be read beyond its end."""
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}; it is {list(shape)} beside the others")
+
+
+def _weights(
+    inputs: int, units: int, weight_ih: Tensor, weight_hh: Tensor
+) -> list[tuple[str, Tensor, tuple[int, int]]]:
+    return [("weight_ih", weight_ih, (4 * units, inputs)), ("weight_hh", weight_hh, (4 * units, units))]
+
+
 # ---------------------------------------------------------------- forward
 
 
@@ -113,6 +126,8 @@ def _native_lstm_forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     units, batch = weight_hh.shape[1], int(batch_sizes[0])
+    _check(*_weights(x.shape[1], units, weight_ih, weight_hh), ("bias", bias, (4 * units,)))
+    _check(("h0", initial[0], (batch, units)), ("c0", initial[1], (batch, units)))
     x, weight_ih, weight_hh = (native.readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
     bias = native.contiguous(bias)
     h, c = x.new_empty(batch + len(x), units), x.new_empty(batch + len(x), units)
@@ -277,6 +292,11 @@ def _native_lstm_backward(
     if choice is None:
         return step_by_step(trace, x, (weight_ih, weight_hh), batch_sizes, reverse, gradients, select, needs, hits)
     inputs, units, batch = x.shape[1], weight_hh.shape[1], int(batch_sizes[0])
+    states, last = (batch + len(x), units), (batch, units)
+    _check(*_weights(inputs, units, weight_ih, weight_hh), ("outputs", trace[0], states), ("cells", trace[1], states))
+    _check(("gates", trace[2], (len(x), 4 * units)), ("hits", hits, (units,)), ("kept", kept, (len(batch_sizes),)))
+    wrt = zip(("grad_output", "grad_h", "grad_c"), gradients, ((len(x), units), last, last), strict=True)
+    _check(*wrt)
     x, weight_ih, weight_hh = (native.readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
     gradients_ = [native.contiguous(gradient) for gradient in gradients]
     shapes = [(len(x), inputs), (4 * units, inputs), (4 * units, units), (4 * units,), (batch, units), (batch, units)]
@@ -309,10 +329,10 @@ def _native_entries(choice: PlainTopK | Entries, kept: Tensor) -> tuple[int | fl
     """The arguments of the native call that are for Entries."""
     if isinstance(choice, PlainTopK):
         return 0, 0, 0, 0, 0, 0.0, 1.0
-    key = 0 if choice.key is None else int(choice.key)
+    keep, key = native.codes_of(choice)
     return (
         choice.key is None,
-        native.KEEP_CODES[choice.keep],
+        keep,
         key,
         choice.exact_sum,
         kept.data_ptr(),

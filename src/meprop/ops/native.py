@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from meprop.ops.registry import PLAIN, Backend, register
+from meprop.selection import Entries
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 SCOPE_CODES = {"example": 0, "batch": 1}
@@ -164,6 +165,20 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 def address(tensor: Tensor | None) -> int:
     """The address of the tensor's memory. 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def codes_of(entries: Entries) -> tuple[int, int]:
+    """The codes of what is kept and of the key, which is 0 if there is none.
+
+    Raises:
+        ValueError: `keep` is unknown, k is negative, or entries that are drawn have no key.
+    """
+    keep, k, key = entries.keep, entries.k, entries.key
+    if keep not in KEEP_CODES or k < 0:
+        raise ValueError(f"keep={keep!r} with k={k}; it is one of {', '.join(KEEP_CODES)}, with a k of at least 0")
+    if keep in ("noise", "drawn") and (key is None or key.numel() != 1 or key.dtype != torch.int64):
+        raise ValueError(f"keep={keep!r} with key={key!r}; entries are drawn with a key, which is one int64")
+    return KEEP_CODES[keep], 0 if key is None else int(key)
 
 
 def written(*tensors: Tensor | None) -> None:

@@ -326,9 +326,9 @@ def native_products_of_entries(
     (rows, width), dtype = grad.shape, grad.dtype
     addresses, gradients, _alive = _operands(rows, width, dtype, grad, weight, x, needs_bias, width)
     kept = torch.empty((), dtype=torch.int64)
-    key = 0 if entries.key is None else int(entries.key)
+    keep, key = native.codes_of(entries)
     native.extension().entries_backward(
-        *(native.DTYPE_CODES[dtype], native.KEEP_CODES[entries.keep], min(entries.k, width) * rows, key),
+        *(native.DTYPE_CODES[dtype], keep, min(entries.k, width) * rows, key),
         *(entries.exact_sum, *addresses, kept.data_ptr(), torch.get_num_threads(), entries.share, entries.ceiling),
     )
     return gradients, kept

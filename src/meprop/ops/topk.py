@@ -14,6 +14,11 @@ from meprop.ops.registry import Operator, operation
 from meprop.selection import ColumnSelection, RowSelection
 
 
+def _check(grad: Tensor, k: int) -> None:
+    if grad.dim() < 2 or not 1 <= k <= grad.shape[1]:
+        raise ValueError(f"k={k} of an output gradient {list(grad.shape)}; it is [N, O] or [N, O, *S], and 1 <= k <= O")
+
+
 def _native_declines(grad: Tensor, _k: int | None = None) -> str | None:
     return native.declines(grad)
 
@@ -35,6 +40,7 @@ def topk_rows(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
 
     A call returns a RowSelection. An implementation returns its values [N, k] and its indices [N, k].
     """
+    _check(grad, k)
     by_magnitude = grad.abs().sort(dim=1, descending=True, stable=True).indices
     indices = by_magnitude[:, :k].sort(dim=1).values
     return grad.gather(1, indices), indices.int()
@@ -87,6 +93,7 @@ def topk_columns(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
     This is the paper's unified top-k. A call returns a ColumnSelection. An implementation returns its values [N, k] and
     its indices [k].
     """
+    _check(grad, k)
     indices = largest(column_scores.reference(grad), k)
     return grad[:, indices], indices.int()
 
@@ -105,6 +112,7 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 
 def _native_topk(scope: str, grad: Tensor, k: int, indices_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    _check(grad, k)
     grad = native.readable(grad, grad.dtype)
     rows, width = grad.shape
     values = torch.empty((rows, k), dtype=grad.dtype)
@@ -142,12 +150,14 @@ def topk_channels(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
     Returns:
         The channels [N, k, *S], in the `memory_format` of grad, and their indices [k].
     """
+    _check(grad, k)
     indices = largest(grad.abs().double().sum(dim=[0, *range(2, grad.dim())]), k)
     return grad[:, indices].contiguous(memory_format=memory_format(grad)), indices.int()
 
 
 @native.backend.implements(topk_channels, _native_declines)
 def _native_topk_channels(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    _check(grad, k)
     examples, channels, *sizes = grad.shape
     if memory_format(grad) == torch.channels_last:
         values, indices = _native_topk_columns(grad.movedim(1, -1).flatten(0, -2), k)

@@ -172,6 +172,7 @@ class KeepK(Rule):
         object.__setattr__(self, "k", checked_k(self.k))
         if self.scope not in get_args(Scope):
             raise ValueError(f"scope={self.scope!r}; the scope is 'example', 'batch' or 'global'")
+        check_flag("exact_sum", self.exact_sum)
         if self.exact_sum and self.scope == "batch":
             raise ValueError(
                 f"exact_sum=True with scope={self.scope!r}: columns that are left out would then be filled up in all "
@@ -198,7 +199,7 @@ class KeepK(Rule):
 
         Raises:
             ValueError: grad_output_NO is not a matrix with at least one column.
-            TypeError: grad_output_NO is not of a floating dtype.
+            TypeError: grad_output_NO is not a strided tensor of a floating dtype.
         """
         check_output_gradient(grad_output_NO)
         k = self.count(grad_output_NO.shape[1])
@@ -257,14 +258,24 @@ def checked_share(name: str, share: float, *, below_one: bool = True) -> float:
     return float(share)
 
 
+def check_flag(name: str, flag: bool | None) -> None:
+    """Raises a TypeError for what is neither a bool nor None, which would silently count as True."""
+    if flag is not None and not isinstance(flag, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{name}={flag!r} is of type {type(flag).__name__}; it is True or False")
+
+
 def check_output_gradient(grad_output_NO: Tensor) -> None:
     """Raises the errors of a rule's `select` for what is no output gradient."""
+    if not isinstance(grad_output_NO, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"an output gradient is a torch.Tensor, not of type {type(grad_output_NO).__name__}")
+    if not torch.compiler.is_compiling() and grad_output_NO.layout is not torch.strided:  # compiled graphs cannot ask
+        raise TypeError(f"an output gradient is strided, not of layout {grad_output_NO.layout}; call to_dense() first")
     if grad_output_NO.dim() != 2 or grad_output_NO.shape[1] == 0:
         raise ValueError(
             f"an output gradient is [N, O] with O >= 1, not {list(grad_output_NO.shape)}; flatten it first"
         )
-    if not grad_output_NO.is_floating_point():
-        raise TypeError(f"an output gradient is of a floating dtype, not {grad_output_NO.dtype}")
+    if not grad_output_NO.is_floating_point() or grad_output_NO.element_size() == 1:
+        raise TypeError(f"an output gradient is of a floating dtype of 16 bits or more, not {grad_output_NO.dtype}")
 
 
 def with_exact_sum(kept: RowSelection, grad_NO: Tensor) -> RowSelection:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.rules.base import Rule, check_output_gradient, checked_k, checked_share, with_exact_sum
+from meprop.rules.base import Rule, check_flag, check_output_gradient, checked_k, checked_share, with_exact_sum
 from meprop.selection import Entries, Scope, Selection, everything
 
 NOISE = 0.25
@@ -87,10 +87,11 @@ class Sampled(Rule):
             object.__setattr__(self, "noise", noise)
             if self.floor != 0:
                 object.__setattr__(self, "floor", checked_share("floor", self.floor))
-        if self.ceiling != 1:
+        if self.ceiling is True or self.ceiling != 1:
             object.__setattr__(self, "ceiling", checked_share("ceiling", self.ceiling))
         if not self.floor < self.ceiling:
             raise ValueError(f"floor={self.floor!r} is not below ceiling={self.ceiling!r}")
+        check_flag("exact_sum", self.exact_sum)
         if self.exact_sum and self.scope == "batch":
             raise ValueError("exact_sum=True with scope='batch': it would fill up the columns that are left out")
 

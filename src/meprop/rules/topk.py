@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.rules.base import KeepK, check_output_gradient, checked_share
+from meprop.rules.base import KeepK, check_flag, check_output_gradient, checked_share
 from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection, Scope, Selection
 
 
@@ -65,6 +65,7 @@ class TopK(KeepK):
             raise ValueError(f"k={self.k!r} with energy={self.energy!r}; give one of them")
         if self.scope not in (None, "global"):
             raise ValueError(f"scope={self.scope!r} with energy={self.energy!r}; it is for scope 'global' only")
+        check_flag("exact_sum", self.exact_sum)
         object.__setattr__(self, "energy", checked_share("energy", self.energy))
         object.__setattr__(self, "scope", "global")
         return None
