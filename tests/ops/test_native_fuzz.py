@@ -82,7 +82,7 @@ def test_linear_backward_that_selects(level, team, matrix, inputs, k, blocks, sc
         with pytest.raises(ValueError, match="out of range"):
             ops.linear_backward(*call)
         return
-    assume(bool(grad.isfinite().all()))
+    assume(bool((grad.abs() < 1e30).all()))  # so that no sum overflows, whose order would then show
     scale = grad.double().abs().max().clamp(min=1) if grad.numel() else torch.tensor(1.0)
     for found, expected in zip(ops.linear_backward(*call), ops.linear_backward.literally(*call), strict=True):
         close(found.double() / scale, expected.double() / scale, grad.dtype)
@@ -92,7 +92,7 @@ def test_linear_backward_that_selects(level, team, matrix, inputs, k, blocks, sc
 @given(data=st.data(), rows=sizes, width=widths, inputs=sizes, by_row=st.booleans(), team=teams)
 def test_indices_of_a_selection(level, team, data, rows, width, inputs, by_row):
     torch.set_num_threads(team)
-    k = data.draw(st.integers(0, 6))
+    k = data.draw(st.integers(0, min(6, width)))
     index_rows = rows if by_row else 1
     indices = data.draw(st.lists(st.integers(-1, width), min_size=index_rows * k, max_size=index_rows * k))
     indices = torch.tensor(indices, dtype=torch.int32).view(index_rows, k)
