@@ -60,7 +60,6 @@ ERRORS = {
     "select: 8 bits": (lambda: TOP.select(GRAD.to(torch.float8_e4m3fn)), TypeError, "not torch.float8_e4m3fn"),
     "select: sparse": (lambda: TOP.select(GRAD.to_sparse()), TypeError, "torch.sparse_coo; call to_dense()"),
     "select: no features": (lambda: meprop.Sampled().select(GRAD[:, :0]), ValueError, "not [4, 0]"),
-    "Sampled: meta": (lambda: meprop.Sampled().select(GRAD.to("meta")), NotSupportedError, "meta device"),
     "energy: meta": (lambda: meprop.TopK(energy=0.5).select(GRAD.to("meta")), NotSupportedError, "meta device"),
     "TopK: exact_sum": (lambda: meprop.TopK(2, exact_sum="no"), TypeError, "exact_sum='no'"),
     "energy: exact_sum": (lambda: meprop.TopK(energy=0.5, exact_sum=1), TypeError, "exact_sum=1"),
