@@ -35,6 +35,14 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def hangup_is_not_ignored():
+    """As it is where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def at_call(monkeypatch, owner, name, calls):
     """Sends this process a signal at calls of a function: from the number of the call to the signal."""
     original, count = getattr(owner, name), [0]
