@@ -376,7 +376,7 @@ def test_what_is_like_no_name_is_answered_with_none(capsys, arguments):
     assert "did you mean" not in err(capsys)
 
 
-EXTRA_MODULES = sorted({name for names in common.extras().values() for name in names} - {"numpy"})  # torch may need it
+EXTRA_MODULES = sorted({name for names in common.extras().values() for name in names})
 
 
 def without(modules, *arguments):
@@ -398,7 +398,9 @@ def test_version_and_doctor_need_no_extras():
         assert text in done.stdout
 
 
-@pytest.mark.parametrize("module", ["tyro", "rich", "lightning_fabric", "matplotlib", "pooch", "typeguard", "filelock"])
+@pytest.mark.parametrize(
+    "module", ["tyro", "rich", "lightning_fabric", "matplotlib", "pooch", "typeguard", "filelock", "safetensors"]
+)
 def test_a_missing_module_of_an_extra_is_named_with_the_remedy(module, data):
     command = "reproduce table-5" if module == "typeguard" else f"compare mnist --data-dir {data} --epochs 1"
     done = without([module], *command.split(), *([] if module == "typeguard" else SMALL))

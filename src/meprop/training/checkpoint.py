@@ -14,14 +14,14 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from meprop.errors import DataError
 from meprop.machine import write_atomically
-from meprop.training import encoding, tracking
+from meprop.training import tracking
 from meprop.training.loop import Trainer
 
 KEPT = 2
@@ -68,13 +68,14 @@ def save(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> N
         OSError: The file cannot be written. The error names it.
         TypeError: The state has something that a checkpoint does not hold: see `encoding.flatten`.
     """
+    encoding, safetensors = _of_extras()
     tensors: dict[str, Tensor] = {}
     content = {"settings": dict(settings), "state": dict(state)}
     plain = {"format": _FORMAT, "content": encoding.flatten(content, tensors)}
     body = io.BytesIO()
     with zipfile.ZipFile(body, "w") as archive:
         archive.writestr(_STATE, json.dumps(plain))
-        archive.writestr(_TENSORS, safetensors.torch.save(tensors))
+        archive.writestr(_TENSORS, safetensors.save(tensors))
         archive.comment = bytes(_SEAL_LENGTH)
     body.seek(-_SEAL_LENGTH, io.SEEK_END)
     body.write(_seal(body.getbuffer()[:-_SEAL_LENGTH]))
@@ -118,6 +119,7 @@ def load(path: Path, settings: Mapping[str, Any], task: type[Any]) -> dict[str, 
 
 
 def _read(path: Path) -> dict[str, Any]:
+    encoding, safetensors = _of_extras()
     content = path.read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -134,13 +136,22 @@ def _read(path: Path) -> dict[str, Any]:
                     f"{path} was made by another version of meprop: it is of format {plain['format']}, and this "
                     f"version reads format {_FORMAT}; continue it with that version, or start again with --overwrite"
                 )
-            found = encoding.restore(plain["content"], safetensors.torch.load(archive.read(_TENSORS)))
+            found = encoding.restore(plain["content"], safetensors.load(archive.read(_TENSORS)))
         _ = dict(found["settings"]), dict(found["state"])
     except DataError:
         raise
     except Exception as error:  # zipfile, JSON and safetensors fail in many ways on what is no checkpoint
         raise _DamagedError(f"{path} is damaged or not a checkpoint of meprop ({_line(error)}); {_REMEDY}") from error
     return found
+
+
+def _of_extras() -> tuple[ModuleType, ModuleType]:
+    """The modules that need an extra. `meprop --version` and `meprop doctor` do without."""
+    import safetensors.torch
+
+    from meprop.training import encoding
+
+    return encoding, safetensors.torch
 
 
 def _kind(archive: zipfile.ZipFile) -> str:

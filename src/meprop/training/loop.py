@@ -10,7 +10,6 @@ from math import cos, isfinite, pi
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -65,6 +64,7 @@ class Trainer:
         seed: int,
         simplify: SimplifyConfig | None = None,
     ) -> None:
+        import numpy as np
         from lightning_fabric import Fabric  # imported here since it takes seconds, which `meprop --help` need not wait
 
         if config.accelerator == "cuda" and not torch.cuda.is_available():
@@ -246,6 +246,8 @@ class Trainer:
         return dense + (1 - dense) * found
 
     def _random_state(self) -> dict[str, Any]:
+        import numpy as np
+
         return {
             "torch": torch.get_rng_state(),
             "cuda": [torch.cuda.get_rng_state(device) for device in self._cuda_devices],
@@ -254,6 +256,8 @@ class Trainer:
         }
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
+        import numpy as np
+
         torch.set_rng_state(state["torch"])
         for device, each in zip(self._cuda_devices, state["cuda"], strict=True):
             torch.cuda.set_rng_state(each, device)
