@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch  # before the extension, which shares its OpenMP runtime
@@ -37,6 +38,14 @@ def poisoned() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with files of MNIST's format: 120 and 30 images of 4 x 4 pixels."""
+    from interrupted import write_mnist
+
+    return write_mnist(tmp_path_factory.mktemp("mnist"), 120, packed=False)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
-from interrupted import Stop, write_mnist
+from interrupted import Stop
 from meprop import cli
 from meprop.cli.session import Session
 from meprop.errors import DataError
@@ -29,11 +29,6 @@ COMMANDS = {
     "compare": ["compare", "mnist", "--epochs", "2", "--seeds", "0", "1"],
     "simplify": ["simplify", "mnist", "--epochs", "2", "--seeds", "0", "1", "--cycle", "1", "--seconds", "0.01"],
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_mnist(tmp_path_factory.mktemp("data"), 120, packed=False)
 
 
 @pytest.fixture(autouse=True)
@@ -78,53 +73,53 @@ def files(out="out"):
     ("command", "saves"),
     [("train", (1, 2)), ("compare", (1, 2, 3, 4, 5, 8)), ("simplify", (1, 3, 5, 6, 9))],
 )
-def test_an_interrupted_command_resumes_bit_for_bit(data, monkeypatch, capsys, command, saves):
-    assert run(command, data, out="whole") == 0
+def test_an_interrupted_command_resumes_bit_for_bit(small_mnist, monkeypatch, capsys, command, saves):
+    assert run(command, small_mnist, out="whole") == 0
     for count in saves:
         out = f"part-{count}"
         with monkeypatch.context() as patch:
             Stop(patch, count)
-            assert run(command, data, out=out) == 130
+            assert run(command, small_mnist, out=out) == 130
         assert "continue with --resume" in capsys.readouterr().err
-        assert run(command, data, out=out) == 2  # neither --resume nor --overwrite
-        assert run(command, data, "--resume", out=out) == 0
+        assert run(command, small_mnist, out=out) == 2  # neither --resume nor --overwrite
+        assert run(command, small_mnist, "--resume", out=out) == 0
         assert outcome(out) == outcome("whole")
         assert files(out) == files("whole")
-        assert run(command, data, "--resume", out=out) == 0  # there is nothing left to do
+        assert run(command, small_mnist, "--resume", out=out) == 0  # there is nothing left to do
         assert outcome(out) == outcome("whole")
 
 
 @pytest.mark.parametrize("command", ["compare", "simplify"])
-def test_a_kill_between_the_record_and_the_end_of_its_checkpoints(data, monkeypatch, command):
-    assert run(command, data, out="whole") == 0
+def test_a_kill_between_the_record_and_the_end_of_its_checkpoints(small_mnist, monkeypatch, command):
+    assert run(command, small_mnist, out="whole") == 0
 
     def die(path):
         raise SystemExit(9)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "delete", die)
-        assert run(command, data) == 9
+        assert run(command, small_mnist) == 9
     assert len(json.loads(Path("out/result.json").read_text())["runs"]) == (2 if command == "compare" else 3)
-    assert run(command, data, "--resume") == 0
+    assert run(command, small_mnist, "--resume") == 0
     assert outcome("out") == outcome("whole")
     assert files() == files("whole")
 
 
-def test_every_picture_of_a_finished_seed_is_there(data, monkeypatch):
+def test_every_picture_of_a_finished_seed_is_there(small_mnist, monkeypatch):
     """Killed between the record, with which a seed is finished, and what comes then."""
     from meprop.reporting import simplify
 
-    assert run("simplify", data, "--seeds", "0", out="whole") == 0
+    assert run("simplify", small_mnist, "--seeds", "0", out="whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(simplify, "draw_activity", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
-        assert run("simplify", data, "--seeds", "0") == 1
-    assert run("simplify", data, "--seeds", "0", "--resume") == 0
+        assert run("simplify", small_mnist, "--seeds", "0") == 1
+    assert run("simplify", small_mnist, "--seeds", "0", "--resume") == 0
     assert files() == files("whole")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_resuming_where_nothing_is_starts_from_the_beginning(data, capsys, command):
-    assert run(command, data, "--resume") == 0
+def test_resuming_where_nothing_is_starts_from_the_beginning(small_mnist, capsys, command):
+    assert run(command, small_mnist, "--resume") == 0
     assert "starting from the beginning" in capsys.readouterr().err
     assert Path("out/result.json").exists()
 
@@ -139,34 +134,34 @@ def test_resuming_where_nothing_is_starts_from_the_beginning(data, capsys, comma
         (["--overwrite"], 2, r"give one of them"),
     ],
 )
-def test_another_comparison_is_not_resumed(data, capsys, options, code, message):
-    assert run("compare", data, "--seeds", "0") == 0
+def test_another_comparison_is_not_resumed(small_mnist, capsys, options, code, message):
+    assert run("compare", small_mnist, "--seeds", "0") == 0
     before = Path("out/result.json").read_bytes()
-    assert run("compare", data, "--resume", "--seeds", "0", *options) == code
+    assert run("compare", small_mnist, "--resume", "--seeds", "0", *options) == code
     assert message in capsys.readouterr().err
     assert Path("out/result.json").read_bytes() == before
 
 
-def test_the_result_of_another_command_or_a_damaged_one_is_not_resumed(data, capsys):
-    assert run("train", data) == 0
-    assert run("compare", data, "--resume") == 1
+def test_the_result_of_another_command_or_a_damaged_one_is_not_resumed(small_mnist, capsys):
+    assert run("train", small_mnist) == 0
+    assert run("compare", small_mnist, "--resume") == 1
     assert "is not of this command" in capsys.readouterr().err
-    assert run("simplify", data, "--resume") == 1
+    assert run("simplify", small_mnist, "--resume") == 1
     assert "is damaged or not a result of this command" in capsys.readouterr().err
     Path("out/result.json").write_text("{")
-    assert run("compare", data, "--resume") == 1
+    assert run("compare", small_mnist, "--resume") == 1
     assert "result.json is damaged" in capsys.readouterr().err
 
 
-def test_more_seeds_can_be_added(data):
-    assert run("compare", data, "--seeds", "0") == 0
-    assert run("compare", data, "--resume", "--seeds", "0", "3") == 0
+def test_more_seeds_can_be_added(small_mnist):
+    assert run("compare", small_mnist, "--seeds", "0") == 0
+    assert run("compare", small_mnist, "--resume", "--seeds", "0", "3") == 0
     assert [(each["rule"], each["seed"]) for each in outcome("out")[0]] == [
         ("dense", 0), ("topk", 0), ("dense", 3), ("topk", 3)
     ]  # fmt: skip
 
 
-def test_a_seed_that_diverges_leaves_the_finished_ones(data, monkeypatch, capsys):
+def test_a_seed_that_diverges_leaves_the_finished_ones(small_mnist, monkeypatch, capsys):
     from meprop.training.loop import Trainer
 
     step = Trainer._train_step
@@ -177,7 +172,7 @@ def test_a_seed_that_diverges_leaves_the_finished_ones(data, monkeypatch, capsys
         step(trainer, batch)
 
     monkeypatch.setattr(Trainer, "_train_step", diverging)
-    assert run("compare", data) == 1
+    assert run("compare", small_mnist) == 1
     shown = capsys.readouterr()
     assert "the loss became nan" in shown.err
     assert "test accuracy" in shown.out
@@ -188,27 +183,27 @@ def test_a_seed_that_diverges_leaves_the_finished_ones(data, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_overwriting_leaves_nothing_of_the_earlier_experiment(data, command):
-    assert run("simplify", data, "--tensorboard") == 0
-    assert run("train", data, "--overwrite", "--tensorboard", "--rule", "random") == 0
+def test_overwriting_leaves_nothing_of_the_earlier_experiment(small_mnist, command):
+    assert run("simplify", small_mnist, "--tensorboard") == 0
+    assert run("train", small_mnist, "--overwrite", "--tensorboard", "--rule", "random") == 0
     assert files() == [".lock", "checkpoint.pt", "curves.png", "result.json", "tensorboard"]
     assert files("out/tensorboard") == ["random-seed0"]
     Path("out/notes.txt").write_text("mine")
-    assert run(command, data, out="new") == 0
-    assert run(command, data, "--overwrite") == 0
+    assert run(command, small_mnist, out="new") == 0
+    assert run(command, small_mnist, "--overwrite") == 0
     assert files() == sorted([*files("new"), "notes.txt"])
 
 
-def test_what_is_to_be_replaced_stays_until_there_is_something_new(data, monkeypatch):
-    assert run("compare", data) == 0
+def test_what_is_to_be_replaced_stays_until_there_is_something_new(small_mnist, monkeypatch):
+    assert run("compare", small_mnist) == 0
     before = outcome("out")
     with monkeypatch.context() as patch:
         patch.setattr(Session, "train", lambda *arguments: (_ for _ in ()).throw(DataError("no step was made")))
-        assert run("compare", data, "--overwrite", "--lr", "0.01") == 1
+        assert run("compare", small_mnist, "--overwrite", "--lr", "0.01") == 1
     assert outcome("out") == before
     with monkeypatch.context() as patch:
         Stop(patch, 1)
-        assert run("compare", data, "--overwrite", "--lr", "0.01") == 130
+        assert run("compare", small_mnist, "--overwrite", "--lr", "0.01") == 130
     assert files() == [".lock", "checkpoint-dense-seed0.pt"]
 
 
@@ -234,10 +229,10 @@ def started(command, data, *options, out="out"):
 
 @pytest.mark.slow  # a minute for each command, and longer than its time limit on a busy machine
 @pytest.mark.parametrize("command", ["train", "compare", "simplify"])
-def test_a_stopped_process_saves_its_steps_and_ends_as_an_undisturbed_one(data, command):
-    assert run(command, data, *MANY_STEPS, out="whole") == 0
+def test_a_stopped_process_saves_its_steps_and_ends_as_an_undisturbed_one(small_mnist, command):
+    assert run(command, small_mnist, *MANY_STEPS, out="whole") == 0
     for number, (signum, code) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]):
-        process = started(command, data, *(["--resume"] if number else []))
+        process = started(command, small_mnist, *(["--resume"] if number else []))
         time.sleep(0.2 * number)
         process.send_signal(signum)
         _, said = process.communicate(timeout=120)
@@ -246,7 +241,7 @@ def test_a_stopped_process_saves_its_steps_and_ends_as_an_undisturbed_one(data, 
         if code > 0:
             assert "continue with --resume" in said
         assert any(name.startswith("checkpoint") for name in files())
-    assert run(command, data, *MANY_STEPS, "--resume") == 0
+    assert run(command, small_mnist, *MANY_STEPS, "--resume") == 0
     assert outcome("out") == outcome("whole")
     assert files() == files("whole")
 
@@ -267,8 +262,8 @@ def limited(command, data, size, *options):
 
 
 @pytest.mark.parametrize(("command", "name"), [("train", "checkpoint.pt"), ("compare", "checkpoint-dense-seed0.pt")])
-def test_a_full_disk_is_found_before_training(data, command, name):
-    done = limited(command, data, 1000)
+def test_a_full_disk_is_found_before_training(small_mnist, command, name):
+    done = limited(command, small_mnist, 1000)
     assert done.returncode == 1
     assert done.stderr == f"meprop: error: [Errno 27] File too large: 'out/{name}'\n"
 
@@ -278,7 +273,7 @@ FAILING = ["checkpoint", "result.json", "curves.png"]
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("failing", FAILING)
-def test_what_was_computed_is_shown_though_it_cannot_be_saved(data, monkeypatch, capsys, command, failing):
+def test_what_was_computed_is_shown_though_it_cannot_be_saved(small_mnist, monkeypatch, capsys, command, failing):
     from meprop import machine
 
     fsync = os.fsync
@@ -289,7 +284,7 @@ def test_what_was_computed_is_shown_though_it_cannot_be_saved(data, monkeypatch,
         fsync(descriptor)
 
     monkeypatch.setattr(machine.os, "fsync", full)
-    code = run(command, data, "--seeds", "0")
+    code = run(command, small_mnist, "--seeds", "0")
     shown = capsys.readouterr()
     assert "test accuracy" in shown.out
     assert f"No space left on device: 'out/{failing}" in shown.err
@@ -298,7 +293,7 @@ def test_what_was_computed_is_shown_though_it_cannot_be_saved(data, monkeypatch,
     assert not list(Path("out").glob("*.tmp"))
 
 
-def test_a_folder_that_is_deleted_while_it_is_trained_for(data, monkeypatch, capsys):
+def test_a_folder_that_is_deleted_while_it_is_trained_for(small_mnist, monkeypatch, capsys):
     import shutil
 
     update = tracking.LiveCurves.update
@@ -308,19 +303,19 @@ def test_a_folder_that_is_deleted_while_it_is_trained_for(data, monkeypatch, cap
         update(curves, trainer)
 
     monkeypatch.setattr(tracking.LiveCurves, "update", delete)
-    assert run("compare", data, "--seeds", "0") == 1
+    assert run("compare", small_mnist, "--seeds", "0") == 1
     shown = capsys.readouterr()
     assert "test accuracy" in shown.out
     assert "No such file or directory: 'out/result.json'" in shown.err
 
 
-def test_a_terminal_that_goes_away_does_not_end_a_training(data):
+def test_a_terminal_that_goes_away_does_not_end_a_training(small_mnist):
     """Under nohup and the like, when the window is closed."""
     import pty
 
     master, slave = pty.openpty()
     code = "import sys; from meprop.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, *arguments("train", data, "--epochs", "5", "--batch-size", "1")]
+    command = [sys.executable, "-c", code, *arguments("train", small_mnist, "--epochs", "5", "--batch-size", "1")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "dumb"}) as run:
         os.close(slave)
         os.read(master, 100)  # of the first epoch

@@ -14,7 +14,6 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
-from interrupted import write_mnist
 from meprop import cli
 from meprop.bench import conv
 from meprop.cli.stop import Stopped, StopRequest
@@ -23,11 +22,6 @@ from meprop.training.loop import Trainer
 from test_interruptions import outcome, run
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_mnist(tmp_path_factory.mktemp("data"), 120, packed=False)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +72,7 @@ def test_a_program_that_imports_meprop_keeps_its_own_handlers(tmp_path):
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("signum", SIGNALS)
 @pytest.mark.parametrize("command", ["train", "compare", "simplify"])
-def test_while_data_are_read(data, monkeypatch, capsys, command, signum, hidden):
+def test_while_data_are_read(small_mnist, monkeypatch, capsys, command, signum, hidden):
     from meprop.tasks import mnist
 
     def read(path):
@@ -91,7 +85,7 @@ def test_while_data_are_read(data, monkeypatch, capsys, command, signum, hidden)
 
     before = [signal.getsignal(each) for each in SIGNALS]
     monkeypatch.setattr(mnist, "read_idx", read)
-    assert run(command, data) == 128 + signum
+    assert run(command, small_mnist) == 128 + signum
     assert capsys.readouterr().err == "meprop: interrupted\n"
     assert not Path("out").exists()
     assert [signal.getsignal(each) for each in SIGNALS] == before
@@ -99,28 +93,28 @@ def test_while_data_are_read(data, monkeypatch, capsys, command, signum, hidden)
 
 @pytest.mark.parametrize("step", [1, 5, 11, 12, 13])  # an epoch has 10 steps, and two runs take turns
 @pytest.mark.parametrize(("command", "signum"), [("train", signal.SIGTERM), ("compare", signal.SIGINT)])
-def test_while_training(data, monkeypatch, capsys, command, signum, step):
-    assert run(command, data, "--seeds", "0", out="whole") == 0
+def test_while_training(small_mnist, monkeypatch, capsys, command, signum, step):
+    assert run(command, small_mnist, "--seeds", "0", out="whole") == 0
     with monkeypatch.context() as patch:
         at_call(patch, Trainer, "_train_step", {step: signum})
-        assert run(command, data, "--seeds", "0") == 128 + signum
+        assert run(command, small_mnist, "--seeds", "0") == 128 + signum
     said = capsys.readouterr().err
     assert "continue with --resume" in said
     assert "Traceback" not in said
-    assert run(command, data, "--seeds", "0", "--resume") == 0
+    assert run(command, small_mnist, "--seeds", "0", "--resume") == 0
     assert outcome("out") == outcome("whole")
 
 
-def test_a_second_time_while_the_step_is_saved(data, monkeypatch, capsys):
-    assert run("train", data, out="whole") == 0
+def test_a_second_time_while_the_step_is_saved(small_mnist, monkeypatch, capsys):
+    assert run("train", small_mnist, out="whole") == 0
     with monkeypatch.context() as patch:
         at_call(patch, Trainer, "_train_step", {13: signal.SIGINT})
         at_call(patch, os, "fsync", {3: signal.SIGTERM})  # the first epoch's checkpoint has two
-        assert run("train", data) == 143
+        assert run("train", small_mnist) == 143
     assert "Traceback" not in capsys.readouterr().err
     assert not list(Path("out").glob("*.tmp"))
     assert checkpoint.exists(Path("out/checkpoint.pt"))
-    assert run("train", data, "--resume") == 0
+    assert run("train", small_mnist, "--resume") == 0
     assert outcome("out") == outcome("whole")
 
 

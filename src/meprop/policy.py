@@ -276,6 +276,7 @@ class Policy:
             Whether the pass is left to torch.
         """
         for name, tensor in tensors.items():
+            # Only an input must be there. What is none is torch's own to refuse.
             if (tensor is not None or name == "input") and (kind := _odd_kind(tensor)) is not None:
                 if self.record is not None and torch.is_grad_enabled():
                     self.record.left_to_torch = f"its {name} is {kind}"

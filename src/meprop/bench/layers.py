@@ -26,6 +26,7 @@ from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, 
 from meprop.bench.record import Record
 from meprop.convert import LayerReport
 from meprop.errors import MepropError
+from meprop.rules import Rule
 from meprop.training import tasks
 from meprop.training.config import TrainingConfig
 from meprop.training.loop import Trainer
@@ -96,7 +97,7 @@ def run(
     meter = DisturbanceMeter()
     dense = Trainer(task, training, None, SEED)
     dense.advance(min(steps, task.steps_per_epoch))
-    rule = _rule(training)
+    rule = training.rule()
     sparse = Trainer(task, training, rule, SEED)
     sparse.load_state_dict(copy.deepcopy(dense.state_dict()))
     recorded = list(islice(task.train_batches(torch.Generator().manual_seed(SEED)), batches))
@@ -137,12 +138,6 @@ def run(
             trainers = {"dense": dense, "sparse": sparse}
             add("whole step", {side: _steps(task, trainer, recorded) for side, trainer in trainers.items()}, None, None)
     return LayersBench.of(f"bench-layers-{task.name}", config, meter, rows)
-
-
-def _rule(training: TrainingConfig) -> meprop.TopK | meprop.Sampled:
-    rule = training.rule() if training.noise is None else training.rule("sampled")
-    assert isinstance(rule, (meprop.TopK, meprop.Sampled))
-    return rule
 
 
 def _per_batch(times: Times, batches: int) -> Times:
@@ -266,9 +261,7 @@ def _all(passes: Sequence[_Backward]) -> Callable[[], object]:
 # ---------------------------------------------------------------- is it right?
 
 
-def _wrong(
-    dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: meprop.TopK | meprop.Sampled
-) -> str | None:
+def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: Rule) -> str | None:
     """What is wrong with a sparse layer; None if nothing is."""
     for call in calls:
         outputs = [_tensors(layer.eval()(*call.args, **call.kwargs)) for layer in (dense, sparse)]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-import meprop
 from meprop import ops
 from meprop.ops import reference
 from meprop.rules import Rule
@@ -20,7 +19,7 @@ _CHECKED_COLUMNS = 64  # of each product, all its rows: enough to meet every pan
 _REPEATS = 4
 
 
-def select(rule: meprop.TopK | meprop.Sampled, grad_NO: Tensor) -> Selection:
+def select(rule: Rule, grad_NO: Tensor) -> Selection:
     """Return what the rule is to keep of an output gradient. Random numbers are torch's next ones."""
     width = grad_NO.shape[1]
     if (entries := rule.as_entries(width, grad_NO.device)) is not None:

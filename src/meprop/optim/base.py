@@ -142,8 +142,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         """Whether torch's fused implementation takes this parameter with its gradient and its state as they are now.
 
         It is for one dtype, and reads memory in order, whatever the strides say. It takes no negative bit and no zero
-        tensor. In torch 2.13 that of SGD leaves most
-        of a half-precision parameter where it is (pytorch issue 191763).
+        tensor. In torch 2.13 that of SGD leaves most of a half-precision parameter where it is (pytorch issue 191763).
         """
         dtype, grad = parameter.dtype, parameter.grad
         if not parameter.is_cpu or dtype not in _FUSED_DTYPES or grad is None or grad.layout is not torch.strided:

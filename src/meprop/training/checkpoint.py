@@ -68,7 +68,7 @@ def save(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> N
         OSError: The file cannot be written. The error names it.
         TypeError: The state has something that a checkpoint does not hold: see `encoding.flatten`.
     """
-    encoding, safetensors = _of_extras()
+    encoding, safetensors = _import_extras()
     tensors: dict[str, Tensor] = {}
     content = {"settings": dict(settings), "state": dict(state)}
     plain = {"format": _FORMAT, "content": encoding.flatten(content, tensors)}
@@ -119,7 +119,7 @@ def load(path: Path, settings: Mapping[str, Any], task: type[Any]) -> dict[str, 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    encoding, safetensors = _of_extras()
+    encoding, safetensors = _import_extras()
     content = path.read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _of_extras() -> tuple[ModuleType, ModuleType]:
+def _import_extras() -> tuple[ModuleType, ModuleType]:
     """The modules that need an extra. `meprop --version` and `meprop doctor` do without."""
     import safetensors.torch
 

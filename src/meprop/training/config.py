@@ -102,15 +102,19 @@ class TrainingConfig:
             )
         if self.noise_start is not None:
             checked_share("--noise-start", self.noise_start, below_one=False)
-        self.rule(DEFAULT_RULE if self.noise is None else "sampled")
+        self.rule()
 
-    def rule(self, name: str = DEFAULT_RULE) -> Rule:
+    def rule(self, name: str | None = None) -> Rule:
         """Return the rule of this name, with these settings.
+
+        Args:
+            name: One of `meprop.rules.named`. None for the one that has a noise if that is given, else for the default.
 
         Raises:
             ValueError: There is no rule of this name, or it does not fit the settings.
         """
         found = rules.named()
+        name = name or (DEFAULT_RULE if self.noise is None else rules.Sampled.name)
         if name not in found:
             raise ValueError(f"rule is {name!r}; the rules are {', '.join(found)}{did_you_mean(name, found)}")
         return found[name].of_settings(self.k, self.scope, noise=self.noise, exact_sum=self.exact_sum)
