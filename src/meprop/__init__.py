@@ -6,7 +6,6 @@ from meprop import _startup  # pyright: ignore[reportUnusedImport]  # noqa: F401
 # isort: split
 
 import importlib as _importlib
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -28,7 +27,7 @@ if _TYPE_CHECKING:
     from meprop.pruning import Simplifier
     from meprop.schedule import RuleSchedule, anneal
 
-__version__ = _version("meprop")
+    __version__: str
 
 __all__ = [
     "ColumnSelection",
@@ -72,6 +71,10 @@ _MODULES_LATER = ("optim", "pruning", *(("distributed",) if _distributed.is_avai
 
 def __getattr__(name: str) -> _Any:
     """Imports what only few programs need when they ask for it: a third of the time that `import meprop` took."""
+    if name == "__version__":  # it is read from a file of the installation
+        from importlib.metadata import version
+
+        return version("meprop")
     if name in _MODULES_LATER:
         return _importlib.import_module(f"meprop.{name}")
     if name in _LATER:
@@ -80,4 +83,4 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER, *_MODULES_LATER})
+    return sorted({*globals(), *_LATER, *_MODULES_LATER, "__version__"})
