@@ -92,6 +92,14 @@ Status write_entries(const Kernels& kernels, const Entries<T>& entries, T* value
 
 enum class Scope { kRows, kColumns };
 
+// Takes the gradient of a weight [outputs, inputs] as it is computed, by parts of rows. Each part is taken once, by any
+// thread.
+class GradientTaker {
+ public:
+  virtual ~GradientTaker() = default;
+  virtual void take(int64_t row, int64_t column, int64_t width, const float* grad) const = 0;
+};
+
 // The backward pass of a linear map whose output gradient is replaced by a selection of entries of each row or of
 // columns.
 template <class T>
@@ -117,7 +125,10 @@ struct LinearBackward {
   int64_t* hits;   // [outputs]. Adds the number of rows whose selected entry of an output is not zero. NaN is not zero
   bool weight_rows_only;  // not with a shared part
   int threads;
+  // Takes the weight's gradient instead of grad_weight, or null. It is for float32 and a selection of entries by row.
+  const GradientTaker* taker = nullptr;
 
+  bool needs_weight() const { return grad_weight != nullptr || taker != nullptr; }
   int64_t kept() const { return k * blocks; }
   int64_t selected() const { return starts != nullptr ? entries : rows * kept(); }
 };
@@ -247,11 +258,13 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call);
 // are zero. All tensors are float32 and contiguous.
 struct SparseRows {
   int64_t rows, width, count;
-  const int64_t* indices;  // [count], ascending
+  const int64_t* indices;  // [count], ascending. Null if all rows have a gradient, whose steps have no `keep` of rows
   const float* grad;       // [count, width]
   float* weight;
   bool every_row;  // whether the other rows move too, with a gradient of zeros
   int threads;
+  // The gradient is the weight gradient of this backward pass of a linear map, which is never written; or null.
+  const LinearBackward<float>* product;
 };
 
 // Each `keep` [rows] below may be null. It then stands for what one step keeps of a row's state: momentum, beta1 or

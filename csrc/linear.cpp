@@ -2,6 +2,8 @@
 #include "selected.h"
 #include "team.h"
 
+#include <type_traits>
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -57,7 +59,7 @@ class SharedBases {
 
  private:
   bool has_input() const { return call_.shared != nullptr && call_.grad_input != nullptr; }
-  bool has_weight() const { return call_.shared != nullptr && call_.grad_weight != nullptr; }
+  bool has_weight() const { return call_.shared != nullptr && call_.needs_weight(); }
   void round(Range columns, float* to) const {
     for (int64_t c = columns.begin; c < columns.end; ++c) to[c] = static_cast<float>(sums_.get()[c]);
   }
@@ -297,7 +299,7 @@ class ActiveRows {
  private:
   template <class T>
   static bool wanted(const LinearBackward<T>& call) {
-    return call.starts != nullptr && call.grad_weight != nullptr;
+    return call.starts != nullptr && call.needs_weight();
   }
 
   Scratch<int32_t> numbers_, places_;
@@ -305,9 +307,37 @@ class ActiveRows {
   bool some_ = false;
 };
 
+// Where parts of the weight's gradient go: to their places in memory, or to a tile in the cache, from which they are taken.
+template <class T>
+class Tiles {
+ public:
+  Tiles(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads)
+      : call_(call),
+        width_(kernels.gather_width),
+        tiles_(kTiles, call.taker != nullptr ? threads * kRowBlock * width_ : 0) {}
+
+  explicit operator bool() const { return bool{tiles_}; }
+
+  // Calls product(out, out_ld) for the columns of rows [begin, end), at most kRowBlock of them. Row r is at out + r * out_ld.
+  template <class Product>
+  void write(Team team, int64_t begin, int64_t end, int64_t column, int64_t columns, Product product) const {
+    if (call_.taker == nullptr) return product(call_.grad_weight + column, call_.inputs);
+    T* tile = tiles_.get() + team.id * kRowBlock * width_;
+    product(tile - begin * width_, width_);
+    if constexpr (std::is_same_v<T, float>)
+      for (int64_t row = begin; row < end; ++row)
+        call_.taker->take(row, column, columns, tile + (row - begin) * width_);
+  }
+
+ private:
+  const LinearBackward<T>& call_;
+  int64_t width_;
+  Scratch<T> tiles_;
+};
+
 template <class T>
 Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads) {
-  const bool needs_input = call.grad_input != nullptr, needs_weight = call.grad_weight != nullptr;
+  const bool needs_input = call.grad_input != nullptr, needs_weight = call.needs_weight();
   const bool needs_bias = call.grad_bias != nullptr;
   const int64_t selected = call.selected();
   const Packing<T> weight(kernels, {call.weight, nullptr, call.outputs, call.inputs},
@@ -315,14 +345,15 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
   const ActiveRows active(call);
   if (!active) return Status::kNoMemory;
   const Packing<T> x(kernels, {call.x, active.numbers(), active.rows(), call.inputs},
-                     selected >= kUsesWorthPacking * active.rows());
+                     selected >= kUsesWorthPacking * active.rows(), call.taker != nullptr);
   const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
   const Scratch<T> packed(kPacked, threads * packed_size);
   RowsPass<T> pass(kernels, call.grad, call.rows, call.outputs, needs_bias, threads);
   Transposed<T> transposed(call.outputs, needs_weight ? selected : 0, threads);
   const SharedBases<T> bases(kernels, call);
   const Hits<T> hits(call, threads);
-  if (!packed || !pass || !transposed || !bases || !hits) return Status::kNoMemory;
+  const Tiles<T> tiles(kernels, call, threads);
+  if (!packed || !pass || !transposed || !bases || !hits || !tiles) return Status::kNoMemory;
 
   const ByRow<T> selection = {call.rows, {call.starts, call.kept(), call.indices, call.values}};
   const Terms<T> by_output = transposed.terms();
@@ -348,8 +379,10 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
     team.wait();
     x.multiply(team, own, call.outputs, kernels.gather_width,
                [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {
-                 kernels.gather_product(source, source_ld, by_output, bases.of_weight(column, call.shared), begin, end,
-                                        columns, call.grad_weight + column, call.inputs);
+                 tiles.write(team, begin, end, column, columns, [&](T* out, int64_t out_ld) {
+                   kernels.gather_product(source, source_ld, by_output, bases.of_weight(column, call.shared), begin, end,
+                                          columns, out, out_ld);
+                 });
                });
   });
   return Status::kOk;
@@ -440,6 +473,7 @@ bool valid_indices(const LinearBackward<T>& call) {
 template <class T>
 bool valid_count(const LinearBackward<T>& call) {
   if (call.weight_rows_only && (call.scope == Scope::kRows || call.shared != nullptr)) return false;
+  if (call.taker != nullptr && (call.scope != Scope::kRows || !std::is_same_v<T, float>)) return false;
   if (call.select)
     return call.blocks >= 1 && call.outputs % call.blocks == 0 && 1 <= call.k && call.k <= call.outputs / call.blocks &&
            call.starts == nullptr && call.shared == nullptr;
@@ -514,7 +548,7 @@ Status linear_backward(const Kernels& kernels, LinearBackward<T> call) {
   if (own_selection) call.values = values.get(), call.indices = indices.get();
   if (!call.select && !valid_indices(call)) return Status::kBadIndex;
 
-  if (call.inputs == 0) call.grad_input = call.grad_weight = nullptr;
+  if (call.inputs == 0) call.grad_input = call.grad_weight = nullptr, call.taker = nullptr;
   const size_t row_bytes = static_cast<size_t>(call.inputs) * sizeof(T);
   const int64_t weight_rows = call.weight_rows_only ? call.kept() : call.outputs;
   if (call.grad_input != nullptr) prefer_large_pages(call.grad_input, static_cast<size_t>(call.rows) * row_bytes);

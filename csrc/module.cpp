@@ -341,28 +341,43 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return finish(status);
 }
 
-// The arguments of an optimizer's step: those of all, then its own, `integers` in all, and `count` floats.
-constexpr Py_ssize_t kRowsIntegers = 8;
+// The arguments of an optimizer's step: those of all, then its own, `integers` in all, and `count` floats. A selection and
+// an input [examples, width] follow `threads`. The product of both is the gradient if x is not null.
+constexpr Py_ssize_t kRowsIntegers = 17;
+struct Step {
+  SparseRows rows;
+  LinearBackward<float> product;
+};
 bool read_step(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_ssize_t count, int64_t* a, double* f,
-               SparseRows* call) {
+               Step* step) {
   if (!read_numbers(args, given, integers, count, a, f)) return false;
-  *call = {a[0],
-           a[1],
-           a[2],
-           address<const int64_t>(a[3]),
-           address<const float>(a[4]),
-           address<float>(a[5]),
-           a[6] != 0,
-           thread_count(a[7])};
+  LinearBackward<float>& product = step->product;
+  product = {};
+  product.scope = Scope::kRows, product.select = false, product.blocks = 1;
+  product.k = a[8];
+  product.values = address<float>(a[9]), product.indices = address<int32_t>(a[10]);
+  product.starts = address<const int64_t>(a[11]), product.entries = a[12];
+  product.shared = address<const float>(a[13]);
+  product.rows = a[14];
+  product.x = {address<const float>(a[15]), a[16]};
+  step->rows = {a[0],
+                a[1],
+                a[2],
+                address<const int64_t>(a[3]),
+                address<const float>(a[4]),
+                address<float>(a[5]),
+                a[6] != 0,
+                thread_count(a[7]),
+                product.x.data != nullptr ? &product : nullptr};
   return true;
 }
 
 template <class Options>
-PyObject* run_step(Status (*update)(const Kernels&, const SparseRows&, const Options&), const SparseRows& call,
+PyObject* run_step(Status (*update)(const Kernels&, const SparseRows&, const Options&), const Step& step,
                    const Options& options) {
   Status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = update(*active, call, options);
+  status = update(*active, step.rows, options);
   Py_END_ALLOW_THREADS;
   return finish(status);
 }
@@ -370,29 +385,32 @@ PyObject* run_step(Status (*update)(const Kernels&, const SparseRows&, const Opt
 PyObject* py_sgd_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int64_t a[kRowsIntegers + 3];
   double f[4];
-  SparseRows call;
+  Step call;
   if (!read_step(args, given, kRowsIntegers + 3, 4, a, f, &call)) return nullptr;
+  const int64_t* own = a + kRowsIntegers;
   return run_step<Sgd>(sgd_rows, call,
-                       {address<float>(a[8]), address<const float>(a[9]), f[0], f[1], f[2], f[3], a[10] != 0});
+                       {address<float>(own[0]), address<const float>(own[1]), f[0], f[1], f[2], f[3], own[2] != 0});
 }
 
 PyObject* py_adam_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int64_t a[kRowsIntegers + 6];
   double f[6];
-  SparseRows call;
+  Step call;
   if (!read_step(args, given, kRowsIntegers + 6, 6, a, f, &call)) return nullptr;
+  const int64_t* own = a + kRowsIntegers;
   return run_step<Adam>(adam_rows, call,
-                        {address<float>(a[8]), address<float>(a[9]), address<const float>(a[10]),
-                         address<const float>(a[11]), address<const float>(a[12]), f[0], f[1], f[2], f[3], f[4], f[5],
-                         a[13] != 0});
+                        {address<float>(own[0]), address<float>(own[1]), address<const float>(own[2]),
+                         address<const float>(own[3]), address<const float>(own[4]), f[0], f[1], f[2], f[3], f[4], f[5],
+                         own[5] != 0});
 }
 
 PyObject* py_adagrad_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
   int64_t a[kRowsIntegers + 1];
   double f[3];
-  SparseRows call;
+  Step call;
   if (!read_step(args, given, kRowsIntegers + 1, 3, a, f, &call)) return nullptr;
-  return run_step<Adagrad>(adagrad_rows, call, {address<float>(a[8]), f[0], f[1], f[2]});
+  const int64_t* own = a + kRowsIntegers;
+  return run_step<Adagrad>(adagrad_rows, call, {address<float>(own[0]), f[0], f[1], f[2]});
 }
 
 PyObject* py_ascending(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -466,13 +484,16 @@ PyMethodDef methods[] = {
      "grad_h0, grad_c0, hits, threads, each_gate, keep, key, exact_sum, kept, share, ceiling), all float32 but hits and kept; "
      "entries of all rows if kept is not 0"},
     {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
-     "sgd_rows(rows, width, count, indices, grad, weight, every_row, threads, buffer, keep, nesterov, lr, momentum, "
+     "sgd_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
+     "examples, x, x_ld, buffer, keep, nesterov, lr, momentum, "
      "dampening, weight_decay)"},
     {"adam_rows", as_method(py_adam_rows), METH_FASTCALL,
-     "adam_rows(rows, width, count, indices, grad, weight, every_row, threads, exp_avg, exp_avg_sq, keep_first, "
+     "adam_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
+     "examples, x, x_ld, exp_avg, exp_avg_sq, keep_first, "
      "keep_second, shrink, decoupled, step, lr, beta1, beta2, eps, weight_decay)"},
     {"adagrad_rows", as_method(py_adagrad_rows), METH_FASTCALL,
-     "adagrad_rows(rows, width, count, indices, grad, weight, every_row, threads, sum, lr, eps, weight_decay)"},
+     "adagrad_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
+     "examples, x, x_ld, sum, lr, eps, weight_decay)"},
     {"ascending", as_method(py_ascending), METH_FASTCALL, "ascending(indices, count, rows) -> whether they are, int64"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -6,36 +6,68 @@
 namespace meprop {
 namespace {
 
-// Calls apply(row, grad) for each row that moves, with its gradient, or null where it has none.
+constexpr int64_t kLineFloats = 16;  // of a cache line, which two threads do not share
+
+// Some neighbours in a row of the parameter. They begin at the place `at` in its memory.
+struct Stretch {
+  int64_t row, at, width;
+};
+
 template <class Apply>
-Status for_rows(const SparseRows& call, Apply apply) {
+class Applying : public GradientTaker {
+ public:
+  Applying(int64_t width, Apply apply) : width_(width), apply_(apply) {}
+  void take(int64_t row, int64_t column, int64_t width, const float* grad) const override {
+    apply_(Stretch{row, row * width_ + column, width}, grad);
+  }
+
+ private:
+  int64_t width_;
+  Apply apply_;
+};
+
+// Calls apply(stretch, grad) for all that moves, with its gradient, or null where it has none.
+template <class Apply>
+Status for_rows(const Kernels& kernels, const SparseRows& call, Apply apply) {
+  if (call.product != nullptr) {
+    const Applying<Apply> taker(call.width, apply);
+    LinearBackward<float> product = *call.product;
+    product.outputs = call.rows, product.inputs = call.width, product.threads = call.threads;
+    product.taker = &taker;
+    return linear_backward(kernels, product);
+  }
   if (call.threads < 1 || call.count < 0 || call.count > call.rows || !fits<float>(call.rows, call.width, 0)) {
     return Status::kBadSize;
   }
-  if (!ascending(call.indices, call.count, call.rows)) return Status::kBadIndex;
+  const bool whole = call.indices == nullptr && call.count > 0;
+  if (!whole && !ascending(call.indices, call.count, call.rows)) return Status::kBadIndex;
+  if (whole && call.count != call.rows) return Status::kBadSize;
   const int64_t moving = call.every_row ? call.rows : call.count;
+  const auto row_at = [&](int64_t row) { return Stretch{row, row * call.width, call.width}; };
   run_team(team_size(call.threads, moving * call.width, 0), [&](Team team) {
+    if (whole) {
+      const Range part = team.part(call.rows * call.width, kLineFloats);
+      if (part.size() > 0) apply(Stretch{0, part.begin, part.size()}, call.grad + part.begin);
+      return;
+    }
     const Range part = team.part(moving);
     if (!call.every_row) {
-      for (int64_t i = part.begin; i < part.end; ++i) apply(call.indices[i], call.grad + i * call.width);
+      for (int64_t i = part.begin; i < part.end; ++i) apply(row_at(call.indices[i]), call.grad + i * call.width);
       return;
     }
     const int64_t* end = call.indices + call.count;
     const int64_t* next = std::lower_bound(call.indices, end, part.begin);
     for (int64_t row = part.begin; row < part.end; ++row) {
       const bool has_gradient = next != end && *next == row;
-      apply(row, has_gradient ? call.grad + (next - call.indices) * call.width : nullptr);
+      apply(row_at(row), has_gradient ? call.grad + (next - call.indices) * call.width : nullptr);
       next += has_gradient;
     }
   });
   return Status::kOk;
 }
 
-// What a row of [rows, width] begins with; null of null.
-template <class T>
-T* at(T* matrix, const SparseRows& call, int64_t row) {
-  return matrix != nullptr ? matrix + row * call.width : nullptr;
-}
+// What a stretch of a matrix begins with; null of null.
+float* at(float* matrix, const Stretch& stretch) { return matrix != nullptr ? matrix + stretch.at : nullptr; }
 
 }  // namespace
 
@@ -52,10 +84,10 @@ Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& optio
   of_all.momentum = of_all.keep = static_cast<float>(options.momentum);
   of_all.add = static_cast<float>(1 - options.dampening);
   of_all.nesterov = options.nesterov;
-  return for_rows(call, [&](int64_t row, const float* grad) {
+  return for_rows(kernels, call, [&](const Stretch& part, const float* grad) {
     SgdStep step = of_all;
-    if (options.keep != nullptr) step.keep = options.keep[row];
-    kernels.optimizer.sgd(step, call.width, grad, at(call.weight, call, row), at(options.buffer, call, row));
+    if (options.keep != nullptr) step.keep = options.keep[part.row];
+    kernels.optimizer.sgd(step, part.width, grad, at(call.weight, part), at(options.buffer, part));
   });
 }
 
@@ -68,21 +100,21 @@ Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& opt
   of_all.step_size = static_cast<float>(options.lr / (1 - std::pow(options.beta1, options.step)));
   of_all.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(options.beta2, options.step)));
   of_all.eps = static_cast<float>(options.eps);
-  return for_rows(call, [&](int64_t row, const float* grad) {
+  return for_rows(kernels, call, [&](const Stretch& part, const float* grad) {
     AdamStep step = of_all;
-    if (options.keep_first != nullptr) step.keep_first = options.keep_first[row];
-    if (options.keep_second != nullptr) step.keep_second = options.keep_second[row];
-    if (options.shrink != nullptr) step.shrink = options.shrink[row];
-    kernels.optimizer.adam(step, call.width, grad, at(call.weight, call, row), at(options.first, call, row),
-                           at(options.second, call, row));
+    if (options.keep_first != nullptr) step.keep_first = options.keep_first[part.row];
+    if (options.keep_second != nullptr) step.keep_second = options.keep_second[part.row];
+    if (options.shrink != nullptr) step.shrink = options.shrink[part.row];
+    kernels.optimizer.adam(step, part.width, grad, at(call.weight, part), at(options.first, part),
+                           at(options.second, part));
   });
 }
 
 Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options) {
   const AdagradStep step = {static_cast<float>(options.weight_decay), static_cast<float>(options.lr),
                             static_cast<float>(options.eps)};
-  return for_rows(call, [&](int64_t row, const float* grad) {
-    kernels.optimizer.adagrad(step, call.width, grad, at(call.weight, call, row), at(options.sum, call, row));
+  return for_rows(kernels, call, [&](const Stretch& part, const float* grad) {
+    kernels.optimizer.adagrad(step, part.width, grad, at(call.weight, part), at(options.sum, part));
   });
 }
 

@@ -168,11 +168,13 @@ void for_pieces(int64_t width, int64_t panel, int64_t step, Piece piece) {
 template <class T>
 class Packing {
  public:
-  Packing(const TypedKernels<T>& kernels, Source<T> source, bool worth_it)
+  // With `once` no column is computed twice.
+  Packing(const TypedKernels<T>& kernels, Source<T> source, bool worth_it, bool once = false)
       : kernels_(kernels), source_(source), panel_(kernels.panel_width) {
     const int64_t panels = std::max<int64_t>(1, (source.width + panel_ - 1) / panel_);
     const int64_t at_once = kPackedBytes / std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(T)));
-    in_place_ = source.row_numbers == nullptr && source.width >= panel_ && (at_once >= panels || !worth_it);
+    in_place_ = source.row_numbers == nullptr && source.width >= panel_ && (at_once >= panels || !worth_it) &&
+                !(once && source.width % panel_ != 0);
     columns_ = in_place_ ? source.width : std::clamp<int64_t>(at_once, 1, panels) * panel_;
   }
 

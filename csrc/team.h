@@ -66,6 +66,7 @@ enum Use {
   kAllOutputs,
   kDense,
   kLeftOut,
+  kTiles,
   kUses
 };
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from meprop import ops, optim
-from meprop.ops import GradientRows, native, reference
+from meprop.ops import GradientProduct, GradientRows, native, reference
+from meprop.selection import Entries
 from optimizer_cases import ROWS, WIDTH, sparse
 
 SGD = {"lr": 0.1, "dampening": 0.0, "weight_decay": 0.1, "momentum": 0.0, "nesterov": False}
@@ -43,6 +44,69 @@ def test_native_updates_are_the_references_in_float64(level, op, shape, every_ro
         getattr(reference, name)(*wide, *missing, oracle, *step, **options)
         for found, expected in zip(tensors, wide, strict=True):
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def selected(rows, width, kind, generator):
+    """A selection [rows, width] of each kind of entries by row, and a few of its rows empty."""
+    grad = torch.randn((rows, width), generator=generator)
+    if kind == "k of each row":
+        return ops.topk_rows(grad, max(1, width // 5))
+    grad[::3] *= 1e-3
+    return ops.choose_entries(grad, Entries("largest", max(1, width // 5), exact_sum=kind == "with an exact sum"))
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("kind", ["k of each row", "of all rows", "with an exact sum"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 7, 3), (40, 33, 65), (64, 20, 257), (300, 50, 100), (9, 130, 1030)])
+@pytest.mark.parametrize("op", OPS)
+def test_a_product_updates_as_the_gradient_that_it_is_bit_for_bit(level, op, sizes, kind):
+    """Each weight once, wherever panels of the product overlap; and it is the reference's in float64."""
+    name, states, options = OPS[op]
+    (rows, outputs, inputs), generator = sizes, torch.Generator().manual_seed(0)
+    missing = [None] if op == "sgd" or name == "adam_rows" else []
+    step = [12.0] if name == "adam_rows" else []
+    product = GradientProduct(
+        selected(rows, outputs, kind, generator), torch.randn((rows, inputs), generator=generator)
+    )
+    tensors = [torch.randn((outputs, inputs), generator=generator).abs() for _ in range(1 + len(states))]
+    formed, wide = [each.clone() for each in tensors], [each.double() for each in tensors]
+    version = tensors[0]._version
+    update = getattr(ops.backend("native"), name)
+    update(*tensors, *missing, product, *step, **options)
+    update(*formed, *missing, GradientRows(None, product.formed(), True), *step, **options)
+    getattr(reference, name)(*wide, *missing, GradientRows(None, product.formed().double(), True), *step, **options)
+    for found, expected, oracle in zip(tensors, formed, wide, strict=True):
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(found.double(), oracle, rtol=1e-5, atol=1e-6)
+    assert tensors[0]._version > version
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("of_product", [True, False])
+def test_the_number_of_threads_changes_no_bit_of_a_whole_step(of_product):
+    generator = torch.Generator().manual_seed(0)
+    product = GradientProduct(selected(64, 300, "of all rows", generator), torch.randn((64, 500), generator=generator))
+    gradient = product if of_product else GradientRows(None, product.formed(), True)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        tensors = [torch.ones(300, 500) for _ in range(3)]
+        torch.set_num_threads(threads)
+        try:
+            ops.adam_rows(*tensors, None, gradient, 3.0, **OPS["adam"][2])
+        finally:
+            torch.set_num_threads(before)
+        results.append(torch.stack(tensors))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_product_of_another_shape_is_refused_before_memory_is_touched():
+    product = GradientProduct(ops.topk_rows(torch.randn(4, 6), 2), torch.randn(4, 5))
+    for shape in ((6, 4), (5, 5)):
+        weight = torch.zeros(shape)
+        with pytest.raises(ValueError, match="new optimizer"):
+            ops.adagrad_rows(weight, weight.clone(), product, lr=1.0, eps=1.0, weight_decay=0.0)
+        assert not weight.any()
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")

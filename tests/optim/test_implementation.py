@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meprop import optim
 from meprop.errors import NotSupportedError
+from meprop.ops import native
 from meprop.optim.base import RowSparseOptimizer
 from optimizer_cases import KINDS, make, make_torch, sparse
 
@@ -202,7 +203,7 @@ def test_state_dicts_go_both_ways_in_every_dtype(kind, dtype):
 
 @pytest.mark.parametrize("kind", SOME)
 def test_the_fused_implementation_is_taken_where_it_fits_in_this_step(kind):
-    params = tensors(torch.float32)
+    params = tensors(torch.float64)
     optimizer = make(kind, params)
     assert is_fused(optimizer)
     to(params, torch.bfloat16)
@@ -211,12 +212,28 @@ def test_the_fused_implementation_is_taken_where_it_fits_in_this_step(kind):
     to(params, torch.float64)
     optimizer.state.clear()
     assert is_fused(optimizer)
-    optimizer.add_param_group({"params": tensors(torch.float32)})
+    optimizer.add_param_group({"params": tensors(torch.float64)})
     assert is_fused(optimizer)
     optimizer.param_groups[0]["foreach"] = True
     assert is_fused(optimizer)  # the other group is
     optimizer.param_groups[1]["fused"] = False
     assert not is_fused(optimizer)
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("kind", SOME)
+def test_native_code_does_the_steps_that_it_can(kind):
+    with Calls() as calls:
+        for params in (
+            tensors(torch.float32),
+            [torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.ones(0))],
+        ):
+            optimizer = make(kind, params)
+            for parameter in params:
+                parameter.grad = torch.ones_like(parameter)
+            calls.fused = False
+            optimizer.step()
+            assert calls.fused == (kind == "amsgrad")
 
 
 LAYOUTS = {
@@ -347,7 +364,7 @@ def test_a_step_that_fails_leaves_no_choice_behind():
 def test_hooks_run_once(name):
     """Also where torch has put the running of hooks around the step of its own class."""
     getattr(torch.optim, name)(tensors(torch.float32))
-    params, calls = tensors(torch.float32), []
+    params, calls = tensors(torch.float64), []
     optimizer = getattr(optim, name)(params)
     optimizer.register_step_pre_hook(lambda *_: calls.append(f"before, {optimizer.param_groups[0]['fused']}"))
     optimizer.register_step_post_hook(lambda *_: calls.append(f"after, {optimizer.param_groups[0]['fused']}"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from meprop import ops
+from meprop.deferred import Later
 from meprop.ops.registry import PLAIN
 from meprop.policy import Activity, Policy
 from meprop.rules import Rule
@@ -91,7 +92,13 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 def sparse_backward(
-    grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None, needs_bias: bool, policy: Policy, positions: int = 1
+    grad_NO: Tensor,
+    weight: Tensor | None,
+    x_NI: Tensor | None,
+    needs_bias: bool,
+    policy: Policy,
+    positions: int = 1,
+    later: Later | None = None,
 ) -> ops.Gradients:
     """The backward pass of a linear map with what the rule keeps of its output gradient.
 
@@ -102,13 +109,14 @@ def sparse_backward(
         needs_bias: Whether the bias's gradient is wanted.
         policy: The policy, with the rule and with the activity to count into, if there is one.
         positions: The number of adjacent rows that are one example. An example counts once.
+        later: What keeps the product for the weight's gradient, or None.
     """
     if not policy.rule.differs:
-        return _backward_by(policy.rule, grad_NO, weight, x_NI, needs_bias, policy, policy.activity, positions)
+        return _backward_by(policy.rule, grad_NO, weight, x_NI, needs_bias, policy, policy.activity, positions, later)
     of_input, of_weight = policy.rule.products()
     grad_x, *_ = _backward_by(of_input, grad_NO, weight, None, False, policy, None, positions)
     _, grad_weight, grad_bias = _backward_by(
-        of_weight, grad_NO, None, x_NI, needs_bias, policy, policy.activity, positions
+        of_weight, grad_NO, None, x_NI, needs_bias, policy, policy.activity, positions, later
     )
     return grad_x, grad_weight, grad_bias
 
@@ -127,6 +135,7 @@ def _backward_by(
     policy: Policy,
     activity: Activity | None,
     positions: int,
+    later: Later | None = None,
 ) -> ops.Gradients:
     """The backward pass with what this rule keeps. None keeps everything."""
     if rule is None or (weight is None and x_NI is None):
@@ -139,6 +148,10 @@ def _backward_by(
     in_graph = needs_known_shapes(grad_NO)
     needs_no_selection = in_graph or (activity is None and not policy.sparse_grad)
     if needs_no_selection and (entries := rule.as_entries(width, grad_NO.device)) is not None:
+        if later is not None:
+            choice = ops.keep_entries(grad_NO, entries)
+            policy.note(choice)
+            return _products(choice, grad_NO, weight, x_NI, needs_bias, False, None, later)
         gradients, kept = ops.entries_backward(entries, grad_NO, weight, x_NI, needs_bias)
         if not in_graph:
             policy.note_kept(int(kept), grad_NO)
@@ -156,4 +169,24 @@ def _backward_by(
         hits = activity.hits
         activity.examples += len(grad_NO)
     row_sparse = policy.sparse_grad and x_NI is not None
-    return ops.backward_with(choice, grad_NO, weight, x_NI, needs_bias, row_sparse, hits)
+    return _products(choice, grad_NO, weight, x_NI, needs_bias, row_sparse, hits, later)
+
+
+def _products(
+    choice: ops.Choice,
+    grad_NO: Tensor,
+    weight: Tensor | None,
+    x_NI: Tensor | None,
+    needs_bias: bool,
+    row_sparse: bool,
+    hits: Tensor | None,
+    later: Later | None,
+) -> ops.Gradients:
+    """The products with what is kept, but the one for the weight's gradient if it is kept for later."""
+    selection = None if later is None or row_sparse or x_NI is None else later.keeps(choice, grad_NO)
+    if selection is None:
+        return ops.backward_with(choice, grad_NO, weight, x_NI, needs_bias, row_sparse, hits)
+    assert later is not None
+    assert x_NI is not None
+    grad_x, _, grad_bias = ops.backward_with(selection, grad_NO, weight, None, needs_bias, False, hits)
+    return grad_x, later.keep(selection, x_NI), grad_bias

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meprop import ops, speed
+from meprop.deferred import Later
 from meprop.functional.common import (
     as_matrix,
     cast_operands,
@@ -148,7 +149,8 @@ def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | N
     (rows, outputs), needs_bias = grad_NO.shape, ctx.needs_input_grad[2]
     if policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
         policy.note_sparse_pass()
-        return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy)
+        later = Later.of(ctx.next_functions[1], x_NI, grad_NO)
+        return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy, later=later)
     if policy.activity is not None:
         policy.activity.count(everything(grad_NO))
     return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)

@@ -10,7 +10,7 @@ from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_ent
 from meprop.ops.linear import backward_with, dense_backward, entries_backward, linear_backward
 from meprop.ops.lstm import lstm_backward, lstm_forward
 from meprop.ops.maps import Maps, entries_of_maps_backward, kept_maps, map_norms, maps_backward
-from meprop.ops.optimizer import GradientRows, adagrad_rows, adam_rows, ascending, sgd_rows
+from meprop.ops.optimizer import Gradient, GradientProduct, GradientRows, adagrad_rows, adam_rows, ascending, sgd_rows
 from meprop.ops.products import (
     Choice,
     Gradients,
@@ -26,6 +26,8 @@ from meprop.ops.topk import column_scores, memory_format, topk_channels, topk_co
 __all__ = [
     "Backend",
     "Choice",
+    "Gradient",
+    "GradientProduct",
     "GradientRows",
     "Gradients",
     "Maps",

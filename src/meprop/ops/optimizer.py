@@ -1,17 +1,23 @@
-"""Steps of optimizers on a parameter [O, *] whose gradient has only some rows."""
+"""Steps of optimizers on a parameter [O, *], whose gradient may have only some rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meprop.ops import native
+from meprop.ops.products import described, grad_weight, native_declines_selection
 from meprop.ops.registry import operation
+from meprop.selection import RowSelection
+
+Places = Tensor | EllipsisType
+"""The indices of rows, or all rows."""
 
 PARAMETER = "param"
 """Stands for the parameter itself among the names of its state."""
@@ -25,7 +31,8 @@ class GradientRows:
     """The rows of a parameter [O, *] for which a step has a gradient.
 
     Attributes:
-        indices: The indices of the rows [k], int64, ascending.
+        indices: The indices of the rows [k], int64, ascending. None for all rows, which then have no `decays`. The
+            parameter may have any shape then, also [].
         values: The gradients of the rows [k, *].
         every_row: Whether the other rows move as well, with a gradient of zeros.
         decays: By what this step multiplies each row of a state, or of the parameter (`PARAMETER`), before the gradient
@@ -33,14 +40,14 @@ class GradientRows:
             step of torch's optimizer.
     """
 
-    indices: Tensor
+    indices: Tensor | None
     values: Tensor
     every_row: bool = False
     decays: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def check(self, weight: Tensor, *state: Tensor | None) -> None:
         """Raises a ValueError if the shapes of a parameter, of its state [O, *], and of this gradient do not fit."""
-        fits = self.values.shape == (len(self.indices), *weight.shape[1:])
+        fits = self.values.shape == (weight.shape if self.indices is None else (len(self.indices), *weight.shape[1:]))
         fits = fits and all(decay.shape == weight.shape[:1] for decay in self.decays.values())
         fits = fits and all(each is None or each.shape == weight.shape for each in state)
         if not fits:
@@ -50,41 +57,107 @@ class GradientRows:
                 f"gradient and state {found} do not go with a parameter {list(weight.shape)}; give it a new optimizer"
             )
 
-    def decay(self, name: str, otherwise: float, at: Tensor, dimensions: int) -> Tensor | float:
+    def decay(self, name: str, otherwise: float, at: Places, dimensions: int) -> Tensor | float:
         """The factors of the rows `at` as a column of so many dimensions, or the one of all rows."""
         decay = self.decays.get(name)
         return otherwise if decay is None else decay[at].view(-1, *[1] * (dimensions - 1))
 
 
-def _declines(rows: GradientRows, *tensors: Tensor | None) -> str | None:
+@dataclass(frozen=True)
+class GradientProduct:
+    """The gradient of a linear map's weight [O, I] as the product that it is, which is not formed yet.
+
+    A native step forms parts of it in the cache, and never writes them to memory.
+
+    Attributes:
+        selection: What is kept of the output gradient [N, O].
+        x: The input [N, I].
+    """
+
+    selection: RowSelection
+    x: Tensor
+
+    def formed(self) -> Tensor:
+        """The gradient [O, I]."""
+        return grad_weight(self.selection, self.x)
+
+    def check(self, weight: Tensor, *state: Tensor | None) -> None:
+        """The same as that of `GradientRows`."""
+        expected, rows = (self.selection.width, self.x.shape[1]), self.selection.rows
+        if len(self.x) != rows or any(each is not None and each.shape != expected for each in (weight, *state)):
+            found = [list(each.shape) for each in state if each is not None]
+            raise ValueError(
+                f"a parameter {list(weight.shape)} and its state {found} do not go with a selection "
+                f"[{rows}, {self.selection.width}] and an input {list(self.x.shape)}; give it a new optimizer"
+            )
+
+    def decay(self, _name: str, otherwise: float, _at: Places, _dimensions: int) -> float:
+        """The factor of all rows. None has missed a step."""
+        return otherwise
+
+    def declines(self) -> str | None:
+        """Why native code cannot form the product. None if it can."""
+        if len(self.x) == 0:
+            return "an input without rows, which is not read"
+        return native.declines(self.x, dtypes=native.FLOAT32) or native_declines_selection(self.selection)
+
+
+Gradient = GradientRows | GradientProduct
+"""The gradient of a parameter."""
+
+
+def _declines(rows: Gradient, *tensors: Tensor | None) -> str | None:
     """Why native code cannot take a step on such tensors, which are the parameter and its state. None if it can."""
+    if isinstance(rows, GradientProduct):
+        return native.declines_scattered(*tensors, dtypes=native.FLOAT32) or rows.declines()
     reason = native.declines_scattered(*tensors, rows.values, *rows.decays.values(), dtypes=native.FLOAT32)
     return reason or native.declines_scattered(rows.indices, dtypes=native.INT64)
 
 
-def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
-    """The first arguments of the native calls of all optimizers."""
-    return (
-        len(weight),
-        weight.numel() // max(1, len(weight)),
-        len(rows.indices),
-        rows.indices.data_ptr(),
-        rows.values.data_ptr(),
-        weight.data_ptr(),
-        rows.every_row,
-        torch.get_num_threads(),
-    )
+def takes_whole(*tensors: Tensor | None) -> bool:
+    """Whether native code does the step of such a parameter, with a dense gradient and a state like these."""
+    return native.reason_missing() is None and native.declines_scattered(*tensors, dtypes=native.FLOAT32) is None
 
 
-def _moving_rows(weight: Tensor, rows: GradientRows) -> tuple[Tensor, Tensor]:
+def _call(name: str, weight: Tensor, rows: Gradient, *own: float) -> None:
+    """The native call of an optimizer's step. The first of its arguments are those of all optimizers."""
+    function, threads = getattr(native.extension(), name), torch.get_num_threads()
+    if isinstance(rows, GradientProduct):
+        x = native.readable(rows.x, weight.dtype)
+        examples, _, _, (_, k, _, _, *selection), _alive = described(rows.selection)
+        sizes = *weight.shape, 0, 0, 0, weight.data_ptr(), True, threads
+        function(*sizes, k, *selection, examples, x.data_ptr(), x.stride(0), *own)
+        return
+    if rows.indices is None:
+        sizes = 1, weight.numel(), 1
+    else:
+        sizes = len(weight), weight.numel() // max(1, len(weight)), len(rows.indices)
+    addresses = native.address(rows.indices), rows.values.data_ptr(), weight.data_ptr()
+    function(*sizes, *addresses, rows.every_row, threads, *_NO_PRODUCT, *own)
+
+
+_NO_PRODUCT = (0,) * 9
+
+
+def _own_decays(rows: Gradient, *names: str) -> list[int]:
+    """The addresses of the decays of these states."""
+    decays = {} if isinstance(rows, GradientProduct) else rows.decays
+    return [native.address(decays.get(name)) for name in names]
+
+
+def _moving_rows(weight: Tensor, rows: Gradient) -> tuple[Places, Tensor]:
     """The rows that move, and their gradients."""
+    if isinstance(rows, GradientProduct):
+        return ..., grad_weight.literally(rows.selection, rows.x)
     at, grad = rows.indices, rows.values
+    if at is None:
+        return ..., grad
     if rows.every_row:
         at, grad = torch.arange(len(weight), device=weight.device), torch.zeros_like(weight).index_copy_(0, at, grad)
     return at, grad
 
 
-def _store(tensor: Tensor, at: Tensor, values: Tensor) -> None:
+def _store(tensor: Tensor, at: Places, values: Tensor) -> None:
     """Writes rows of a parameter or of its state, which may be of different dtypes after ``model.to(dtype)``."""
     tensor[at] = values.to(tensor.dtype)
 
@@ -96,7 +169,7 @@ def _store(tensor: Tensor, at: Tensor, values: Tensor) -> None:
 def sgd_rows(
     weight: Tensor,
     buffer: Tensor | None,
-    rows: GradientRows,
+    rows: Gradient,
     *,
     lr: float,
     momentum: float,
@@ -130,7 +203,7 @@ def sgd_rows(
     _store(weight, at, w - lr * grad)
 
 
-def _native_sgd_declines(weight: Tensor, buffer: Tensor | None, rows: GradientRows, **_: Any) -> str | None:
+def _native_sgd_declines(weight: Tensor, buffer: Tensor | None, rows: Gradient, **_: Any) -> str | None:
     return _declines(rows, weight, buffer)
 
 
@@ -138,7 +211,7 @@ def _native_sgd_declines(weight: Tensor, buffer: Tensor | None, rows: GradientRo
 def _native_sgd_rows(
     weight: Tensor,
     buffer: Tensor | None,
-    rows: GradientRows,
+    rows: Gradient,
     *,
     lr: float,
     momentum: float,
@@ -147,8 +220,8 @@ def _native_sgd_rows(
     nesterov: bool,
 ) -> None:
     rows.check(weight, buffer)
-    state = native.address(buffer), native.address(rows.decays.get("momentum_buffer"))
-    native.extension().sgd_rows(*_arguments(weight, rows), *state, nesterov, lr, momentum, dampening, weight_decay)
+    state = native.address(buffer), *_own_decays(rows, "momentum_buffer")
+    _call("sgd_rows", weight, rows, *state, nesterov, lr, momentum, dampening, weight_decay)
     native.written(weight, buffer)
 
 
@@ -161,7 +234,7 @@ def adam_rows(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
-    rows: GradientRows,
+    rows: Gradient,
     step: float,
     *,
     lr: float,
@@ -213,7 +286,7 @@ def _native_adam_declines(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
-    rows: GradientRows,
+    rows: Gradient,
     _step: float,
     **_: Any,
 ) -> str | None:
@@ -228,7 +301,7 @@ def _native_adam_rows(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     _max_exp_avg_sq: None,
-    rows: GradientRows,
+    rows: Gradient,
     step: float,
     *,
     lr: float,
@@ -239,9 +312,8 @@ def _native_adam_rows(
 ) -> None:
     rows.check(weight, exp_avg, exp_avg_sq)
     state = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
-    decays = [native.address(rows.decays.get(name)) for name in ("exp_avg", "exp_avg_sq", PARAMETER)]
-    options = decoupled, step, lr, *betas, eps, weight_decay
-    native.extension().adam_rows(*_arguments(weight, rows), *state, *decays, *options)
+    decays = _own_decays(rows, "exp_avg", "exp_avg_sq", PARAMETER)
+    _call("adam_rows", weight, rows, *state, *decays, decoupled, step, lr, *betas, eps, weight_decay)
     native.written(weight, exp_avg, exp_avg_sq)
 
 
@@ -249,9 +321,7 @@ def _native_adam_rows(
 
 
 @operation()
-def adagrad_rows(
-    weight: Tensor, sum_: Tensor, rows: GradientRows, *, lr: float, eps: float, weight_decay: float
-) -> None:
+def adagrad_rows(weight: Tensor, sum_: Tensor, rows: Gradient, *, lr: float, eps: float, weight_decay: float) -> None:
     """`torch.optim.Adagrad` on the rows that move, in place.
 
     Args:
@@ -272,16 +342,16 @@ def adagrad_rows(
     _store(weight, at, weight[at] - lr * grad / (sum_[at].sqrt() + eps))
 
 
-def _native_adagrad_declines(weight: Tensor, sum_: Tensor, rows: GradientRows, **_: Any) -> str | None:
+def _native_adagrad_declines(weight: Tensor, sum_: Tensor, rows: Gradient, **_: Any) -> str | None:
     return _declines(rows, weight, sum_)
 
 
 @native.backend.implements(adagrad_rows, _native_adagrad_declines)
 def _native_adagrad_rows(
-    weight: Tensor, sum_: Tensor, rows: GradientRows, *, lr: float, eps: float, weight_decay: float
+    weight: Tensor, sum_: Tensor, rows: Gradient, *, lr: float, eps: float, weight_decay: float
 ) -> None:
     rows.check(weight, sum_)
-    native.extension().adagrad_rows(*_arguments(weight, rows), sum_.data_ptr(), lr, eps, weight_decay)
+    _call("adagrad_rows", weight, rows, sum_.data_ptr(), lr, eps, weight_decay)
     native.written(weight, sum_)
 
 

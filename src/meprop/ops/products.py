@@ -297,7 +297,7 @@ def native_products(
         assert grad is not None
         rows, width, dtype, arguments, tensors = _of_topk(choice, grad, row_sparse)
     else:
-        rows, width, dtype, arguments, tensors = _of_selection(choice)
+        rows, width, dtype, arguments, tensors = described(choice)
         grad = grad if needs_bias else None
     if hits is not None and hits.shape != (width,):  # it would be written beyond its end
         raise _misfit(rows, width, {"hits": hits})
@@ -394,7 +394,7 @@ def _of_topk(topk: PlainTopK, grad: Tensor, needs_indices: bool) -> _Described:
     return rows, width, dtype, (native.SCOPE_CODES[scope], k, blocks, 1, *addresses), (values, indices)
 
 
-def _of_selection(selection: Selection) -> _Described:
+def described(selection: Selection) -> _Described:
     """Describes a given selection."""
     values, indices = selection.values.resolve_neg().contiguous(), selection.indices.contiguous()
     shared, starts = selection.shared, _starts(selection)

@@ -1,5 +1,7 @@
 """Optimizers for row-sparse gradients: torch's own, with steps that cost only the rows that have a gradient.
 
+All of them can update in the backward pass.
+
 A layer with ``sparse_grad=True`` computes a gradient for k rows of its weight. The dense optimizer would treat the
 gradient of every other row as zero. The argument `sparse_rows` says what happens to these rows without a gradient:
 
@@ -24,8 +26,23 @@ Every other weight decay is a part of the gradient. It acts, in the modes ``"dec
 which the row has a gradient. Dampening, Nesterov's momentum and `maximize` concern the gradient as well. The bias
 correction of Adam and the `lr_decay` of Adagrad count all steps of the parameter, in all modes.
 
-Dense gradients go to torch's own implementation: the fused one, where the user chooses none and it takes the group's
-parameters as they are in that step. The choice shows neither in `param_groups` nor in a state_dict.
+Dense gradients go to native code, where the user chooses no implementation and the parameter is float32 on the CPU. Its
+results are torch's but for rounding, and the same bits on every machine and for every number of threads. Other dense
+gradients, AMSGrad and `maximize` go to torch's own implementation: the fused one, where the user chooses none and it
+takes the group's parameters as they are in that step. The choice shows neither in `param_groups` nor in a state_dict.
+
+With ``in_backward=True`` the backward pass updates each parameter as soon as its gradient is complete, and frees the
+gradient. Memory never holds the gradients of all parameters. The loop stays as it is: ``optimizer.zero_grad()``,
+``loss.backward()``, ``optimizer.step()``. The results are those of the separate step, bit for bit.
+
+- The options of the moment of the backward pass count, such as the learning rate.
+- After the backward pass each `grad` is None. `step` ends the step, and counts for schedulers and hooks. A closure has
+  the backward pass in it.
+- ``torch.autograd.grad`` updates nothing. Every other backward pass does.
+- What needs all gradients before the first update is refused: a second backward pass before `step` (accumulation),
+  `meprop.optim.clip_grad_norm_`, ``create_graph=True``, GradScaler, and several processes.
+- torch's own `clip_grad_norm_` finds no gradient, and has no effect. A hook of a parameter still sees its gradient.
+- A state_dict is that of the optimizer without `in_backward`, and loads both ways.
 
 State and state_dict are torch's. The mode ``"decay"`` adds one tensor [O] for each state of a parameter [O, *] that
 decays, such as `exp_avg_row_decay`: the product of the factors that each row has missed. `param_row_decay` is that of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.ops import GradientRows
+from meprop.ops import Gradient
 from meprop.optim.base import Parameters, RowSparseOptimizer, SparseRows, no_steps
 
 
@@ -22,15 +22,19 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         weight_decay: Factor of the L2 penalty.
         initial_accumulator_value: The value that the sums of squares begin with.
         eps: Is added to the root of the sums.
-        foreach: Whether torch's for-each implementation takes dense gradients; None: torch chooses.
+        foreach: Whether torch's for-each implementation takes dense gradients; None: it is left open.
         maximize: Whether the step goes up the gradient instead of down.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters.
+        fused: Whether torch's fused implementation takes dense gradients; None: native code, or it, where they can.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`). The modes
             differ only where there is weight decay.
+        in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
+            (`meprop.optim`).
 
     Raises:
-        ValueError: `sparse_rows` is unknown, or what torch raises it for.
+        TypeError: `in_backward` is not a bool.
+        ValueError: `sparse_rows` is unknown, `in_backward` is used with differentiable=True, or what torch raises it
+            for.
         NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is complex, the
             gradient is sparse in more than its rows, or torch.compile compiles the step.
     """
@@ -49,6 +53,7 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
+        in_backward: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -62,6 +67,7 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
             differentiable=differentiable,
             fused=fused,
             sparse_rows=sparse_rows,
+            in_backward=in_backward,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -77,7 +83,10 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         """None: weight decay does add to the sums of squares, but no mode makes up for that."""
         return {}
 
-    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
+    def _takes_whole(self, group: dict[str, Any]) -> bool:
+        return True
+
+    def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         weight_decay, eps = group["weight_decay"], group["eps"]
         ops.adagrad_rows(parameter, self.state[parameter]["sum"], rows, lr=lr, weight_decay=weight_decay, eps=eps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.ops import GradientRows
+from meprop.ops import Gradient
 from meprop.ops.optimizer import PARAMETER
 from meprop.optim.base import Parameters, RowSparseOptimizer, SparseRows, no_steps
 
@@ -23,16 +23,20 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         eps: Is added to the root of the second moment.
         weight_decay: Factor of the L2 penalty; with `decoupled_weight_decay` that of AdamW's weight decay.
         amsgrad: Whether the largest second moment so far is used (AMSGrad).
-        foreach: Whether torch's for-each implementation takes dense gradients; None: torch chooses.
+        foreach: Whether torch's for-each implementation takes dense gradients; None: it is left open.
         maximize: Whether the step goes up the gradient instead of down.
         capturable: Whether the step may be captured in a CUDA graph. It is for dense gradients only.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters.
+        fused: Whether torch's fused implementation takes dense gradients; None: native code, or it, where they can.
         decoupled_weight_decay: Whether weights decay as in AdamW.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
+        in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
+            (`meprop.optim`).
 
     Raises:
-        ValueError: `sparse_rows` is unknown, or what torch raises it for.
+        TypeError: `in_backward` is not a bool.
+        ValueError: `sparse_rows` is unknown, `in_backward` is used with differentiable=True, or what torch raises it
+            for.
         NotSupportedError: `step` meets a sparse gradient, and capturable or differentiable is True, the parameter is
             complex, the gradient is sparse in more than its rows, or torch.compile compiles the step.
     """
@@ -53,6 +57,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         sparse_rows: SparseRows = "exact",
+        in_backward: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -68,6 +73,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
             sparse_rows=sparse_rows,
+            in_backward=in_backward,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -88,7 +94,10 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             decays[PARAMETER] = 1 - float(group["lr"]) * group["weight_decay"]
         return decays
 
-    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
+    def _takes_whole(self, group: dict[str, Any]) -> bool:
+        return not group["amsgrad"]
+
+    def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         beta1, beta2 = group["betas"]
         ops.adam_rows(
@@ -127,6 +136,7 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
+        in_backward: bool = False,
     ) -> None:
         # Not that of Adam: after RowSparseOptimizer comes torch's AdamW, which sets decoupled_weight_decay.
         RowSparseOptimizer.__init__(
@@ -143,4 +153,5 @@ class AdamW(Adam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
             sparse_rows=sparse_rows,
+            in_backward=in_backward,
         )

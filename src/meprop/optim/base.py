@@ -1,4 +1,4 @@
-"""What meprop's optimizers add to torch's: the step of a row-sparse gradient.
+"""What meprop's optimizers add to torch's: the step of a row-sparse gradient, native steps, and `in_backward`.
 
 A new optimizer is a class in a file of its own, ``class Name(RowSparseOptimizer, torch.optim.Name)``. It fills in the
 abstract methods of `RowSparseOptimizer`. They describe one step of torch's optimizer, in this module called the dense
@@ -17,9 +17,10 @@ from torch._guards import TracingContext
 
 from meprop import ops
 from meprop.errors import NotSupportedError
-from meprop.ops import GradientRows
-from meprop.ops.optimizer import PARAMETER, ROW_DECAY
+from meprop.ops import Gradient, GradientProduct, GradientRows
+from meprop.ops.optimizer import PARAMETER, ROW_DECAY, takes_whole
 from meprop.ops.registry import is_plain
+from meprop.optim.in_backward import InBackward, refuse_scaler
 
 SparseRows = Literal["exact", "decay", "lazy"]
 """What happens to the rows of a parameter that have no gradient (`meprop.optim`)."""
@@ -35,10 +36,14 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     Args:
         args: As of torch's optimizer.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
+        in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
+            (`meprop.optim`).
         options: As of torch's optimizer.
 
     Raises:
-        ValueError: `sparse_rows` is unknown, or what torch raises it for.
+        TypeError: `in_backward` is not a bool.
+        ValueError: `sparse_rows` is unknown, `in_backward` is used with differentiable=True, or what torch raises it
+            for.
     """
 
     # ---- what an optimizer's file fills in; `group` is the parameter's group, with the options of torch's optimizer
@@ -64,24 +69,49 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         """
 
     @abstractmethod
-    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
         """Does the dense optimizer's step, in place, for some rows of a parameter.
 
         Args:
             parameter: The parameter [O, *].
             rows: Which rows are updated, with what gradient, and how far their state decays. `group["maximize"]` is
-                already applied to the gradient.
+                already applied to the gradient. It is a product, or that of all rows, only if `_takes_whole`.
             step: The number of this step, the first being 1. It is always 1 where the state has no `step`.
             group: Its group.
         """
 
+    def _takes_whole(self, group: dict[str, Any]) -> bool:
+        """Whether native code does the step of dense gradients, so that `_update` takes a gradient of all rows."""
+        return False
+
     # ---- the step
 
-    def __init__(self, *args: Any, sparse_rows: SparseRows, **options: Any) -> None:
+    _updates: InBackward | None = None
+    """What does the updates in the backward pass. None if `step` does them."""
+
+    def __init__(self, *args: Any, sparse_rows: SparseRows, in_backward: bool = False, **options: Any) -> None:
         self.sparse_rows = sparse_rows
+        if not isinstance(in_backward, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"in_backward={in_backward!r} is of type {type(in_backward).__name__}; it is True or False")
         super().__init__(*args, **options)
-        # A fused step could unscale gradients itself, but only dense ones: GradScaler is to do it before.
-        self._step_supports_amp_scaling = False
+        if in_backward:
+            self._updates = InBackward(self)
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether the backward pass updates the parameters."""
+        return self._updates is not None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """A fused step could unscale gradients itself, but only dense ones: GradScaler is to do it before."""
+        if self._updates is not None:
+            refuse_scaler()
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, _: bool) -> None:
+        """Torch sets it for a fused implementation."""
 
     @property
     def sparse_rows(self) -> SparseRows:
@@ -97,7 +127,11 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  (overloads)
         """One step of torch's optimizer, in which a row-sparse gradient costs only its rows.
 
-        torch's fused implementation does the steps of dense gradients that it can do, where the user has chosen none.
+        Where the user has chosen no implementation, native code does the steps of dense gradients that it can do, and
+        torch's fused implementation does those of the rest that it can do.
+
+        With `in_backward` the backward pass has done the steps. Then this ends the step: hooks run, and the next
+        backward pass may update again. Parameters that have been given a gradient by hand have their steps here.
 
         Args:
             closure: Computes the gradients again and returns the loss, as for torch's optimizer.
@@ -106,8 +140,20 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
             What the closure returns; None without one.
 
         Raises:
-            NotSupportedError: A sparse gradient is not for this optimizer (see the class).
+            NotSupportedError: A sparse gradient is not for this optimizer (see the class), or a parameter has a
+                second gradient with `in_backward`.
         """
+        if self._updates is None:
+            return self._step(closure)
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        with torch.no_grad():
+            self._updates.end_step()
+        return result
+
+    def _step(self, closure: Any = None) -> Any:
         self._groups_made_fused: list[dict[str, Any]] = []
         step: Any = super().step.__func__  # pyright: ignore[reportFunctionMemberAccess]
         if hasattr(step, "hooked"):  # torch has put the running of hooks around it, and around this method as well
@@ -118,25 +164,62 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
             for group in self._groups_made_fused:
                 group["fused"] = None
 
+    def _step_alone(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Does the step of one parameter that has a gradient: the same as `step` does for it.
+
+        Args:
+            parameter: The parameter.
+            group: Its group.
+        """
+        if self._step_here(parameter, group):
+            return
+        alone = object.__new__(type(self))
+        vars(alone).update(vars(self), param_groups=[{**group, "params": [parameter]}])
+        alone._step()
+
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Collects the gradients of a group for torch's `step`, which calls this once for each group.
 
-        Row-sparse ones are taken out, and their steps done here. torch asks after this call whether the group is fused.
+        Those whose steps are done here are taken out. torch asks after this call whether the group is fused.
         """
-        left_to_torch: list[Tensor] = []
-        for parameter in group["params"]:
-            grad = parameter.grad
-            if grad is None:
-                continue
-            if grad.layout == torch.sparse_coo:
-                self._row_sparse_step(parameter, grad, group)
-            else:
-                self._make_up_for_missed_steps(parameter)
-                left_to_torch.append(parameter)
+        with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+        left_to_torch = [parameter for parameter in with_gradient if not self._step_here(parameter, group)]
         if _leaves_the_choice(group) and all(self._fits_fused(parameter) for parameter in left_to_torch):
             group["fused"] = True
             self._groups_made_fused.append(group)
         return super()._init_group({**group, "params": left_to_torch}, *args, **kwargs)  # pyright: ignore  (not in torch's stubs)
+
+    def _step_here(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Does the step of a parameter that has a gradient, if it is a row-sparse one, or one for native code."""
+        grad = parameter.grad
+        assert grad is not None  # it was looked for before
+        if grad.layout == torch.sparse_coo:
+            self._row_sparse_step(parameter, grad, group)
+            return True
+        self._make_up_for_missed_steps(parameter)
+        if not self._fits_native(parameter, grad, group):
+            return False
+        self._whole_step(parameter, GradientRows(None, grad, True), group)
+        return True
+
+    def _step_of_product(self, parameter: Tensor, product: GradientProduct, group: dict[str, Any]) -> bool:
+        """Does the step of a parameter whose gradient is a product that has not been formed, if native code can."""
+        self._make_up_for_missed_steps(parameter)
+        if product.declines() is not None or not self._fits_native(parameter, None, group):
+            return False
+        self._whole_step(parameter, product, group)
+        return True
+
+    def _whole_step(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
+        self._init_state(parameter, group)
+        self._update(parameter, gradient, self._count_step(parameter), group)
+
+    def _fits_native(self, parameter: Tensor, grad: Tensor | None, group: dict[str, Any]) -> bool:
+        """Whether native code does the step of a dense gradient. An implementation that the user chooses does it."""
+        if group["maximize"] or not _leaves_the_choice(group) or not self._takes_whole(group):
+            return False
+        state = self.state.get(parameter, {})
+        return takes_whole(parameter, grad, *(value for name, value in state.items() if name != "step"))
 
     def _fits_fused(self, parameter: Tensor) -> bool:
         """Whether torch's fused implementation takes this parameter with its gradient and its state as they are now.
@@ -238,7 +321,14 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
                 f"sparse_rows={param_group['sparse_rows']!r} in a parameter group; it is that of the whole optimizer: "
                 "make one optimizer for each"
             )
+        if "in_backward" in param_group:
+            raise ValueError(
+                f"in_backward={param_group['in_backward']!r} in a parameter group; it is that of the whole optimizer: "
+                "make one optimizer for each"
+            )
         super().add_param_group(param_group)
+        if self._updates is not None:
+            self._updates.attach()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict as torch does, and checks the shapes of the states, which torch does not.
@@ -263,7 +353,15 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_sparse_rows": self.sparse_rows}
+        state = {**super().__getstate__(), "_sparse_rows": self.sparse_rows}
+        return {**state, "in_backward": True} if self.in_backward else state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        in_backward = state.pop("in_backward", self.in_backward)
+        super().__setstate__(state)
+        if in_backward:  # also after load_state_dict, which replaces the groups
+            self._updates = self._updates or InBackward(self)
+            self._updates.attach()
 
 
 def no_steps(parameter: Tensor, group: dict[str, Any]) -> Tensor:

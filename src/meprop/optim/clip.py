@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from meprop import row_sparse
+from meprop.optim.in_backward import refuse_clipping
 
 
 def clip_grad_norm_(
@@ -32,7 +33,10 @@ def clip_grad_norm_(
         The norm before clipping.
 
     Raises:
+        NotSupportedError: An optimizer with ``in_backward=True`` updates one of the parameters.
         RuntimeError: `error_if_nonfinite` is True, and the norm is not finite.
     """
     row_sparse.support()
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    refuse_clipping(parameters)
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.ops import GradientRows
+from meprop.ops import Gradient
 from meprop.optim.base import Parameters, RowSparseOptimizer, SparseRows
 
 
@@ -23,13 +23,17 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         weight_decay: Factor of the L2 penalty.
         nesterov: Whether the momentum is Nesterov's.
         maximize: Whether the step goes up the gradient instead of down.
-        foreach: Whether torch's for-each implementation takes dense gradients; None: torch chooses.
+        foreach: Whether torch's for-each implementation takes dense gradients; None: it is left open.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters.
+        fused: Whether torch's fused implementation takes dense gradients; None: native code, or it, where they can.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
+        in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
+            (`meprop.optim`).
 
     Raises:
-        ValueError: `sparse_rows` is unknown, or what torch raises it for.
+        TypeError: `in_backward` is not a bool.
+        ValueError: `sparse_rows` is unknown, `in_backward` is used with differentiable=True, or what torch raises it
+            for.
         NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is complex, the
             gradient is sparse in more than its rows, or torch.compile compiles the step.
     """
@@ -48,6 +52,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
+        in_backward: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -61,6 +66,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
             sparse_rows=sparse_rows,
+            in_backward=in_backward,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -73,7 +79,10 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         momentum = float(group["momentum"])
         return {"momentum_buffer": momentum} if momentum != 0 else {}  # torch leaves it as it is without momentum
 
-    def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
+    def _takes_whole(self, group: dict[str, Any]) -> bool:
+        return True
+
+    def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
         buffer, dampening = None, float(group["dampening"])
         if group["momentum"] != 0:
             state = self.state[parameter]
