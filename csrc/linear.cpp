@@ -307,31 +307,38 @@ class ActiveRows {
   bool some_ = false;
 };
 
-// Where parts of the weight's gradient go: to their places in memory, or to a tile in the cache, from which they are taken.
+// Where the weight's gradient goes: to memory, or to a tile in the cache, from which it is taken.
 template <class T>
 class Tiles {
  public:
-  Tiles(const TypedKernels<T>& kernels, const LinearBackward<T>& call, int threads)
-      : call_(call),
-        width_(kernels.gather_width),
-        tiles_(kTiles, call.taker != nullptr ? threads * kRowBlock * width_ : 0) {}
+  // A tile has so many columns.
+  Tiles(const LinearBackward<T>& call, int64_t columns, int threads)
+      : call_(call), columns_(columns), tiles_(kTiles, call.taker != nullptr ? threads * kRows * columns : 0) {}
 
   explicit operator bool() const { return bool{tiles_}; }
 
-  // Calls product(out, out_ld) for the columns of rows [begin, end), at most kRowBlock of them. Row r is at out + r * out_ld.
-  template <class Product>
-  void write(Team team, int64_t begin, int64_t end, int64_t column, int64_t columns, Product product) const {
-    if (call_.taker == nullptr) return product(call_.grad_weight + column, call_.inputs);
-    T* tile = tiles_.get() + team.id * kRowBlock * width_;
-    product(tile - begin * width_, width_);
+  // The rows of a tile are few, so that it stays in L1.
+  int64_t rows() const { return call_.taker != nullptr ? kRows : kRowBlock; }
+  // Where row r of a column is, less r * ld(), in the tile whose first row is `begin`.
+  T* place(Team team, int64_t begin, int64_t column) const {
+    return call_.taker != nullptr ? tile(team) - begin * columns_ + column % columns_ : call_.grad_weight + column;
+  }
+  int64_t ld() const { return call_.taker != nullptr ? columns_ : call_.inputs; }
+
+  // The columns of these rows are computed.
+  void done(Team team, int64_t begin, int64_t end, int64_t first, int64_t columns) const {
     if constexpr (std::is_same_v<T, float>)
-      for (int64_t row = begin; row < end; ++row)
-        call_.taker->take(row, column, columns, tile + (row - begin) * width_);
+      for (int64_t row = begin; row < end && call_.taker != nullptr; ++row)
+        call_.taker->take(row, first, columns, tile(team) + (row - begin) * columns_);
   }
 
  private:
+  static constexpr int64_t kRows = 4;
+
+  T* tile(Team team) const { return tiles_.get() + team.id * kRows * columns_; }
+
   const LinearBackward<T>& call_;
-  int64_t width_;
+  int64_t columns_;
   Scratch<T> tiles_;
 };
 
@@ -352,7 +359,7 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
   Transposed<T> transposed(call.outputs, needs_weight ? selected : 0, threads);
   const SharedBases<T> bases(kernels, call);
   const Hits<T> hits(call, threads);
-  const Tiles<T> tiles(kernels, call, threads);
+  const Tiles<T> tiles(call, x.columns(), threads);
   if (!packed || !pass || !transposed || !bases || !hits || !tiles) return Status::kNoMemory;
 
   const ByRow<T> selection = {call.rows, {call.starts, call.kept(), call.indices, call.values}};
@@ -377,13 +384,13 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
     team.wait();
     transposed.fill(team, selection, active.places());
     team.wait();
-    x.multiply(team, own, call.outputs, kernels.gather_width,
-               [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {
-                 tiles.write(team, begin, end, column, columns, [&](T* out, int64_t out_ld) {
-                   kernels.gather_product(source, source_ld, by_output, bases.of_weight(column, call.shared), begin, end,
-                                          columns, out, out_ld);
-                 });
-               });
+    x.multiply(
+        team, own, call.outputs, kernels.gather_width, tiles.rows(),
+        [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {
+          kernels.gather_product(source, source_ld, by_output, bases.of_weight(column, call.shared), begin, end, columns,
+                                 tiles.place(team, begin, column), tiles.ld());
+        },
+        [&](int64_t begin, int64_t end, int64_t first, int64_t columns) { tiles.done(team, begin, end, first, columns); });
   });
   return Status::kOk;
 }

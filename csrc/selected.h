@@ -168,24 +168,36 @@ void for_pieces(int64_t width, int64_t panel, int64_t step, Piece piece) {
 template <class T>
 class Packing {
  public:
-  // With `once` no column is computed twice.
-  Packing(const TypedKernels<T>& kernels, Source<T> source, bool worth_it, bool once = false)
+  // With `whole` a copy has all columns, and no column is computed twice.
+  Packing(const TypedKernels<T>& kernels, Source<T> source, bool worth_it, bool whole = false)
       : kernels_(kernels), source_(source), panel_(kernels.panel_width) {
     const int64_t panels = std::max<int64_t>(1, (source.width + panel_ - 1) / panel_);
-    const int64_t at_once = kPackedBytes / std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(T)));
+    const int64_t panel_bytes = std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(T)));
+    const int64_t at_once = whole ? panels : kPackedBytes / panel_bytes;
+    const bool overlaps = source.width % panel_ != 0;
     in_place_ = source.row_numbers == nullptr && source.width >= panel_ && (at_once >= panels || !worth_it) &&
-                !(once && source.width % panel_ != 0);
+                !(whole && overlaps);
     columns_ = in_place_ ? source.width : std::clamp<int64_t>(at_once, 1, panels) * panel_;
   }
 
   // The number of elements of scratch for each thread.
   int64_t size() const { return in_place_ ? 0 : source_.rows * columns_; }
 
+  // The number of columns of a copy, or of the source.
+  int64_t columns() const { return columns_; }
+
   // Computes a product [rows, width]. Each thread computes a part of all (copy, row) pairs. Calls product(source,
   // source_ld, row begin, row end, first column, columns) for a block of rows and up to `step` columns. `source` points
   // to the first column.
   template <class Product>
   void multiply(Team team, T* packed, int64_t rows, int64_t step, Product product) const {
+    multiply(team, packed, rows, step, kRowBlock, product, [](int64_t, int64_t, int64_t, int64_t) {});
+  }
+
+  // Blocks have `row_block` rows. Calls done(row begin, row end, first column, columns) when a block has all columns of a
+  // copy.
+  template <class Product, class Done>
+  void multiply(Team team, T* packed, int64_t rows, int64_t step, int64_t row_block, Product product, Done done) const {
     if (rows == 0) return;
     auto [begin, end] = team.part((source_.width + columns_ - 1) / columns_ * rows);
     while (begin < end) {
@@ -195,8 +207,8 @@ class Packing {
       if (!in_place_)
         kernels_.pack(source_.matrix.data + first, source_.matrix.ld, source_.row_numbers, source_.rows, width, packed,
                       columns_);
-      for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
-        const int64_t block_end = std::min(row + kRowBlock, row_end);
+      for (int64_t row = row_begin; row < row_end; row += row_block) {
+        const int64_t block_end = std::min(row + row_block, row_end);
         if (in_place_)
           for_pieces(width, panel_, step, [&](int64_t column, int64_t columns) {
             product(source_.matrix.data + column, source_.matrix.ld, row, block_end, column, columns);
@@ -204,6 +216,7 @@ class Packing {
         else
           for (int64_t column = 0; column < width; column += step)
             product(packed + column, columns_, row, block_end, first + column, std::min(step, width - column));
+        done(row, block_end, first, width);
       }
       begin += row_end - row_begin;
     }

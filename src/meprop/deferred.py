@@ -22,6 +22,11 @@ from meprop.selection import PlainTopK, RowSelection, is_everything
 
 _Node = Any  # of autograd's graph
 
+# The gradient of a small weight (elements) stays in the cache anyway. Parts of a product are whole rows, so that weights
+# are read and written in order. The input is then read again for each row. That costs less than to write the gradient
+# and to read it if the input stays in the cache (bytes), and if a row has few entries (on average).
+_SMALLEST_WEIGHT, _LARGEST_INPUT, _MOST_ENTRIES = 1 << 20, 2 << 20, 8
+
 _products: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The products of each weight that takes them, with the backward pass that each one is of."""
 
@@ -42,7 +47,7 @@ def decline(weight: Tensor) -> None:
 
 def take(weight: Tensor) -> list[GradientProduct]:
     """The products that this backward pass has kept for a weight, which are kept no longer."""
-    kept: list[tuple[int, GradientProduct]] = _products.get(weight, [])
+    kept: list[tuple[int, GradientProduct]] = _products.get(weight) or []
     products = [product for number, product in kept if number == _current_pass()]
     kept.clear()
     return products
@@ -64,23 +69,25 @@ class Later:
         self._weight = weight
 
     @classmethod
-    def of(cls, edge: tuple[_Node, int], x_NI: Tensor | None, grad_NO: Tensor) -> Later | None:
+    def of(cls, node: _Node, place: int, x_NI: Tensor | None, grad_NO: Tensor) -> Later | None:
         """What keeps the product of a layer's backward pass. None if the layer has to form the gradient.
 
         Args:
-            edge: The edge from the layer's node of the graph to that of its weight.
+            node: The layer's node of autograd's graph, whose backward pass this is.
+            place: The place of the weight among the tensors that the node is a function of.
             x_NI: Input [N, I], or None.
             grad_NO: Output gradient [N, O].
         """
-        if not _products or x_NI is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _products or x_NI is None or x_NI.numel() * 4 > _LARGEST_INPUT:
             return None
-        weight: Tensor | None = getattr(edge[0], "variable", None)
-        if weight is None or weight not in _products or _is_seen(weight):
+        of_weight: _Node = node.next_functions[place][0]
+        weight: Tensor | None = getattr(of_weight, "variable", None)
+        if weight is None or weight.numel() < _SMALLEST_WEIGHT or weight not in _products or _is_seen(weight):
             return None
         if native.declines(x_NI, grad_NO, weight, dtypes=native.FLOAT32) is not None or x_NI.numel() == 0:
             return None
         try:
-            return cls(weight) if _is_executed(edge[0]) else None
+            return cls(weight) if _is_executed(of_weight) else None
         except RuntimeError:  # torch.autograd.grad asks for the gradient of this weight
             return None
 
@@ -88,7 +95,9 @@ class Later:
         """The selection whose product is kept. None if the layer has to form the gradient."""
         if isinstance(choice, PlainTopK) and choice.scope == "example" and choice.blocks == 1:
             choice = ops.topk_rows(grad_NO, choice.k)
-        return choice if isinstance(choice, RowSelection) and not is_everything(choice) else None
+        if not isinstance(choice, RowSelection) or choice.values.numel() > _MOST_ENTRIES * choice.width:
+            return None
+        return None if is_everything(choice) else choice
 
     def keep(self, selection: RowSelection, x_NI: Tensor) -> Tensor:
         """Keeps a product, and returns the gradient that autograd gets in its place."""
@@ -102,5 +111,5 @@ class Later:
 
 def _is_seen(weight: Tensor) -> bool:
     """Whether a hook looks at the weight's gradient, beside the one that takes the products."""
-    hooks: Any = weight._post_accumulate_grad_hooks
+    hooks: Any = weight._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
     return bool(weight._backward_hooks) or hooks is None or len(hooks) != 1

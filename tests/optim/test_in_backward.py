@@ -11,10 +11,16 @@ import torch
 from torch import nn
 
 import meprop
-from meprop import ops, optim
+from meprop import deferred, ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native
 from optimizer_cases import KINDS, make
+
+
+@pytest.fixture(autouse=True)
+def _products_of_small_weights(monkeypatch):
+    """Lets small weights be updated by products that are not formed."""
+    monkeypatch.setattr(deferred, "_SMALLEST_WEIGHT", 1)
 
 
 class Net(nn.Module):
@@ -423,7 +429,15 @@ def clipped(model, _):
     optim.clip_grad_norm_(model.parameters(), 1.0)
 
 
+def in_processes(model, _):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        loss_of(model, 0).backward()
+
+
 REFUSED = {
+    "several processes": (in_processes, "without in_backward"),
     "accumulation": (twice, "Call step"),
     "a gradient by hand after an update": (once_more, "without in_backward"),
     "create_graph": (of_a_graph, "without in_backward"),
@@ -481,7 +495,8 @@ def test_an_update_of_a_weight_that_the_graph_still_needs_is_noticed():
 def test_a_compiled_model_trains_the_same(backend):
     def run(in_backward):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+        sparse = meprop.nn.Linear(24, 24, rule=meprop.TopK(0.2, scope="global"))
+        model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), sparse, nn.Linear(24, 24))
         optimizer = optim.Adam(model.parameters(), in_backward=in_backward)
         compiled = torch.compile(model, backend=backend)
         for step in range(3):

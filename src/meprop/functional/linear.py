@@ -149,7 +149,7 @@ def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | N
     (rows, outputs), needs_bias = grad_NO.shape, ctx.needs_input_grad[2]
     if policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
         policy.note_sparse_pass()
-        later = Later.of(ctx.next_functions[1], x_NI, grad_NO)
+        later = Later.of(ctx, 1, x_NI, grad_NO)
         return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy, later=later)
     if policy.activity is not None:
         policy.activity.count(everything(grad_NO))

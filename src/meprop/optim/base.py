@@ -205,7 +205,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def _step_of_product(self, parameter: Tensor, product: GradientProduct, group: dict[str, Any]) -> bool:
         """Does the step of a parameter whose gradient is a product that has not been formed, if native code can."""
         self._make_up_for_missed_steps(parameter)
-        if product.declines() is not None or not self._fits_native(parameter, None, group):
+        if not self._fits_native(parameter, None, group):
             return False
         self._whole_step(parameter, product, group)
         return True
