@@ -22,8 +22,8 @@ from meprop.selection import PlainTopK, RowSelection, is_everything
 
 _Node = Any  # of autograd's graph
 
-# The gradient of a small weight (elements) stays in the cache anyway. Parts of a product are whole rows, so that weights
-# are read and written in order. The input is then read again for each row. That costs less than to write the gradient
+# The gradient of a small weight (elements) stays in the cache anyway. Parts of a product are whole rows, so that memory
+# is read and written in order. The input is then read again for each row. That costs less than to write the gradient
 # and to read it if the input stays in the cache (bytes), and if a row has few entries (on average).
 _SMALLEST_WEIGHT, _LARGEST_INPUT, _MOST_ENTRIES = 1 << 20, 2 << 20, 8
 

@@ -461,6 +461,7 @@ def test_accumulation_is_refused_before_it_changes_anything():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(NotSupportedError, match="second gradient"):
         loss_of(model, 1).backward()
+    assert all(each.grad is None or each.grad.any() for each in model.parameters())  # none is a placeholder
     for name, value in model.named_parameters():
         assert torch.equal(before[name], value), name
 

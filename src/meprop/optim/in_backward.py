@@ -75,7 +75,11 @@ class InBackward:
         if optimizer is None or parameter not in self._groups:
             _form(parameter, products)
             return
-        self._refuse(parameter)
+        try:
+            self._refuse(parameter)
+        except NotSupportedError:
+            _form(parameter, products)
+            raise
         group, grad = self._groups[parameter], parameter.grad
         with torch.no_grad():
             is_whole = len(products) == 1 and grad is not None and deferred.is_placeholder(grad)
@@ -134,9 +138,8 @@ def _form(parameter: Tensor, products: list[GradientProduct]) -> None:
     grad = parameter.grad
     for product in products:
         formed = product.formed()
-        grad = (
-            formed if grad is None or deferred.is_placeholder(grad) else formed + grad
-        )  # in this order if grad is sparse
+        is_first = grad is None or deferred.is_placeholder(grad)
+        grad = formed if is_first else formed + grad  # torch adds a sparse gradient in this order only
     parameter.grad = grad
 
 
