@@ -138,8 +138,8 @@ def _form(parameter: Tensor, products: list[GradientProduct]) -> None:
     grad = parameter.grad
     for product in products:
         formed = product.formed()
-        is_first = grad is None or deferred.is_placeholder(grad)
-        grad = formed if is_first else formed + grad  # torch adds a sparse gradient in this order only
+        others = None if grad is None or deferred.is_placeholder(grad) else grad
+        grad = formed if others is None else formed + others  # torch adds a sparse gradient in this order only
     parameter.grad = grad
 
 
