@@ -64,6 +64,7 @@ _operator = Operator(
     _fake_entries,
     _flat,
     _whole,
+    sizes_follow_data=True,
 )
 
 
