@@ -22,6 +22,11 @@ inline uint64_t draw(const Dropout& of, uint64_t block) {
   return kept;
 }
 
+inline F32 power_of_e(F32 x) {
+  const Exponential e = exponential(x);
+  return multiply_add(e.power, e.more, e.power);
+}
+
 // The standard normal distribution: how much of it is below x, and e^(-x^2 / 2). By formula 7.1.26 of Abramowitz and
 // Stegun, whose error is below 1e-7.
 struct Normal {
@@ -35,13 +40,12 @@ inline Normal normal(F32 x) {
   constexpr float kSeries[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
   F32 series = broadcast(1.061405429f);
   for (const float coefficient : kSeries) series = multiply_add(series, t, broadcast(coefficient));
-  const Exponential e = exponential(multiply(multiply(x, x), broadcast(-0.5f)));
-  const F32 bell = multiply_add(e.power, e.more, e.power);
+  const F32 bell = power_of_e(multiply(multiply(x, x), broadcast(-0.5f)));
   const F32 inside = subtract(half, multiply(multiply(series, t), multiply(half, bell)));  // from 0 to |x|
   return {add(half, as_float(either(as_bits(inside), sign))), bell};
 }
 
-// gelu_tanh(x) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+// gelu_tanh(x) = x sigmoid(u) with u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 constexpr float kTwiceRoot = 1.59576912f, kCubed = 1.59576912f * 0.044715f;
 
 template <Activation kKind>
@@ -65,9 +69,11 @@ inline F32 slope(F32 x) {
     return multiply_add(multiply(x, broadcast(0.39894228f)), of_x.bell, of_x.below);
   }
   const F32 square = multiply(x, x);
-  const F32 s = sigmoid(multiply(x, multiply_add(square, broadcast(kCubed), broadcast(kTwiceRoot))));
+  const F32 u = multiply(x, multiply_add(square, broadcast(kCubed), broadcast(kTwiceRoot)));
+  const F32 of_u = power_of_e(subtract(zero(), u));
+  const F32 s = divide(broadcast(1), add(broadcast(1), of_u)), rest = multiply(of_u, s);  // 1 - s would be less exact
   const F32 rate = multiply_add(square, broadcast(3 * kCubed), broadcast(kTwiceRoot));
-  return multiply_add(multiply(x, sigmoid_slope(s)), rate, s);
+  return multiply_add(multiply(x, multiply(s, rest)), rate, s);
 }
 
 inline uint32_t lanes_at(uint64_t bits, int at) { return static_cast<uint32_t>(bits >> at) & ((1u << kLanes) - 1); }
