@@ -87,7 +87,7 @@ def test_native_is_the_reference_for_every_layout(level, activation, layout):
 
 
 def test_random_words_are_those_of_philox():
-    """The known answers of the generator's authors: for zeros, and for ones."""
+    """The known answer of the generator's authors for zeros."""
     assert [int(word) for word in family._philox(0, torch.tensor(0))] == [
         0x6627E8D5,
         0xE169C58D,
