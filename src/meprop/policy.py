@@ -377,12 +377,12 @@ def _odd_kind(tensor: Tensor | None) -> str | None:
     return None if tensor.layout is torch.strided else str(tensor.layout)
 
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether a backward pass of ours may follow. In a graph of torch.jit.trace or torch.export it is torch's own."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or _is_exporting():
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -391,7 +391,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises a NotSupportedError in a forward pass that is transformed, if a node of ours is to be in its graph."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active() or any(map(_is_dual, tensors)):  # pyright: ignore[reportPrivateUsage]
+    if torch._C._are_functorch_transforms_active() or any(map(is_dual, tensors)):  # pyright: ignore[reportPrivateUsage]
         raise NotSupportedError(
             "a transform of torch.func (grad, vmap, jvp and so on), or forward-mode differentiation, which a sparse "
             "backward pass has no rules for; transform a plain copy of the model, made by copy.deepcopy and "
@@ -399,7 +399,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         )
 
 
-def _is_dual(tensor: Tensor | None) -> bool:
+def is_dual(tensor: Tensor | None) -> bool:
     """Whether the tensor has a tangent of forward-mode differentiation."""
     level = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
     return tensor is not None and level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
