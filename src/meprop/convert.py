@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from meprop.copies import deepcopy
 from meprop.errors import NoEffectWarning, NotSupportedError
-from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind
+from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind, support_quantization
 from meprop.ops.native import reason_missing
 from meprop.policy import Policy, Record, When
 from meprop.reasons import Surroundings, other_features, why_bypassed, why_left_out, why_unfit
@@ -328,6 +328,7 @@ def report(model: torch.nn.Module) -> ConversionReport:
 
 def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -> None:
     """Gives the layer the policy, and our class if it has torch's."""
+    support_quantization()
     vars(layer).pop(_REASON, None)
     vars(layer)["policy"] = made = descriptor.policy(policy).of_layer()
     assert made.record is not None

@@ -72,6 +72,11 @@ class SparseLayer:
     _plain: type[Any] | None = None  # the class of another library, from `register` on
     _plain_forward: Any = None  # its own forward pass
 
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        """Makes a layer, also for `pickle` and `copy`."""
+        support_quantization()
+        return super().__new__(cls)
+
     __jit_unused_properties__ = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
 
     @property
@@ -349,6 +354,11 @@ def plain_kind(layer: torch.nn.Module) -> type[torch.nn.Module] | None:
     """
     kind = type(layer).cls_to_become if isinstance(layer, LazyModuleMixin) else type_before_parametrizations(layer)
     return next((each.plain for each in descriptors() if kind in (each.plain, each.sparse)), None)
+
+
+def support_quantization() -> None:
+    """Lets torch's quantization take layers of ours. Programs without such layers keep torch as it is."""
+    importlib.import_module("meprop.integrations.quantization").support()
 
 
 def become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
