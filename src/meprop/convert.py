@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isnan, nan
 from numbers import Integral
@@ -21,7 +21,7 @@ from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind, support_quantization
 from meprop.ops.native import reason_missing
 from meprop.policy import Policy, Record, When
-from meprop.reasons import Surroundings, other_features, why_bypassed, why_left_out, why_unfit
+from meprop.reasons import Surroundings, other_weights, why_bypassed, why_left_out, why_unfit
 from meprop.rules import Rule, Sampled
 from meprop.table import text_table
 
@@ -51,7 +51,8 @@ class LayerReport:
     """One layer of a model: what happens in its backward pass, and why.
 
     Attributes:
-        name: Its name in the model, "" for the model itself.
+        name: Its name in the model, "" for the model itself. It is the name of the weight where a module multiplies
+            weights without a layer, as experts of transformers do.
         kind: The plain class's name, e.g. "Linear".
         in_features: I. Convolutions count input channels.
         out_features: O, among which the rule chooses. Convolutions count output channels. LSTMs count hidden units, as
@@ -79,8 +80,8 @@ class ConversionReport:
     """What was done to each layer of a model; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer, convolution, recurrent layer or cell, bilinear layer and multi-head
-            attention, in the model's order.
+        layers: One record for each linear layer, convolution, recurrent layer or cell, bilinear layer, multi-head
+            attention and weight of experts, in the model's order.
         notes: What may go wrong with this model and rule, a sentence each.
     """
 
@@ -99,7 +100,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear or bilinear layers, no convolutions, no recurrent layers and no attention"
+            return "no linear or bilinear layers, no convolutions, no recurrent layers, no attention and no experts"
         head = ("layer", "kind", "in x out", "backward", "kept", "why")
         rows = [
             (
@@ -155,7 +156,8 @@ def convert(
     - the output layer of Hugging Face's models with all its parts, and layers tied to it, unless it is converted by
       itself;
     - those that `filter` refuses;
-    - GRUs, RNNs, cells, three-dimensional and transposed convolutions and bilinear layers.
+    - GRUs, RNNs, cells, three-dimensional and transposed convolutions and bilinear layers;
+    - weights that a module multiplies without a layer, as experts do.
 
     A parametrized layer stays parametrized. A lazy layer takes its rule when it gets its shape, at the end of its first
     forward pass, which is torch's own. Run the model once before what works with its layers is made, such as a
@@ -308,11 +310,12 @@ def report(model: torch.nn.Module) -> ConversionReport:
     policies = [policy for _, layer, _ in layers if (policy := _policy_of(layer)) is not None]
     trained = any(policy.record is not None and policy.record.seen_training for policy in policies)
     known = {layer: descriptor for _, layer, descriptor in layers}
-    found = [
-        _describe(name, module, known[module], trained) if module in known else _describe_other(name, module)
-        for name, module in model.named_modules()
-    ]
-    records = [record for record in found if record is not None]
+    records: list[LayerReport] = []
+    for name, module in model.named_modules():
+        if module in known:
+            records.append(_describe(name, module, known[module], trained))
+        else:
+            records += _describe_other(name, module)
     notes: list[str] = []
     if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
         which = f"If the last one, {last.name!r}," if last.name else "If this layer"
@@ -377,12 +380,12 @@ def described_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module,
     return [(name, layer, descriptor) for name, layer, descriptor in layers if layer not in parts]
 
 
-def _describe_other(name: str, module: torch.nn.Module) -> LayerReport | None:
-    if (features := other_features(module)) is None:
-        return None
+def _describe_other(name: str, module: torch.nn.Module) -> Iterator[LayerReport]:
     kind = type(module).__name__
     reason = f"meprop has no sparse backward pass for {kind}"
-    return LayerReport(name, kind, *features, "dense", None, 1.0, None, reason)
+    for weight, features in other_weights(module).items():
+        place = ".".join(part for part in (name, weight) if part)
+        yield LayerReport(place, kind, *features, "dense", None, 1.0, None, reason)
 
 
 def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], trained: bool) -> LayerReport:

@@ -17,9 +17,9 @@ import torch
 from meprop.convert import make_plain
 from meprop.nn.base import SparseLayer, layer_descriptor
 
-# What each call of torch's asks before it looks at types: quantize_dynamic, prepare, prepare_qat and prepare_fx the first
-# one, with the model or its copy; fuse_modules and fuse_modules_qat the second one, with the model and a layer's name.
-# Torch looks both up in their modules when it calls them, so that a module that was imported before sees the change.
+# What torch's calls ask before they look at types. quantize_dynamic, prepare, prepare_qat and those for graphs ask the
+# first one, with the model or its copy. fuse_modules and fuse_modules_qat ask the second one, with the model and a
+# layer's name. Torch looks both up in their modules when it calls them, so that all who call them see the change.
 _ASKED = {
     "torch.ao.quantization.quantize": "_propagate_qconfig_helper",
     "torch.ao.quantization.fuse_modules": "_get_module",
