@@ -232,6 +232,39 @@ print(meprop.convert(layer).layers[0].reason)
     assert run.stdout.startswith("torch.nn.modules.linear.Linear.forward was replaced")
 
 
+CONVOLUTIONS = ["Conv1d", "Conv2d"]
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("place", ["torch's class", "our class", "the layer"])
+@pytest.mark.parametrize("first", ["convert", "replace"])
+def test_a_method_that_torchs_forward_calls_runs_if_it_is_replaced_and_the_report_says_so(
+    kind, place, first, monkeypatch
+):
+    layer, x = make(kind)
+    plain = copy.deepcopy(layer)
+    if first == "convert":
+        convert(layer)
+    twice = doubled(getattr(nn, kind)._conv_forward)
+    with monkeypatch.context() as patch:
+        if place == "the layer":
+            for each in (layer, plain):
+                patch.setattr(each, "_conv_forward", types.MethodType(twice, each), raising=False)
+        else:
+            patch.setattr(getattr(nn if place == "torch's class" else meprop.nn, kind), "_conv_forward", twice)
+        if first == "replace":
+            with pytest.warns(meprop.NoEffectWarning):
+                convert(layer)
+        (record,) = meprop.report(layer).layers
+        assert record.status == "dense"
+        assert "_conv_forward was replaced, and what replaced it runs" in record.reason
+        if place != "our class":
+            assert torch.equal(gradient(layer, x), gradient(plain, x))
+        elif first == "convert":
+            assert torch.equal(call(layer, x), 2 * call(plain, x))
+    assert convert(layer).layers[0].status == "sparse"
+
+
 # ---- calls that end elsewhere
 
 

@@ -148,7 +148,8 @@ def convert(
 
     - narrow ones;
     - subclasses, unless a `meprop.nn.base.Descriptor` makes them known;
-    - layers whose `forward` was replaced on the instance, as accelerate's hooks do, or on the class of torch;
+    - layers whose `forward` was replaced on the instance, as accelerate's hooks do, or on the class of torch, and
+      convolutions whose `_conv_forward` was;
     - LSTMs with projections, and convolutions with groups;
     - with scope "example" or `PerProduct`, convolutions that are not pointwise;
     - with `sparse_grad`, layers whose weight is computed, as by a parametrization;

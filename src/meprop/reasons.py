@@ -15,7 +15,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from meprop.nn.base import Descriptor, SparseLayer, descriptor_of, plain_kind, replaced_forward
+from meprop.nn.base import Descriptor, SparseLayer, descriptor_of, plain_kind, replaced_method
 from meprop.outputs import closure, outputs_of, sharing_memory
 from meprop.policy import Policy
 
@@ -83,9 +83,10 @@ def why_bypassed(layer: torch.nn.Module, descriptor: Descriptor[Any], seen_spars
     backward pass.
     """
     ours = type(layer) if isinstance(layer, SparseLayer) else descriptor.sparse
-    if replaced_forward(ours) is not None:
-        name = f"{descriptor.plain.__module__}.{descriptor.plain.__qualname__}.forward"
-        return f"{name} was replaced, and what replaced it runs; put the original back, and convert again"
+    if (name := replaced_method(ours, layer)) is not None:
+        on_instance = name != "forward" and name in vars(layer)
+        whose = "its " if on_instance else f"{descriptor.plain.__module__}.{descriptor.plain.__qualname__}."
+        return f"{whose}{name} was replaced, and what replaced it runs; put the original back, and convert again"
     replaced = vars(layer).get("forward")
     if replaced is None or _leads_to(replaced, ours.forward, layer):
         return None
