@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isnan, nan
 from numbers import Integral
@@ -20,10 +20,10 @@ from meprop.copies import deepcopy
 from meprop.errors import NoEffectWarning, NotSupportedError
 from meprop.fusing import fuse as fuse_dropouts
 from meprop.fusing import fused_in, unfuse
-from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind
+from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind, support_quantization
 from meprop.ops.native import reason_missing
 from meprop.policy import Policy, Record, When
-from meprop.reasons import Surroundings, other_features, why_bypassed, why_left_out, why_unfit
+from meprop.reasons import Surroundings, other_weights, why_bypassed, why_left_out, why_unfit
 from meprop.rules import Rule, Sampled
 from meprop.rules.base import check_flag
 from meprop.table import text_table
@@ -54,7 +54,8 @@ class LayerReport:
     """One layer of a model: what happens in its backward pass, and why.
 
     Attributes:
-        name: Its name in the model, "" for the model itself.
+        name: Its name in the model, "" for the model itself. It is the name of the weight where a module multiplies
+            weights without a layer, as experts of transformers do.
         kind: The plain class's name, e.g. "Linear".
         in_features: I. Convolutions count input channels.
         out_features: O, among which the rule chooses. Convolutions count output channels. LSTMs count hidden units, as
@@ -82,8 +83,8 @@ class ConversionReport:
     """What was done to each layer of a model; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer, convolution, recurrent layer or cell, bilinear layer and multi-head
-            attention, in the model's order.
+        layers: One record for each linear layer, convolution, recurrent layer or cell, bilinear layer, multi-head
+            attention and weight of experts, in the model's order.
         notes: What may go wrong with this model and rule, a sentence each.
         fused: The Dropouts that are computed in one pass with the activation before them, e.g. "1 + 2", by the names of
             both modules. The name of a Dropout alone, if no activation is before it.
@@ -106,7 +107,7 @@ class ConversionReport:
     def __str__(self) -> str:
         fused = [f"one pass for activation and dropout: {', '.join(self.fused)}"] if self.fused else []
         if not self.layers:
-            nothing = "no linear or bilinear layers, no convolutions, no recurrent layers and no attention"
+            nothing = "no linear or bilinear layers, no convolutions, no recurrent layers, no attention and no experts"
             return "\n".join([nothing, *fused])
         head = ("layer", "kind", "in x out", "backward", "kept", "why")
         rows = [
@@ -156,7 +157,8 @@ def convert(
 
     - narrow ones;
     - subclasses, unless a `meprop.nn.base.Descriptor` makes them known;
-    - layers whose `forward` was replaced on the instance, as accelerate's hooks do, or on the class of torch;
+    - layers whose `forward` was replaced on the instance, as accelerate's hooks do, or on the class of torch, and
+      convolutions whose `_conv_forward` was;
     - LSTMs with projections, and convolutions with groups;
     - with scope "example" or `PerProduct`, convolutions that are not pointwise;
     - with `sparse_grad`, layers whose weight is computed, as by a parametrization;
@@ -164,7 +166,8 @@ def convert(
     - the output layer of Hugging Face's models with all its parts, and layers tied to it, unless it is converted by
       itself;
     - those that `filter` refuses;
-    - GRUs, RNNs, cells, three-dimensional and transposed convolutions and bilinear layers.
+    - GRUs, RNNs, cells, three-dimensional and transposed convolutions and bilinear layers;
+    - weights that a module multiplies without a layer, as experts do.
 
     A parametrized layer stays parametrized. A lazy layer takes its rule when it gets its shape, at the end of its first
     forward pass, which is torch's own. Run the model once before what works with its layers is made, such as a
@@ -334,11 +337,12 @@ def report(model: torch.nn.Module) -> ConversionReport:
     policies = [policy for _, layer, _ in layers if (policy := _policy_of(layer)) is not None]
     trained = any(policy.record is not None and policy.record.seen_training for policy in policies)
     known = {layer: descriptor for _, layer, descriptor in layers}
-    found = [
-        _describe(name, module, known[module], trained) if module in known else _describe_other(name, module)
-        for name, module in model.named_modules()
-    ]
-    records = [record for record in found if record is not None]
+    records: list[LayerReport] = []
+    for name, module in model.named_modules():
+        if module in known:
+            records.append(_describe(name, module, known[module], trained))
+        else:
+            records += _describe_other(name, module)
     notes: list[str] = []
     if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
         which = f"If the last one, {last.name!r}," if last.name else "If this layer"
@@ -354,6 +358,7 @@ def report(model: torch.nn.Module) -> ConversionReport:
 
 def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -> None:
     """Gives the layer the policy, and our class if it has torch's."""
+    support_quantization()
     vars(layer).pop(_REASON, None)
     vars(layer)["policy"] = made = descriptor.policy(policy).of_layer()
     assert made.record is not None
@@ -402,12 +407,12 @@ def described_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module,
     return [(name, layer, descriptor) for name, layer, descriptor in layers if layer not in parts]
 
 
-def _describe_other(name: str, module: torch.nn.Module) -> LayerReport | None:
-    if (features := other_features(module)) is None:
-        return None
+def _describe_other(name: str, module: torch.nn.Module) -> Iterator[LayerReport]:
     kind = type(module).__name__
     reason = f"meprop has no sparse backward pass for {kind}"
-    return LayerReport(name, kind, *features, "dense", None, 1.0, None, reason)
+    for weight, features in other_weights(module).items():
+        place = ".".join(part for part in (name, weight) if part)
+        yield LayerReport(place, kind, *features, "dense", None, 1.0, None, reason)
 
 
 def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], trained: bool) -> LayerReport:

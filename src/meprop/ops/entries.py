@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meprop.errors import NotSupportedError
 from meprop.ops import native
-from meprop.ops.registry import PLAIN, Operator, operation
+from meprop.ops.registry import PLAIN, Operator, in_graph, operation
 from meprop.ops.thresholds import (
     GROUP,
     ONE,
@@ -155,7 +155,7 @@ def keep_entries(grad: Tensor, entries: Entries) -> Selection:
     Under `torch.compile` it is always the former, as a graph cannot look at how many there are.
     """
     kept = choose_entries(grad, entries)
-    if entries.ceiling == 1 or torch.compiler.is_compiling():
+    if entries.ceiling == 1 or in_graph():
         return kept
     return everything(grad) if kept.density > entries.ceiling else kept
 

@@ -19,6 +19,13 @@ PARAMETER = "param"
 ROW_DECAY = "_row_decay"
 """How the name of a state ends that says how far another state, whose name comes before it, decays in each row [O]."""
 
+ROW_WEIGHT_DECAY = "_row_weight_decay"
+"""How the name of a state ends that says what weight decay adds to another state in each row [O], as a multiple of the
+row's weights, or of their squares."""
+
+OF_ROWS = (ROW_DECAY, ROW_WEIGHT_DECAY)
+"""How the names of the states end that have one number for each row [O]."""
+
 
 @dataclass(frozen=True)
 class GradientRows:

@@ -35,6 +35,19 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 _is_compiling = torch.compiler.is_compiling
+_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore
+
+
+def is_proxied() -> bool:
+    """Whether make_fx traces what runs, on plain tensors too."""
+    return _mode(_PROXY) is not None
+
+
+def in_graph() -> bool:
+    """Whether what runs becomes a graph, of torch.compile or of make_fx."""
+    return _is_compiling() or is_proxied()
+
+
 _library = torch.library.Library("meprop", "DEF")
 
 
@@ -88,9 +101,11 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Serves the call, and turns the result of an implementation into that of the operation."""
         tensor: Any = args[self._tensor_at]
-        if self._traced is not None and (_is_compiling() or type(tensor) not in PLAIN or tensor.is_meta):
+        if self._traced is not None and (in_graph() or type(tensor) not in PLAIN or tensor.is_meta):
             found = self._traced(*args, **kwargs)
             return found if self._result is None else self._result(found, *args, **kwargs)
+        if not _is_compiling() and is_proxied():  # a graph of make_fx takes torch's operations only
+            return self.literally(*args, **kwargs)
         for run, declines, _ in self._served_by:
             if declines is None or declines(*args, **kwargs) is None:
                 found = run(*args, **kwargs)

@@ -74,8 +74,14 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         return group["weight_decay"] != 0
 
     def _decays(self, group: dict[str, Any]) -> dict[str, float]:
-        """None: weight decay does add to the sums of squares, but no mode makes up for that."""
+        """None: a sum only grows."""
         return {}
+
+    _squares = ("sum",)
+
+    def _weight_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        weight_decay = float(group["weight_decay"])
+        return {"sum": weight_decay**2} if weight_decay != 0 else {}
 
     def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])

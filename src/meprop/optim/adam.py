@@ -88,6 +88,15 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             decays[PARAMETER] = 1 - float(group["lr"]) * group["weight_decay"]
         return decays
 
+    _squares = ("exp_avg_sq",)
+
+    def _weight_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        weight_decay = float(group["weight_decay"])
+        if group["decoupled_weight_decay"] or weight_decay == 0:
+            return {}
+        beta1, beta2 = map(float, group["betas"])
+        return {"exp_avg": (1 - beta1) * weight_decay, "exp_avg_sq": (1 - beta2) * weight_decay**2}
+
     def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         beta1, beta2 = group["betas"]

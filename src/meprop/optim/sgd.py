@@ -73,6 +73,13 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         momentum = float(group["momentum"])
         return {"momentum_buffer": momentum} if momentum != 0 else {}  # torch leaves it as it is without momentum
 
+    def _weight_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        if group["momentum"] == 0 or group["weight_decay"] == 0:
+            return {}
+        is_first = self.state[parameter].get("momentum_buffer") is None  # torch does not dampen the first gradient
+        dampening = 0.0 if is_first else float(group["dampening"])
+        return {"momentum_buffer": (1 - dampening) * float(group["weight_decay"])}
+
     def _update(self, parameter: Tensor, rows: GradientRows, step: float, group: dict[str, Any]) -> None:
         buffer, dampening = None, float(group["dampening"])
         if group["momentum"] != 0:
