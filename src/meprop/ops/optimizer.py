@@ -58,8 +58,12 @@ class GradientRows:
 
 def _declines(rows: GradientRows, *tensors: Tensor | None) -> str | None:
     """Why native code cannot take a step on such tensors, which are the parameter and its state. None if it can."""
-    reason = native.declines_scattered(*tensors, rows.values, *rows.decays.values(), dtypes=native.FLOAT32)
-    return reason or native.declines_scattered(rows.indices, dtypes=native.INT64)
+    decays = rows.decays.values()
+    return (
+        native.declines_scattered(*tensors, rows.values, *decays, dtypes=native.FLOAT32)
+        or native.declines_scattered(rows.indices, dtypes=native.INT64)
+        or native.declines_overlap(tensors, rows.values, *decays, rows.indices)
+    )
 
 
 def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
@@ -77,7 +81,15 @@ def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
 
 
 def _moving_rows(weight: Tensor, rows: GradientRows) -> tuple[Tensor, Tensor]:
-    """The rows that move, and their gradients."""
+    """The rows that move, and their gradients.
+
+    Raises:
+        IndexError: The indices do not ascend, or are no rows of the parameter.
+    """
+    if rows.indices.is_cpu and not ascending.literally(rows.indices, len(weight)):  # of a GPU, asking would be a wait
+        raise IndexError(
+            f"the indices of a gradient's rows must ascend, and lie within the {len(weight)} rows there are"
+        )
     at, grad = rows.indices, rows.values
     if rows.every_row:
         at, grad = torch.arange(len(weight), device=weight.device), torch.zeros_like(weight).index_copy_(0, at, grad)
@@ -118,6 +130,7 @@ def sgd_rows(
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, buffer)
     at, grad = _moving_rows(weight, rows)
@@ -187,6 +200,7 @@ def adam_rows(
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, exp_avg, exp_avg_sq, max_exp_avg_sq)
     at, grad = _moving_rows(weight, rows)
@@ -264,6 +278,7 @@ def adagrad_rows(
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, sum_)
     at, grad = _moving_rows(weight, rows)
