@@ -96,6 +96,11 @@ def _moving_rows(weight: Tensor, rows: GradientRows) -> tuple[Tensor, Tensor]:
     return at, grad
 
 
+def _decayed(grad: Tensor, weight: Tensor, weight_decay: float) -> Tensor:
+    """The gradient with weight decay. As in torch's optimizers, a decay of 0 adds nothing, also to infinite weights."""
+    return grad + weight_decay * weight if weight_decay != 0 else grad
+
+
 def _store(tensor: Tensor, at: Tensor, values: Tensor) -> None:
     """Writes rows of a parameter or of its state, which may be of different dtypes after ``model.to(dtype)``."""
     tensor[at] = values.to(tensor.dtype)
@@ -135,7 +140,7 @@ def sgd_rows(
     rows.check(weight, buffer)
     at, grad = _moving_rows(weight, rows)
     w = weight[at]
-    grad = grad + weight_decay * w
+    grad = _decayed(grad, w, weight_decay)
     if buffer is not None:
         keep = rows.decay("momentum_buffer", momentum, at, weight.dim())
         _store(buffer, at, buffer[at] * keep + (1 - dampening) * grad)
@@ -208,7 +213,7 @@ def adam_rows(
     if decoupled:
         w = w * rows.decay(PARAMETER, 1 - lr * weight_decay, at, weight.dim())
     else:
-        grad = grad + weight_decay * w
+        grad = _decayed(grad, w, weight_decay)
     keep_first, keep_second = (
         rows.decay(name, beta, at, weight.dim()) for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
     )
@@ -282,7 +287,7 @@ def adagrad_rows(
     """
     rows.check(weight, sum_)
     at, grad = _moving_rows(weight, rows)
-    grad = grad + weight_decay * weight[at]
+    grad = _decayed(grad, weight[at], weight_decay)
     _store(sum_, at, sum_[at] + grad * grad)
     _store(weight, at, weight[at] - lr * grad / (sum_[at].sqrt() + eps))
 
