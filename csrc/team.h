@@ -150,8 +150,8 @@ inline bool forked = false;
 
 // How the threads of a team wait for one another is told to ThreadSanitizer, which cannot see it in OpenMP's runtime.
 #ifdef __SANITIZE_THREAD__
-inline char forks;                     // of all teams
-inline thread_local char* meetings;    // of the thread's team: one for every other wait, one for those between, one for its end
+inline char forks;                   // of all teams
+inline thread_local char* meetings;  // of the thread's team: two for its waits in turn, and one for its end
 inline thread_local int turn;
 inline void arrive() { __tsan_release(meetings + turn); }
 inline void depart() { __tsan_acquire(meetings + turn), turn ^= 1; }

@@ -252,6 +252,9 @@ def test_maps_of_a_convolution(level, poisoned, team, convolution, needs):
         assert (one is not None) == needed
         if needed:
             assert one.stride() == other.stride()
+            if grad.isnan().any():  # times the zeros of the padding it may be NaN as well
+                assert one[other.isnan()].isnan().all()
+                one = one.where(~one.isnan(), other)
             close(one, other, grad.dtype)
     norms = ops.map_norms(grad)
     close(norms, ops.map_norms.literally(grad), torch.float32)
