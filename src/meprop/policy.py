@@ -377,7 +377,7 @@ def _odd_kind(tensor: Tensor | None) -> str | None:
     return None if tensor.layout is torch.strided else str(tensor.layout)
 
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+_is_exporting: Callable[[], bool] = torch.compiler.is_exporting
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
