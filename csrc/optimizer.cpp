@@ -9,10 +9,8 @@ namespace {
 // Calls apply(row, grad) for each row that moves, with its gradient, or null where it has none.
 template <class Apply>
 Status for_rows(const SparseRows& call, Apply apply) {
-  if (call.threads < 1 || call.count < 0 || call.count > call.rows || !fits<float>(call.rows, call.width, 0)) {
-    return Status::kBadSize;
-  }
-  if (!ascending(call.indices, call.count, call.rows)) return Status::kBadIndex;
+  if (call.threads < 1 || call.count < 0 || !fits<float>(call.rows, call.width, 0)) return Status::kBadSize;
+  if (call.count > call.rows || !ascending(call.indices, call.count, call.rows)) return Status::kBadIndex;
   const int64_t moving = call.every_row ? call.rows : call.count;
   run_team(team_size(call.threads, moving * call.width, 0), [&](Team team) {
     const Range part = team.part(moving);

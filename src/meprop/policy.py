@@ -392,12 +392,9 @@ def _is_compiled_autograd() -> bool:
     return compiled_autograd.in_compiled_autograd_region
 
 
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
-
-
 def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether a backward pass of ours may follow. In a graph of torch.jit.trace or torch.export it is torch's own."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting():
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 

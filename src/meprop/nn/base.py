@@ -304,7 +304,10 @@ def register(descriptor: Descriptor[Any]) -> None:
 
     Raises:
         ValueError: The plain class has a descriptor already.
+        TypeError: `descriptor` is not an instance of a Descriptor.
     """
+    if not isinstance(descriptor, Descriptor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"register({descriptor!r}); it takes an instance of a subclass of meprop.nn.base.Descriptor")
     if any(descriptor.plain is each.plain for each in _descriptors):
         raise ValueError(f"{descriptor.plain.__qualname__} has a descriptor already")
     _descriptors.append(descriptor)

@@ -167,8 +167,13 @@ def draw_rows(grad: Tensor, k: int, key: Tensor) -> RowSelection:
     """k entries of each row of grad [N, O], drawn as those with "drawn" in `choose_entries`, with a threshold a row.
 
     A row of which fewer entries are not zero keeps these.
+
+    Raises:
+        ValueError: k is not from 1 to O.
     """
     rows, width = grad.shape
+    if not 1 <= k <= width:
+        raise ValueError(f"k={k} of {width} output features; k is from 1 to all of them")
     magnitudes = grad.abs().double()
     # What is not finite stands above all that is, so that it is kept for certain.
     above_all = magnitudes.nan_to_num(0.0, 0.0).sum(dim=1, keepdim=True) + 1

@@ -65,8 +65,12 @@ class GradientRows:
 
 def _declines(rows: GradientRows, *tensors: Tensor | None) -> str | None:
     """Why native code cannot take a step on such tensors, which are the parameter and its state. None if it can."""
-    reason = native.declines_scattered(*tensors, rows.values, *rows.decays.values(), dtypes=native.FLOAT32)
-    return reason or native.declines_scattered(rows.indices, dtypes=native.INT64)
+    decays = rows.decays.values()
+    return (
+        native.declines_scattered(*tensors, rows.values, *decays, dtypes=native.FLOAT32)
+        or native.declines_scattered(rows.indices, dtypes=native.INT64)
+        or native.declines_overlap(tensors, rows.values, *decays, rows.indices)
+    )
 
 
 def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
@@ -84,11 +88,24 @@ def _arguments(weight: Tensor, rows: GradientRows) -> tuple[int, ...]:
 
 
 def _moving_rows(weight: Tensor, rows: GradientRows) -> tuple[Tensor, Tensor]:
-    """The rows that move, and their gradients."""
+    """The rows that move, and their gradients.
+
+    Raises:
+        IndexError: The indices do not ascend, or are no rows of the parameter.
+    """
+    if rows.indices.is_cpu and not ascending.literally(rows.indices, len(weight)):  # of a GPU, asking would be a wait
+        raise IndexError(
+            f"the indices of a gradient's rows must ascend, and lie within the {len(weight)} rows there are"
+        )
     at, grad = rows.indices, rows.values
     if rows.every_row:
         at, grad = torch.arange(len(weight), device=weight.device), torch.zeros_like(weight).index_copy_(0, at, grad)
     return at, grad
+
+
+def _decayed(grad: Tensor, weight: Tensor, weight_decay: float) -> Tensor:
+    """The gradient with weight decay. As in torch's optimizers, a decay of 0 adds nothing, also to infinite weights."""
+    return grad + weight_decay * weight if weight_decay != 0 else grad
 
 
 def _store(tensor: Tensor, at: Tensor, values: Tensor) -> None:
@@ -125,11 +142,12 @@ def sgd_rows(
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, buffer)
     at, grad = _moving_rows(weight, rows)
     w = weight[at]
-    grad = grad + weight_decay * w
+    grad = _decayed(grad, w, weight_decay)
     if buffer is not None:
         keep = rows.decay("momentum_buffer", momentum, at, weight.dim())
         _store(buffer, at, buffer[at] * keep + (1 - dampening) * grad)
@@ -194,6 +212,7 @@ def adam_rows(
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, exp_avg, exp_avg_sq, max_exp_avg_sq)
     at, grad = _moving_rows(weight, rows)
@@ -201,7 +220,7 @@ def adam_rows(
     if decoupled:
         w = w * rows.decay(PARAMETER, 1 - lr * weight_decay, at, weight.dim())
     else:
-        grad = grad + weight_decay * w
+        grad = _decayed(grad, w, weight_decay)
     keep_first, keep_second = (
         rows.decay(name, beta, at, weight.dim()) for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
     )
@@ -271,10 +290,11 @@ def adagrad_rows(
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, sum_)
     at, grad = _moving_rows(weight, rows)
-    grad = grad + weight_decay * weight[at]
+    grad = _decayed(grad, weight[at], weight_decay)
     _store(sum_, at, sum_[at] + grad * grad)
     _store(weight, at, weight[at] - lr * grad / (sum_[at].sqrt() + eps))
 

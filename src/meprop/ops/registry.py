@@ -250,7 +250,10 @@ def register(backend_: Backend, *, before: str = "reference") -> None:
 
     Raises:
         ValueError: The name of the new backend is taken, or no backend is called `before`.
+        TypeError: `backend_` is not a Backend.
     """
+    if not isinstance(backend_, Backend):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"register({backend_!r}); it takes a meprop.ops.Backend")
     names = [each.name for each in _order]
     if backend_.name in names:
         raise ValueError(f"a backend {backend_.name!r} is registered already; remove it first, or choose another name")

@@ -20,6 +20,7 @@ from meprop.errors import NotSupportedError
 from meprop.ops import GradientRows
 from meprop.ops.optimizer import OF_ROWS, PARAMETER, ROW_DECAY, ROW_WEIGHT_DECAY
 from meprop.ops.registry import is_plain
+from meprop.row_sparse import distinct
 
 SparseRows = Literal["exact", "decay", "lazy"]
 """What happens to the rows of a parameter that have no gradient (`meprop.optim`)."""
@@ -117,6 +118,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             NotSupportedError: A sparse gradient is not for this optimizer (see the class).
+            IndexError: A sparse gradient has a row that the parameter has not.
         """
         self._groups_made_fused: list[dict[str, Any]] = []
         step: Any = super().step.__func__  # pyright: ignore[reportFunctionMemberAccess]
@@ -307,17 +309,19 @@ def no_steps(parameter: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def _indices_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of a row-sparse gradient, ascending [k], and their gradients [k, *]."""
+    """The rows of a row-sparse gradient, ascending [k], and their gradients [k, *].
+
+    Raises:
+        NotSupportedError: It is sparse in more than its rows.
+        IndexError: It has a row that is not there.
+    """
     if grad.sparse_dim() != 1:
         raise NotSupportedError(
             f"a gradient with {grad.sparse_dim()} sparse dimensions; meprop.optim takes those with one, the rows, as "
             "sparse_grad=True and torch.nn.Embedding(sparse=True) make them"
         )
-    indices = grad._indices()[0].contiguous()
-    if not grad.is_coalesced() and not ops.ascending(indices, len(grad)):  # autograd forgets whether it is coalesced
-        grad = grad.coalesce()
-        indices = grad._indices()[0]
-    return indices, grad._values().contiguous()
+    grad = distinct(grad)
+    return grad._indices()[0].contiguous(), grad._values().contiguous()
 
 
 def _leaves_the_choice(group: dict[str, Any]) -> bool:
