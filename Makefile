@@ -8,7 +8,7 @@ MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1
 READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow torture fuzz soak sweep sanitize env lint format clean
+.PHONY: help demo test test-slow torture fuzz soak sweep sanitize tsan matrix env lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ env: $(READY)  ## set up .venv only (again, after a change of the build, of the 
 
 sanitize: env  ## the tests of the native code on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/pip install --quiet --disable-pip-version-check 'cmake>=3.26' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DMEPROP_SANITIZE=ON -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DMEPROP_SANITIZE=address,undefined -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
@@ -70,6 +70,28 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	  tests/ops/test_optimizer_updates.py::test_native_updates_are_the_references_in_float64 \
 	  tests/ops/test_optimizer_updates.py::test_native_code_refuses_rows_that_are_not_there \
 	  tests/test_package.py::test_another_build_is_tested_where_one_is_asked_for
+
+# At fixed addresses (setarch -R), or ThreadSanitizer may find no room for its shadow memory.
+tsan: env  ## the native code's tests with several threads on a build with ThreadSanitizer
+	$(BIN)/pip install --quiet --disable-pip-version-check 'cmake>=3.26' ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/tsan -G Ninja -DMEPROP_SANITIZE=thread -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/tsan
+	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/tsan/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" \
+	  TSAN_OPTIONS=ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 setarch -R $(BIN)/python -m pytest -s \
+	  tests/ops/test_native.py::test_threads_do_not_change_the_selection \
+	  tests/ops/test_native.py::test_threads_do_not_change_a_bit \
+	  tests/ops/test_native.py::test_calls_from_several_python_threads_at_once \
+	  tests/ops/test_selected.py::test_threads_do_not_change_a_bit \
+	  tests/ops/test_entries.py::test_the_number_of_threads_changes_no_bit \
+	  tests/ops/test_entries.py::test_one_call_is_the_same_for_any_number_of_threads \
+	  tests/ops/test_maps.py::test_the_number_of_threads_changes_no_bit \
+	  tests/ops/test_optimizer_updates.py::test_the_number_of_threads_changes_no_bit \
+	  tests/nn/test_lstm.py::test_the_number_of_threads_changes_no_bit \
+	  tests/nn/test_lstm_draws.py::test_the_number_of_threads_changes_no_bit
+
+matrix: env  ## the tests on each Python found, with the oldest and the newest torch, and with each extra alone (hours, gigabytes)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'nox>=2024.10'
+	$(BIN)/nox --non-interactive
 
 lint: env  ## ruff and pyright (strict on src)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'pyright>=1.1.400'

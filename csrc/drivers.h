@@ -254,6 +254,14 @@ struct LstmBackward {
 
 Status lstm_backward(const Kernels& kernels, LstmBackward call);
 
+// TypedKernels::drop and drop_gradient on so many entries, which are adjacent. `bits` has a word for each block of
+// kBitBlock.
+template <class T>
+Status drop(const Kernels& kernels, const Dropout& of, int64_t entries, const T* x, T* y, uint64_t* bits, int threads);
+template <class T>
+Status drop_gradient(const Kernels& kernels, const Dropout& of, int64_t entries, const T* grad, const T* x,
+                     const uint64_t* bits, T* grad_x, int threads);
+
 // One step of an optimizer on a parameter [rows, width] whose gradient has `count` rows. The other rows of the gradient
 // are zero. All tensors are float32 and contiguous.
 struct SparseRows {

@@ -74,6 +74,20 @@ struct DrawSums {
 // A row is summed and drawn from in groups of so many neighbours. The last group may have fewer.
 constexpr int kGroup = 16;
 
+enum class Activation { kIdentity, kRelu, kGelu, kGeluTanh, kTanh };
+
+// An activation, and dropout of its results. Random numbers are those of Philox 4x32-10 (Salmon et al., SC 2011) for
+// `key`. An entry has 16 random bits of its own. It is dropped if these are below `dropped` < 2^16, else it is
+// multiplied by `scale`. A block of kBitBlock entries has as many eighths of counters. Entry i of block b has those of
+// counter 8 b + i % 32 / 4: half i % 2 of word i / 32 * 2 + i % 4 / 2, the lower half first.
+struct Dropout {
+  Activation activation;
+  uint64_t key;
+  uint32_t dropped;
+  float scale;
+};
+constexpr int kBitBlock = 64;
+
 template <class T>
 struct TypedKernels {
   // Exact top-k of rows [row_begin, row_end) of grad [rows, width].
@@ -149,6 +163,17 @@ struct TypedKernels {
   double (*sum_squares)(const T* from, int64_t size);
   // Adds so many entries, each times the factor, to `sums`.
   void (*add_scaled)(const T* from, float factor, int64_t size, double* sums);
+
+  // y = activation(x) * scale where an entry is kept, else * 0, for the entries from `begin` to `end`. So what is not
+  // finite stays so. Writes a bit for each entry: whether it is kept, and with ReLU also whether x is above 0 or NaN.
+  // Bits beyond `end` are 0.
+  // requires: `begin` is a multiple of kBitBlock.
+  void (*drop)(const Dropout& of, const T* x, int64_t begin, int64_t end, T* y, uint64_t* bits);
+  // The gradient: grad * scale * derivative at x where the bit is set, else * 0. With ReLU it is grad * scale where the
+  // bit is set, else 0. `x` is not read with ReLU and without an activation.
+  // requires: `begin` is a multiple of kBitBlock.
+  void (*drop_gradient)(const Dropout& of, const T* grad, const T* x, const uint64_t* bits, int64_t begin, int64_t end,
+                        T* grad_x);
 };
 
 // Places of an image that get or give a patch. A place is an offset from the image's begin. Place i has the terms from

@@ -16,6 +16,8 @@ constexpr int kPanelLines = 4;
 
 #include "lstm.inl"
 
+#include "activation.inl"
+
 #include "optimizer.inl"
 
 template <class T>
@@ -35,7 +37,9 @@ constexpr TypedKernels<T> kTyped = {topk_rows<T>,
                                     gather_product<T>,
                                     dense_product<T>,
                                     sum_squares<T>,
-                                    add_scaled<T>};
+                                    add_scaled<T>,
+                                    drop<T>,
+                                    drop_gradient<T>};
 
 constexpr MapKernels kMaps = {gather_patches, add_patches};
 

@@ -20,10 +20,13 @@ inline F32 load_or_zero(const float* from, int64_t at, int64_t count) {
   return from != nullptr ? load_some(from + at, count) : zero();
 }
 
-// e^x - 1, to a few units in the last place, near 0 too. x = n ln 2 + r with a whole n and |r| <= ln 2 / 2; then
-// e^x - 1 = 2^n (e^r - 1) + (2^n - 1), and e^r - 1 by its Taylor series.
-inline F32 exp_less_one(F32 x) {
-  const F32 whole = broadcast(0x1.8p23f), one = broadcast(1);  // adding `whole` rounds, and leaves n in the low bits
+// e^x = power * (1 + more), to a few units in the last place. x = n ln 2 + r with a whole n and |r| <= ln 2 / 2; then
+// power = 2^n, and more = e^r - 1 by its Taylor series.
+struct Exponential {
+  F32 power, more;
+};
+inline Exponential exponential(F32 x) {
+  const F32 whole = broadcast(0x1.8p23f);  // adding it rounds, and leaves n in the low bits
   const F32 clamped = clamp(x, -87, 88);
   const F32 shifted = multiply_add(clamped, broadcast(1.44269504f), whole);
   const F32 n = subtract(shifted, whole);
@@ -32,8 +35,13 @@ inline F32 exp_less_one(F32 x) {
   constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f};
   F32 series = broadcast(1.0f / 5040);
   for (const float coefficient : kTaylor) series = multiply_add(series, r, broadcast(coefficient));
-  const F32 power = as_float(plus(up_23(as_bits(shifted)), as_bits(one)));  // n into the exponent of 1
-  return multiply_add(power, multiply(series, r), subtract(power, one));  // r is NaN where x is
+  const F32 power = as_float(plus(up_23(as_bits(shifted)), as_bits(broadcast(1))));  // n into the exponent of 1
+  return {power, multiply(series, r)};  // r is NaN where x is
+}
+// e^x - 1, to a few units in the last place, near 0 too.
+inline F32 exp_less_one(F32 x) {
+  const Exponential e = exponential(x);
+  return multiply_add(e.power, e.more, subtract(e.power, broadcast(1)));
 }
 inline F32 sigmoid(F32 x) { return divide(broadcast(1), add(exp_less_one(subtract(zero(), x)), broadcast(2))); }
 inline F32 hyperbolic_tangent(F32 x) {

@@ -45,6 +45,8 @@ bool valid(const Convolution& of) {
   for (int d = 0; d < 2; ++d) {
     if (of.size[d] < 0 || of.output[d] < 0 || of.kernel[d] < 1) return false;
     if (of.stride[d] < 1 || of.padding[d] < 0 || of.dilation[d] < 1) return false;
+    if (std::max({of.size[d], of.output[d], of.kernel[d], of.stride[d], of.padding[d], of.dilation[d]}) > INT32_MAX)
+      return false;  // so that no product of two overflows
     const int64_t last = (of.output[d] - 1) * of.stride[d] + (of.kernel[d] - 1) * of.dilation[d];
     if (of.output[d] > 0 && last >= of.size[d] + 2 * of.padding[d]) return false;
   }
@@ -56,12 +58,19 @@ bool valid(const Convolution& of) {
          product({of.images, image, 8}, &inputs) && of.outputs * of.output[0] * of.output[1] < INT32_MAX;
 }
 
+// Whether the starts and channels are what they must be: those of each image ascend, within the outputs.
 template <class T>
 bool valid_maps(const MapsBackward<T>& call) {
-  bool valid = call.starts[0] == 0;
-  for (int64_t n = 0; n < call.of.images; ++n) valid &= call.starts[n] <= call.starts[n + 1];
-  valid &= call.starts[call.of.images] == call.maps;
-  for (int64_t e = 0; e < call.maps; ++e) valid &= call.channels[e] >= 0 && call.channels[e] < call.of.outputs;
+  const int64_t images = call.of.images;
+  bool valid = call.starts[0] == 0 && call.starts[images] == call.maps;
+  for (int64_t n = 0; n < images; ++n) valid &= call.starts[n] <= call.starts[n + 1];
+  if (!valid) return false;
+  for (int64_t n = 0; n < images; ++n) {
+    const int64_t begin = call.starts[n], end = call.starts[n + 1];
+    if (begin == end) continue;
+    valid &= call.channels[begin] >= 0 && call.channels[end - 1] < call.of.outputs;
+    for (int64_t e = begin + 1; e < end; ++e) valid &= call.channels[e - 1] < call.channels[e];
+  }
   return valid;
 }
 

@@ -251,6 +251,51 @@ PyObject* py_entries_backward(PyObject*, PyObject* const* args, Py_ssize_t given
   return finish(status);
 }
 
+// The arguments of an activation with dropout.
+constexpr Py_ssize_t kDropoutIntegers = 10;
+bool read_dropout(PyObject* const* args, Py_ssize_t given, int64_t* a, Dropout* of) {
+  double scale;
+  if (!read_numbers(args, given, kDropoutIntegers, 1, a, &scale)) return false;
+  if ((a[0] != kFloat32 && a[0] != kBfloat16) || a[1] < 0 || a[1] > static_cast<int64_t>(Activation::kTanh)) {
+    PyErr_SetString(PyExc_ValueError, "unknown code of a dtype or of an activation");
+    return false;
+  }
+  *of = {static_cast<Activation>(a[1]), static_cast<uint64_t>(a[2]), static_cast<uint32_t>(a[3]),
+         static_cast<float>(scale)};
+  return true;
+}
+
+template <class T>
+Status dropped(const Dropout& of, const int64_t* a) {
+  return drop(*active, of, a[0], address<const T>(a[1]), address<T>(a[2]), address<uint64_t>(a[4]), thread_count(a[5]));
+}
+
+template <class T>
+Status dropped_gradient(const Dropout& of, const int64_t* a) {
+  return drop_gradient(*active, of, a[0], address<const T>(a[3]), address<const T>(a[1]), address<const uint64_t>(a[4]),
+                       address<T>(a[2]), thread_count(a[5]));
+}
+
+PyObject* run_dropout(PyObject* const* args, Py_ssize_t given, Status (*of_f32)(const Dropout&, const int64_t*),
+                      Status (*of_bf16)(const Dropout&, const int64_t*)) {
+  int64_t a[kDropoutIntegers];
+  Dropout of;
+  if (!read_dropout(args, given, a, &of)) return nullptr;
+  Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = (a[0] == kFloat32 ? of_f32 : of_bf16)(of, a + 4);
+  Py_END_ALLOW_THREADS;
+  return finish(status);
+}
+
+PyObject* py_drop(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return run_dropout(args, given, dropped<float>, dropped<Bf16>);
+}
+
+PyObject* py_drop_gradient(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return run_dropout(args, given, dropped_gradient<float>, dropped_gradient<Bf16>);
+}
+
 template <class T>
 Status norms(const int64_t* a) {
   return map_norms<T>(*active, address<const T>(a[0]), a[1], a[2], address<float>(a[3]), thread_count(a[4]));
@@ -471,6 +516,10 @@ PyMethodDef methods[] = {
     {"entries_backward", as_method(py_entries_backward), METH_FASTCALL,
      "entries_backward(dtype, keep, count, key, exact_sum, rows, outputs, grad, grad_ld, inputs, weight, weight_ld, x, x_ld, "
      "grad_input, grad_weight, grad_bias, kept, threads, share, ceiling)"},
+    {"drop", as_method(py_drop), METH_FASTCALL,
+     "drop(dtype, activation, key, dropped, entries, x, y, 0, bits, threads, scale)"},
+    {"drop_gradient", as_method(py_drop_gradient), METH_FASTCALL,
+     "drop_gradient(dtype, activation, key, dropped, entries, x, grad_x, grad, bits, threads, scale)"},
     {"map_norms", as_method(py_map_norms), METH_FASTCALL, "map_norms(dtype, grad, maps, positions, norms, threads)"},
     {"maps_backward", as_method(py_maps_backward), METH_FASTCALL,
      "maps_backward(dtype, images, inputs, outputs, size, output, kernel, stride, padding, dilation (two of each), grad, "

@@ -36,12 +36,10 @@ Status for_rows(const Kernels& kernels, const SparseRows& call, Apply apply) {
     product.taker = &taker;
     return linear_backward(kernels, product);
   }
-  if (call.threads < 1 || call.count < 0 || call.count > call.rows || !fits<float>(call.rows, call.width, 0)) {
-    return Status::kBadSize;
-  }
+  if (call.threads < 1 || call.count < 0 || !fits<float>(call.rows, call.width, 0)) return Status::kBadSize;
   const bool whole = call.indices == nullptr && call.count > 0;
-  if (!whole && !ascending(call.indices, call.count, call.rows)) return Status::kBadIndex;
   if (whole && call.count != call.rows) return Status::kBadSize;
+  if (!whole && (call.count > call.rows || !ascending(call.indices, call.count, call.rows))) return Status::kBadIndex;
   const int64_t moving = call.every_row ? call.rows : call.count;
   const auto row_at = [&](int64_t row) { return Stretch{row, row * call.width, call.width}; };
   run_team(team_size(call.threads, moving * call.width, 0), [&](Team team) {

@@ -97,3 +97,42 @@ inline float sum_lanes(F32 a) {
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
+
+// The lanes whose bit is set, else 0.
+inline F32 chosen(uint32_t mask, F32 a) {
+  const U32 bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_and_ps(a, as_float(_mm256_cmpeq_epi32(both(splat(mask), bits), bits)));
+}
+inline uint32_t is_above_zero_or_nan(F32 a) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_NLE_UQ))); }
+// NaN stays NaN, because the maximum gives the second operand if one is NaN.
+inline F32 rectified(F32 a) { return _mm256_max_ps(zero(), a); }
+// Stores the upper half of each lane.
+inline void store_uppers(Bf16* to, U32 a) {
+  const U32 packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(down_16(a), down_16(a)), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+
+// A word in the lower half of each of four lanes of 64 bits.
+constexpr int kWords = 4;
+using Words = __m256i;
+inline Words words(uint32_t value) { return _mm256_set1_epi64x(value); }
+// The lower halves of the integers from `first` on, and their upper halves.
+inline Words lower_words(uint64_t first) {
+  return _mm256_add_epi64(_mm256_set1_epi64x(static_cast<long long>(first)), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline Words upper_words(Words a) { return _mm256_srli_epi64(a, 32); }
+// The whole product. Its lower half is the word.
+inline Words product_of_words(Words a, Words b) { return _mm256_mul_epu32(a, b); }
+inline Words differences(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+// Whether the halves of words are at least `least`, which is below 2^16. A lane's bits are of both halves of its word in
+// `first`, then of those in `second`. The lanes' bits follow each other from bit 0 on, and with `third` and `fourth` from
+// bit 32 on.
+inline uint64_t halves_at_least(uint32_t least, Words first, Words second, Words third, Words fourth) {
+  const __m256i bound = _mm256_set1_epi16(static_cast<short>(least));
+  const __m256i low = _mm256_blend_epi32(first, _mm256_slli_epi64(second, 32), 0xaa);
+  const __m256i high = _mm256_blend_epi32(third, _mm256_slli_epi64(fourth, 32), 0xaa);
+  const __m256i all = _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_max_epu16(low, bound), low),
+                                         _mm256_cmpeq_epi16(_mm256_max_epu16(high, bound), high));
+  const uint64_t bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(all, 0xd8)));
+  return (bits & 0xffff) | bits >> 16 << 32;
+}

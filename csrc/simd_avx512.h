@@ -72,3 +72,35 @@ inline U32 where_nan(F32 a, U32 nan, U32 otherwise) {
   return _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
 }
 inline float sum_lanes(F32 a) { return _mm512_reduce_add_ps(a); }
+
+// The lanes whose bit is set, else 0.
+inline F32 chosen(uint32_t mask, F32 a) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(mask), a); }
+inline uint32_t is_above_zero_or_nan(F32 a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_NLE_UQ); }
+// NaN stays NaN, because the maximum gives the second operand if one is NaN.
+inline F32 rectified(F32 a) { return _mm512_max_ps(zero(), a); }
+// Stores the upper half of each lane.
+inline void store_uppers(Bf16* to, U32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(down_16(a)));
+}
+
+// A word in the lower half of each of eight lanes of 64 bits.
+constexpr int kWords = 8;
+using Words = __m512i;
+inline Words words(uint32_t value) { return _mm512_set1_epi64(value); }
+// The lower halves of the integers from `first` on, and their upper halves.
+inline Words lower_words(uint64_t first) {
+  return _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(first)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Words upper_words(Words a) { return _mm512_srli_epi64(a, 32); }
+// The whole product. Its lower half is the word.
+inline Words product_of_words(Words a, Words b) { return _mm512_mul_epu32(a, b); }
+inline Words differences(Words a, Words b, Words c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+// Whether the halves of words are at least `least`, which is below 2^16. A lane's bits are of both halves of its word in
+// `first`, then of those in `second`. The lanes' bits follow each other from bit 0 on, and with `third` and `fourth` from
+// bit 32 on.
+inline uint64_t halves_at_least(uint32_t least, Words first, Words second, Words third, Words fourth) {
+  const __m512i bound = _mm512_set1_epi16(static_cast<short>(least));
+  const __m512i low = _mm512_mask_mov_epi32(first, 0xaaaa, _mm512_slli_epi64(second, 32));
+  const __m512i high = _mm512_mask_mov_epi32(third, 0xaaaa, _mm512_slli_epi64(fourth, 32));
+  return _mm512_cmpge_epu16_mask(low, bound) | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(high, bound)) << 32;
+}

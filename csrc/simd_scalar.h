@@ -64,3 +64,34 @@ inline F32 clamp(F32 a, float low, float high) { return a < low ? low : a > high
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }
 inline U32 where_nan(F32 a, U32 nan, U32 otherwise) { return a != a ? nan : otherwise; }
 inline float sum_lanes(F32 a) { return a; }
+
+// The lane if its bit is set, else 0.
+inline F32 chosen(uint32_t mask, F32 a) { return mask != 0 ? a : 0; }
+inline uint32_t is_above_zero_or_nan(F32 a) { return !(a <= 0); }
+// NaN stays NaN.
+inline F32 rectified(F32 a) { return a < 0 ? 0 : a; }
+// Stores the upper half of each lane.
+inline void store_uppers(Bf16* to, U32 a) { to->bits = static_cast<uint16_t>(a >> 16); }
+
+// A word in the lower half of a lane of 64 bits.
+constexpr int kWords = 1;
+using Words = uint64_t;
+inline Words words(uint32_t value) { return value; }
+// The lower halves of the integers from `first` on, and their upper halves.
+inline Words lower_words(uint64_t first) { return first; }
+inline Words upper_words(Words a) { return a >> 32; }
+// The whole product. Its lower half is the word.
+inline Words product_of_words(Words a, Words b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+inline Words differences(Words a, Words b, Words c) { return a ^ b ^ c; }
+// Whether the halves of words are at least `least`, which is below 2^16. A lane's bits are of both halves of its word in
+// `first`, then of those in `second`. The lanes' bits follow each other from bit 0 on, and with `third` and `fourth` from
+// bit 32 on.
+inline uint64_t halves_at_least(uint32_t least, Words first, Words second, Words third, Words fourth) {
+  const Words all[] = {first, second, third, fourth};
+  uint64_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    bits |= uint64_t{(all[i] & 0xffff) >= least} << (i / 2 * 32 + i % 2 * 2);
+    bits |= uint64_t{(all[i] >> 16 & 0xffff) >= least} << (i / 2 * 32 + i % 2 * 2 + 1);
+  }
+  return bits;
+}

@@ -43,7 +43,7 @@ class Walk {
 };
 
 inline bool valid(const Sequences& sequences, int64_t units, int threads) {
-  if (sequences.steps < 1 || units < 1 || units > (INT32_MAX - kScratchPad) / 4 || threads < 1) return false;
+  if (sequences.steps < 1 || sequences.steps > sequences.rows || units < 1 || units > (INT32_MAX - kScratchPad) / 4 || threads < 1) return false;
   int64_t rows = 0;
   for (int64_t t = 0; t < sequences.steps; ++t) {
     if (sequences.sizes[t] < 1 || (t > 0 && sequences.sizes[t] > sequences.sizes[t - 1])) return false;

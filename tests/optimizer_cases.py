@@ -22,6 +22,18 @@ KINDS = {
     "adagrad-l2": ("Adagrad", {"lr": 0.1, "weight_decay": 0.01, "eps": 1e-3}),
 }
 
+SGD = {"lr": 0.1, "dampening": 0.0, "weight_decay": 0.1, "momentum": 0.0, "nesterov": False}
+MOMENTUM = {"lr": 0.1, "dampening": 0.2, "weight_decay": 0.0, "momentum": 0.9, "nesterov": True}
+ADAM = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1}
+# The steps of rows: the operation, the states that rows may miss steps of, and the options.
+OPS = {
+    "sgd": ("sgd_rows", (), SGD),
+    "momentum": ("sgd_rows", ("momentum_buffer",), MOMENTUM),
+    "adam": ("adam_rows", ("exp_avg", "exp_avg_sq"), {**ADAM, "decoupled": False}),
+    "adamw": ("adam_rows", ("exp_avg", "exp_avg_sq"), {**ADAM, "decoupled": True}),
+    "adagrad": ("adagrad_rows", ("sum",), {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.1}),
+}
+
 TOLERANCE = {torch.float32: {"rtol": 2e-4, "atol": 2e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-11}}
 
 

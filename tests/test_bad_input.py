@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import meprop
-from meprop import NotSupportedError, ops
+from meprop import NotSupportedError, distributed, ops, optim, pruning, selection
 from meprop import functional as F
 from meprop.selection import Entries, PlainTopK
 
@@ -50,6 +50,18 @@ def lstm_op(weight_ih=W_IH, bias=None, initial=(None, None)):
 
 def backward(choice=PLAIN, grad=GRAD, weight=W, x=X):
     return ops.linear_backward(choice, grad, weight, x, True, False)
+
+
+def maps(channels, dtype=torch.float32, padding=1):
+    kept = ops.Maps(key(0, 2, 2), channels, torch.ones(2, dtype=dtype), False)
+    grad = torch.ones(2, 6, 4, 4, dtype=dtype)
+    moves = (1, 1), (padding, padding), (1, 1)
+    return ops.maps_backward(kept, grad, IMAGE.to(dtype), KERNEL.to(dtype), moves, (True, True))
+
+
+def updated(indices, dtype=torch.float32):
+    gradient = ops.GradientRows(indices, torch.ones(2, 3, dtype=dtype))
+    return ops.adagrad_rows(W.to(dtype), W.to(dtype), gradient, lr=0.1, eps=0.1, weight_decay=0)
 
 
 ERRORS = {
@@ -98,6 +110,41 @@ ERRORS = {
         ValueError,
         "None",
     ),
+    "anneal: start": (lambda: meprop.anneal("a", 1.0, 0.5), TypeError, "start='a'"),
+    "anneal: NaN": (lambda: meprop.anneal(0.1, 1.0, float("nan")), ValueError, "share=nan"),
+    "convert: model": (lambda: meprop.convert(None, TOP), TypeError, "model is of type NoneType"),
+    "convert: rule": (lambda: meprop.convert(LINEAR, 3), TypeError, "rule=3"),
+    "convert: filter": (lambda: meprop.convert(LINEAR, TOP, filter=3), TypeError, "filter=3"),
+    "convert: when": (lambda: meprop.convert(LINEAR, TOP, when="never"), ValueError, "when='never'"),
+    "report: model": (lambda: meprop.report(3), TypeError, "model is of type int"),
+    "revert: model": (lambda: meprop.revert(3), TypeError, "model is of type int"),
+    "share_noise: total": (lambda: meprop.share_noise(MODEL, -1.0), ValueError, "total=-1.0"),
+    "schedule: model": (lambda: meprop.RuleSchedule(3, lambda _, rule: rule), TypeError, "model is of type int"),
+    "schedule: rule_at": (lambda: meprop.RuleSchedule(MODEL, 3), TypeError, "rule_at=3"),
+    "in_blocks: rule": (lambda: meprop.rules.in_blocks(3, 2), TypeError, "rule=3"),
+    "in_blocks: blocks": (lambda: meprop.rules.in_blocks(TOP, 0), ValueError, "blocks=0"),
+    "PerProduct: rule": (lambda: meprop.PerProduct(input=3, weight=TOP), TypeError, "input=3"),
+    "side by side: 3": (lambda: selection.side_by_side([3]), TypeError, "is a int"),
+    "side by side: none": (lambda: selection.side_by_side([]), ValueError, "not none"),
+    "handles: nothing": (lambda: pruning.handles(), ValueError, "handles() names no operation"),
+    "handles: 3": (lambda: pruning.handles(3), TypeError, "handles(3)"),
+    "handles: resize": (lambda: pruning.handles("method", resize=3), TypeError, "resize=3"),
+    "handles: handler": (lambda: pruning.handles("method")(3), TypeError, "is 3; it is a function of a Call"),
+    "remove_handler: 3": (lambda: pruning.remove_handler("relu", 3), KeyError, "3 has no handler"),
+    "register: a descriptor": (lambda: meprop.nn.base.register(3), TypeError, "register(3)"),
+    "register: a backend": (lambda: ops.register(3), TypeError, "register(3)"),
+    "remove: a backend": (lambda: ops.remove(3), ValueError, "3 cannot be removed"),
+    "average_gradients: [3]": (lambda: distributed.average_gradients([W, 3]), TypeError, "parameters has 3"),
+    "average_gradients: 3": (lambda: distributed.average_gradients(3), TypeError, "parameters=3"),
+    "RowSparseState: 3": (lambda: distributed.RowSparseState(3), TypeError, "process_group=3"),
+    "draw_rows: k > O": (lambda: ops.draw_rows(GRAD, 9, key(3)), ValueError, "k=9"),
+    "draw_columns: k = 0": (lambda: ops.draw_columns(GRAD, 0, key(3)), ValueError, "k=0"),
+    "kept_maps: norms": (lambda: ops.kept_maps(rows(), GRAD[:3]), ValueError, "norms [3, 6]"),
+    "maps: channels twice": (lambda: maps(key(1, 1).int()), IndexError, "must ascend"),
+    "maps: float64": (lambda: maps(key(1, 1).int(), torch.float64), IndexError, "must ascend"),
+    "maps: moves": (lambda: maps(key(0, 1).int(), padding=2), ValueError, "do not go with"),
+    "rows: twice": (lambda: updated(key(1, 1)), IndexError, "must ascend"),
+    "rows: twice, float64": (lambda: updated(key(1, 1), torch.float64), IndexError, "must ascend"),
     "ops: k = 0": (lambda: ops.topk_rows(GRAD.double(), 0), ValueError, "k=0"),
     "ops: k = -1": (lambda: ops.topk_columns(GRAD, -1), ValueError, "k=-1"),
     "ops: k > O": (lambda: ops.topk_channels(GRAD, 9), ValueError, "k=9"),
@@ -108,6 +155,7 @@ ERRORS = {
     "ops: a column": (lambda: backward(columns(indices=INT_COLUMNS + 5)), IndexError, "within the output features"),
     "entries: keep": (lambda: keep(keep="all"), ValueError, "keep='all'"),
     "entries: k": (lambda: keep(k=-3), ValueError, "k=-3"),
+    "entries: share": (lambda: keep(keep="energy", share=float("nan")), ValueError, "share=nan"),
     "entries: no key": (lambda: keep(key=None), ValueError, "key=None"),
     "entries: no key, float64": (lambda: keep(grad=GRAD.double(), key=None), ValueError, "key=None"),
     "entries: two keys": (lambda: keep(key=key(1, 2)), ValueError, "one int64"),
@@ -123,6 +171,32 @@ def test_an_error_says_what_was_got(case):
     call, error, message = ERRORS[case]
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("indices", [[0, 9], [-1, 2], [2, 10**12], [-(2**63), 0]], ids=str)
+@pytest.mark.parametrize("coalesced", [False, True])
+@pytest.mark.parametrize("use", ["SGD", "Adagrad", "Adam", "AdamW", "clip"])
+def test_rows_that_are_not_there_are_refused_before_torch_reads_them(use, coalesced, indices):
+    parameter = torch.nn.Parameter(torch.ones(6, 3))
+    parameter.grad = torch.sparse_coo_tensor(
+        torch.tensor([indices]), torch.ones(2, 3), (6, 3), is_coalesced=coalesced, check_invariants=False
+    )
+    step = getattr(optim, use)([parameter]).step if use != "clip" else lambda: optim.clip_grad_norm_([parameter], 1.0)
+    with pytest.raises(IndexError, match=r"shape \[6, 3\] has the index"):
+        step()
+    assert torch.equal(parameter, torch.ones(6, 3))
+
+
+def test_rows_out_of_order_are_put_in_order_whatever_the_gradient_says():
+    found = []
+    for coalesced in (False, True):
+        parameter = torch.nn.Parameter(torch.ones(6, 3))
+        parameter.grad = torch.sparse_coo_tensor(
+            torch.tensor([[4, 1]]), GRAD[:2, :3], (6, 3), is_coalesced=coalesced, check_invariants=False
+        )
+        optim.SGD([parameter], lr=1.0).step()
+        found.append(parameter.detach())
+    assert torch.equal(*found)
 
 
 # A layer, the same of torch, and an input that torch's refuses.

@@ -30,6 +30,7 @@ from meprop.training.config import TrainingConfig
 from meprop.training.loop import Trainer
 
 SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
+SLOW = pytest.mark.slow  # of a kind of which another case is run always
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +400,11 @@ def test_version_and_doctor_need_no_extras():
 
 
 @pytest.mark.parametrize(
-    "module", ["tyro", "rich", "lightning_fabric", "matplotlib", "pooch", "typeguard", "filelock", "safetensors"]
+    "module",
+    [
+        *("tyro", "typeguard", "safetensors"),
+        *(pytest.param(each, marks=SLOW) for each in ("rich", "lightning_fabric", "matplotlib", "pooch", "filelock")),
+    ],
 )
 def test_a_missing_module_of_an_extra_is_named_with_the_remedy(module, data):
     command = "reproduce table-5" if module == "typeguard" else f"compare mnist --data-dir {data} --epochs 1"
@@ -418,7 +423,14 @@ def command_line(*arguments, encoding):
     return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
 
 
-@pytest.mark.parametrize(("encoding", "out"), [("ascii", b"plain"), ("latin-1", b"plain"), ("utf-8", b"caf\xe9")])
+@pytest.mark.parametrize(
+    ("encoding", "out"),
+    [
+        ("ascii", b"plain"),
+        pytest.param("latin-1", b"plain", marks=SLOW),
+        pytest.param("utf-8", b"caf\xe9", marks=SLOW),
+    ],
+)
 def test_what_a_terminal_cannot_show_does_not_end_a_command(data, encoding, out):
     options = ["--data-dir", str(data), *SMALL, "--epochs", "1", "--seeds", "0", "1", "--out", os.fsdecode(out)]
     done = command_line("compare", "mnist", *options, encoding=encoding)
@@ -427,7 +439,7 @@ def test_what_a_terminal_cannot_show_does_not_end_a_command(data, encoding, out)
     assert Path(os.fsdecode(out), "result.json").exists()
 
 
-@pytest.mark.parametrize("term", ["dumb", "xterm"])
+@pytest.mark.parametrize("term", ["dumb", pytest.param("xterm", marks=SLOW)])
 def test_progress_shows_on_every_terminal(data, term):
     import pty
 

@@ -24,6 +24,7 @@ from meprop.errors import DataError
 from meprop.training import checkpoint, tracking
 
 SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
+SLOW = pytest.mark.slow  # of a kind of which another case is run always
 COMMANDS = {
     "train": ["train", "mnist", "--epochs", "2", "--dropout", "0.2"],
     "compare": ["compare", "mnist", "--epochs", "2", "--seeds", "0", "1"],
@@ -71,7 +72,8 @@ def files(out="out"):
 
 @pytest.mark.parametrize(
     ("command", "saves"),
-    [("train", (1, 2)), ("compare", (1, 2, 3, 4, 5, 8)), ("simplify", (1, 3, 5, 6, 9))],
+    [("train", (1, 2)), ("compare", (3, 8)), ("simplify", (5,))]
+    + [pytest.param(*each, marks=SLOW) for each in (("compare", (1, 2, 4, 5)), ("simplify", (1, 3, 6, 9)))],
 )
 def test_an_interrupted_command_resumes_bit_for_bit(small_mnist, monkeypatch, capsys, command, saves):
     assert run(command, small_mnist, out="whole") == 0
@@ -182,7 +184,7 @@ def test_a_seed_that_diverges_leaves_the_finished_ones(small_mnist, monkeypatch,
 # ---------------------------------------------------------------- replacing
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["compare", *(pytest.param(each, marks=SLOW) for each in ("train", "simplify"))])
 def test_overwriting_leaves_nothing_of_the_earlier_experiment(small_mnist, command):
     assert run("simplify", small_mnist, "--tensorboard") == 0
     assert run("train", small_mnist, "--overwrite", "--tensorboard", "--rule", "random") == 0
@@ -261,7 +263,10 @@ def limited(command, data, size, *options):
     )
 
 
-@pytest.mark.parametrize(("command", "name"), [("train", "checkpoint.pt"), ("compare", "checkpoint-dense-seed0.pt")])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("compare", "checkpoint-dense-seed0.pt"), pytest.param("train", "checkpoint.pt", marks=SLOW)],
+)
 def test_a_full_disk_is_found_before_training(small_mnist, command, name):
     done = limited(command, small_mnist, 1000)
     assert done.returncode == 1

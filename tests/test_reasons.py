@@ -7,10 +7,13 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
+from dataclasses import dataclass
 
 import accelerate
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -229,6 +232,39 @@ print(meprop.convert(layer).layers[0].reason)
     assert run.stdout.startswith("torch.nn.modules.linear.Linear.forward was replaced")
 
 
+CONVOLUTIONS = ["Conv1d", "Conv2d"]
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("place", ["torch's class", "our class", "the layer"])
+@pytest.mark.parametrize("first", ["convert", "replace"])
+def test_a_method_that_torchs_forward_calls_runs_if_it_is_replaced_and_the_report_says_so(
+    kind, place, first, monkeypatch
+):
+    layer, x = make(kind)
+    plain = copy.deepcopy(layer)
+    if first == "convert":
+        convert(layer)
+    twice = doubled(getattr(nn, kind)._conv_forward)
+    with monkeypatch.context() as patch:
+        if place == "the layer":
+            for each in (layer, plain):
+                patch.setattr(each, "_conv_forward", types.MethodType(twice, each), raising=False)
+        else:
+            patch.setattr(getattr(nn if place == "torch's class" else meprop.nn, kind), "_conv_forward", twice)
+        if first == "replace":
+            with pytest.warns(meprop.NoEffectWarning):
+                convert(layer)
+        (record,) = meprop.report(layer).layers
+        assert record.status == "dense"
+        assert "_conv_forward was replaced, and what replaced it runs" in record.reason
+        if place != "our class":
+            assert torch.equal(gradient(layer, x), gradient(plain, x))
+        elif first == "convert":
+            assert torch.equal(call(layer, x), 2 * call(plain, x))
+    assert convert(layer).layers[0].status == "sparse"
+
+
 # ---- calls that end elsewhere
 
 
@@ -326,6 +362,9 @@ class Language(nn.Module):
     def get_output_embeddings(self):
         return self.outputs(self)
 
+    def predict(self, x):
+        return self.lm_head(x).softmax(dim=-1)
+
 
 def cycle(layer):
     found = [layer]
@@ -357,7 +396,50 @@ HEADS = {
     "a generator": (lambda model: (each for each in [model.lm_head]), lambda: nn.Linear(256, 512)),
     "values": (lambda model: {"lm": model.lm_head}.values(), lambda: Wrapper(nn.Linear(256, 512))),
     "a cycle": (lambda model: cycle(model.lm_head), lambda: nn.Linear(256, 512)),
+    "a closure": (lambda model: (lambda head: lambda x: head(x))(model.lm_head), lambda: nn.Linear(256, 512)),
+    "a closure of the model": (lambda model: lambda x: model.lm_head(x), lambda: Wrapper(nn.Linear(256, 512))),
+    "a product": (
+        lambda model: lambda x: x @ model.lm_head.weight.t() + model.lm_head.bias,
+        lambda: nn.Linear(256, 512),
+    ),
+    "a function of it": (lambda model: lambda x: F.linear(x, model.lm_head.weight), lambda: nn.Linear(256, 512)),
+    "a default": (lambda model: lambda x, head=model.lm_head: head(x), lambda: nn.Linear(256, 512)),
+    "a method of the model": (lambda model: model.predict, lambda: nn.Linear(256, 512)),
+    "a name": (lambda model: "lm_head", lambda: Wrapper(nn.Linear(256, 512))),
+    "names": (
+        lambda model: ["lm_head.0", "lm_head.1.weight"],
+        lambda: nn.Sequential(*map(nn.Linear, (256, 256), (256, 512))),
+    ),
+    "a property": (lambda model: WithProperty(model), lambda: nn.Linear(256, 512)),
+    "slots": (lambda model: WithSlots(model.lm_head), lambda: nn.Linear(256, 512)),
+    "the data": (lambda model: model.lm_head.weight.data, lambda: nn.Linear(256, 512)),
+    "a view of the data": (lambda model: model.lm_head.weight.data.t()[:8], lambda: nn.Linear(256, 512)),
+    "detached": (lambda model: model.lm_head.weight.detach(), lambda: nn.Linear(256, 512)),
+    "an entry of the state": (lambda model: model.state_dict()["lm_head.weight"], lambda: nn.Linear(256, 512)),
+    "the state": (lambda model: model.lm_head.state_dict(), lambda: Wrapper(nn.Linear(256, 512))),
 }
+
+
+class WithProperty:
+    def __init__(self, model):
+        self.holder = weakref.ref(model)
+
+    @property
+    def again(self):  # each one is a new object
+        return WithProperty(self.holder())
+
+    @property
+    def fails(self):
+        raise OSError
+
+    @property
+    def weight(self):
+        return self.holder().lm_head.weight
+
+
+@dataclass(slots=True)
+class WithSlots:
+    layer: nn.Module
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -376,7 +458,8 @@ def test_every_part_of_what_gives_the_outputs_stays_dense(head, place):
     "outputs",
     [
         lambda model: None,
-        lambda model: "lm_head",
+        lambda model: "head",
+        lambda model: {"kind": "text"},
         lambda model: model,
         raises(NotImplementedError()),
         raises(KeyError()),
@@ -393,6 +476,28 @@ def test_a_method_of_the_model_itself_names_no_output_layer_and_an_iterator_that
     keeps.kept = iter([keeps.lm_head])
     convert(keeps)
     assert next(keeps.kept) is keeps.lm_head
+
+
+class NamesByProperty(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.lm_head = nn.Linear(64, 256), nn.Linear(256, 512)
+
+    @property
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+def test_a_property_may_be_the_output_layer():
+    assert [layer.status for layer in convert(NamesByProperty()).layers] == ["sparse", "dense"]
+
+
+def test_weights_beside_the_named_one_in_the_same_memory_are_converted():
+    model = Language(lambda model: model.lm_head.weight.data)
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, model.parameters())  # all are parts of it from here on
+    assert model.body.weight.untyped_storage().data_ptr() == model.lm_head.weight.untyped_storage().data_ptr()
+    assert [layer.status for layer in convert(model).layers] == ["sparse", "dense"]
 
 
 def test_layers_tied_to_the_output_layer_stay_dense_and_a_head_by_itself_does_not():
@@ -587,6 +692,62 @@ def test_layers_without_a_sparse_backward_pass_are_listed_and_count_as_dense(kin
         sparse = (12 * 200 + 200 * 200) * 5 / 200
         assert report.density == pytest.approx((sparse + inputs * outputs) / ((12 + 200 + inputs) * 200))
     meprop.revert(model)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.randn(3, *shape)) for shape in ((40, 8), (8, 20)))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(3, 40))
+        self.count = nn.Parameter(torch.ones(2, 2, 2, dtype=torch.int64), requires_grad=False)
+
+
+class Heads(nn.Module):
+    """As in XLNet: the weights of heads are multiplied by einsum."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(8, 4, 5))
+        self.pos_embedding, self.q_bias = nn.Parameter(torch.randn(4, 8, 5)), nn.Parameter(torch.randn(4, 8, 5))
+        self.query = nn.Parameter(torch.randn(1, 8, 5))
+
+
+HELD = {
+    "Experts": (Experts, [("gate_up_proj", 8, 120), ("down_proj", 20, 24)]),
+    "Heads": (Heads, [("q", 5, 32)]),
+    "PReLU": (nn.PReLU, []),
+    "LayerNorm": (lambda: nn.LayerNorm([3, 4, 5]), []),
+    "Embedding": (lambda: nn.Embedding(30, 40), []),
+    "ParameterList": (lambda: nn.ParameterList([torch.ones(3)]), []),
+    "ConvTranspose1d": (lambda: parametrizations.weight_norm(nn.ConvTranspose1d(3, 200, 2)), [("", 3, 200)]),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_weights_that_a_module_multiplies_without_a_layer_are_listed_and_count_as_dense(kind):
+    make, expected = HELD[kind]
+    model = nn.Sequential(nn.Linear(12, 200), make(), nn.Linear(200, 200))
+    for report in (convert(model), meprop.report(model)):
+        found = report.layers[1:-1]
+        wanted = [(".".join(filter(None, ("1", name))), *sizes) for name, *sizes in expected]
+        assert [(each.name, each.in_features, each.out_features) for each in found] == wanted
+        assert all((each.status, each.density, each.rule) == ("dense", 1.0, None) for each in found)
+        assert all("meprop has no sparse backward pass for" in each.reason for each in found)
+        assert (report.density > 0.0251) == bool(expected)
+    meprop.revert(model)
+
+
+def test_experts_of_transformers_are_in_the_report():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_local_experts": 4, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    layers = {layer.name.partition("mlp.")[2]: layer for layer in convert(model).layers}
+    found = [layers[f"experts.{name}"] for name in ("gate_up_proj", "down_proj")]
+    assert [(each.kind, each.in_features, each.out_features, each.status) for each in found] == [
+        ("MixtralExperts", 128, 4 * 512, "dense"),
+        ("MixtralExperts", 256, 4 * 128, "dense"),
+    ]
 
 
 def test_without_native_code_convert_warns(monkeypatch):

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import meprop
 from meprop import speed
@@ -173,3 +175,47 @@ def test_a_compiled_layer_is_known_to_be_sparse():
     meprop.convert(layer, RULE, when="always", min_features=1)
     torch.compile(layer, backend="aot_eager", fullgraph=True)(torch.randn(4, 6)).sum().backward()
     assert status_of(layer)[""] == ("sparse", "always")
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_whose_backward_pass_alone_is_compiled_is_known_to_be_sparse(kind):
+    torch.compiler.reset()
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    meprop.convert(layer, RULE, when="always", min_features=1)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        run(layer, x)
+    assert status_of(layer)[""] == ("sparse", "always")
+
+
+@pytest.mark.parametrize("scope", ["batch", "example", "global"])
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_graph_of_make_fx_has_the_sparse_backward_pass_that_the_report_tells_of(kind, mode, scope):
+    make, shape = LAYERS[kind]
+    layer = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", meprop.NoEffectWarning)
+        report = meprop.convert(layer, meprop.TopK(3, scope=scope), when="always", min_features=1)
+    if report.layers[0].status == "dense" or (kind == "lstm" and mode == "fake"):
+        return  # an LSTM is torch's own on tensors without contents
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def gradients(x: Tensor, *values: Tensor) -> list[Tensor]:
+        inputs = (x, x, x) if kind == "attention" else (x,)
+        output = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), inputs)
+        loss = (output[0] if isinstance(output, tuple) else output).square().sum()
+        return list(torch.autograd.grad(loss, values))
+
+    trace = make_fx(gradients, tracing_mode=mode)
+    if kind == "lstm":
+        with pytest.raises(meprop.NotSupportedError, match="make_fx of an LSTM"):
+            trace(torch.randn(shape), *values)
+        return
+    graph = trace(torch.randn(shape), *values)
+    assert status_of(layer)[""] == ("sparse", "always")
+    x = torch.randn(shape)
+    with torch.no_grad():
+        found = graph(x, *values)
+    for each, expected in zip(found, gradients(x, *values), strict=True):
+        torch.testing.assert_close(each, expected)

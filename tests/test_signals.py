@@ -30,11 +30,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def hangup_is_not_ignored():
-    """As it is where the tests run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def no_signal_is_ignored():
+    """Signals are ignored where the tests run under nohup, or in the background of a script."""
+    before = {
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
     yield
-    signal.signal(signal.SIGHUP, before)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def at_call(monkeypatch, owner, name, calls):

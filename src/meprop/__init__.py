@@ -14,7 +14,6 @@ from torch import distributed as _distributed
 from meprop import errors, functional, nn
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
-from meprop.integrations import quantization as _quantization  # pyright: ignore[reportUnusedImport]  # noqa: F401
 from meprop.ops import backend_info
 from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK
 from meprop.selection import ColumnSelection, RowSelection

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isnan, nan
 from numbers import Integral
@@ -18,11 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from meprop.copies import deepcopy
 from meprop.errors import NoEffectWarning, NotSupportedError
-from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind
+from meprop.fusing import fuse as fuse_dropouts
+from meprop.fusing import fused_in, unfuse
+from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind, support_quantization
 from meprop.ops.native import reason_missing
 from meprop.policy import Policy, Record, When
-from meprop.reasons import Surroundings, other_features, why_bypassed, why_left_out, why_unfit
+from meprop.reasons import Surroundings, other_weights, why_bypassed, why_left_out, why_unfit
 from meprop.rules import Rule, Sampled
+from meprop.rules.base import check_flag
 from meprop.table import text_table
 
 Filter = Callable[[str, torch.nn.Module], bool]
@@ -51,7 +54,8 @@ class LayerReport:
     """One layer of a model: what happens in its backward pass, and why.
 
     Attributes:
-        name: Its name in the model, "" for the model itself.
+        name: Its name in the model, "" for the model itself. It is the name of the weight where a module multiplies
+            weights without a layer, as experts of transformers do.
         kind: The plain class's name, e.g. "Linear".
         in_features: I. Convolutions count input channels.
         out_features: O, among which the rule chooses. Convolutions count output channels. LSTMs count hidden units, as
@@ -79,13 +83,16 @@ class ConversionReport:
     """What was done to each layer of a model; `print(report)` shows a table.
 
     Attributes:
-        layers: One record for each linear layer, convolution, recurrent layer or cell, bilinear layer and multi-head
-            attention, in the model's order.
+        layers: One record for each linear layer, convolution, recurrent layer or cell, bilinear layer, multi-head
+            attention and weight of experts, in the model's order.
         notes: What may go wrong with this model and rule, a sentence each.
+        fused: The Dropouts that are computed in one pass with the activation before them, e.g. "1 + 2", by the names of
+            both modules. The name of a Dropout alone, if no activation is before it.
     """
 
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
@@ -98,8 +105,10 @@ class ConversionReport:
         return kept / sum(sizes) if any(sizes) else 1.0
 
     def __str__(self) -> str:
+        fused = [f"one pass for activation and dropout: {', '.join(self.fused)}"] if self.fused else []
         if not self.layers:
-            return "no linear or bilinear layers, no convolutions, no recurrent layers and no attention"
+            nothing = "no linear or bilinear layers, no convolutions, no recurrent layers, no attention and no experts"
+            return "\n".join([nothing, *fused])
         head = ("layer", "kind", "in x out", "backward", "kept", "why")
         rows = [
             (
@@ -114,7 +123,7 @@ class ConversionReport:
         ]
         sparse = sum(layer.status == "sparse" for layer in self.layers)
         count = f"{sparse} of {len(self.layers)} layers back-propagate sparsely"
-        return "\n".join([text_table([head, *rows]), count, *self.notes])
+        return "\n".join([text_table([head, *rows]), count, *fused, *self.notes])
 
 
 def _kept(layer: LayerReport) -> str:
@@ -133,6 +142,7 @@ def convert(
     sparse_grad: bool = False,
     compute_dtype: torch.dtype | None = None,
     when: When = "auto",
+    fuse: bool = False,
 ) -> ConversionReport:
     """Lets the layers of a model back-propagate only what `rule` keeps, in place.
 
@@ -147,7 +157,8 @@ def convert(
 
     - narrow ones;
     - subclasses, unless a `meprop.nn.base.Descriptor` makes them known;
-    - layers whose `forward` was replaced on the instance, as accelerate's hooks do, or on the class of torch;
+    - layers whose `forward` was replaced on the instance, as accelerate's hooks do, or on the class of torch, and
+      convolutions whose `_conv_forward` was;
     - LSTMs with projections, and convolutions with groups;
     - with scope "example" or `PerProduct`, convolutions that are not pointwise;
     - with `sparse_grad`, layers whose weight is computed, as by a parametrization;
@@ -155,7 +166,8 @@ def convert(
     - the output layer of Hugging Face's models with all its parts, and layers tied to it, unless it is converted by
       itself;
     - those that `filter` refuses;
-    - GRUs, RNNs, cells, three-dimensional and transposed convolutions and bilinear layers.
+    - GRUs, RNNs, cells, three-dimensional and transposed convolutions and bilinear layers;
+    - weights that a module multiplies without a layer, as experts do.
 
     A parametrized layer stays parametrized. A lazy layer takes its rule when it gets its shape, at the end of its first
     forward pass, which is torch's own. Run the model once before what works with its layers is made, such as a
@@ -183,23 +195,29 @@ def convert(
             stays with the answer. The cache folder ($MEPROP_CACHE) remembers it, so that later runs decide alike. Under
             torch.compile nothing can be measured: a layer that has not decided yet is sparse. "always": sparse without
             measuring. Layers with `meprop.distributed.SynchronizedTopK` are always sparse.
+        fuse: Compute each `torch.nn.Dropout` in a `torch.nn.Sequential` in one pass with the ReLU, GELU or Tanh before
+            it, in training. The Sequential becomes a `meprop.nn.Sequential`. Its modules stay what they are, and so do
+            all names and the state_dict. The random numbers are others than torch's, of the same distribution.
+            `meprop.functional.activation_dropout` says for which tensors that is. Functional dropout, as in
+            `TransformerEncoderLayer`, stays torch's. False leaves what was fused before.
 
     Returns:
         A report; `print` it.
 
     Raises:
-        TypeError: `model`, `rule`, `filter`, `min_features` or `sparse_grad` is of the wrong type.
+        TypeError: `model`, `rule`, `filter`, `min_features`, `sparse_grad` or `fuse` is of the wrong type.
         ValueError: `min_features` is below 1, `when` or `compute_dtype` is unknown, or `sparse_grad` does not go with
             the rule.
         NotSupportedError: the model, or a part of it, is wrapped in DistributedDataParallel, FSDP, DataParallel or
             torch.compile: convert before wrapping.
 
     Warns:
-        NoEffectWarning: no layer back-propagates sparsely.
+        NoEffectWarning: no layer back-propagates sparsely, or `fuse` found nothing to fuse.
         RuntimeWarning: layers on the CPU are sparse, and the compiled kernels are not there.
     """
     check_model(model)
     policy = Policy(Sampled() if rule is None else rule, sparse_grad, compute_dtype, when)
+    check_flag("fuse", fuse)
     if filter is not None and not callable(filter):  # pyright: ignore[reportUnnecessaryComparison]
         kind = type(filter).__name__
         raise TypeError(
@@ -224,8 +242,16 @@ def convert(
             _take(layer, descriptor, policy)
         else:
             vars(layer)[_REASON] = reason
+    if fuse:
+        fuse_dropouts(model)
 
     result = report(model)
+    if fuse and not result.fused:
+        warnings.warn(
+            "fuse=True changed nothing: no torch.nn.Sequential of the model has a torch.nn.Dropout",
+            NoEffectWarning,
+            stacklevel=2,
+        )
     if not any(layer.status == "sparse" for layer in result.layers):
         warnings.warn(
             f"convert changed nothing that matters: no layer is sparse.\n{result}", NoEffectWarning, stacklevel=2
@@ -243,6 +269,8 @@ def convert(
 def revert(model: torch.nn.Module) -> None:
     """Makes every converted layer a plain `torch.nn` one again, in place, with the same Parameters.
 
+    What was fused is torch's own again, too.
+
     Raises:
         TypeError: `model` is not a module.
         NotSupportedError: the model is wrapped (revert the module inside), or a layer is of a class that was derived
@@ -259,6 +287,7 @@ def revert(model: torch.nn.Module) -> None:
             )
     for _, layer, descriptor in layers:
         make_plain(layer, descriptor)
+    unfuse(model)
 
 
 def make_plain(layer: torch.nn.Module, descriptor: Descriptor[Any]) -> None:
@@ -308,11 +337,12 @@ def report(model: torch.nn.Module) -> ConversionReport:
     policies = [policy for _, layer, _ in layers if (policy := _policy_of(layer)) is not None]
     trained = any(policy.record is not None and policy.record.seen_training for policy in policies)
     known = {layer: descriptor for _, layer, descriptor in layers}
-    found = [
-        _describe(name, module, known[module], trained) if module in known else _describe_other(name, module)
-        for name, module in model.named_modules()
-    ]
-    records = [record for record in found if record is not None]
+    records: list[LayerReport] = []
+    for name, module in model.named_modules():
+        if module in known:
+            records.append(_describe(name, module, known[module], trained))
+        else:
+            records += _describe_other(name, module)
     notes: list[str] = []
     if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
         which = f"If the last one, {last.name!r}," if last.name else "If this layer"
@@ -323,11 +353,12 @@ def report(model: torch.nn.Module) -> ConversionReport:
             "If its layers' outputs are summed, and normalised only where they are read (pre-norm, as in GPT), choose "
             "with scope='batch': with scope 'example' the sum grows, and it hardly learns (docs/transformers.md)"
         )
-    return ConversionReport(tuple(records), tuple(notes))
+    return ConversionReport(tuple(records), tuple(notes), fused_in(model))
 
 
 def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -> None:
     """Gives the layer the policy, and our class if it has torch's."""
+    support_quantization()
     vars(layer).pop(_REASON, None)
     vars(layer)["policy"] = made = descriptor.policy(policy).of_layer()
     assert made.record is not None
@@ -376,12 +407,12 @@ def described_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module,
     return [(name, layer, descriptor) for name, layer, descriptor in layers if layer not in parts]
 
 
-def _describe_other(name: str, module: torch.nn.Module) -> LayerReport | None:
-    if (features := other_features(module)) is None:
-        return None
+def _describe_other(name: str, module: torch.nn.Module) -> Iterator[LayerReport]:
     kind = type(module).__name__
     reason = f"meprop has no sparse backward pass for {kind}"
-    return LayerReport(name, kind, *features, "dense", None, 1.0, None, reason)
+    for weight, features in other_weights(module).items():
+        place = ".".join(part for part in (name, weight) if part)
+        yield LayerReport(place, kind, *features, "dense", None, 1.0, None, reason)
 
 
 def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], trained: bool) -> LayerReport:

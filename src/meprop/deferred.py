@@ -18,14 +18,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from meprop import ops
 from meprop.ops import Choice, GradientProduct, native
+from meprop.ops.optimizer import takes_whole
 from meprop.selection import PlainTopK, RowSelection, is_everything
 
 _Node = Any  # of autograd's graph
 
-# The gradient of a small weight (elements) stays in the cache anyway. Parts of a product are whole rows, so that memory
-# is read and written in order. The input is then read again for each row. That costs less than to write the gradient
-# and to read it if the input stays in the cache (bytes), and if a row has few entries (on average).
-_SMALLEST_WEIGHT, _LARGEST_INPUT, _MOST_ENTRIES = 1 << 20, 2 << 20, 8
+# Parts of a product are whole rows, so that memory is read and written in order. The input is then read again for each
+# row. That costs less than to write the gradient and to read it, if the input stays in the cache (bytes) and a row has
+# few entries (on average).
+_LARGEST_INPUT, _MOST_ENTRIES = 2 << 20, 8
 
 _products: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The products of each weight that takes them, with the backward pass that each one is of."""
@@ -82,9 +83,9 @@ class Later:
             return None
         of_weight: _Node = node.next_functions[place][0]
         weight: Tensor | None = getattr(of_weight, "variable", None)
-        if weight is None or weight.numel() < _SMALLEST_WEIGHT or weight not in _products or _is_seen(weight):
+        if weight is None or weight not in _products or not takes_whole(weight) or _is_seen(weight):
             return None
-        if native.declines(x_NI, grad_NO, weight, dtypes=native.FLOAT32) is not None or x_NI.numel() == 0:
+        if native.declines(x_NI, grad_NO, dtypes=native.FLOAT32) is not None or x_NI.numel() == 0:
             return None
         try:
             return cls(weight) if _is_executed(of_weight) else None

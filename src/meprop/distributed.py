@@ -15,12 +15,14 @@ was selected.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from meprop.errors import NotSupportedError
+from meprop.row_sparse import distinct
 from meprop.rules.synchronized import SynchronizedTopK, second_group
 
 __all__ = ["RowSparseState", "SynchronizedTopK", "average_gradients", "row_sparse_hook"]
@@ -37,10 +39,13 @@ class RowSparseState:
         bytes_dense: The bytes that DistributedDataParallel would have given without the hook.
 
     Raises:
+        TypeError: process_group is not a process group.
         ValueError: process_group is None, and there is no process group yet.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        if not isinstance(process_group, dist.ProcessGroup | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"process_group={process_group!r}; it is what torch.distributed.new_group gives, or None")
         group = dist.group.WORLD if process_group is None else process_group
         if group is None:
             raise ValueError("there is no process group yet; call torch.distributed.init_process_group first")
@@ -188,12 +193,13 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         The bytes that this process has given to collectives.
 
     Raises:
-        TypeError: parameters is a single tensor.
+        TypeError: parameters is a single tensor, or not an iterable of tensors.
         NotSupportedError: A gradient is sparse in more than its rows, or is a DTensor.
+        IndexError: A sparse gradient has a row that the parameter has not.
     """
     if isinstance(parameters, Tensor):  # iterating it would give its rows, which have no gradient
         raise TypeError("parameters is a tensor; it is an iterable of parameters: [tensor]")
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    parameters = _with_gradient(parameters)
     if not parameters:
         return 0
     kinds = torch.tensor([_kind(each) for each in parameters], device=parameters[0].device)
@@ -215,6 +221,17 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
     return sent
 
 
+def _with_gradient(parameters: Any) -> list[Tensor]:
+    """The parameters that can have a gradient."""
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters={parameters!r}; it is an iterable of parameters, such as model.parameters()")
+    found: list[Any] = list(parameters)
+    for each in found:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"parameters has {each!r}; it is an iterable of parameters, such as model.parameters()")
+    return [each for each in found if each.requires_grad]
+
+
 def _kind(parameter: Tensor) -> int:
     grad = parameter.grad
     if grad is None:
@@ -231,7 +248,7 @@ def _rows_with_gradient(parameter: Tensor) -> Tensor:
     """Whether each row has a gradient in this process [O], bool."""
     mask = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
     if parameter.grad is not None:
-        mask[parameter.grad._indices()[0] if parameter.grad.is_sparse else slice(None)] = True
+        mask[distinct(parameter.grad)._indices()[0] if parameter.grad.is_sparse else slice(None)] = True
     return mask
 
 
@@ -244,7 +261,7 @@ def _gradient_of(parameter: Tensor, rows: Tensor | None) -> Tensor:
         return grad[rows]
     kept = parameter.new_zeros(len(rows), *parameter.shape[1:])
     if grad is not None:
-        grad = grad.coalesce()
+        grad = distinct(grad)
         kept[torch.searchsorted(rows, grad._indices()[0])] = grad._values()
     return kept
 

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meprop import row_sparse, speed
 from meprop.errors import NotSupportedError
+from meprop.ops.registry import in_graph
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
 
@@ -284,12 +285,19 @@ class Policy:
         return False
 
     def note_sparse_pass(self) -> None:
-        """Notes that a backward pass is sparse, unless torch.compile traces it."""
-        if self.record is not None and not torch.compiler.is_compiling():
+        """Notes that a backward pass is sparse.
+
+        A pass that torch.compile traces with its forward pass is known from there. Compiled autograd traces it alone.
+        """
+        if self.record is None:
+            return
+        if not torch.compiler.is_compiling():
             self.record.sparse_passes += 1
+        elif _is_compiled_autograd():
+            self.record.compiled = True
 
     def note(self, selection: Selection) -> None:
-        """Notes the density of a backward pass, unless torch.compile traces it."""
+        """Notes the density of a backward pass, unless it becomes a graph."""
         if self._notes:
             entries = selection.rows * selection.width
             self._note(round(selection.density * entries), entries, is_everything(selection))
@@ -305,7 +313,7 @@ class Policy:
 
     @property
     def _notes(self) -> bool:
-        return self.record is not None and not torch.compiler.is_compiling()
+        return self.record is not None and not in_graph()
 
     def _note(self, kept: int, seen: int, dense: bool) -> None:
         assert self.record is not None
@@ -377,12 +385,16 @@ def _odd_kind(tensor: Tensor | None) -> str | None:
     return None if tensor.layout is torch.strided else str(tensor.layout)
 
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+def _is_compiled_autograd() -> bool:
+    """Whether a backward pass that is traced is one of compiled autograd."""
+    from torch._dynamo import compiled_autograd  # it is there whenever something is traced
+
+    return compiled_autograd.in_compiled_autograd_region
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether a backward pass of ours may follow. In a graph of torch.jit.trace or torch.export it is torch's own."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or _is_exporting():
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -391,7 +403,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises a NotSupportedError in a forward pass that is transformed, if a node of ours is to be in its graph."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active() or any(map(_is_dual, tensors)):  # pyright: ignore[reportPrivateUsage]
+    if torch._C._are_functorch_transforms_active() or any(map(is_dual, tensors)):  # pyright: ignore[reportPrivateUsage]
         raise NotSupportedError(
             "a transform of torch.func (grad, vmap, jvp and so on), or forward-mode differentiation, which a sparse "
             "backward pass has no rules for; transform a plain copy of the model, made by copy.deepcopy and "
@@ -399,7 +411,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         )
 
 
-def _is_dual(tensor: Tensor | None) -> bool:
+def is_dual(tensor: Tensor | None) -> bool:
     """Whether the tensor has a tangent of forward-mode differentiation."""
     level = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
     return tensor is not None and level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]  (the base of all convolutions)
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from meprop.nn.base import Descriptor, SparseLayer, descriptor_of, plain_kind, replaced_forward
+from meprop.nn.base import Descriptor, SparseLayer, descriptor_of, plain_kind, replaced_method
+from meprop.outputs import closure, outputs_of, sharing_memory
 from meprop.policy import Policy
 
-__all__ = ["Surroundings", "other_features", "why_bypassed", "why_left_out", "why_unfit"]
+__all__ = ["Surroundings", "other_weights", "why_bypassed", "why_left_out", "why_unfit"]
 
 
 @dataclass(frozen=True)
@@ -46,43 +47,14 @@ class Surroundings:
             if module not in inside
             for parameter in module.parameters(recurse=False)
         }
-        outputs = [each for module in model.modules() for each in _outputs_of(module) if each is not model]
+        outputs = [each for module in model.modules() for each in outputs_of(module) if each is not model]
         parts = frozenset(part for each in outputs if isinstance(each, torch.nn.Module) for part in each.modules())
         weights: set[Tensor] = {each for each in outputs if isinstance(each, Tensor)}
+        known = tuple(model.parameters())
+        for each in weights - set(known):  # its data, or a part of a state_dict
+            weights.update(sharing_memory(each, known))
         weights.update(parameter for part in parts for parameter in part.parameters(recurse=False))
         return cls(holders, parts, frozenset(weights))
-
-
-def _outputs_of(module: Any) -> list[torch.nn.Module | Tensor]:
-    """The layers, or weights, that a model in Hugging Face's manner says that its outputs come from.
-
-    An iterator that the model keeps is not read, because that would use it up.
-    """
-    try:
-        found: Any = module.get_output_embeddings()
-        if isinstance(found, Iterator) and any(found is each for each in vars(module).values()):
-            return []
-        return [each for each in _modules_and_tensors(found, set()) if each is not module]
-    except Exception:  # it has no such method, or cannot answer: both are usual
-        return []
-
-
-def _modules_and_tensors(found: Any, seen: set[int]) -> Iterator[torch.nn.Module | Tensor]:
-    """The modules and tensors in what a model returned: in containers, attributes, bound methods and partials.
-
-    A view counts as the tensor that it is a view of.
-    """
-    if isinstance(found, torch.nn.Module):
-        yield found
-    elif isinstance(found, Tensor):
-        yield found if found._base is None else found._base
-    elif found is not None and not isinstance(found, (str, bytes, type, ModuleType)) and id(found) not in seen:
-        seen.add(id(found))
-        parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, Iterable) else ()
-        attributes = getattr(found, "__dict__", {}).values()
-        of_partial = (found.func, *found.args, *found.keywords.values()) if isinstance(found, partial) else ()
-        for each in (*parts, *attributes, *of_partial, getattr(found, "__self__", None)):
-            yield from _modules_and_tensors(each, seen)
 
 
 def why_unfit(layer: torch.nn.Module, descriptor: Descriptor[Any], surroundings: Surroundings) -> str | None:
@@ -111,9 +83,10 @@ def why_bypassed(layer: torch.nn.Module, descriptor: Descriptor[Any], seen_spars
     backward pass.
     """
     ours = type(layer) if isinstance(layer, SparseLayer) else descriptor.sparse
-    if replaced_forward(ours) is not None:
-        name = f"{descriptor.plain.__module__}.{descriptor.plain.__qualname__}.forward"
-        return f"{name} was replaced, and what replaced it runs; put the original back, and convert again"
+    if (name := replaced_method(ours, layer)) is not None:
+        on_instance = name != "forward" and name in vars(layer)
+        whose = "its " if on_instance else f"{descriptor.plain.__module__}.{descriptor.plain.__qualname__}."
+        return f"{whose}{name} was replaced, and what replaced it runs; put the original back, and convert again"
     replaced = vars(layer).get("forward")
     if replaced is None or _leads_to(replaced, ours.forward, layer):
         return None
@@ -154,11 +127,7 @@ def _held_by(found: Any, layer: torch.nn.Module) -> Iterator[Any]:
         yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         for name in function.__code__.co_names:
             yield from (function.__globals__.get(name), vars(layer).get(name))
-        for cell in function.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # it is empty yet
-                continue
+        yield from closure(function).values()
 
 
 def why_left_out(
@@ -197,12 +166,35 @@ def _computes_weights(layer: torch.nn.Module) -> bool:
     )
 
 
-def other_features(module: torch.nn.Module) -> tuple[int, int] | None:
-    """The input and output features of a layer with weights that has no descriptor. None for other modules."""
+def other_weights(module: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """The weights of a module that has no descriptor, which have a backward pass that stays dense.
+
+    Returns:
+        The numbers of input and output features, by the name of the weight. The name is "" for the weights of a layer
+        of torch together. Weights that a module of another kind multiplies by itself, as experts of transformers
+        do, have a name each. All dimensions but the last one count as output features.
+    """
     if isinstance(module, (RNNBase, RNNCellBase)):
-        return module.input_size, module.hidden_size
+        return {"": (module.input_size, module.hidden_size)}
     if isinstance(module, _ConvNd):
-        return module.in_channels, module.out_channels
+        return {"": (module.in_channels, module.out_channels)}
     if isinstance(module, torch.nn.Bilinear):
-        return module.in1_features * module.in2_features, module.out_features
-    return None
+        return {"": (module.in1_features * module.in2_features, module.out_features)}
+    if isinstance(module, ParametrizationList):  # it is a part of a layer
+        return {}
+    own = module.named_parameters(recurse=False)
+    held = {name: weight for name, weight in own if not is_lazy(weight) and weight.is_floating_point()}
+    kind = type(module).__name__
+    return {
+        name: (weight.shape[-1], weight.numel() // weight.shape[-1])
+        for name, weight in held.items()
+        if weight.numel() > 0 and _is_multiplied(kind, name, weight)
+    }
+
+
+def _is_multiplied(kind: str, name: str, weight: Tensor) -> bool:
+    """Whether a parameter looks like matrices that inputs are multiplied with, and not like a table or a bias."""
+    if "Expert" in kind:
+        return weight.dim() >= 2 and "bias" not in name
+    other = "Norm" in kind or any(part in name for part in ("bias", "pos", "emb"))
+    return weight.dim() == 3 and min(weight.shape) > 1 and not other

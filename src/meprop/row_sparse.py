@@ -71,11 +71,28 @@ def support() -> torch.library.Library:
 # ---- clipping
 
 
-def _distinct(grad: Tensor) -> Tensor:
-    """The sparse gradient with each entry once. Autograd forgets whether a gradient is coalesced."""
-    if grad.is_coalesced() or (grad.sparse_dim() == 1 and ascending(grad._indices()[0].contiguous(), len(grad))):
+def distinct(grad: Tensor) -> Tensor:
+    """The sparse gradient with each entry once, in ascending order. Autograd forgets whether a gradient is coalesced.
+
+    On the CPU the indices are looked at, whatever the gradient says of them. torch's `coalesce` would read and write
+    beyond a tensor's end.
+
+    Raises:
+        IndexError: An index is not within the gradient's shape.
+    """
+    if not grad.is_cpu:
+        return grad.coalesce()
+    indices, sizes = grad._indices(), torch.tensor(grad.shape[: grad.sparse_dim()])[:, None]
+    if grad.sparse_dim() == 1 and ascending(indices[0].contiguous(), len(grad)):
         return grad
-    return grad.coalesce()
+    wrong = ((indices < 0) | (indices >= sizes)).any(dim=0).nonzero()
+    if len(wrong) > 0:
+        raise IndexError(
+            f"a sparse gradient of shape {list(grad.shape)} has the index {indices[:, wrong[0, 0]].tolist()}, which is "
+            "outside; make it with check_invariants=True to find where"
+        )
+    values = grad._values()  # of a gradient that need not be in the order that it says
+    return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=False, check_invariants=False).coalesce()
 
 
 def _norm(
@@ -89,7 +106,7 @@ def _norm(
     """`torch.linalg.vector_norm` of a sparse tensor."""
     if dim is not None or keepdim or ord <= 0:
         return torch.linalg.vector_norm(grad.to_dense(), ord, dim, keepdim, dtype=dtype)
-    values = _distinct(grad)._values()
+    values = distinct(grad)._values()
     return torch.linalg.vector_norm(values if values.numel() else values.new_zeros(1), ord, dtype=dtype)
 
 
@@ -107,9 +124,9 @@ def _clamp_(grad: Tensor, min: Tensor | float | None = None, max: Tensor | float
             f"a sparse gradient clamped to min={min}, max={max}; rows without a gradient are zero, which must lie "
             "between them, and each is one number. Clamp grad.to_dense() after backward(), or take sparse_grad=False"
         )
-    distinct = _distinct(grad)
-    if distinct is not grad:
-        grad.copy_(distinct)
+    once = distinct(grad)
+    if once is not grad:
+        grad.copy_(once)
     grad._values().clamp_(low, high)
     return grad
 

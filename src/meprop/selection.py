@@ -197,7 +197,11 @@ def side_by_side(parts: Sequence[Selection]) -> Selection:
 
     Raises:
         ValueError: There are no parts, or their numbers of rows differ.
+        TypeError: A part is no selection.
     """
+    for part in parts:
+        if not isinstance(part, RowSelection | ColumnSelection):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a selection side by side is a {type(part).__name__}; it is a Row- or a ColumnSelection")
     if len({part.rows for part in parts}) != 1:
         found = ", ".join(f"{type(part).__name__} of {part.rows} rows" for part in parts)
         raise ValueError(f"selections side by side are of the same rows, not {found or 'none'}")

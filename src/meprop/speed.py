@@ -18,6 +18,7 @@ import torch
 from meprop import machine, timing
 from meprop.errors import MepropError
 from meprop.ops import native
+from meprop.ops.registry import in_graph
 from meprop.rules import Rule
 
 # A layer turns sparse only for a gain that the next measurement will not take back.
@@ -79,8 +80,8 @@ class Decision:
 
 
 def can_measure() -> bool:
-    """Whether passes take their time here: not under torch.compile, nor on the tensors of a FakeTensorMode."""
-    if torch.compiler.is_compiling():
+    """Whether passes take their time here: not while a graph is traced, nor on the tensors of a FakeTensorMode."""
+    if in_graph():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None  # pyright: ignore
 

@@ -148,6 +148,18 @@ def test_a_wrong_draw_is_found(monkeypatch):
     assert "differ from the oracle's" in found.layers[0].wrong
 
 
+def test_dropout_of_the_sparse_model_can_be_fused(monkeypatch):
+    convert, fused = meprop.convert, []
+    monkeypatch.setattr(
+        meprop, "convert", lambda *args, **options: fused.append(options["fuse"]) or convert(*args, **options)
+    )
+    bench("--fuse", "--out", "fused")
+    assert fused == [True]
+    assert json.loads(Path("fused/result.json").read_text())["config"]["fuse"] is True
+    bench("--out", "plain")
+    assert fused == [True, False]
+
+
 def test_the_noise_is_an_option_and_is_on_the_page():
     Path("page.md").write_text("\n".join(pages.markers("bench layers tiny")))
     assert bench("--noise", "0.5", "--page", "page.md") == 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,3 +97,41 @@ def test_graph_mode_finds_converted_layers_and_makes_those_of_the_model_itself_p
     prepared(x)
     assert type(model[0]) is nn.Linear
     assert "quantize_per_tensor" in convert_fx(prepared.eval()).code
+
+
+MAKES = {
+    "converted": "layer = nn.Linear(8, 200); meprop.convert(layer, RULE)",
+    "made": "layer = meprop.nn.Linear(8, 200, rule=RULE)",
+    "lazy": "layer = nn.LazyLinear(200); meprop.convert(layer, RULE); layer(torch.ones(1, 8))",
+    "unpickled": "layer = pickle.loads(pickle.loads(sys.stdin.buffer.read()))",
+}
+
+
+@pytest.mark.parametrize("made", MAKES)
+def test_torch_is_changed_by_the_first_layer_of_ours_and_by_no_import(made):
+    program = f"""
+import pickle, sys
+import torch
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+def functions():
+    modules = [sys.modules["torch.ao.quantization." + name] for name in ("quantize", "fuse_modules")]
+    return [dict(vars(module)) for module in modules]
+before = functions()
+import meprop, meprop.optim, meprop.pruning
+RULE = meprop.TopK(5)
+assert functions() == before
+{MAKES[made]}
+assert type(layer) is meprop.nn.Linear
+assert functions() != before
+print(type(quantize_dynamic(nn.Sequential(layer))[0]).__module__)
+"""
+    layer = meprop.nn.Linear(8, 200, rule=meprop.TopK(5))
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        input=pickle.dumps(pickle.dumps(layer)),
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    assert run.stdout.decode().strip() == "torch.ao.nn.quantized.dynamic.modules.linear"

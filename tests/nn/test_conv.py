@@ -115,12 +115,13 @@ def test_gradients_of_any_shape_equal_the_oracle(data):
     def each(least, most, name):
         return tuple(data.draw(st.integers(least, most), name) for _ in range(dims))
 
-    kernel, stride, padding, dilation = (
-        each(1, 3, "kernel"),
-        each(1, 3, "stride"),
-        each(0, 2, "pad"),
-        each(1, 2, "step"),
-    )
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32]), "dtype")
+    kernel, stride, dilation = each(1, 3, "kernel"), each(1, 3, "stride"), each(1, 2, "step")
+    padding = each(0, 2, "pad")
+    if (
+        dtype == torch.float32
+    ):  # torch's forward pass ends the process of windows that are all padding (oneDNN issue 5942)
+        padding = tuple(min(pad, step * (size - 1)) for pad, step, size in zip(padding, dilation, kernel, strict=True))
     sizes = tuple(
         1 + step * (size - 1) + more for step, size, more in zip(dilation, kernel, each(0, 4, "more"), strict=True)
     )
@@ -131,7 +132,7 @@ def test_gradients_of_any_shape_equal_the_oracle(data):
         examples=data.draw(st.integers(0, 4), "N"),
         inputs=data.draw(st.integers(1, 6), "I"),
         outputs=outputs,
-        dtype=data.draw(st.sampled_from([torch.float64, torch.float32]), "dtype"),
+        dtype=dtype,
         channels_last=dims == 2 and data.draw(st.booleans(), "channels_last"),
     )
     rule = meprop.TopK(data.draw(st.integers(1, outputs - 1), "k"), scope="batch")

@@ -6,18 +6,7 @@ import torch
 from meprop import ops, optim
 from meprop.ops import GradientProduct, GradientRows, native, reference
 from meprop.selection import Entries
-from optimizer_cases import ROWS, WIDTH, sparse
-
-SGD = {"lr": 0.1, "dampening": 0.0, "weight_decay": 0.1, "momentum": 0.0, "nesterov": False}
-MOMENTUM = {"lr": 0.1, "dampening": 0.2, "weight_decay": 0.0, "momentum": 0.9, "nesterov": True}
-ADAM = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1}
-OPS = {
-    "sgd": ("sgd_rows", (), SGD),
-    "momentum": ("sgd_rows", ("momentum_buffer",), MOMENTUM),
-    "adam": ("adam_rows", ("exp_avg", "exp_avg_sq"), {**ADAM, "decoupled": False}),
-    "adamw": ("adam_rows", ("exp_avg", "exp_avg_sq"), {**ADAM, "decoupled": True}),
-    "adagrad": ("adagrad_rows", ("sum",), {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.1}),
-}
+from optimizer_cases import OPS, ROWS, WIDTH, sparse
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")

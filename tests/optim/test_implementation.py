@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meprop import optim
+from meprop import ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native
 from meprop.optim.base import RowSparseOptimizer
@@ -203,7 +203,7 @@ def test_state_dicts_go_both_ways_in_every_dtype(kind, dtype):
 
 @pytest.mark.parametrize("kind", SOME)
 def test_the_fused_implementation_is_taken_where_it_fits_in_this_step(kind):
-    params = tensors(torch.float64)
+    params = tensors(torch.float32)
     optimizer = make(kind, params)
     assert is_fused(optimizer)
     to(params, torch.bfloat16)
@@ -212,7 +212,7 @@ def test_the_fused_implementation_is_taken_where_it_fits_in_this_step(kind):
     to(params, torch.float64)
     optimizer.state.clear()
     assert is_fused(optimizer)
-    optimizer.add_param_group({"params": tensors(torch.float64)})
+    optimizer.add_param_group({"params": tensors(torch.float32)})
     assert is_fused(optimizer)
     optimizer.param_groups[0]["foreach"] = True
     assert is_fused(optimizer)  # the other group is
@@ -222,18 +222,20 @@ def test_the_fused_implementation_is_taken_where_it_fits_in_this_step(kind):
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
 @pytest.mark.parametrize("kind", SOME)
-def test_native_code_does_the_steps_that_it_can(kind):
+def test_native_code_does_the_steps_of_large_parameters_that_it_can(kind, monkeypatch):
+    monkeypatch.setattr(ops.optimizer, "_SMALLEST_WHOLE", 45)
+    params = [torch.nn.Parameter(torch.ones(9, 5)), torch.nn.Parameter(torch.ones(5, 9))]
+    optimizer = make(kind, params)
+    for parameter in params:
+        parameter.grad = torch.ones_like(parameter)
     with Calls() as calls:
-        for params in (
-            tensors(torch.float32),
-            [torch.nn.Parameter(torch.tensor(2.0)), torch.nn.Parameter(torch.ones(0))],
-        ):
-            optimizer = make(kind, params)
-            for parameter in params:
-                parameter.grad = torch.ones_like(parameter)
-            calls.fused = False
-            optimizer.step()
-            assert calls.fused == (kind == "amsgrad")
+        optimizer.step()
+    assert calls.fused == (kind == "amsgrad")
+    with Calls() as calls:
+        params[0].grad, params[1].grad = None, torch.ones(5, 9)
+        monkeypatch.setattr(ops.optimizer, "_SMALLEST_WHOLE", 46)
+        optimizer.step()
+    assert calls.fused
 
 
 LAYOUTS = {
@@ -364,7 +366,7 @@ def test_a_step_that_fails_leaves_no_choice_behind():
 def test_hooks_run_once(name):
     """Also where torch has put the running of hooks around the step of its own class."""
     getattr(torch.optim, name)(tensors(torch.float32))
-    params, calls = tensors(torch.float64), []
+    params, calls = tensors(torch.float32), []
     optimizer = getattr(optim, name)(params)
     optimizer.register_step_pre_hook(lambda *_: calls.append(f"before, {optimizer.param_groups[0]['fused']}"))
     optimizer.register_step_post_hook(lambda *_: calls.append(f"after, {optimizer.param_groups[0]['fused']}"))

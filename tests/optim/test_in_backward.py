@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import meprop
-from meprop import deferred, ops, optim
+from meprop import ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native
 from optimizer_cases import KINDS, make
@@ -20,7 +20,7 @@ from optimizer_cases import KINDS, make
 @pytest.fixture(autouse=True)
 def _products_of_small_weights(monkeypatch):
     """Lets small weights be updated by products that are not formed."""
-    monkeypatch.setattr(deferred, "_SMALLEST_WEIGHT", 1)
+    monkeypatch.setattr(ops.optimizer, "_SMALLEST_WHOLE", 1)
 
 
 class Net(nn.Module):

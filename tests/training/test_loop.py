@@ -16,6 +16,7 @@ from meprop import speed
 from meprop.errors import MepropError
 from meprop.training.config import SimplifyConfig, TrainingConfig
 from meprop.training.loop import Trainer, fit
+from tiny import TinyConfig, TinyTask
 
 CONFIG = TrainingConfig(epochs=3, k=5, accelerator="cpu")
 
@@ -102,6 +103,23 @@ def test_dense_phases_that_take_all_steps_are_refused(task):
     config = TrainingConfig(epochs=1, dense_warmup_steps=5, dense_end_steps=3)
     with pytest.raises(ValueError, match=r"--dense-warmup-steps 5 and --dense-end-steps 3 .* the training has 8"):
         Trainer(task, config, config.rule(), 7)
+
+
+def test_fused_dropout_is_that_of_sparse_runs_and_goes_on_where_it_was():
+    """A run that is resumed after an epoch ends like one that was not."""
+    task, config = TinyTask(TinyConfig(hidden=(1024,))), replace(CONFIG, fuse=True)
+    whole, first, plain = (Trainer(task, each, CONFIG.rule(), 7) for each in (config, config, CONFIG))
+    assert whole.report.fused == ("1 + 2",)
+    assert plain.report.fused == ()
+    assert Trainer(task, config, None, 7).report.fused == ()
+    assert_same_weights(weights(whole), weights(plain))
+    fit([whole, plain], ignore)
+    assert any(not torch.equal(weights(whole)[name], weights(plain)[name]) for name in weights(plain))
+    first.advance(11)
+    rest = Trainer(task, config, CONFIG.rule(), 7)
+    rest.load_state_dict(copy.deepcopy(first.state_dict()))
+    fit([rest], ignore)
+    assert_same_weights(weights(whole), weights(rest))
 
 
 def test_another_seed_is_another_run(task):

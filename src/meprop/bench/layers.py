@@ -317,6 +317,8 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     """Draw entries under this budget of added variance, in place of k and scope."""
     optimizer: Literal["adam", "adagrad", "sgd"]
     """Optimizer of the whole step. It is torch's fused implementation."""
+    fuse: bool = False
+    """Compute dropout of the sparse model in one pass with the activation before it. It shows in the whole step."""
     steps: int = 200
     """Steps of dense training before gradients are recorded. An epoch is the most."""
     batches: int = 4
@@ -345,7 +347,8 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
         if self.batches < 1:
             raise ValueError(f"--batches must be at least 1, got {self.batches}")
         entry = tasks.entry_of(self.task)
-        choices = {"k": self.k, "scope": self.scope, "noise": self.noise, "optimizer": self.optimizer}
+        choices: dict[str, Any] = {"k": self.k, "scope": self.scope, "noise": self.noise, "optimizer": self.optimizer}
+        choices["fuse"] = self.fuse
         training = replace(entry.training, epochs=1, schedule="constant", accelerator="cpu", **choices)
         task = entry.build(self.task)
         return lambda config, after: run(task, training, self.steps, self.batches, self.seconds, dict(config), after)
@@ -369,5 +372,6 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
         """Return the circumstances, and the settings."""
         names = ("k", "scope", "optimizer") if record.config["noise"] is None else ("noise", "optimizer")
         settings = {**record.config["task"], **{name: record.config[name] for name in names}}
+        settings |= {"fuse": True} if record.config.get("fuse") else {}
         shown = ", ".join(f"{name} = {value}" for name, value in settings.items() if name != "data_dir")
         return f"{record.circumstances} Settings: {shown}."

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from meprop import ops
 from meprop.deferred import Later
-from meprop.ops.registry import PLAIN
+from meprop.ops.registry import PLAIN, in_graph
 from meprop.policy import Activity, Policy
 from meprop.rules import Rule
 from meprop.selection import PlainTopK, everything
@@ -123,7 +123,7 @@ def sparse_backward(
 
 def needs_known_shapes(tensor: Tensor) -> bool:
     """Whether the shapes of all results have to be known before: in a graph, and for tensors without contents."""
-    return torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in PLAIN
+    return in_graph() or tensor.is_meta or type(tensor) not in PLAIN
 
 
 def _backward_by(

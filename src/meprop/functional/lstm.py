@@ -11,6 +11,7 @@ from torch import Tensor
 from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.functional.common import as_matrix, cast, check_tensors, is_autocast, no_view
+from meprop.ops.registry import is_proxied
 from meprop.policy import Activity, Policy, refuse_transforms, refuse_transforms_of_backward
 from meprop.rules import Rule, in_blocks
 from meprop.selection import Entries, PlainTopK, Selection
@@ -61,8 +62,8 @@ def lstm(
         Output [T, B, H] or [N, H], and the last output and cell state of each sequence, [B, H] each.
 
     Raises:
-        NotSupportedError: The backward pass is called with create_graph=True, or several processes choose together by
-            the rule.
+        NotSupportedError: The backward pass is called with create_graph=True, several processes choose together by the
+            rule, or make_fx traces the call.
         TypeError: `rule` is not a Rule, x, a weight or a bias is not a tensor, `reverse` is not a bool, or the weights
             are not of a floating dtype.
         ValueError: A shape, dtype or device does not fit, or `batch_sizes` is not as described above.
@@ -87,6 +88,11 @@ def lstm_with_policy(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm` with checked arguments. `activity`, if it is given, counts what the backward pass selects."""
     refuse_transforms(x, *(() if hx is None else hx), *weights)
+    if is_proxied():
+        raise NotSupportedError(
+            "make_fx of an LSTM, which looks at the lengths of its sequences and at what it keeps in each step; trace "
+            "a plain copy of the model, made by copy.deepcopy and meprop.revert"
+        )
     policy.refuse(weights[0])
     if not weights[0].is_floating_point():
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")

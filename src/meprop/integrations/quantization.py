@@ -1,8 +1,7 @@
 """Torch's quantization takes a converted model as a plain one.
 
 `torch.ao.quantization` looks layers up by their exact type, so that it would leave converted ones in floating point
-without a word. Once this module is imported, converted layers become plain before torch looks. `import meprop` imports
-it.
+without a word. Once there is a layer of meprop, converted layers become plain before torch looks.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ import torch
 from meprop.convert import make_plain
 from meprop.nn.base import SparseLayer, layer_descriptor
 
-# What each call of torch's asks before it looks at types: quantize_dynamic, prepare and prepare_qat the first one, with
-# the model or its copy; fuse_modules and fuse_modules_qat the second one, with the model and a layer's name.
+# What torch's calls ask before they look at types. quantize_dynamic, prepare, prepare_qat and those for graphs ask the
+# first one, with the model or its copy. fuse_modules and fuse_modules_qat ask the second one, with the model and a
+# layer's name. Torch looks both up in their modules when it calls them, so that all who call them see the change.
 _ASKED = {
-    "torch.ao.quantization.quantize": "propagate_qconfig_",
+    "torch.ao.quantization.quantize": "_propagate_qconfig_helper",
     "torch.ao.quantization.fuse_modules": "_get_module",
 }
 
@@ -44,6 +44,9 @@ def _makes_plain(asked: Callable[..., Any]) -> Callable[..., Any]:
     return ask
 
 
-for _module, _name in _ASKED.items():
-    if hasattr(sys.modules.get(_module), _name):  # importing torch imports them
-        setattr(sys.modules[_module], _name, _makes_plain(getattr(sys.modules[_module], _name)))
+@functools.cache
+def support() -> None:
+    """Lets torch's quantization take converted layers. The first layer of meprop calls it."""
+    for module, name in _ASKED.items():
+        if hasattr(sys.modules.get(module), name):  # importing torch imports them
+            setattr(sys.modules[module], name, _makes_plain(getattr(sys.modules[module], name)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from os.path import dirname
@@ -70,7 +70,12 @@ class SparseLayer:
         policy: Policy
 
     _plain: type[Any] | None = None  # the class of another library, from `register` on
-    _plain_forward: Any = None  # its own forward pass
+    _plain_methods: Mapping[str, Any] = {}  # its own forward pass, and what that calls
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        """Makes a layer, also for `pickle` and `copy`."""
+        support_quantization()
+        return super().__new__(cls)
 
     __jit_unused_properties__ = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
 
@@ -157,14 +162,14 @@ def leaf(forward: Callable[P, R]) -> Callable[P, R]:
     more than this forward pass (a subclass, hooks), and where the layer itself is traced, torch's own forward pass
     goes into the graph instead.
 
-    Where somebody replaced the forward pass of torch's class, the replacement runs.
+    Where somebody replaced the forward pass of torch's class, or a method that it calls, the replacement runs.
     """
 
     @wraps(forward)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         layer, *inputs = args
-        if (plain := replaced_forward(type(layer))) is not None:
-            return plain(*args, **kwargs)
+        if replaced_method(type(layer), layer) is not None:
+            return cast("Any", type(layer))._plain.forward(*args, **kwargs)
         if type(next(iter(inputs), None)) not in PLAIN and "torch.fx" in sys.modules:
             proxies = (each for each in (*inputs, *kwargs.values()) if isinstance(each, torch.fx.Proxy))
             proxy = next(proxies, None)
@@ -175,10 +180,17 @@ def leaf(forward: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def replaced_forward(sparse: Any) -> Callable[..., Any] | None:
-    """The forward pass that the plain class of a class of ours has instead of its own. None if it has its own."""
-    plain = sparse._plain
-    return None if plain is None or plain.forward is sparse._plain_forward else plain.forward
+def replaced_method(sparse: Any, layer: Any = None) -> str | None:
+    """The method of a class of ours, or of a layer of it, in whose place another one is. None if there is none.
+
+    For the forward pass this is that of the plain class, because ours is another one in any case.
+    """
+    for name, own in sparse._plain_methods.items():
+        if getattr(sparse._plain if name == "forward" else sparse, name) is not own:
+            return name
+        if name != "forward" and layer is not None and name in vars(layer):
+            return name
+    return None
 
 
 def _traced(layer: torch.nn.Module, tracer: torch.fx.Tracer, inputs: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -216,12 +228,15 @@ class Descriptor(Generic[Layer]):
         sparse: The class of ours that they become, a subclass of `SparseLayer` and of `plain`.
         feature_name: The name of what `features` counts, in the plural.
         decides_in: The pass in which a layer with ``when="auto"`` measures.
+        methods: The methods of `plain` whose replacement runs in converted layers too: the forward pass, and what it
+            calls that others are known to replace.
     """
 
     plain: type[Any]
     sparse: type[Any]
     feature_name: str = "output features"
     decides_in: Literal["forward", "backward"] = "backward"
+    methods: Sequence[str] = ("forward",)
 
     def features(self, layer: Layer) -> tuple[int, int]:
         """The number of features of the input, and of those among which a rule chooses."""
@@ -289,19 +304,23 @@ def register(descriptor: Descriptor[Any]) -> None:
 
     Raises:
         ValueError: The plain class has a descriptor already.
+        TypeError: `descriptor` is not an instance of a Descriptor.
     """
+    if not isinstance(descriptor, Descriptor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"register({descriptor!r}); it takes an instance of a subclass of meprop.nn.base.Descriptor")
     if any(descriptor.plain is each.plain for each in _descriptors):
         raise ValueError(f"{descriptor.plain.__qualname__} has a descriptor already")
     _descriptors.append(descriptor)
     descriptor.sparse._plain = descriptor.plain
-    descriptor.sparse._plain_forward = _own_forward(descriptor.plain)
+    descriptor.sparse._plain_methods = {name: _own(descriptor.plain, name) for name in descriptor.methods}
 
 
-def _own_forward(plain: type[Any]) -> Any:
-    """The forward pass of a class, as it is now. None for a class of torch that has one from elsewhere already."""
-    code = getattr(plain.forward, "__code__", None)
+def _own(plain: type[Any], name: str) -> Any:
+    """A method of a class, as it is now. None for a class of torch that has one from elsewhere already."""
+    method = getattr(plain, name)
+    code = getattr(method, "__code__", None)
     from_torch = code is not None and code.co_filename.startswith(dirname(torch.__file__))
-    return plain.forward if from_torch or not plain.__module__.startswith("torch.") else None
+    return method if from_torch or not plain.__module__.startswith("torch.") else None
 
 
 def unregister(descriptor: Descriptor[Any]) -> None:
@@ -349,6 +368,11 @@ def plain_kind(layer: torch.nn.Module) -> type[torch.nn.Module] | None:
     """
     kind = type(layer).cls_to_become if isinstance(layer, LazyModuleMixin) else type_before_parametrizations(layer)
     return next((each.plain for each in descriptors() if kind in (each.plain, each.sparse)), None)
+
+
+def support_quantization() -> None:
+    """Lets torch's quantization take layers of ours. Programs without such layers keep torch as it is."""
+    importlib.import_module("meprop.integrations.quantization").support()
 
 
 def become(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:

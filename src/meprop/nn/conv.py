@@ -106,6 +106,7 @@ class ConvolutionDescriptor(Descriptor[Plain]):
     """The descriptor of convolutions. Their features are channels."""
 
     feature_name = "output channels"
+    methods = ("forward", "_conv_forward")
 
     def __init__(self, plain: type[Plain], sparse: type[Plain]) -> None:
         self.plain, self.sparse = plain, sparse

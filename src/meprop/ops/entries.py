@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meprop.errors import NotSupportedError
 from meprop.ops import native
-from meprop.ops.registry import PLAIN, Operator, operation
+from meprop.ops.registry import PLAIN, Operator, in_graph, operation
 from meprop.ops.thresholds import (
     GROUP,
     ONE,
@@ -64,6 +64,7 @@ _operator = Operator(
     _fake_entries,
     _flat,
     _whole,
+    sizes_follow_data=True,
 )
 
 
@@ -154,7 +155,7 @@ def keep_entries(grad: Tensor, entries: Entries) -> Selection:
     Under `torch.compile` it is always the former, as a graph cannot look at how many there are.
     """
     kept = choose_entries(grad, entries)
-    if entries.ceiling == 1 or torch.compiler.is_compiling():
+    if entries.ceiling == 1 or in_graph():
         return kept
     return everything(grad) if kept.density > entries.ceiling else kept
 
@@ -166,8 +167,13 @@ def draw_rows(grad: Tensor, k: int, key: Tensor) -> RowSelection:
     """k entries of each row of grad [N, O], drawn as those with "drawn" in `choose_entries`, with a threshold a row.
 
     A row of which fewer entries are not zero keeps these.
+
+    Raises:
+        ValueError: k is not from 1 to O.
     """
     rows, width = grad.shape
+    if not 1 <= k <= width:
+        raise ValueError(f"k={k} of {width} output features; k is from 1 to all of them")
     magnitudes = grad.abs().double()
     # What is not finite stands above all that is, so that it is kept for certain.
     above_all = magnitudes.nan_to_num(0.0, 0.0).sum(dim=1, keepdim=True) + 1

@@ -28,7 +28,7 @@ from meprop.ops.products import (
     refuse_row_sparse,
     row_sparse_tensor,
 )
-from meprop.ops.registry import Operation, Operator, operation
+from meprop.ops.registry import Operation, Operator, in_graph, operation
 from meprop.ops.topk import topk_columns, topk_rows
 from meprop.selection import Entries, PlainTopK, RowSelection, Selection, is_everything, side_by_side
 
@@ -246,7 +246,7 @@ def backward_with(
             refuse_row_sparse(choice)
         of_input, _, of_bias = linear_backward(choice, grad, weight, None, needs_bias, False, hits)
         return of_input, _rows_with_entries(choice, x), of_bias
-    if isinstance(choice, PlainTopK) or torch.compiler.is_compiling() or not is_everything(choice):
+    if isinstance(choice, PlainTopK) or in_graph() or not is_everything(choice):
         return linear_backward(choice, grad, weight, x, needs_bias, row_sparse, hits)
     if hits is not None:
         hits += count_hits([choice])

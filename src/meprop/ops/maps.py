@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meprop.ops import native
 from meprop.ops.entries import keep_entries
+from meprop.ops.products import check_order
 from meprop.ops.registry import Operator, operation
 from meprop.ops.topk import memory_format
 from meprop.selection import Entries, RowSelection, Selection, is_everything
@@ -70,7 +71,12 @@ def kept_maps(kept: Selection, norms: Tensor) -> Maps:
 
     A map whose norm becomes another value is scaled by the ratio of both. If a selection has a part that all rows
     share, whatever it is, all images share what is left out.
+
+    Raises:
+        ValueError: The selection is not one of such norms.
     """
+    if norms.shape != (kept.rows, kept.width):
+        raise ValueError(f"a selection of [{kept.rows}, {kept.width}] norms does not go with norms {list(norms.shape)}")
     starts = kept.starts if isinstance(kept, RowSelection) else None
     indices, values = kept.indices, kept.values
     if starts is None:
@@ -100,7 +106,13 @@ def maps_backward(
 
     Returns:
         The gradients of input and weight, in the memory formats of both.
+
+    Raises:
+        ValueError: The shapes do not fit.
+        IndexError: The channels of an image do not ascend, or are not output channels.
     """
+    _check(maps, grad, x, weight, moves)
+    check_order(RowSelection(maps.factors, maps.channels, len(weight), starts=maps.starts))
     dtype, places = torch.promote_types(grad.dtype, torch.float32), (maps.images, maps.channels.long())
     factors = maps.factors.view(-1, *[1] * (grad.dim() - 2))
     sparse = torch.zeros_like(grad, dtype=dtype)
@@ -125,6 +137,8 @@ def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
 def _native_declines(
     maps: Maps, grad: Tensor, x: Tensor, weight: Tensor, _moves: Moves, _needs: tuple[bool, bool]
 ) -> str | None:
+    if grad.dim() not in (3, 4):
+        return f"native kernels convolve in one or two spatial dimensions, not in {grad.dim() - 2}"
     return (
         native.declines(grad, x, weight)
         or native.declines(maps.starts, dtypes=native.INT64)
@@ -136,6 +150,7 @@ def _native_declines(
 def _native_maps_backward(
     maps: Maps, grad: Tensor, x: Tensor, weight: Tensor, moves: Moves, needs: tuple[bool, bool]
 ) -> MapGradients:
+    _check(maps, grad, x, weight, moves)
     last, dtype = memory_format(x) == torch.channels_last, grad.dtype
     grad, of = grad.resolve_neg().contiguous(), weight.resolve_neg().to(dtype).contiguous()
     x = x.resolve_neg().to(dtype).contiguous(memory_format=memory_format(x))
@@ -145,7 +160,6 @@ def _native_maps_backward(
     sizes = zip(x.shape[2:], grad.shape[2:], weight.shape[2:], *moves, strict=True)
     # One spatial dimension is the second of two.
     two = [(1, 1, 1, 1, 0, 1), *sizes][-2:]
-    _check(maps, grad, x, weight)
     native.extension().maps_backward(
         native.DTYPE_CODES[dtype],
         *(len(x), x.shape[1], len(weight)),
@@ -157,14 +171,20 @@ def _native_maps_backward(
     return of_x, _like(of_weight, weight)
 
 
-def _check(maps: Maps, grad: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Raises a ValueError for tensors that would be read beyond their end."""
-    entries = len(maps.channels)
+def _check(maps: Maps, grad: Tensor, x: Tensor, weight: Tensor, moves: Moves) -> None:
+    """Raises a ValueError for tensors that would be read or written beyond their end."""
+    entries, sizes = len(maps.channels), [grad.shape[2:], x.shape[2:], weight.shape[2:], *moves]
     fits = grad.shape[:2] == (len(x), len(weight)) and x.shape[1] == weight.shape[1]
-    if not fits or len(maps.starts) != len(grad) + 1 or len(maps.factors) != entries:
+    fits = fits and len(maps.starts) == len(grad) + 1 and len(maps.factors) == entries
+    fits = fits and {len(each) for each in sizes} == {grad.dim() - 2}
+    fits = fits and all(
+        kernel > 0 < stride and positions == (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for positions, size, kernel, stride, padding, dilation in zip(*sizes, strict=True)
+    )
+    if not fits:
         raise ValueError(
             f"{entries} maps of {len(maps.starts) - 1} images do not go with an output gradient {list(grad.shape)}, an "
-            f"input {list(x.shape)} and a weight {list(weight.shape)}"
+            f"input {list(x.shape)} and a weight {list(weight.shape)}, with stride, padding and dilation {moves}"
         )
 
 

@@ -8,7 +8,7 @@ operations that they implement.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,6 +129,17 @@ def declines_scattered(*tensors: Tensor | None, dtypes: Collection[torch.dtype])
     return None
 
 
+def declines_overlap(written: Sequence[Tensor | None], *read: Tensor | None) -> str | None:
+    """Why native code cannot write some contiguous tensors. None if none of them shares memory with another tensor."""
+    spans = [(each.data_ptr(), each.data_ptr() + each.nbytes) for each in (*written, *read) if each is not None]
+    count = sum(each is not None for each in written)
+    for number, (begin, end) in enumerate(spans[:count]):
+        for other_begin, other_end in spans[number + 1 :]:
+            if begin < other_end and other_begin < end:
+                return "native kernels write tensors that share no memory with another one"
+    return None
+
+
 def _why_not(tensor: Tensor, dtypes: Collection[torch.dtype]) -> str | None:
     """The reason in words. None for an empty tensor, which needs no memory."""
     if _transform() is not None:
@@ -171,9 +182,13 @@ def codes_of(entries: Entries) -> tuple[int, int]:
     """The codes of what is kept and of the key, which is 0 if there is none.
 
     Raises:
-        ValueError: `keep` is unknown, k is negative, or entries that are drawn have no key.
+        ValueError: `keep` is unknown, k or `share` is negative, or entries that are drawn have no key.
     """
     keep, k, key = entries.keep, entries.k, entries.key
+    if not entries.share >= 0:
+        raise ValueError(
+            f"keep={keep!r} with share={entries.share}; it is a share of the sum of squares, of at least 0"
+        )
     if keep not in KEEP_CODES or k < 0:
         raise ValueError(f"keep={keep!r} with k={k}; it is one of {', '.join(KEEP_CODES)}, with a k of at least 0")
     if keep in ("noise", "drawn") and (key is None or key.numel() != 1 or key.dtype != torch.int64):

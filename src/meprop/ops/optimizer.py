@@ -25,6 +25,18 @@ PARAMETER = "param"
 ROW_DECAY = "_row_decay"
 """How the name of a state ends that says how far another state, whose name comes before it, decays in each row [O]."""
 
+ROW_WEIGHT_DECAY = "_row_weight_decay"
+"""How the name of a state ends that says what weight decay adds to another state in each row [O], as a multiple of the
+row's weights, or of their squares."""
+
+OF_ROWS = (ROW_DECAY, ROW_WEIGHT_DECAY)
+"""How the names of the states end that have one number for each row [O]."""
+
+
+_SMALLEST_WHOLE = 1 << 20
+"""Elements of the smallest parameter of which native code takes dense gradients. Torch's fused implementation takes the
+others in one call, where ours would take a call for each."""
+
 
 @dataclass(frozen=True)
 class GradientRows:
@@ -109,14 +121,21 @@ Gradient = GradientRows | GradientProduct
 def _declines(rows: Gradient, *tensors: Tensor | None) -> str | None:
     """Why native code cannot take a step on such tensors, which are the parameter and its state. None if it can."""
     if isinstance(rows, GradientProduct):
-        return native.declines_scattered(*tensors, dtypes=native.FLOAT32) or rows.declines()
-    reason = native.declines_scattered(*tensors, rows.values, *rows.decays.values(), dtypes=native.FLOAT32)
-    return reason or native.declines_scattered(rows.indices, dtypes=native.INT64)
+        reason = native.declines_scattered(*tensors, dtypes=native.FLOAT32) or rows.declines()
+        return reason or native.declines_overlap(tensors)
+    decays = rows.decays.values()
+    return (
+        native.declines_scattered(*tensors, rows.values, *decays, dtypes=native.FLOAT32)
+        or native.declines_scattered(rows.indices, dtypes=native.INT64)
+        or native.declines_overlap(tensors, rows.values, *decays, rows.indices)
+    )
 
 
-def takes_whole(*tensors: Tensor | None) -> bool:
-    """Whether native code does the step of such a parameter, with a dense gradient and a state like these."""
-    return native.reason_missing() is None and native.declines_scattered(*tensors, dtypes=native.FLOAT32) is None
+def takes_whole(parameter: Tensor, *others: Tensor | None) -> bool:
+    """Whether native code does the step of such a parameter, with a dense gradient and a state like the others."""
+    if parameter.numel() < _SMALLEST_WHOLE or native.reason_missing() is not None:
+        return False
+    return native.declines_scattered(parameter, *others, dtypes=native.FLOAT32) is None
 
 
 def _call(name: str, weight: Tensor, rows: Gradient, *own: float) -> None:
@@ -146,15 +165,28 @@ def _own_decays(rows: Gradient, *names: str) -> list[int]:
 
 
 def _moving_rows(weight: Tensor, rows: Gradient) -> tuple[Places, Tensor]:
-    """The rows that move, and their gradients."""
+    """The rows that move, and their gradients.
+
+    Raises:
+        IndexError: The indices do not ascend, or are no rows of the parameter.
+    """
     if isinstance(rows, GradientProduct):
         return ..., grad_weight.literally(rows.selection, rows.x)
+    if rows.indices is None:
+        return ..., rows.values
+    if rows.indices.is_cpu and not ascending.literally(rows.indices, len(weight)):  # of a GPU, asking would be a wait
+        raise IndexError(
+            f"the indices of a gradient's rows must ascend, and lie within the {len(weight)} rows there are"
+        )
     at, grad = rows.indices, rows.values
-    if at is None:
-        return ..., grad
     if rows.every_row:
         at, grad = torch.arange(len(weight), device=weight.device), torch.zeros_like(weight).index_copy_(0, at, grad)
     return at, grad
+
+
+def _decayed(grad: Tensor, weight: Tensor, weight_decay: float) -> Tensor:
+    """The gradient with weight decay. As in torch's optimizers, a decay of 0 adds nothing, also to infinite weights."""
+    return grad + weight_decay * weight if weight_decay != 0 else grad
 
 
 def _store(tensor: Tensor, at: Places, values: Tensor) -> None:
@@ -191,11 +223,12 @@ def sgd_rows(
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, buffer)
     at, grad = _moving_rows(weight, rows)
     w = weight[at]
-    grad = grad + weight_decay * w
+    grad = _decayed(grad, w, weight_decay)
     if buffer is not None:
         keep = rows.decay("momentum_buffer", momentum, at, weight.dim())
         _store(buffer, at, buffer[at] * keep + (1 - dampening) * grad)
@@ -260,6 +293,7 @@ def adam_rows(
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, exp_avg, exp_avg_sq, max_exp_avg_sq)
     at, grad = _moving_rows(weight, rows)
@@ -267,7 +301,7 @@ def adam_rows(
     if decoupled:
         w = w * rows.decay(PARAMETER, 1 - lr * weight_decay, at, weight.dim())
     else:
-        grad = grad + weight_decay * w
+        grad = _decayed(grad, w, weight_decay)
     keep_first, keep_second = (
         rows.decay(name, beta, at, weight.dim()) for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
     )
@@ -334,10 +368,11 @@ def adagrad_rows(weight: Tensor, sum_: Tensor, rows: Gradient, *, lr: float, eps
 
     Raises:
         ValueError: The shapes do not fit.
+        IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
     rows.check(weight, sum_)
     at, grad = _moving_rows(weight, rows)
-    grad = grad + weight_decay * weight[at]
+    grad = _decayed(grad, weight[at], weight_decay)
     _store(sum_, at, sum_[at] + grad * grad)
     _store(weight, at, weight[at] - lr * grad / (sum_[at].sqrt() + eps))
 

@@ -57,10 +57,10 @@ def check_fits(selection: Selection, tensors: dict[str, Tensor | None]) -> None:
     if any(each is not None and len(each) != lengths[name] for name, each in tensors.items()):
         raise _misfit(rows, width, tensors)
     if selection.indices.is_cpu:  # of a GPU, asking would be a wait for it
-        _check_order(selection)
+        check_order(selection)
 
 
-def _check_order(selection: Selection) -> None:
+def check_order(selection: Selection) -> None:
     """Raises an IndexError for indices or starts that no selection has."""
     indices, starts = selection.indices, _starts(selection)
     valid = bool(((indices >= 0) & (indices < selection.width)).all())

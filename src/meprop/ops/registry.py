@@ -35,6 +35,19 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 _is_compiling = torch.compiler.is_compiling
+_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore
+
+
+def is_proxied() -> bool:
+    """Whether make_fx traces what runs, on plain tensors too."""
+    return _mode(_PROXY) is not None
+
+
+def in_graph() -> bool:
+    """Whether what runs becomes a graph, of torch.compile or of make_fx."""
+    return _is_compiling() or is_proxied()
+
+
 _library = torch.library.Library("meprop", "DEF")
 
 
@@ -50,12 +63,15 @@ class Operator:
         fake: A function from the operator's arguments to empty results of the right shapes.
         flatten: A function from the operation's arguments to the operator's. None if they are the same.
         restore: A function from the operator's arguments to the operation's. None if they are the same.
+        sizes_follow_data: Whether a result has a size that only running the operator tells. `fake` then makes it with
+            `torch.library.get_ctx`.
     """
 
     schema: str
     fake: Callable[..., Any]
     flatten: Callable[..., tuple[Any, ...]] | None = None
     restore: Callable[..., tuple[Any, ...]] | None = None
+    sizes_follow_data: bool = False
 
 
 class Operation(Generic[P, R]):
@@ -85,9 +101,11 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Serves the call, and turns the result of an implementation into that of the operation."""
         tensor: Any = args[self._tensor_at]
-        if self._traced is not None and (_is_compiling() or type(tensor) not in PLAIN or tensor.is_meta):
+        if self._traced is not None and (in_graph() or type(tensor) not in PLAIN or tensor.is_meta):
             found = self._traced(*args, **kwargs)
             return found if self._result is None else self._result(found, *args, **kwargs)
+        if not _is_compiling() and is_proxied():  # a graph of make_fx takes torch's operations only
+            return self.literally(*args, **kwargs)
         for run, declines, _ in self._served_by:
             if declines is None or declines(*args, **kwargs) is None:
                 found = run(*args, **kwargs)
@@ -127,7 +145,10 @@ class Operation(Generic[P, R]):
 
         _library.define(self.name + operator.schema)
         _library.impl(self.name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"meprop::{self.name}", operator.fake, lib=_library)
+        if operator.sizes_follow_data:
+            torch.library.register_fake(f"meprop::{self.name}", operator.fake, lib=_library)
+        else:  # the same for torch, and a millisecond of each import less
+            _library.impl(self.name, operator.fake, "Meta")
         packet = getattr(torch.ops.meprop, self.name)
         return packet if flatten is None else lambda *args: packet(*flatten(*args))
 
@@ -229,7 +250,10 @@ def register(backend_: Backend, *, before: str = "reference") -> None:
 
     Raises:
         ValueError: The name of the new backend is taken, or no backend is called `before`.
+        TypeError: `backend_` is not a Backend.
     """
+    if not isinstance(backend_, Backend):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"register({backend_!r}); it takes a meprop.ops.Backend")
     names = [each.name for each in _order]
     if backend_.name in names:
         raise ValueError(f"a backend {backend_.name!r} is registered already; remove it first, or choose another name")

@@ -8,28 +8,31 @@ gradient of every other row as zero. The argument `sparse_rows` says what happen
 - ``"exact"``: They get what the dense optimizer gives them. Momentum, Adam's moments and weight decay move them as
   well. This takes one pass over parameter and state, which reads no gradient for them.
 - ``"decay"``: They stay where they are, and so does their state: they miss the step. When a row has a gradient again,
-  its momentum, or its moments, first decay by the product of the factors of the steps that it missed. They are then
-  those that the dense optimizer has if it leaves the row's weights where they are, also under a schedule of any option.
+  its momentum, moments or sums first become what the missed steps make of them. They are then those that the dense
+  optimizer has if it leaves the row's weights where they are, also under a schedule of any option.
 - ``"lazy"``: They stay where they are, and so does their state. Missed steps are not made up for.
   `torch.optim.SparseAdam` does the same.
 
 A gradient of zero changes nothing in SGD without momentum and in Adagrad, if there is no weight decay. All three modes
 are exact there, and touch only the rows that have a gradient.
 
-The mode ``"decay"`` makes up for these factors of missed steps, each with the options of its own step:
+The mode ``"decay"`` makes up for two things in missed steps, each with the options of its own step:
 
-- SGD's momentum. In a step with a momentum of zero torch leaves the momentum buffer as it is, and so do we.
-- Both betas of Adam and AdamW.
-- AdamW's weight decay, with the learning rate of that step. It is the only one that changes weights.
+- Factors: SGD's momentum, both betas of Adam and AdamW, and AdamW's weight decay with the learning rate of that step.
+  Only this weight decay changes weights. In a step with a momentum of zero torch leaves the momentum buffer as it is,
+  and so do we.
+- Every other weight decay, as far as it is a part of the gradient that is added to momentum, moments and sums, with
+  SGD's dampening. The row's weights do not move meanwhile. The sum over the missed steps is then a number for each row,
+  times its weights or their squares. The largest second moment of AMSGrad is not made up for.
 
-Every other weight decay is a part of the gradient. It acts, in the modes ``"decay"`` and ``"lazy"``, only in steps in
-which the row has a gradient. Dampening, Nesterov's momentum and `maximize` concern the gradient as well. The bias
-correction of Adam and the `lr_decay` of Adagrad count all steps of the parameter, in all modes.
+In the modes ``"decay"`` and ``"lazy"`` a row is moved only in steps in which it has a gradient, also by momentum and by
+a weight decay other than AdamW's. The bias correction of Adam and the `lr_decay` of Adagrad count all steps of the
+parameter, in all modes.
 
-Dense gradients go to native code, where the user chooses no implementation and the parameter is float32 on the CPU. Its
-results are torch's but for rounding, and the same bits on every machine and for every number of threads. Other dense
-gradients, AMSGrad and `maximize` go to torch's own implementation: the fused one, where the user chooses none and it
-takes the group's parameters as they are in that step. The choice shows neither in `param_groups` nor in a state_dict.
+Dense gradients go to torch's own implementation: the fused one, where the user chooses none and it takes the group's
+parameters as they are in that step. Those of large parameters, of 2^20 elements and more, go to native code instead,
+where the user chooses no implementation and the parameter is float32 on the CPU. Its results are torch's but for
+rounding. AMSGrad and `maximize` are always torch's. The choice shows neither in `param_groups` nor in a state_dict.
 
 With ``in_backward=True`` the backward pass updates each parameter as soon as its gradient is complete, and frees the
 gradient. Memory never holds the gradients of all parameters. The loop stays as it is: ``optimizer.zero_grad()``,
@@ -46,7 +49,9 @@ gradient. Memory never holds the gradients of all parameters. The loop stays as 
 
 State and state_dict are torch's. The mode ``"decay"`` adds one tensor [O] for each state of a parameter [O, *] that
 decays, such as `exp_avg_row_decay`: the product of the factors that each row has missed. `param_row_decay` is that of
-AdamW's weights. The method `wake` brings all rows up to date, and removes these tensors.
+AdamW's weights. With a weight decay other than AdamW's there is another tensor [O], such as `exp_avg_row_weight_decay`:
+what is to be added to each row, as a multiple of its weights or their squares. The method `wake` brings all rows up to
+date, and removes these tensors.
 """
 
 from meprop.optim.adagrad import Adagrad

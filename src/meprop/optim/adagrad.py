@@ -25,7 +25,7 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         foreach: Whether torch's for-each implementation takes dense gradients; None: it is left open.
         maximize: Whether the step goes up the gradient instead of down.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: native code, or it, where they can.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters, but for large ones.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`). The modes
             differ only where there is weight decay.
         in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
@@ -80,11 +80,17 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         return group["weight_decay"] != 0
 
     def _decays(self, group: dict[str, Any]) -> dict[str, float]:
-        """None: weight decay does add to the sums of squares, but no mode makes up for that."""
+        """None: a sum only grows."""
         return {}
 
     def _takes_whole(self, group: dict[str, Any]) -> bool:
         return True
+
+    _squares = ("sum",)
+
+    def _weight_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        weight_decay = float(group["weight_decay"])
+        return {"sum": weight_decay**2} if weight_decay != 0 else {}
 
     def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])

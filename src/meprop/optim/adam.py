@@ -27,7 +27,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         maximize: Whether the step goes up the gradient instead of down.
         capturable: Whether the step may be captured in a CUDA graph. It is for dense gradients only.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: native code, or it, where they can.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters, but for large ones.
         decoupled_weight_decay: Whether weights decay as in AdamW.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
         in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
@@ -96,6 +96,15 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
 
     def _takes_whole(self, group: dict[str, Any]) -> bool:
         return not group["amsgrad"]
+
+    _squares = ("exp_avg_sq",)
+
+    def _weight_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        weight_decay = float(group["weight_decay"])
+        if group["decoupled_weight_decay"] or weight_decay == 0:
+            return {}
+        beta1, beta2 = map(float, group["betas"])
+        return {"exp_avg": (1 - beta1) * weight_decay, "exp_avg_sq": (1 - beta2) * weight_decay**2}
 
     def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -18,9 +18,10 @@ from torch._guards import TracingContext
 from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.ops import Gradient, GradientProduct, GradientRows
-from meprop.ops.optimizer import PARAMETER, ROW_DECAY, takes_whole
+from meprop.ops.optimizer import OF_ROWS, PARAMETER, ROW_DECAY, ROW_WEIGHT_DECAY, takes_whole
 from meprop.ops.registry import is_plain
 from meprop.optim.in_backward import InBackward, refuse_scaler
+from meprop.row_sparse import distinct
 
 SparseRows = Literal["exact", "decay", "lazy"]
 """What happens to the rows of a parameter that have no gradient (`meprop.optim`)."""
@@ -65,8 +66,18 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
         The name of each state has its factor. `PARAMETER` is the name for the weights, which decoupled weight decay
         multiplies. What such a step does not change is left out. ``sparse_rows="decay"`` makes up for these factors,
-        and for nothing else.
+        and for what `_weight_decays` returns.
         """
+
+    def _weight_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        """What weight decay adds to the state of a row whose gradient is zero, in this step of the dense optimizer.
+
+        The name of each state has a number, which is multiplied with the row's weights, or with their squares if the
+        state is one of `_squares`. States are left out to which nothing is added.
+        """
+        return {}
+
+    _squares: tuple[str, ...] = ()  # the states to which squares of gradients are added
 
     @abstractmethod
     def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
@@ -142,6 +153,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             NotSupportedError: A sparse gradient is not for this optimizer (see the class), or a parameter has a
                 second gradient with `in_backward`.
+            IndexError: A sparse gradient has a row that the parameter has not.
         """
         if self._updates is None:
             return self._step(closure)
@@ -245,7 +257,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         indices, values = _indices_and_values(grad)
         self._init_state(parameter, group)
         if self.sparse_rows == "decay":
-            decays = self._row_decays(parameter, group)
+            decays = self._miss_step(parameter, indices, group)
         else:
             decays = {}
             self._make_up_for_missed_steps(parameter)
@@ -279,9 +291,9 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         """Brings the state of all rows up to date, after which it is what torch's own optimizer goes on from.
 
         With ``sparse_rows="decay"`` the state of a row falls behind while the row has no gradient. Here each row's
-        momentum, or moments, decay for the steps that it missed, and AdamW's weight decay of these steps is applied to
-        the weights. The states whose names end in `_row_decay` are removed. In the other modes no row falls behind, and
-        nothing is done.
+        momentum, moments or sums become what the steps that it missed make of them, and AdamW's weight decay of these
+        steps is applied to the weights. The states whose names end in `_row_decay` or `_row_weight_decay` are removed.
+        In the other modes no row falls behind, and nothing is done.
 
         Call it before the state_dict goes to torch's optimizer. Training may go on afterwards in any mode.
         """
@@ -289,24 +301,49 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
             for parameter in group["params"]:
                 self._make_up_for_missed_steps(parameter)
 
-    def _make_up_for_missed_steps(self, parameter: Tensor) -> None:
-        state = self.state.get(parameter, {})
-        for name in [name for name in state if name.endswith(ROW_DECAY)]:
-            decay, behind = state.pop(name), name.removesuffix(ROW_DECAY)
+    def _make_up_for_missed_steps(self, parameter: Tensor, rows: Tensor | None = None) -> None:
+        """Brings the state of some rows [k] up to date; None: of all rows."""
+        state, at = self.state.get(parameter, {}), slice(None) if rows is None else rows
+        for name in sorted(name for name in state if name.endswith(OF_ROWS)):  # a factor comes before what is added
+            decays = name.endswith(ROW_DECAY)
+            behind = name.removesuffix(ROW_DECAY if decays else ROW_WEIGHT_DECAY)
             with torch.no_grad():
                 tensor: Tensor = parameter if behind == PARAMETER else state[behind]
-                tensor.mul_(decay.view(-1, *[1] * (parameter.dim() - 1)))
+                column = state[name][at].view(-1, *[1] * (parameter.dim() - 1))
+                power = 2 if behind in self._squares else 1
+                made = tensor[at] * column if decays else tensor[at] + parameter[at] ** power * column
+                tensor[at] = made.to(tensor.dtype)
+            if rows is None:
+                del state[name]
 
-    def _row_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """By what this step multiplies each row of each state [O]: its own factor times those of missed steps."""
-        state, decays = self.state[parameter], {}
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        for name, factor in self._decays(group).items():
-            decay = state.get(name + ROW_DECAY)
-            if decay is None:
-                decay = torch.ones(len(parameter), dtype=dtype, device=parameter.device)
-            decays[name] = state[name + ROW_DECAY] = decay.to(dtype).mul_(factor)
-        return decays
+    def _miss_step(self, parameter: Tensor, indices: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Notes for all rows that they miss this step, and brings those that have a gradient up to date.
+
+        Returns:
+            By what this step multiplies each row of each state [O]: its own factor times those of missed steps. It is
+            empty if the rows `indices` are up to date without that. Only weight decay costs a pass over their state.
+        """
+        state, factors, added = self.state[parameter], self._decays(group), self._weight_decays(parameter, group)
+        noted = [name.removesuffix(ROW_WEIGHT_DECAY) for name in state if name.endswith(ROW_WEIGHT_DECAY)]
+        added = dict.fromkeys(noted, 0.0) | added
+        if added:
+            self._make_up_for_missed_steps(parameter, indices)
+        decays = {name: self._of_rows(parameter, name + ROW_DECAY, 1).mul_(factor) for name, factor in factors.items()}
+        for name, number in added.items():
+            self._of_rows(parameter, name + ROW_WEIGHT_DECAY, 0).mul_(factors.get(name, 1.0)).add_(number)
+        if not added:
+            return decays
+        for name in [name for name in state if name.endswith(OF_ROWS)]:
+            state[name].index_fill_(0, indices, float(name.endswith(ROW_DECAY)))
+        return {}
+
+    def _of_rows(self, parameter: Tensor, name: str, first: float) -> Tensor:
+        """A state of a parameter that has one number for each row [O], in at least single precision."""
+        state, dtype = self.state[parameter], torch.promote_types(parameter.dtype, torch.float32)
+        if name not in state:
+            state[name] = torch.full((len(parameter),), first, dtype=dtype, device=parameter.device)
+        state[name] = state[name].to(dtype)
+        return state[name]
 
     # ---- what torch does not know of
 
@@ -342,7 +379,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         for index, parameter in zip(saved, parameters, strict=True):
             state = self.state.get(parameter, {})
             for name, value in state.items():
-                of_rows = name.endswith(ROW_DECAY)
+                of_rows = name.endswith(OF_ROWS)
                 if of_rows:  # torch has cast it to the parameter's dtype
                     value = state[name] = state_dict["state"][index][name].to(parameter.device, copy=True)
                 expected = parameter.shape[:1] if of_rows else parameter.shape
@@ -370,17 +407,19 @@ def no_steps(parameter: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def _indices_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of a row-sparse gradient, ascending [k], and their gradients [k, *]."""
+    """The rows of a row-sparse gradient, ascending [k], and their gradients [k, *].
+
+    Raises:
+        NotSupportedError: It is sparse in more than its rows.
+        IndexError: It has a row that is not there.
+    """
     if grad.sparse_dim() != 1:
         raise NotSupportedError(
             f"a gradient with {grad.sparse_dim()} sparse dimensions; meprop.optim takes those with one, the rows, as "
             "sparse_grad=True and torch.nn.Embedding(sparse=True) make them"
         )
-    indices = grad._indices()[0].contiguous()
-    if not grad.is_coalesced() and not ops.ascending(indices, len(grad)):  # autograd forgets whether it is coalesced
-        grad = grad.coalesce()
-        indices = grad._indices()[0]
-    return indices, grad._values().contiguous()
+    grad = distinct(grad)
+    return grad._indices()[0].contiguous(), grad._values().contiguous()
 
 
 def _leaves_the_choice(group: dict[str, Any]) -> bool:

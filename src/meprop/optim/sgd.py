@@ -25,7 +25,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         maximize: Whether the step goes up the gradient instead of down.
         foreach: Whether torch's for-each implementation takes dense gradients; None: it is left open.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: native code, or it, where they can.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters, but for large ones.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
         in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
             (`meprop.optim`).
@@ -81,6 +81,13 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
 
     def _takes_whole(self, group: dict[str, Any]) -> bool:
         return True
+
+    def _weight_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
+        if group["momentum"] == 0 or group["weight_decay"] == 0:
+            return {}
+        is_first = self.state[parameter].get("momentum_buffer") is None  # torch does not dampen the first gradient
+        dampening = 0.0 if is_first else float(group["dampening"])
+        return {"momentum_buffer": (1 - dampening) * float(group["weight_decay"])}
 
     def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
         buffer, dampening = None, float(group["dampening"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meprop.errors import NotSupportedError
 from meprop.ops import memory_format
-from meprop.ops.optimizer import ROW_DECAY
+from meprop.ops.optimizer import OF_ROWS
 from meprop.pruning.handlers import resize
 
 Optimizers = Sequence[torch.optim.Optimizer]
@@ -116,7 +116,7 @@ def _check_state(state: Any, parameter: Any, name: str, optimizer: torch.optim.O
     """Refuses a state of which it is not known how it goes with its parameter."""
     shape = parameter.shape if isinstance(parameter, Tensor) else torch.Size([])
     for key, value in (state if isinstance(state, dict) else {str(parameter): state}).items():
-        expected = shape[:1] if key.endswith(ROW_DECAY) else shape
+        expected = shape[:1] if key.endswith(OF_ROWS) else shape
         if isinstance(value, Tensor):
             found, fits = f"of shape {list(value.shape)}", value.shape == expected or value.numel() == 1
         else:
@@ -158,7 +158,7 @@ def _cut_state(state: State, each: Cut, optimizer: torch.optim.Optimizer) -> Sta
     for key, value in state.items():
         what = f"the state {key!r} of {each.name!r} in {type(optimizer).__name__}"
         remedy = "take an optimizer with plain tensors as its states"
-        if key.endswith(ROW_DECAY):
+        if key.endswith(OF_ROWS):
             if 0 in each.indices:
                 stays[key] = _kept(value, {0: each.indices[0]}, what, remedy)
         elif isinstance(value, Tensor) and value.shape == each.tensor.shape:

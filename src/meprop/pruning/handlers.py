@@ -179,7 +179,8 @@ def handles(*operations: Operation, resize: Resize | None = None) -> Callable[[_
             `num_features`. A layer needs none, as it has `Descriptor.resize`.
 
     Raises:
-        ValueError: An operation has a handler already. `remove_handler` removes it.
+        ValueError: There is no operation, or one has a handler already. `remove_handler` removes it.
+        TypeError: An operation, the handler or `resize` is of another type.
 
     Example:
         >>> import torch
@@ -197,8 +198,17 @@ def handles(*operations: Operation, resize: Resize | None = None) -> Callable[[_
         ...     return x
         >>> remove_handler(Scale)
     """
+    if not operations:
+        raise ValueError("handles() names no operation; name those that the function handles: @handles(Scale)")
+    for operation in operations:
+        if not (callable(operation) or isinstance(operation, str)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"handles({operation!r}); it takes types of modules, functions, and names of methods")
+    if resize is not None and not callable(resize):
+        raise TypeError(f"resize={resize!r}; it is a function that is called with a module, or None")
 
     def register(handler: _AnyHandler) -> _AnyHandler:
+        if not callable(handler):
+            raise TypeError(f"the handler of {operations} is {handler!r}; it is a function of a Call")
         for operation in operations:
             if operation in _table:
                 raise ValueError(f"{operation!r} has a handler already; call remove_handler first")
@@ -212,8 +222,11 @@ def remove_handler(*operations: Operation) -> None:
     """Removes the handlers of operations.
 
     Raises:
-        KeyError: An operation has none.
+        KeyError: An operation has none. No handler has been removed then.
     """
+    for operation in operations:
+        if operation not in _table:
+            raise KeyError(f"{operation!r} has no handler")
     for operation in operations:
         del _table[operation]
 

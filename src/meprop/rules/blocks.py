@@ -13,8 +13,8 @@ from meprop.selection import PlainTopK, Scope, Selection, side_by_side
 
 
 def in_blocks(rule: Rule, blocks: int) -> Rule:
-    """The rule within each of several equal blocks of the output features."""
-    if not rule.differs:
+    """The rule within each of several equal blocks of the output features. The errors are those of `InBlocks`."""
+    if not isinstance(rule, Rule) or not rule.differs:  # pyright: ignore[reportUnnecessaryIsInstance]  (it refuses others)
         return InBlocks(rule, blocks)
     of_input, of_weight = (None if each is None else InBlocks(each, blocks) for each in rule.products())
     return PerProduct(input=of_input, weight=of_weight)

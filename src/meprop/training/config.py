@@ -79,6 +79,9 @@ class TrainingConfig:
     """Learning rate over the steps: it falls to zero along half a cosine, or it is constant, as in the paper."""
     when: Literal["always", "auto"] = "always"
     """Which layers are sparse: all that can be (always), or those that measure faster on this machine (auto)."""
+    fuse: bool = False
+    """Compute dropout in one pass with the activation before it, in sparse runs. The random numbers are others than
+    torch's, of the same distribution."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. With auto, that is a GPU if there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

@@ -86,7 +86,8 @@ class Trainer:
             self.model = task.build_model().to(self.device)
             at_start = self._random_state()
             if rule is not None:
-                meprop.convert(self.model, rule, sparse_grad=config.sparse_rows != "no", when=config.when)
+                rows = config.sparse_rows != "no"
+                meprop.convert(self.model, rule, sparse_grad=rows, when=config.when, fuse=config.fuse)
                 if config.noise is not None and config.noise_of == "model":
                     meprop.share_noise(self.model, config.noise)
         self._random = at_start
