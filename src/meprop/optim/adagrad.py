@@ -25,7 +25,8 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         foreach: Whether torch's for-each implementation takes dense gradients; None: it is left open.
         maximize: Whether the step goes up the gradient instead of down.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters, but for large ones.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes them, if they are not
+            large (`meprop.optim`).
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`). The modes
             differ only where there is weight decay.
         in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete

@@ -27,7 +27,8 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         maximize: Whether the step goes up the gradient instead of down.
         capturable: Whether the step may be captured in a CUDA graph. It is for dense gradients only.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters, but for large ones.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes them, if they are not
+            large (`meprop.optim`).
         decoupled_weight_decay: Whether weights decay as in AdamW.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
         in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete

@@ -25,7 +25,8 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         maximize: Whether the step goes up the gradient instead of down.
         foreach: Whether torch's for-each implementation takes dense gradients; None: it is left open.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
-        fused: Whether torch's fused implementation takes dense gradients; None: where it takes the parameters, but for large ones.
+        fused: Whether torch's fused implementation takes dense gradients; None: where it takes them, if they are not
+            large (`meprop.optim`).
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
         in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
             (`meprop.optim`).
