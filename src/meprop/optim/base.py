@@ -228,10 +228,12 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
     def _fits_native(self, parameter: Tensor, grad: Tensor | None, group: dict[str, Any]) -> bool:
         """Whether native code does the step of a dense gradient. An implementation that the user chooses does it."""
-        if group["maximize"] or not _leaves_the_choice(group) or not self._takes_whole(group):
+        if not takes_whole(parameter, grad) or not self._takes_whole(group):
+            return False
+        if group["maximize"] or not _leaves_the_choice(group):
             return False
         state = self.state.get(parameter, {})
-        return takes_whole(parameter, grad, *(value for name, value in state.items() if name != "step"))
+        return takes_whole(parameter, *(value for name, value in state.items() if name != "step"))
 
     def _fits_fused(self, parameter: Tensor) -> bool:
         """Whether torch's fused implementation takes this parameter with its gradient and its state as they are now.
