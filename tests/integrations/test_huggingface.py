@@ -123,6 +123,18 @@ def test_accelerate_clips_row_sparse_gradients(by):
     assert 0 < max(each.abs().max() for each in grads[1]) <= 0.5
 
 
+def test_clipping_that_would_find_no_gradient_is_refused(tmp_path):
+    model = gpt2()
+    training = trainer(tmp_path, MePropCallback(RULE), model=model)
+    training.optimizer = meprop.optim.Adam(model.parameters(), in_backward=True)
+    with pytest.raises(meprop.NotSupportedError, match=r"max_grad_norm=1.0 .* max_grad_norm=0"):
+        training.train()
+    training.args.max_grad_norm = 0.0
+    before = model.transformer.wte.weight.detach().clone()
+    training.train()
+    assert not torch.equal(before, model.transformer.wte.weight)
+
+
 def test_options_need_a_rule():
     with pytest.raises(ValueError, match="when without a rule"):
         MePropCallback(when="always")

@@ -28,7 +28,8 @@ class MePropCallback(TrainerCallback):
 
     Raises:
         NotSupportedError: Training begins with another model than the one that was converted, because `model_init` has
-            made a new one. Call `meprop.convert` in `model_init`, and give no rule here.
+            made a new one. Call `meprop.convert` in `model_init`, and give no rule here. Or an optimizer of
+            `meprop.optim` has `in_backward`, and the Trainer clips gradients, of which it would find none.
         ValueError: There are options without a rule.
 
     Example:
@@ -50,11 +51,17 @@ class MePropCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuses a model that has not been converted."""
+        """Refuses a model that has not been converted, and clipping that would have no effect."""
         if self.rule is not None and kwargs["model"] is not self._converted:
             raise NotSupportedError(
                 "the Trainer trains another model than the one that was converted, because model_init has made a new "
                 "one. Call meprop.convert in model_init, and give MePropCallback no rule."
+            )
+        optimizer: Any = kwargs.get("optimizer")
+        if getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", False) and args.max_grad_norm:
+            raise NotSupportedError(
+                f"max_grad_norm={args.max_grad_norm} with in_backward=True, which leaves no gradients to clip. Give "
+                "TrainingArguments max_grad_norm=0, or make the optimizer without in_backward"
             )
 
     def on_log(
