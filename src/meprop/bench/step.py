@@ -120,9 +120,9 @@ def run_case(
     if any(way.compiled for way in which):
         torch.compiler.reset()  # models of earlier cases count towards the number after which nothing is compiled
     begin = start(model, train_steps)
-    batch = begin.batches[0]
-    oracles = {rule: oracle(begin.network, rule, batch) for rule in {way.oracle_rule for way in which}}
     with torch.random.fork_rng(devices=[]):
+        batch = begin.hardest()
+        oracles = {rule: oracle(begin.network, rule, batch) for rule in {way.oracle_rule for way in which}}
         wrong = {
             way.name: what_is_wrong(way, begin.network, optimizer, batch, oracles[way.oracle_rule]) for way in which
         }
@@ -174,8 +174,8 @@ class Step(Bench[CaseResult, StepBench]):
     compiled: bool = False
     """Time the dense fp32 model under torch.compile too. It needs a C++ compiler. Compiling takes long."""
     train_steps: int = 500
-    """Steps of dense Adam before all, on MNIST where it is found, else on points around random centres. What rules keep
-    depends on the gradients, which change most in the first few hundred steps. 0: untrained weights and random data."""
+    """Steps of dense Adam before all, on MNIST where it is found, else on points around random centres. Gradients, and
+    what rules keep of them, change most in the first few hundred steps. 0: untrained weights and random data."""
     k: int | float = 0.04
     """How many entries of each hidden layer's output gradient top-k keeps: a count (20), or a share of the features."""
     noise: float = NOISE
