@@ -322,7 +322,17 @@ def test_every_benchmark_is_a_command_with_its_own_help(capsys):
 def test_a_benchmark_keeps_memory_only_where_it_is_asked_to(tmp_path, monkeypatch, capsys, arguments, asks):
     asked = []
     monkeypatch.setattr(machine, "keep_freed_memory", lambda: asked.append(True))  # and says no
-    options = ["--models", "6-140-130-3@5", "--seconds", "0.001", "--out", str(tmp_path / "out"), *arguments]
+    options = [
+        "--models",
+        "6-140-130-3@5",
+        "--train-steps",
+        "0",
+        "--seconds",
+        "0.001",
+        "--out",
+        str(tmp_path / "out"),
+        *arguments,
+    ]
     assert cli.main(["bench", "step", *options]) == int(asks)
     assert bool(asked) == asks
     assert ("--keep-memory: the C library" in capsys.readouterr().err) == asks

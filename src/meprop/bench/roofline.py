@@ -18,7 +18,7 @@ from meprop.bench.measure import interleaved
 Bound = Literal["arithmetic", "cache", "memory"]
 
 _SECONDS = 0.5  # for each limit
-_COPY_SECONDS = 0.1  # for each case
+_COPY_SECONDS = 0.1  # for each number of bytes
 _SQUARE = 2048
 _SMALL_KIB, _LARGE_KIB = 128, 512  # beyond L1, within L2
 
@@ -103,13 +103,13 @@ def roofline(work: Work, dtype: str, limits: Limits) -> Roofline:
     seconds: dict[Bound, float] = {
         "arithmetic": work.multiply_adds / limits.multiply_adds[dtype],
         "cache": work.cache_bytes / limits.cache_bytes,
-        "memory": _copy_seconds(work.memory_bytes),
+        "memory": copy_seconds(work.memory_bytes),
     }
     return Roofline(work, seconds, max(seconds, key=lambda part: seconds[part]))
 
 
-def _copy_seconds(count: int) -> float:
-    """Seconds to read half of so many bytes and write the other half."""
+def copy_seconds(count: int) -> float:
+    """Return the seconds to read half of so many bytes and write the other half."""
     source = torch.ones(max(1, count // 8))  # float32
     target = torch.zeros_like(source)
     return interleaved({"copy": lambda: target.copy_(source)}, _COPY_SECONDS)["copy"].best

@@ -7,7 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from meprop.bench.step import BASELINES, PHASES, CaseResult, StepBench
+from meprop.bench.step import CaseResult, StepBench
+from meprop.bench.ways import BASELINES, PHASES
 from meprop.machine import write_atomically
 from meprop.reporting.figures import PHASE_COLORS
 
@@ -20,7 +21,8 @@ def draw(bench: StepBench, path: Path) -> None:
         path: The file; it is replaced if it exists.
     """
     cases = bench.cases
-    figure = Figure(figsize=(6.2 * len(cases), 4.4), layout="constrained")
+    rows = max((len(case.ways) for case in cases), default=0)
+    figure = Figure(figsize=(6.2 * len(cases), 1.4 + 0.3 * rows), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, case in zip(panels, cases, strict=True):
         _draw_case(axes, case)
