@@ -68,7 +68,7 @@ inline F32 slope(F32 x) {
     const Normal of_x = normal(x);
     return multiply_add(multiply(x, broadcast(0.39894228f)), of_x.bell, of_x.below);
   }
-  const F32 square = multiply(x, x);
+  const F32 square = clamp(multiply(x, x), 0, 1e4f);  // beyond it the rate would outgrow `rest`, which is never 0
   const F32 u = multiply(x, multiply_add(square, broadcast(kCubed), broadcast(kTwiceRoot)));
   const F32 of_u = power_of_e(subtract(zero(), u));
   const F32 s = divide(broadcast(1), add(broadcast(1), of_u)), rest = multiply(of_u, s);  // 1 - s would be less exact

@@ -82,7 +82,7 @@ def distinct(grad: Tensor) -> Tensor:
     """
     if not grad.is_cpu:
         return grad.coalesce()
-    indices, sizes = grad._indices(), torch.tensor(grad.shape[: grad.sparse_dim()])[:, None]
+    indices, sizes = grad._indices(), grad._indices().new_tensor(grad.shape[: grad.sparse_dim()])[:, None]
     if grad.sparse_dim() == 1 and ascending(indices[0].contiguous(), len(grad)):
         return grad
     wrong = ((indices < 0) | (indices >= sizes)).any(dim=0).nonzero()
@@ -92,7 +92,10 @@ def distinct(grad: Tensor) -> Tensor:
             "outside; make it with check_invariants=True to find where"
         )
     values = grad._values()  # of a gradient that need not be in the order that it says
-    return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=False, check_invariants=False).coalesce()
+    once = torch.sparse_coo_tensor(
+        indices, values, grad.shape, device=grad.device, is_coalesced=False, check_invariants=False
+    )
+    return once.coalesce()
 
 
 def _norm(

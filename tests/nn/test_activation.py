@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import meprop
@@ -211,6 +212,30 @@ def test_transforms_and_graphs_are_left_to_torch():
         assert run(torch.empty(SIZE)).shape == SIZE
 
 
+def test_make_fx_draws_in_its_graph():
+    x = torch.randn(SIZE, requires_grad=True)
+    run = nn.Sequential(nn.ReLU(), nn.Dropout(0.3))
+    meprop.fusing.fuse(run)
+    forward = make_fx(run)(x)
+    both = make_fx(lambda x: torch.autograd.grad(run(x).sum(), x))(x)
+    for graph in (forward, both):
+        assert "dropout" in graph.code or "bernoulli" in graph.code
+        assert not torch.equal(*(torch.stack([*graph(x)]) for _ in range(2)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_another_default_device_does_not_matter(activation):
+    def run():
+        x = torch.linspace(-3, 3, 10_000, device="cpu").view(SIZE[::-1]).t().requires_grad_()
+        y = seeded(lambda: activation_dropout(x, activation, 0.3))
+        return y.detach(), *torch.autograd.grad(y, x, torch.ones(SIZE, device="cpu"))
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_compiled_module_is_torchs_own():
     torch._dynamo.reset()
     x = torch.randn(SIZE, requires_grad=True)
@@ -346,6 +371,7 @@ def test_evaluation_is_torchs_own_bit_for_bit():
 
 CHANGES = {
     "p": lambda model: setattr(model[2], "p", 0.8),
+    "a tensor as p": lambda model: setattr(model[2], "p", torch.tensor(0.8)),
     "p of 0": lambda model: setattr(model[2], "p", 0.0),
     "the dropout alone in evaluation mode": lambda model: model[2].eval(),
     "no dropout": lambda model: model.__setitem__(2, nn.Identity()),
@@ -367,6 +393,14 @@ def test_changes_of_the_modules_hold(change):
     found, expected = model(x), plain(x)
     assert abs((found != 0).float().mean() - (expected != 0).float().mean()) < 0.02
     torch.testing.assert_close(found.unique(), expected.unique(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.Dropout])
+def test_another_forward_pass_of_torchs_class_runs(monkeypatch, kind):
+    model = nn.Sequential(nn.ReLU(), nn.Dropout(0.3))
+    meprop.fusing.fuse(model)
+    monkeypatch.setattr(kind, "forward", lambda self, x: x * 0)
+    assert not model(torch.ones(SIZE)).any()
 
 
 def test_hooks_of_a_pair_see_what_its_modules_return():

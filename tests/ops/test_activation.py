@@ -30,7 +30,7 @@ LAYOUTS = {
 
 def contents(size, dtype):
     x = 3 * torch.randn(size, generator=torch.Generator().manual_seed(size))
-    for place, value in enumerate((float("nan"), float("inf"), 0.0, -0.0, 50.0, -50.0, 1e-30, -1e-30)):
+    for place, value in enumerate((float("nan"), float("inf"), 0.0, -0.0, 50.0, -50.0, 1e-30, -1e-30, 1e15, -1e15)):
         x[place * 5 : place * 5 + 2] = value
     return x.to(dtype)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import meprop
-from meprop import ops, optim
+from meprop import ops, optim, row_sparse
 from meprop.errors import NotSupportedError
 from optimizer_cases import (
     KINDS,
@@ -264,6 +264,12 @@ def test_uncoalesced_and_empty_gradients():
     params[0].grad = sparse(torch.empty(0, WIDTH), [])
     optim.Adam(params).step()
     assert torch.equal(params[0], before)
+
+
+def test_another_default_device_does_not_matter():
+    grad = torch.sparse_coo_tensor(torch.tensor([[5, 2, 5]]), torch.ones(3, WIDTH), (ROWS, WIDTH))
+    with torch.device("meta"):
+        assert row_sparse.distinct(grad)._indices().tolist() == [[2, 5]]
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3)])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import meprop
 from meprop import ops, optim
@@ -281,6 +282,15 @@ def thawed(model, optimizer):
     return model, optimizer
 
 
+def with_groups_of_their_own(model, optimizer):
+    (group,) = optimizer.param_groups
+    optimizer.param_groups[:] = [
+        {**group, "params": group["params"][:5], "lr": 0.5},
+        {**group, "params": group["params"][5:], "lr": 0.25},
+    ]
+    return model, optimizer
+
+
 def reverted_and_converted(model, optimizer):
     meprop.revert(model)
     train(model, optimizer, range(3, 5))
@@ -303,6 +313,7 @@ LIVES = {
     "frozen and thawed": thawed,
     "reverted and converted": reverted_and_converted,
     "edited": edited,
+    "other groups": with_groups_of_their_own,
 }
 
 
@@ -480,6 +491,56 @@ def test_wrong_options_say_what_is_right(what):
         make_one([nn.Parameter(torch.ones(2))])
 
 
+def test_what_is_frozen_after_the_forward_pass_is_not_updated():
+    both = [pair(in_backward=each) for each in (True, False)]
+    for model, optimizer in both:
+        loss = loss_of(model, 0)
+        model.topk.requires_grad_(False)
+        loss.backward()
+        optimizer.step()
+        assert model.topk.weight not in optimizer.state
+        model.topk.requires_grad_(True)
+        train(model, optimizer, range(2))
+    assert_equal(*both)
+
+
+def test_zero_grad_and_step_go_on_after_a_backward_pass_that_fails():
+    model, optimizer = pair()
+
+    def fail(_):
+        raise ValueError("in the middle")
+
+    loss = loss_of(model, 0)
+    handle = model.topk.weight.register_hook(fail)
+    with pytest.raises(ValueError, match="in the middle"):
+        loss.backward()
+    handle.remove()
+    steps = [optimizer.state[layer.weight].get("step") for layer in (model.rows, model.topk, model.plain)]
+    assert steps == [1, None, None]
+    optimizer.zero_grad()
+    optimizer.step()
+    inside = model, optimizer
+    outside = pair(in_backward=False)
+    outside[0].load_state_dict(model.state_dict())
+    outside[1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (inside, outside):
+        train(*each, range(3))
+    assert_equal(inside, outside)
+
+
+def test_a_weight_in_several_reentrant_checkpoints_is_refused():
+    layer = meprop.nn.Linear(24, 24, rule=meprop.TopK(4))
+    optimizer = optim.Adam(layer.parameters(), in_backward=True)
+    x = batch(0)[1].requires_grad_()
+    for reentrant in (False, True):
+        loss = checkpoint(layer, checkpoint(layer, x, use_reentrant=reentrant), use_reentrant=reentrant).sum()
+        if not reentrant:
+            loss.backward()
+            optimizer.step()
+    with pytest.raises(NotSupportedError, match="without in_backward"):
+        loss.backward()
+
+
 def test_an_update_of_a_weight_that_the_graph_still_needs_is_noticed():
     """As with any change in place: autograd refuses the weight of another version."""
     layer = nn.Linear(4, 4, bias=False)
@@ -507,6 +568,22 @@ def test_a_compiled_model_trains_the_same(backend):
         return model, optimizer
 
     assert_equal(run(True), run(False))
+
+
+def test_a_compiled_loop_does_not_compile_the_update_of_each_parameter():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(4)))
+    optimizer = optim.Adam(model.parameters(), in_backward=True)
+
+    def step(x):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    torch.compile(step, backend="eager")(batch(0)[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert all(optimizer.state[each]["step"] == 1 for each in model.parameters())
 
 
 def test_a_simplifier_cuts_what_is_updated():

@@ -13,6 +13,7 @@ from meprop import ops
 from meprop.errors import did_you_mean
 from meprop.ops import native
 from meprop.ops.activation import FUNCTIONS, Activation, needs_input
+from meprop.ops.registry import in_graph
 from meprop.policy import is_dual
 
 _LEAST_ENTRIES = 8192
@@ -39,7 +40,8 @@ def activation_dropout(x: Tensor, activation: Activation = "relu", p: float = 0.
     The pass is for float32 and bfloat16 tensors on the CPU of at least 8192 entries. Everything else is left to torch's
     own functions, with their results and random numbers: evaluation, p = 0 and p = 1, other dtypes and devices, small
     tensors, subclasses of Tensor, transforms of torch.func and forward-mode differentiation, torch.compile,
-    torch.export and torch.jit.trace. `create_graph=True` works. Its backward pass consists of torch's operations.
+    torch.export, torch.jit.trace and make_fx. `create_graph=True` works. Its backward pass consists of torch's
+    operations.
 
     Args:
         x: Input [*] of any shape and floating dtype.
@@ -79,7 +81,7 @@ def check_probability(p: Any) -> None:
 
 def is_one_pass(x: Any, p: float, training: bool) -> bool:
     """Whether the native pass serves this input. Torch's own functions do otherwise."""
-    if not training or not 0 < p < 1 or torch.compiler.is_compiling() or native.declines(x) is not None:
+    if not training or not 0 < p < 1 or in_graph() or x is None or native.declines(x) is not None:
         return False
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or is_dual(x):
         return False
@@ -88,7 +90,7 @@ def is_one_pass(x: Any, p: float, training: bool) -> bool:
 
 def one_pass(x: Tensor, activation: Activation, p: float) -> Tensor:
     """The native pass, for an input that `is_one_pass` accepts."""
-    key = int(torch.randint(0, 2**63 - 1, ()))
+    key, p = int(torch.randint(0, 2**63 - 1, (), device="cpu")), float(p)  # torch's Dropout takes a tensor as p, too
     if torch.is_grad_enabled() and x.requires_grad:
         return _ActivationDropout.apply(x, activation, p, key)  # pyright: ignore[reportReturnType]  (apply is untyped)
     return ops.activation_dropout(x, activation, p, key)[0]

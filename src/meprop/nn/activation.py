@@ -16,8 +16,11 @@ from meprop.functional.activation import (
     is_one_pass,
     one_pass,
 )
+from meprop.nn.base import own_method
 from meprop.ops.activation import Activation
 
+_KINDS = (torch.nn.Dropout, torch.nn.ReLU, torch.nn.GELU, torch.nn.Tanh)
+_FORWARDS: dict[type[torch.nn.Module], Any] = {kind: own_method(kind, "forward") for kind in _KINDS}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -70,8 +73,9 @@ class Sequential(torch.nn.Sequential):
     it by `meprop.functional.activation_dropout`. So is a Dropout that follows another module, alone. The modules stay
     what they are. Their options hold, such as `p`, and may be changed at any time. Modules may be added and removed.
 
-    Modules are called one by one where the pass does not serve the input, and where a module of a pair has a hook. A
-    pass writes to new memory, also if a module of the pair is made to work in place.
+    Modules are called one by one where the pass does not serve the input, and where a module of a pair has a hook, or a
+    forward pass that somebody put in the place of torch's. A pass writes to new memory, also if a module of the pair is
+    made to work in place.
     """
 
     def forward(self, input: Any) -> Any:
@@ -148,6 +152,7 @@ def _activation_of(module: torch.nn.Module) -> Activation | None:
 
 
 def _is_whole(module: torch.nn.Module) -> bool:
-    """Whether a call of the module is its class's forward pass and nothing else."""
-    attributes = vars(module)
-    return "forward" not in attributes and not any(attributes[hooks] for hooks in _HOOKS)
+    """Whether a call of the module is torch's forward pass of its class and nothing else."""
+    attributes, kind = vars(module), type(module)
+    is_own = "forward" not in attributes and kind.forward is _FORWARDS[kind]
+    return is_own and not any(attributes[hooks] for hooks in _HOOKS)

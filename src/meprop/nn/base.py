@@ -312,10 +312,10 @@ def register(descriptor: Descriptor[Any]) -> None:
         raise ValueError(f"{descriptor.plain.__qualname__} has a descriptor already")
     _descriptors.append(descriptor)
     descriptor.sparse._plain = descriptor.plain
-    descriptor.sparse._plain_methods = {name: _own(descriptor.plain, name) for name in descriptor.methods}
+    descriptor.sparse._plain_methods = {name: own_method(descriptor.plain, name) for name in descriptor.methods}
 
 
-def _own(plain: type[Any], name: str) -> Any:
+def own_method(plain: type[Any], name: str) -> Any:
     """A method of a class, as it is now. None for a class of torch that has one from elsewhere already."""
     method = getattr(plain, name)
     code = getattr(method, "__code__", None)

@@ -171,7 +171,7 @@ def _in_order(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The same values with these strides."""
     if tensor.stride() == stride and not tensor.is_neg():
         return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    return tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
 
 
 def _native_declines(x: Tensor, *_: object) -> str | None:
@@ -180,7 +180,7 @@ def _native_declines(x: Tensor, *_: object) -> str | None:
 
 @native.backend.implements(activation_dropout, _native_declines)
 def _native_activation_dropout(x: Tensor, activation: Activation, p: float, key: int) -> tuple[Tensor, Tensor]:
-    result, bits = torch.empty_like(x), torch.empty(-(-x.numel() // _BLOCK), dtype=torch.int64)
+    result, bits = torch.empty_like(x), x.new_empty(-(-x.numel() // _BLOCK), dtype=torch.int64)
     x = _in_order(x, result.stride())
     native.extension().drop(
         *(native.DTYPE_CODES[x.dtype], _CODES[activation], key, dropped_of(p), x.numel()),
@@ -200,7 +200,7 @@ def _native_gradient(
     grad: Tensor, x: Tensor | None, bits: Tensor, activation: Activation, p: float, stride: tuple[int, ...]
 ) -> Tensor:
     grad, x = _in_order(grad, stride), None if x is None else _in_order(x, stride)
-    result = torch.empty_strided(grad.shape, stride, dtype=grad.dtype)
+    result = grad.new_empty_strided(grad.shape, stride)
     native.extension().drop_gradient(
         *(native.DTYPE_CODES[grad.dtype], _CODES[activation], 0, 0, grad.numel()),
         *(native.address(x), result.data_ptr(), grad.data_ptr(), bits.data_ptr(), torch.get_num_threads(), _scale(p)),

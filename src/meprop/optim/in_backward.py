@@ -40,6 +40,8 @@ class InBackward:
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._updated: set[Tensor] = set()
+        eager = torch.compiler.disable(_update)  # torch.compile would compile it anew for each parameter
+        self._hook = partial(eager, weakref.ref(self))
         weakref.finalize(self, _remove, self._hooks).atexit = False
         _all.add(self)
         self.attach()
@@ -59,19 +61,22 @@ class InBackward:
                 "in_backward=True with differentiable=True; the backward pass keeps no graph of its updates: leave one "
                 "of the two out"
             )
-        self._groups = {each: group for group in optimizer.param_groups for each in group["params"]}
+        self._groups = _groups_of(optimizer)
         for parameter in [each for each in self._hooks if each not in self._groups]:
             self._hooks.pop(parameter).remove()
             deferred.decline(parameter)
         for parameter in self._groups:
             if parameter not in self._hooks and parameter.requires_grad and parameter.is_leaf:
-                hook = partial(_update, weakref.ref(self))
-                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._hook)
                 deferred.accept(parameter)
 
     def update(self, parameter: Tensor) -> None:
         """Does the step of a parameter that autograd has just given its gradient."""
         optimizer, products = self._optimizer(), deferred.take(parameter)
+        if not parameter.requires_grad:  # frozen since the forward pass: autograd has given it nothing
+            return
+        if optimizer is not None and not self._updated:  # a step begins, and a group may have been edited
+            self._groups = _groups_of(optimizer)
         if optimizer is None or parameter not in self._groups:
             _form(parameter, products)
             return
@@ -131,6 +136,11 @@ def _update(updates: weakref.ref[InBackward], parameter: Tensor) -> None:
     alive = updates()
     if alive is not None:
         alive.update(parameter)
+
+
+def _groups_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """The group of each parameter."""
+    return {each: group for group in optimizer.param_groups for each in group["params"]}
 
 
 def _form(parameter: Tensor, products: list[GradientProduct]) -> None:
