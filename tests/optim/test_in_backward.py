@@ -602,3 +602,18 @@ def test_a_simplifier_cuts_what_is_updated():
         return model, optimizer
 
     assert_equal(run(True), run(False))
+
+
+def test_small_parameters_are_left_to_the_step(monkeypatch):
+    monkeypatch.setattr(ops.optimizer, "_SMALLEST_WHOLE", 12)
+    small, large = nn.Linear(11, 1), nn.Linear(12, 1)
+    plain = copy.deepcopy((small, large))
+    for layers, in_backward in (((small, large), True), (plain, False)):
+        params = [each for layer in layers for each in layer.parameters()]
+        optimizer = optim.Adam(params, lr=0.1, in_backward=in_backward)
+        for _ in range(2):
+            sum(layer(torch.ones(3, layer.in_features)).square().sum() for layer in layers).backward()
+            assert [each.grad is None for each in params] == [False, False, in_backward, False]
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(ours.weight, theirs.weight) for ours, theirs in zip((small, large), plain, strict=True))

@@ -34,8 +34,13 @@ OF_ROWS = (ROW_DECAY, ROW_WEIGHT_DECAY)
 
 
 _SMALLEST_WHOLE = 1 << 20
-"""Elements of the smallest parameter of which native code takes dense gradients. Torch's fused implementation takes the
-others in one call, where ours would take a call for each."""
+"""Elements of the smallest parameter that has calls of its own. Torch's fused implementation takes the others in one
+call, where ours would take a call for each."""
+
+
+def is_large(parameter: Tensor) -> bool:
+    """Whether a parameter is so large that calls of its own cost next to nothing."""
+    return parameter.numel() >= _SMALLEST_WHOLE
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def _declines(rows: Gradient, *tensors: Tensor | None) -> str | None:
 
 def takes_whole(parameter: Tensor, *others: Tensor | None) -> bool:
     """Whether native code does the step of such a parameter, with a dense gradient and a state like the others."""
-    if parameter.numel() < _SMALLEST_WHOLE or native.reason_missing() is not None:
+    if not is_large(parameter) or native.reason_missing() is not None:
         return False
     return native.declines_scattered(parameter, *others, dtypes=native.FLOAT32) is None
 

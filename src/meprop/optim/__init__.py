@@ -34,21 +34,23 @@ parameters as they are in that step. Those of large parameters, of 2^20 elements
 where the user chooses no implementation and the parameter is float32 on the CPU. Its results are torch's but for
 rounding. AMSGrad and `maximize` are always torch's. The choice shows neither in `param_groups` nor in a state_dict.
 
-With ``in_backward=True`` the backward pass updates each parameter as soon as its gradient is complete, and frees the
-gradient. Memory never holds the gradients of all parameters. The loop stays as it is: ``optimizer.zero_grad()``,
-``loss.backward()``, ``optimizer.step()``. The results are those of the separate step, bit for bit. They differ by
+With ``in_backward=True`` the backward pass updates each large parameter, of 2^20 elements and more, as soon as its
+gradient is complete, and frees the gradient. Memory never holds the gradients of all large parameters. `step` updates
+the others, all at once. The loop stays as it is: ``optimizer.zero_grad()``, ``loss.backward()``, ``optimizer.step()``.
+The results are those of the separate step, bit for bit. They differ by
 rounding in a group of several dtypes or memory layouts: torch's fused implementation takes each parameter that it can,
 where the separate step needs a whole group that it can take.
 
 - The options of the moment of the backward pass count, such as the learning rate.
-- After the backward pass each `grad` is None. `step` ends the step, and counts for schedulers and hooks. A closure has
-  the backward pass in it.
+- After the backward pass the `grad` of a large parameter is None. `step` ends the step, and counts for schedulers and
+  hooks. A closure has the backward pass in it.
 - ``torch.autograd.grad`` updates nothing. Every other backward pass does.
-- What needs all gradients before the first update is refused: a second backward pass before `step` (accumulation),
-  `meprop.optim.clip_grad_norm_`, ``create_graph=True``, GradScaler, and several processes. So is a weight in
-  several checkpoints with ``use_reentrant=True``: each of them is a backward pass of its own.
+- What needs all gradients before the first update is refused for large parameters: a second backward pass before
+  `step` (accumulation), `meprop.optim.clip_grad_norm_`, ``create_graph=True``, and several processes. So is a weight in
+  several checkpoints with ``use_reentrant=True``: each of them is a backward pass of its own. GradScaler is refused.
 - A backward pass that fails has updated some parameters. Call `zero_grad`, and then `step`, to go on after it.
-- torch's own `clip_grad_norm_` finds no gradient, and has no effect. A hook of a parameter still sees its gradient.
+- torch's own `clip_grad_norm_` does not find the gradients of large parameters. A hook of a parameter still sees its
+  gradient.
 - A state_dict is that of the optimizer without `in_backward`, and loads both ways.
 
 State and state_dict are torch's. The mode ``"decay"`` adds one tensor [O] for each state of a parameter [O, *] that

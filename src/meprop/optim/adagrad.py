@@ -29,7 +29,7 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
             large (`meprop.optim`).
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`). The modes
             differ only where there is weight decay.
-        in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
+        in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
 
     Raises:

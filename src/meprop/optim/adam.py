@@ -31,7 +31,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             large (`meprop.optim`).
         decoupled_weight_decay: Whether weights decay as in AdamW.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
-        in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
+        in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
 
     Raises:

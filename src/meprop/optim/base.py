@@ -37,7 +37,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     Args:
         args: As of torch's optimizer.
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
-        in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
+        in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
         options: As of torch's optimizer.
 

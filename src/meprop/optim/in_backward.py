@@ -1,6 +1,6 @@
-"""The update of parameters in the backward pass, as soon as their gradients are complete.
+"""The update of large parameters in the backward pass, as soon as their gradients are complete.
 
-A hook on each parameter runs when autograd has accumulated the parameter's whole gradient. It does this parameter's
+A hook on each of them runs when autograd has accumulated the parameter's whole gradient. It does this parameter's
 step of the optimizer, and frees the gradient.
 """
 
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from meprop import deferred
 from meprop.errors import NotSupportedError
 from meprop.ops import GradientProduct
+from meprop.ops.optimizer import is_large
 
 if TYPE_CHECKING:
     from meprop.optim.base import RowSparseOptimizer
@@ -50,7 +51,7 @@ class InBackward:
         return parameter in self._hooks
 
     def attach(self) -> None:
-        """Gives each parameter of the optimizer a hook, and takes those of others away.
+        """Gives each large parameter of the optimizer a hook, and takes those of others away.
 
         A parameter that is frozen gets its hook later: `step` does its first step after it has been thawed.
         """
@@ -66,7 +67,7 @@ class InBackward:
             self._hooks.pop(parameter).remove()
             deferred.decline(parameter)
         for parameter in self._groups:
-            if parameter not in self._hooks and parameter.requires_grad and parameter.is_leaf:
+            if parameter not in self._hooks and parameter.requires_grad and parameter.is_leaf and is_large(parameter):
                 self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._hook)
                 deferred.accept(parameter)
 
@@ -95,7 +96,7 @@ class InBackward:
         self._updated.add(parameter)
 
     def end_step(self) -> None:
-        """Ends the step, after the parameters that have been given a gradient by hand have had theirs."""
+        """Does the step of all parameters that have a gradient left: small ones, and those given one by hand."""
         optimizer = self._optimizer()
         assert optimizer is not None  # it calls this
         self.attach()  # a group may have been edited, or a parameter thawed
@@ -103,8 +104,8 @@ class InBackward:
         for parameter in left:
             if parameter in self._updated:
                 _refuse_accumulation(parameter)
+        optimizer._step()  # pyright: ignore[reportPrivateUsage]
         for parameter in left:
-            optimizer._step_alone(parameter, self._groups[parameter])  # pyright: ignore[reportPrivateUsage]
             if parameter in self._hooks:
                 parameter.grad = None
         self._updated.clear()

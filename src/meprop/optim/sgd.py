@@ -28,7 +28,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         fused: Whether torch's fused implementation takes dense gradients; None: where it takes them, if they are not
             large (`meprop.optim`).
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
-        in_backward: Whether the backward pass updates each parameter as soon as its gradient is complete
+        in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
 
     Raises:
