@@ -269,8 +269,8 @@ def least_bytes(way: Way, layers: Sequence[LayerReport], optimizer: OptimizerNam
 
     The forward pass reads the weights. The backward pass reads those of all layers but the first, and writes the
     gradients. The optimizer reads the gradients, and reads and writes weights and moments. An update in the backward
-    pass does that there, without gradients. Small parameters, which the step updates, count there too. Both passes touch the activations once. Row-sparse gradients have the kept
-    rows only.
+    pass does that there, without gradients. Small parameters, which the step updates, count there too. Both passes
+    touch the activations once. Row-sparse gradients have the kept rows only.
 
     Args:
         way: Of doing the step.
