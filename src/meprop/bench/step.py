@@ -158,7 +158,8 @@ class Step(Bench[CaseResult, StepBench]):
         "layers' output gradients. 'Least MB': what forward pass / backward pass / optimizer have to move, if nothing "
         "stays in the cache between them: weights, gradients and moments read or written, each once, and the "
         "activations once in each pass. 'Of memory bound': the time of copying as many bytes in the same process, as a "
-        "share of the part's time; what fits the cache is copied there, and may be above 100%."
+        "share of the part's time. It may be above 100%: what fits the cache is copied there, and a copy also reads "
+        "what it overwrites."
     )
     figure = FIGURE
     figure_title = "Parts of the step"
