@@ -47,7 +47,8 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
-	  $(PYTEST) tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py \
+	  MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) \
+	  $(PYTEST) tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py tests/ops/test_activation.py \
 	  tests/ops/test_entries.py::test_native_equals_the_reference \
 	  tests/ops/test_entries.py::test_native_reads_every_layout \
 	  tests/ops/test_entries.py::test_a_sample_that_misleads_changes_nothing \
