@@ -1,5 +1,7 @@
 """The optimizers that tests/optim compares with torch's, and the parameters and gradients that they train with."""
 
+import io
+
 import torch
 
 from meprop import optim
@@ -35,6 +37,14 @@ OPS = {
 }
 
 TOLERANCE = {torch.float32: {"rtol": 2e-4, "atol": 2e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-11}}
+
+
+def saved(*objects):
+    """The objects after `torch.save` and `torch.load`."""
+    file = io.BytesIO()
+    torch.save(objects, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def make(kind, params, **more):

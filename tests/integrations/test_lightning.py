@@ -114,3 +114,14 @@ def test_a_wrapped_part_is_refused_before_training(tmp_path):
     module.model = nn.DataParallel(module.model)
     with pytest.raises(meprop.NotSupportedError, match="DataParallel"):
         trainer(tmp_path, MePropCallback(RULE)).fit(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_clipping_that_would_find_no_gradient_is_refused(tmp_path):
+    class Updated(Module):
+        def configure_optimizers(self):
+            return meprop.optim.Adam(self.parameters(), in_backward=True)
+
+    with pytest.raises(meprop.NotSupportedError, match=r"gradient_clip_val=1.0 .* Leave gradient_clip_val out"):
+        trainer(tmp_path, MePropCallback(RULE), gradient_clip_val=1.0).fit(Updated())
+    trainer(tmp_path, MePropCallback(RULE)).fit(Updated())

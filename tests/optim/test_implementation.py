@@ -1,7 +1,6 @@
 """Which of torch's implementations does a dense step: decided in each step, and seen nowhere outside of it."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from meprop import ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native
 from meprop.optim.base import RowSparseOptimizer
-from optimizer_cases import KINDS, make, make_torch, sparse
+from optimizer_cases import KINDS, make, make_torch, saved, sparse
 
 SOME = ["sgd", "momentum", "adam", "amsgrad", "adamw", "adagrad"]
 DTYPES = {
@@ -68,13 +67,6 @@ def train(optimizer, steps, rows):
                 grad = grad if isinstance(optimizer, RowSparseOptimizer) else grad.to_dense()
             parameter.grad = grad
         optimizer.step()
-
-
-def saved(optimizer, params):
-    file = io.BytesIO()
-    torch.save((optimizer, params), file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def before_the_first_step(make, dtype):

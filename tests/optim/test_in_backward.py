@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import weakref
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ import meprop
 from meprop import ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native
-from optimizer_cases import KINDS, make
+from optimizer_cases import KINDS, make, saved
 
 
 @pytest.fixture(autouse=True)
@@ -251,13 +250,6 @@ def test_the_learning_rate_of_the_backward_pass_counts_with_groups_and_scheduler
         return model, optimizer
 
     assert_equal(run(True), run(False))
-
-
-def saved(model, optimizer):
-    file = io.BytesIO()
-    torch.save((model, optimizer), file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def loaded(model, optimizer):

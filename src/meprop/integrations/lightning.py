@@ -29,7 +29,8 @@ class MePropCallback(pl.Callback):
 
     Raises:
         NotSupportedError: A fit begins with a module that has a `configure_model`. That method may make or wrap layers
-            after callbacks could convert them. Call `meprop.convert` there, and give no rule here.
+            after callbacks could convert them. Call `meprop.convert` there, and give no rule here. Or an optimizer of
+            `meprop.optim` has `in_backward`, and the Trainer clips gradients, of which it would find none.
         ValueError: There are options without a rule.
 
     Example:
@@ -51,6 +52,14 @@ class MePropCallback(pl.Callback):
                 "meprop.convert there, before anything is wrapped, and give MePropCallback no rule"
             )
         convert(pl_module, self.rule, **self.options)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses clipping that would have no effect."""
+        if trainer.gradient_clip_val and any(getattr(each, "in_backward", False) for each in trainer.optimizers):
+            raise NotSupportedError(
+                f"gradient_clip_val={trainer.gradient_clip_val} with in_backward=True, which leaves no gradients to "
+                "clip. Leave gradient_clip_val out, or make the optimizer without in_backward"
+            )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the density."""

@@ -138,11 +138,11 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  (overloads)
         """One step of torch's optimizer, in which a row-sparse gradient costs only its rows.
 
-        Where the user has chosen no implementation, native code does the steps of dense gradients that it can do, and
-        torch's fused implementation does those of the rest that it can do.
+        Where the user has chosen no implementation, native code does the steps of large parameters with dense gradients
+        that it can do. Torch's fused implementation does those of the rest that it can do.
 
-        With `in_backward` the backward pass has done the steps. Then this ends the step: hooks run, and the next
-        backward pass may update again. Parameters that have been given a gradient by hand have their steps here.
+        With `in_backward` the backward pass has done the steps of large parameters. All that have a gradient left have
+        their steps here. After that the next backward pass may update again.
 
         Args:
             closure: Computes the gradients again and returns the loss, as for torch's optimizer.
