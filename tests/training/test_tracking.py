@@ -98,7 +98,8 @@ def test_the_commit_is_read_once_and_is_dirty_if_the_code_is(monkeypatch):
     asked = []
 
     def run(command, **options):
-        asked.append(command[3:])
+        assert command[:3] == ["git", "--no-optional-locks", "-C"]  # a killed process leaves no lock in the checkout
+        asked.append(command[4:])
         return subprocess.CompletedProcess(command, 0, stdout="abc\n")
 
     monkeypatch.setattr(tracking.subprocess, "run", run)

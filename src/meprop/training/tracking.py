@@ -88,7 +88,8 @@ def commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(checkout), *arguments]
+        # Without the lock of an index that is refreshed: a process that is killed would leave it behind.
+        command = ["git", "--no-optional-locks", "-C", str(checkout), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
