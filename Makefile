@@ -26,7 +26,7 @@ torture: env  ## kill real runs at random moments and calls, resume them, compar
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),600)
 
 fuzz: env  ## files of every format, changed at random, and random calls of the native code (20 minutes or so; EXAMPLES=)
-	MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) tests/test_fuzz.py tests/ops/test_native_fuzz.py
+	MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) --hypothesis-profile=default tests/test_fuzz.py tests/ops/test_native_fuzz.py
 
 soak: env  ## 20,000 steps of small models in several threads: flat memory, the same bits twice
 	MEPROP_SOAK=20000 $(BIN)/python -m pytest -s -m slow tests/soak

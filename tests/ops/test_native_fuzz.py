@@ -326,14 +326,20 @@ def nearly(tensor):
     return None if tensor is None else tensor * (1 + 1e-6 * torch.randn_like(tensor))
 
 
+def has_denormals(tensor):
+    return tensor is not None and bool(((tensor != 0) & (tensor.abs() < 1e-30)).any())
+
+
 @fuzz
 @given(data=st.data(), call=lstm_inputs(FINITE), choice=st.one_of(top_ks, described), team=teams)
 def test_lstm_backward(level, poisoned, team, data, call, choice):
     """What is kept is compared if it stays the same where the arguments are off by little.
 
-    What is not kept is multiplied by nothing, or by zeros. So only gradients are not finite.
+    Of denormal numbers it is up to rounding which of the gates' gradients are zero. What is not kept is multiplied by
+    nothing, or by zeros. So only gradients are not finite.
     """
     torch.set_num_threads(team)
+    torch.manual_seed(0)  # of what is off
     x, *weights, _, _, batch_sizes, reverse = call
     rows, batch, units = len(x), int(batch_sizes[0]), weights[1].shape[1]
     valid = are_sequences(batch_sizes, rows)
@@ -362,7 +368,7 @@ def test_lstm_backward(level, poisoned, team, data, call, choice):
     expected, expected_counts = run(ops.lstm_backward.literally)
     assert [one is not None for one in found] == list(needs)
     assume(all(run(ops.lstm_backward.literally, nearly)[1] == expected_counts for _ in range(4)))
-    assert counts == expected_counts
+    assert counts == expected_counts or any(map(has_denormals, (*trace, *gradients)))
     for one, other in zip(found, expected, strict=True):
         if one is not None:
             largest = float(other.abs().nan_to_num(0, 0, 0).max()) if other.numel() else 0.0
