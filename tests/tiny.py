@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from meprop.training.task import DataTask
+
 
 @dataclass(frozen=True)
 class TinyConfig:
@@ -21,7 +23,7 @@ class TinyConfig:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
 
 
-class TinyTask:
+class TinyTask(DataTask):
     name = "tiny"
     metric = "accuracy"
     steps_per_epoch = 8
@@ -32,8 +34,11 @@ class TinyTask:
         generator = torch.Generator().manual_seed(1)
         self.inputs_NI = torch.randn(80, 6, generator=generator)
         self.classes_N = (self.inputs_NI[:, 0] > 0).long()
-        self.example_inputs = (self.inputs_NI[:1],)
         self.seen: list[torch.Tensor] = []
+
+    @property
+    def example_inputs(self):
+        return (self.inputs_NI[:1],)
 
     def build_model(self):
         layers: list[nn.Module] = []

@@ -25,6 +25,7 @@ if _TYPE_CHECKING:
     from meprop.budgets import share_noise
     from meprop.pruning import Simplifier
     from meprop.schedule import RuleSchedule, anneal
+    from meprop.training.task import Setup
 
     __version__: str
 
@@ -43,6 +44,7 @@ __all__ = [
     "Rule",
     "RuleSchedule",
     "Sampled",
+    "Setup",
     "Simplifier",
     "TopK",
     "anneal",
@@ -61,6 +63,7 @@ __all__ = [
 # What only few programs need is imported when they ask for it.
 _LATER = {
     "RuleSchedule": "meprop.schedule",
+    "Setup": "meprop.training.task",
     "Simplifier": "meprop.pruning",
     "anneal": "meprop.schedule",
     "share_noise": "meprop.budgets",

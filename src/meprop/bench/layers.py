@@ -30,7 +30,7 @@ from meprop.rules import Rule
 from meprop.training import tasks
 from meprop.training.config import TrainingConfig
 from meprop.training.loop import Trainer
-from meprop.training.task import Task
+from meprop.training.task import DataTask
 
 SEED = 0
 
@@ -72,7 +72,7 @@ class LayersBench(Record):
 
 
 def run(
-    task: Task,
+    task: DataTask,
     training: TrainingConfig,
     steps: int,
     batches: int,
@@ -145,7 +145,7 @@ def _per_batch(times: Times, batches: int) -> Times:
     return Times(best, p20, p50, p80, times.calls)
 
 
-def _steps(task: Task, trainer: Trainer, batches: Sequence[Any]) -> Callable[[], None]:
+def _steps(task: DataTask, trainer: Trainer, batches: Sequence[Any]) -> Callable[[], None]:
     """The whole step on each batch. A learning rate of 0 costs the same, and lets the gradients stay what they are."""
     model, optimizer = trainer.model, trainer.optimizer
     for group in optimizer.param_groups:
@@ -185,7 +185,7 @@ class _Call:
         return self.inputs[0].shape[:-1].numel()
 
 
-def _record(task: Task, model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> dict[str, list[_Call]]:
+def _record(task: DataTask, model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> dict[str, list[_Call]]:
     calls: dict[str, list[_Call]] = {name: [] for name in names}
 
     def hook(name: str) -> Callable[..., None]:
@@ -351,6 +351,7 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
         choices["fuse"] = self.fuse
         training = replace(entry.training, epochs=1, schedule="constant", accelerator="cpu", **choices)
         task = entry.build(self.task)
+        assert isinstance(task, DataTask)  # the command has forms for these alone
         return lambda config, after: run(task, training, self.steps, self.batches, self.seconds, dict(config), after)
 
     def ratio(self, result: Comparison) -> Ratio:

@@ -97,7 +97,7 @@ def _layers_form() -> Any:
     def default(name: str, entry: TaskEntry) -> Any:
         return RunBench(Layers.of_task(entry.config(), entry.training), Path("runs") / f"bench-layers-{name}")
 
-    of_task = with_tasks(Layers, lambda config: RunBench[Layers[config]], default)
+    of_task = with_tasks(Layers, lambda entry: RunBench[Layers[entry.config]], default)
     about = tyro.conf.subcommand(Layers.name, description=Layers.__doc__, constructor_factory=lambda: of_task)
     return Annotated[Any, about]
 

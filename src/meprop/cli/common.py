@@ -14,10 +14,11 @@ import torch
 
 from meprop import rules
 from meprop.training import tasks
-from meprop.training.config import rule_names
+from meprop.training.config import RunConfig, rule_names
 from meprop.training.tasks import TaskEntry
 
 TaskConfig = TypeVar("TaskConfig")
+Training = TypeVar("Training", bound=RunConfig)
 RuleName = TypeVar("RuleName", bound=str)
 """Stands for the names of the rules, which are known when the arguments are read: `rule_choice`."""
 
@@ -48,21 +49,27 @@ def forms(*each: Any) -> Any:
     return Union[(*each, Annotated[None, tyro.conf.Suppress])]
 
 
-def with_tasks(command: Any, options: Callable[[Any], Any], default: Callable[[str, TaskEntry], Any]) -> Any:
+def with_tasks(
+    command: Any,
+    options: Callable[[TaskEntry], Any],
+    default: Callable[[str, TaskEntry], Any],
+    entries: Mapping[str, TaskEntry] | None = None,
+) -> Any:
     """Return the union of a form for each task.
 
     Args:
         command: The class of the command; its docstring is the help.
-        options: From the class of a task's config to the class of the command with that config.
+        options: From a task's entry to the class of the command with the task's config.
         default: From a task's name and entry to the command with all its defaults.
+        entries: The tasks by name. None: ours.
     """
     import tyro
 
     def form(task: str, entry: TaskEntry) -> Any:
         about = tyro.conf.subcommand(task, description=command.__doc__, default=default(task, entry))
-        return Annotated[options(entry.config), about]
+        return Annotated[options(entry), about]
 
-    return forms(*(form(task, entry) for task, entry in tasks.table().items()))
+    return forms(*(form(task, entry) for task, entry in (entries or tasks.table()).items()))
 
 
 def rule_choice(question: str, others: Mapping[str, str] | None = None) -> Any:

@@ -58,7 +58,7 @@ class Doctor:
 
 
 def _data_forms() -> Any:
-    return with_tasks(Data, lambda config: Data[config], lambda _name, entry: Data(entry.config()))
+    return with_tasks(Data, lambda entry: Data[entry.config], lambda _name, entry: Data(entry.config()))
 
 
 DATA = Command("data", str(Data.__doc__), _data_forms)

@@ -20,13 +20,18 @@ from meprop.cli import faults
 from meprop.cli.bench import BENCH
 from meprop.cli.common import Command, missing, note
 from meprop.cli.doctor import DATA, DOCTOR, Doctor
+from meprop.cli.init import INIT
 from meprop.cli.reproduce import REPRODUCE, Reproduce
 from meprop.cli.simplify import SIMPLIFY, Simplify
 from meprop.cli.stop import Stopped, StopRequest
 from meprop.cli.train import COMPARE, TRAIN, Compare, Train
 from meprop.errors import MepropError, nearest
+from meprop.training.script import ScriptTask
 
-_COMMANDS = (TRAIN, COMPARE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
+_TRAINING = ("train", "compare", "simplify")
+"""The commands that take FILE.py:FUNCTION where they take the name of a task."""
+_SCRIPT = re.compile(r".+\.py(:\w*)?")
+_COMMANDS = (INIT, TRAIN, COMPARE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,6 +108,8 @@ def parse(argv: list[str]) -> Any:
         return Doctor()
     import tyro
 
+    if argv[:1] and argv[0] in _TRAINING and len(argv) > 1 and _SCRIPT.fullmatch(argv[1]):
+        argv = [argv[0], ScriptTask.name, "--script", *argv[1:]]
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):

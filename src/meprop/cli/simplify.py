@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
@@ -12,11 +12,11 @@ import torch
 import meprop
 from meprop import machine
 from meprop.bench.measure import check_seconds
-from meprop.cli.common import Command, RuleName, TaskConfig, note, rule_choice, with_tasks
+from meprop.cli.common import Command, RuleName, TaskConfig, Training, note, rule_choice, with_tasks
 from meprop.cli.seeds import Seeds
 from meprop.cli.session import Session
 from meprop.training import tasks, tracking
-from meprop.training.config import DEFAULT_RULE, DENSE, SimplifyConfig, TrainingConfig
+from meprop.training.config import DENSE, SimplifyConfig
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
 from meprop.training.task import Task
@@ -29,11 +29,11 @@ _K = 160  # that of the paper's code
 
 
 @dataclass(frozen=True)
-class Simplify(Generic[TaskConfig, RuleName]):
+class Simplify(Generic[TaskConfig, Training, RuleName]):
     """Train dense, sparse (meProp), and sparse and simplified (meSimp), side by side; and time the models then."""
 
     task: TaskConfig
-    training: TrainingConfig
+    training: Training
     simplify: SimplifyConfig
     out: Path
     """Folder for result.json and the pictures curves.png, widths.png and activity.png. It also gets the simplified
@@ -83,20 +83,20 @@ class Simplify(Generic[TaskConfig, RuleName]):
 
             try:
                 seeds.train(build, finish)
-                self._draw(task, runs, _simplifier(build(self.training.seeds[0])).widths)
+                self._draw(task, runs, build(self.training.seeds[0]))
             finally:
                 _show(task, runs, models)
             print(f"written: {self.out}")
 
-    def _draw(self, task: Task, runs: list[Run], starts: Mapping[str, int]) -> None:
+    def _draw(self, task: Task, runs: list[Run], new: Sequence[Trainer]) -> None:
         """Draw the curves, and the widths where something could be pruned."""
         from meprop.reporting import figures
         from meprop.reporting import simplify as report
 
         figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE)
-        if starts:
+        if starts := _simplifier(new).widths:
             simplified = [run for run in runs if run.rule == "simplified"]
-            report.draw_widths(simplified, starts, task.steps_per_epoch, self.out / report.WIDTHS)
+            report.draw_widths(simplified, starts, new[-1].steps_per_epoch, self.out / report.WIDTHS)
         else:
             note("no layer could be pruned, so that there are no pictures of widths and activity")
 
@@ -129,9 +129,11 @@ def _forms() -> Any:
 
     def default(name: str, entry: TaskEntry) -> Any:
         training, out = replace(entry.training, k=_K), Path("runs") / f"simplify-{name}"
-        return Simplify(entry.config(), training, SimplifyConfig(), out, DEFAULT_RULE)
+        return Simplify(entry.config(), training, SimplifyConfig(), out, entry.rule)
 
-    return with_tasks(Simplify, lambda config: Simplify[config, rules], default)
+    return with_tasks(
+        Simplify, lambda entry: Simplify[entry.config, type(entry.training), rules], default, tasks.with_script()
+    )
 
 
 SIMPLIFY = Command("simplify", str(Simplify.__doc__), _forms)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from meprop.cli.common import Command, RuleName, TaskConfig, note, rule_choice, with_tasks
+from meprop.cli.common import Command, RuleName, TaskConfig, Training, note, rule_choice, with_tasks
 from meprop.cli.seeds import Seeds
 from meprop.cli.session import Saved, Session
 from meprop.training import checkpoint, tasks, tracking
-from meprop.training.config import DEFAULT_RULE, DENSE, TrainingConfig
+from meprop.training.config import DENSE
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
 from meprop.training.task import Task
@@ -19,11 +19,11 @@ from meprop.training.tasks import TaskEntry
 
 
 @dataclass(frozen=True)
-class Train(Generic[TaskConfig, RuleName]):
+class Train(Generic[TaskConfig, Training, RuleName]):
     """Train once, dense or sparse, with checkpoints."""
 
     task: TaskConfig
-    training: TrainingConfig
+    training: Training
     out: Path
     """Folder for checkpoint.pt, result.json and curves.png."""
     rule: RuleName
@@ -82,11 +82,11 @@ class Train(Generic[TaskConfig, RuleName]):
 
 
 @dataclass(frozen=True)
-class Compare(Generic[TaskConfig, RuleName]):
+class Compare(Generic[TaskConfig, Training, RuleName]):
     """Train dense and sparse side by side, with the same seeds and budget."""
 
     task: TaskConfig
-    training: TrainingConfig
+    training: Training
     out: Path
     """Folder for result.json, which has the finished seeds, for curves.png, and for checkpoints of the unfinished."""
     rule: RuleName
@@ -150,18 +150,22 @@ def _train_forms() -> Any:
     rules = rule_choice("What is back-propagated of each output gradient.", {DENSE: "everything"})
 
     def default(name: str, entry: TaskEntry) -> Any:
-        return Train(entry.config(), entry.training, Path("runs") / f"train-{name}", DEFAULT_RULE)
+        return Train(entry.config(), entry.training, Path("runs") / f"train-{name}", entry.rule)
 
-    return with_tasks(Train, lambda config: Train[config, rules], default)
+    return with_tasks(
+        Train, lambda entry: Train[entry.config, type(entry.training), rules], default, tasks.with_script()
+    )
 
 
 def _compare_forms() -> Any:
     rules = rule_choice("What the sparse runs back-propagate of each output gradient.")
 
     def default(name: str, entry: TaskEntry) -> Any:
-        return Compare(entry.config(), entry.training, Path("runs") / f"compare-{name}", DEFAULT_RULE)
+        return Compare(entry.config(), entry.training, Path("runs") / f"compare-{name}", entry.rule)
 
-    return with_tasks(Compare, lambda config: Compare[config, rules], default)
+    return with_tasks(
+        Compare, lambda entry: Compare[entry.config, type(entry.training), rules], default, tasks.with_script()
+    )
 
 
 TRAIN = Command("train", str(Train.__doc__), _train_forms)

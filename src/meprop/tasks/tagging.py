@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from meprop.errors import DataError
 from meprop.tasks import treebank
 from meprop.tasks.treebank import Sentence, Treebank
+from meprop.training.task import DataTask
 
 UNKNOWN = 0  # the index of all words, or all values of a feature, that the training sentences do not have
 PADDING = -100  # the tag after a sentence's end; cross_entropy leaves it out
@@ -189,7 +190,7 @@ class Tagger(nn.Module):
 # ---------------------------------------------------------------- task
 
 
-class TaggingTask:
+class TaggingTask(DataTask):
     """Data, model and metric of part-of-speech tagging, for the training loop.
 
     A batch is the sentences' indices ``[T, B, 8]`` and their tags ``[T, B]``, which are `PADDING` after a sentence's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from meprop import rules
 from meprop.errors import did_you_mean
 from meprop.rules import Rule
 from meprop.rules.base import checked_share
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DENSE = "dense"
 """What stands for a rule where a run has none."""
@@ -31,8 +34,8 @@ def rule_names(*others: str) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Settings that every task shares.
+class RunConfig:
+    """Settings of the runs of every task, the user's own included.
 
     Raises:
         ValueError: If a setting is outside its range; the message names the option.
@@ -65,18 +68,6 @@ class TrainingConfig:
     """How many steps are dense at the end of a sparse run."""
     exact_sum: bool | None = None
     """Whether each row also gets the batch's mean of what is left out. None: as the rule has it."""
-    sparse_rows: Literal["no", "exact", "decay", "lazy"] = "no"
-    """What meprop.optim does with the rows of a weight that get no gradient; needs scope batch.
-    no: Gradients are dense, and so are torch's optimizers.
-    exact: The rows are updated as with dense gradients.
-    decay: The rows wait, and their moments decay when the next gradient comes.
-    lazy: The rows and their moments wait."""
-    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    """Optimizer, the same for dense and sparse. It is torch's fused implementation where there is one."""
-    lr: float = 1e-3
-    """Learning rate at the start."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over the steps: it falls to zero along half a cosine, or it is constant, as in the paper."""
     when: Literal["always", "auto"] = "always"
     """Which layers are sparse: all that can be (always), or those that measure faster on this machine (auto)."""
     fuse: bool = False
@@ -92,10 +83,6 @@ class TrainingConfig:
             raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**64 for s in self.seeds):
             raise ValueError(f"--seeds must be one or more different integers from 0 to 2**64 - 1, got {[*self.seeds]}")
-        if not (self.lr > 0 and isfinite(self.lr)):
-            raise ValueError(f"--lr must be a positive number, got {self.lr}")
-        if self.sparse_rows != "no" and self.scope != "batch":
-            raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
         for name in ("dense_warmup_steps", "dense_end_steps"):
             if (steps := getattr(self, name)) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {steps}")
@@ -152,6 +139,53 @@ class TrainingConfig:
             return replace(rule, noise=rule.noise * meprop.anneal(self.noise_start / self.noise, 1.0, done))
 
         return meprop.RuleSchedule(model, rule_at)
+
+    def of_dense(self) -> Self:
+        """Return the settings of a run without a rule."""
+        return self
+
+    def convert(self, model: nn.Module, rule: Rule, *, sparse_grad: bool = False) -> None:
+        """Convert the model of a sparse run."""
+        meprop.convert(model, rule, sparse_grad=sparse_grad, when=self.when, fuse=self.fuse)
+        if self.noise is not None and self.noise_of == "model":
+            meprop.share_noise(model, self.noise)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig):
+    """Settings that every task of ours shares: optimizer and learning rate too.
+
+    Raises:
+        ValueError: If a setting is outside its range; the message names the option.
+    """
+
+    sparse_rows: Literal["no", "exact", "decay", "lazy"] = "no"
+    """What meprop.optim does with the rows of a weight that get no gradient; needs scope batch.
+    no: Gradients are dense, and so are torch's optimizers.
+    exact: The rows are updated as with dense gradients.
+    decay: The rows wait, and their moments decay when the next gradient comes.
+    lazy: The rows and their moments wait."""
+    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    """Optimizer, the same for dense and sparse. It is torch's fused implementation where there is one."""
+    lr: float = 1e-3
+    """Learning rate at the start."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over the steps: it falls to zero along half a cosine, or it is constant, as in the paper."""
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and isfinite(self.lr)):
+            raise ValueError(f"--lr must be a positive number, got {self.lr}")
+        if self.sparse_rows != "no" and self.scope != "batch":
+            raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
+        super().__post_init__()
+
+    def of_dense(self) -> Self:
+        """Return the settings of a run without a rule. Its gradients have all rows."""
+        return replace(self, sparse_rows="no")
+
+    def convert(self, model: nn.Module, rule: Rule, *, sparse_grad: bool = False) -> None:
+        """Convert the model of a sparse run. Its weights get row-sparse gradients if the optimizer is for them."""
+        super().convert(model, rule, sparse_grad=sparse_grad or self.sparse_rows != "no")
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from math import cos, isfinite, pi
+from itertools import islice
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import meprop
-from meprop import optim
 from meprop.errors import MepropError
 from meprop.nn.base import SparseLayer
 from meprop.rules import Rule
 from meprop.speed import Decision
-from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig
+from meprop.training.config import DENSE, RunConfig, SimplifyConfig
 from meprop.training.records import EpochRecord, Run, Seconds
-from meprop.training.task import Task
+from meprop.training.task import Evaluate, Task, generators_of
 
 
 class DivergedError(MepropError):
@@ -59,7 +60,7 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        config: TrainingConfig,
+        config: RunConfig,
         rule: Rule | None,
         seed: int,
         simplify: SimplifyConfig | None = None,
@@ -83,26 +84,28 @@ class Trainer:
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.set_state({**np.random.MT19937(seed).state})  # noqa: NPY002
-            self.model = task.build_model().to(self.device)
+            self.setup = task.make(seed, config.of_dense() if rule is None else config)
+            self.model, self.optimizer = self.setup.model.to(self.device), self.setup.optimizer
+            if self._cuda_devices:  # with state that it may have already
+                self.optimizer.load_state_dict(self.optimizer.state_dict())
             at_start = self._random_state()
             if rule is not None:
-                rows = config.sparse_rows != "no"
-                meprop.convert(self.model, rule, sparse_grad=rows, when=config.when, fuse=config.fuse)
-                if config.noise is not None and config.noise_of == "model":
-                    meprop.share_noise(self.model, config.noise)
+                config.convert(self.model, rule)
         self._random = at_start
-        self.optimizer = _build_optimizer(self.model, config, self.device, sparse=rule is not None)
+        self.steps_per_epoch = self.setup.steps
         self.simplifier: meprop.Simplifier | None = None
         if simplify is not None:
-            inputs = self._fabric.to_device(task.example_inputs)
-            self.simplifier = simplify.simplifier(self.model, self.optimizer, task.steps_per_epoch, inputs)
+            if self.setup.example_inputs is None:
+                raise ValueError(f"task {task.name}: to simplify needs Setup(example_inputs=...)")
+            inputs = self.to_device(self.setup.example_inputs)
+            self.simplifier = simplify.simplifier(self.model, self.optimizer, self.steps_per_epoch, inputs)
 
         self.schedule: meprop.RuleSchedule | None = None
         if rule is not None:
-            self.schedule = config.rule_schedule(self.model, config.epochs * task.steps_per_epoch)
+            self.schedule = config.rule_schedule(self.model, config.epochs * self.steps_per_epoch)
 
-        self._order = torch.Generator().manual_seed(seed)
-        self._epoch_order = self._order.get_state()  # as it was when the current epoch began
+        self._orders = generators_of(self.setup.batches)
+        self._epoch_start = self._state_of_order(self._random)
         self._batches: Iterator[Any] | None = None
         self.step = 0
         """Steps done in the current epoch."""
@@ -140,6 +143,10 @@ class Trainer:
         """Whether all epochs are done."""
         return self.epoch == self.config.epochs
 
+    def to_device(self, value: Any) -> Any:
+        """Return tensors, also those within tuples, lists and dicts, on the device of this run."""
+        return self._fabric.to_device(value)
+
     def advance(self, steps: int, stop: Callable[[], bool] = lambda: False) -> None:
         """Train up to `steps` batches; stop early at the end of an epoch, and then evaluate dev and test.
 
@@ -150,9 +157,7 @@ class Trainer:
         self.model.train()
         with self._own_random_state():
             if self._batches is None:
-                self._batches = iter(self.task.train_batches(self._order))
-                for _ in range(self.step):  # after a resume: the batches that were already seen
-                    next(self._batches)
+                self._batches = self._begin_epoch()
             for _ in range(steps):
                 if stop():
                     break
@@ -162,19 +167,34 @@ class Trainer:
                     break
                 self._train_step(batch)
 
+    def _begin_epoch(self) -> Iterator[Any]:
+        """Return the batches of the epoch that are not yet seen: after a resume some are."""
+        for generator, state in zip(self._orders, self._epoch_start["generators"], strict=True):
+            generator.set_state(state)
+        if self.step == 0:
+            return islice(self.setup.batches, self.steps_per_epoch)
+        now = self._random_state()
+        self._set_random_state(self._epoch_start["random"])
+        batches = islice(self.setup.batches, self.steps_per_epoch)
+        for _ in range(self.step):
+            next(batches)
+        self._set_random_state(now)
+        return batches
+
     def _train_step(self, batch: Any) -> None:
         seconds, clock = self.seconds, self._clock
         if self._cuda_devices:
-            batch = self._fabric.to_device(batch)
+            batch = self.to_device(batch)
         start = clock()
         with self._fabric.autocast():
-            loss = self.task.loss(self.model, batch)
+            loss = self.setup.loss(self.model, batch)
         forward_end = clock()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         backward_end = clock()
-        self._set_lr()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.setup.scheduler is not None and self.setup.scheduler_interval == "step":
+            self.setup.scheduler.step()
         if self.simplifier is not None:
             self.simplifier.step()
         if self.schedule is not None:
@@ -191,23 +211,18 @@ class Trainer:
             raise DivergedError(self, f"the loss became {value} in epoch {self.epoch + 1}, step {self.step}")
         self.loss_sum += value
 
-    def _set_lr(self) -> None:
-        if self.config.schedule == "constant":
-            return
-        done = (self.epoch + self.step / self.task.steps_per_epoch) / self.config.epochs
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * (1 + cos(pi * done)) / 2
-
     def _clock(self) -> float:
         if self._cuda_devices:
             torch.cuda.synchronize(self.device)
         return perf_counter()
 
     def _end_epoch(self) -> None:
-        if self.step == 0:
-            raise MepropError(f"task {self.task.name} has no training batches")
-        with self._fabric.autocast():
-            dev, test = self.task.evaluate(self.model, "dev"), self.task.evaluate(self.model, "test")
+        if self.step < self.steps_per_epoch:
+            raise ValueError(
+                f"Setup(batches=...) ended after {self.step} of {self.steps_per_epoch} batches of an epoch"
+            )
+        dev = self._evaluate(self.setup.evaluate)
+        test = {} if self.setup.test is None else self._evaluate(self.setup.test)
         for split, metrics in (("dev", dev), ("test", test)):
             for metric, value in metrics.items():
                 if not isfinite(value):
@@ -218,7 +233,26 @@ class Trainer:
             EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths, density)
         )
         self.step, self.loss_sum, self._batches = 0, 0.0, None
-        self._epoch_order = self._order.get_state()
+        if self.setup.scheduler is not None and self.setup.scheduler_interval == "epoch":
+            with warnings.catch_warnings():  # resumed at the end of an epoch, this process has done no step
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                if isinstance(self.setup.scheduler, ReduceLROnPlateau):
+                    self.setup.scheduler.step(dev[self.setup.metric])
+                else:
+                    self.setup.scheduler.step()
+        self._epoch_start = self._state_of_order(self._random_state())
+
+    def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
+        """Return metrics of the model, which is as it was after that, and so are the random generators."""
+        before = self._random_state()
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._fabric.autocast():
+                found = evaluate(self.model)
+        finally:
+            self.model.train()
+            self._set_random_state(before)
+        return dict(found) if isinstance(found, Mapping) else {self.setup.metric: found}
 
     def _density_of_epoch(self) -> float | None:
         """The share of the entries that was kept since the last call, in layers where the gradient decides."""
@@ -243,8 +277,12 @@ class Trainer:
         else:
             found = sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
         dense_steps = self.config.dense_warmup_steps + self.config.dense_end_steps
-        dense = dense_steps / (self.config.epochs * self.task.steps_per_epoch)
+        dense = dense_steps / (self.config.epochs * self.steps_per_epoch)
         return dense + (1 - dense) * found
+
+    def _state_of_order(self, random: dict[str, Any]) -> dict[str, Any]:
+        """Return what the order of the next epoch's batches is drawn from, with the global generators' state."""
+        return {"random": random, "generators": [each.get_state() for each in self._orders]}
 
     def _random_state(self) -> dict[str, Any]:
         import numpy as np
@@ -289,7 +327,8 @@ class Trainer:
             "simplifier": self.simplifier and self.simplifier.state_dict(),
             "schedule": self.schedule and self.schedule.state_dict(),
             "random": self._random,
-            "epoch_order": self._epoch_order,
+            "epoch_start": self._epoch_start,
+            "scheduler": self.setup.scheduler and self.setup.scheduler.state_dict(),
             "step": self.step,
             "loss_sum": self.loss_sum,
             "seconds": asdict(self.seconds),
@@ -308,9 +347,9 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self._random = state["random"]
-        self._epoch_order = state["epoch_order"]
-        self._order.set_state(self._epoch_order)
-        self._batches = None
+        self._epoch_start, self._batches = state["epoch_start"], None
+        if self.setup.scheduler is not None:
+            self.setup.scheduler.load_state_dict(state["scheduler"])
         self.step, self.loss_sum = state["step"], state["loss_sum"]
         self.seconds = Seconds(**state["seconds"])
         self.curve = [EpochRecord(**record) for record in state["curve"]]
@@ -355,19 +394,3 @@ def fit(
             trainer.advance(turn, stop)
             after_turn(trainer)
     return [trainer.result() for trainer in trainers]
-
-
-def _build_optimizer(
-    model: nn.Module, config: TrainingConfig, device: torch.device, *, sparse: bool
-) -> torch.optim.Optimizer:
-    parameters = model.parameters()
-    if sparse and config.sparse_rows != "no":
-        ours = {"adam": optim.Adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
-        return ours(parameters, config.lr, sparse_rows=config.sparse_rows)
-    match config.optimizer:
-        case "adam":
-            return torch.optim.Adam(parameters, config.lr, fused=True)
-        case "adagrad":  # torch has no fused Adagrad for GPUs
-            return torch.optim.Adagrad(parameters, config.lr, fused=device.type == "cpu")
-        case "sgd":
-            return torch.optim.SGD(parameters, config.lr, fused=True)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from meprop.training.config import TrainingConfig
+from meprop.training.config import DEFAULT_RULE, RunConfig, TrainingConfig
+from meprop.training.script import ScriptConfig, ScriptTask
 from meprop.training.task import Task
 
 
@@ -21,12 +22,22 @@ class TaskEntry(NamedTuple):
     """Returns the folder of the data for a --data-dir, or None if they are not here yet. It downloads nothing."""
     load: Callable[[Any], object]
     """Reads the data, after a download if needed; str() of what it returns is a line about them."""
-    training: TrainingConfig
-    """The task's defaults of the shared settings."""
+    training: Any
+    """The task's defaults of the shared settings: a `TrainingConfig` unless the task has its own optimizer."""
+    rule: str = DEFAULT_RULE
+    """The rule of its sparse runs, by default."""
+
+
+def _nowhere(_folder: Path | None) -> None:
+    """A file of the user's own knows where its data lie."""
+
+
+SCRIPT = TaskEntry(ScriptConfig, ScriptTask, _nowhere, str, RunConfig(epochs=5, noise=0.25, when="auto"), "sampled")
+"""The task of a user's file, which the commands take where they take one of ours."""
 
 
 def table() -> dict[str, TaskEntry]:
-    """Return all tasks by name."""
+    """Return all tasks of ours by name."""
     from meprop.tasks import mnist, parsing, tagging
 
     return {
@@ -52,9 +63,14 @@ def table() -> dict[str, TaskEntry]:
 
 def name_of(config: object) -> str:
     """Return the name of the task that settings are of."""
-    return next(name for name, entry in table().items() if entry.config is type(config))
+    return next(name for name, entry in with_script().items() if entry.config is type(config))
 
 
 def entry_of(config: object) -> TaskEntry:
     """Return the task that settings are of."""
-    return table()[name_of(config)]
+    return with_script()[name_of(config)]
+
+
+def with_script() -> dict[str, TaskEntry]:
+    """Return all tasks that can be trained by name: ours, and the user's."""
+    return {**table(), ScriptTask.name: SCRIPT}

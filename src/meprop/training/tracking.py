@@ -19,7 +19,7 @@ import torch
 import meprop
 from meprop import machine
 from meprop.errors import DataError
-from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig
+from meprop.training.config import DENSE, RunConfig, SimplifyConfig, TrainingConfig
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
 
@@ -103,7 +103,7 @@ def plain(settings: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings), default=str))
 
 
-def settings(task: Any, training: TrainingConfig, rule: str) -> dict[str, Any]:
+def settings(task: Any, training: RunConfig, rule: str) -> dict[str, Any]:
     """Return all that a run's outcome depends on beside its seed and data, as plain data by option name."""
     return settings_of({"task": plain(task), "training": plain(training), "rule": rule})
 

@@ -1,0 +1,242 @@
+"""Tasks of users: what a file has to have, what is said of one that has not, and that such a run resumes."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+
+import meprop
+from meprop.cli.main import main
+from meprop.training import checkpoint
+from meprop.training.config import RunConfig, SimplifyConfig
+from meprop.training.loop import Trainer, fit
+from meprop.training.script import ScriptConfig, ScriptError, ScriptTask
+
+CONFIG = RunConfig(epochs=3, k=5, accelerator="cpu")
+
+FILE = """
+import random
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+import meprop
+
+x = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
+y = (x[:, 0] > 0).long()
+calls = []
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield {{"x": x[(i := random.randrange(80))], "y": y[i]}}
+
+def make(seed{parameters}):
+    calls.append((seed, {passed}))
+    model = nn.Sequential(nn.Linear(6, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    batches = DataLoader(TensorDataset(x, y), 10, shuffle=True)
+    def loss(model, batch):
+        inputs, classes = batch
+        return F.cross_entropy(model(inputs), classes)
+    def evaluate(model):
+        return 100 * (model(x).argmax(1) == y).float().mean().item()
+    options = {{}}
+{more}
+    return meprop.Setup(model, optimizer, batches, loss, evaluate, **options)
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(more="", parameters="", passed="None"):
+        path = tmp_path / "train.py"
+        path.write_text(FILE.format(more="    " + more.replace("\n", "\n    "), parameters=parameters, passed=passed))
+        return ScriptTask(ScriptConfig(f"{path}:make"))
+
+    return written
+
+
+SETUPS = {
+    "a DataLoader that draws from the global generator": "",
+    "a generator of the loader's own": """
+batches = DataLoader(TensorDataset(x, y), 10, shuffle=True, generator=torch.Generator())""",
+    "workers": "batches = DataLoader(TensorDataset(x, y), 10, shuffle=True, num_workers=1)",
+    "a list": "batches = list(zip(x.split(10), y.split(10)))",
+    "a stream of dicts": """
+batches, options = DataLoader(Stream(), 10), {"steps_per_epoch": 7}
+loss = lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"])""",
+    "a schedule by step": "options['scheduler'] = lr_scheduler.CosineAnnealingLR(optimizer, 24)",
+    "a schedule by epoch": """
+options['scheduler'] = lr_scheduler.StepLR(optimizer, 1, 0.1)
+options['scheduler_interval'] = 'epoch'""",
+    "a plateau": """
+options['scheduler'] = lr_scheduler.ReduceLROnPlateau(optimizer, 'max', 0.1, patience=0)
+options['scheduler_interval'] = 'epoch'""",
+    "several metrics": """
+evaluate = lambda model: {"loss": 1, "accuracy": 50.0 + model(x).sum().item()}
+options["metric"] = "accuracy" """,
+}
+
+
+@pytest.mark.parametrize("case", SETUPS)
+@pytest.mark.parametrize("stop", [3, 8, 11])
+def test_a_run_that_is_resumed_is_the_one_that_was_not_stopped(write, case, stop, tmp_path):
+    task = write(SETUPS[case])
+    whole = Trainer(task, CONFIG, CONFIG.rule(), 7)
+    fit([whole], lambda trainer: None)
+    first = Trainer(task, CONFIG, CONFIG.rule(), 7)
+    for _ in range(stop):
+        first.advance(1)
+    checkpoint.save(tmp_path / "c.pt", first.state_dict(), {})
+    resumed = Trainer(task, CONFIG, CONFIG.rule(), 7)
+    checkpoint.resume(tmp_path / "c.pt", resumed, {}, ScriptConfig)
+    fit([resumed], lambda trainer: None)
+    for ours, theirs in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [each.dev for each in whole.curve] == [each.dev for each in resumed.curve]
+    rates = [[group["lr"] for group in each.optimizer.param_groups] for each in (whole, resumed)]
+    assert rates[0] == rates[1]
+
+
+def test_dense_and_sparse_start_alike_and_see_the_same_batches(write):
+    task = write("def evaluate(model):\n    random.random()\n    return 0.0")
+    dense, sparse = (Trainer(task, CONFIG, rule, 7) for rule in (None, CONFIG.rule()))
+    for ours, theirs in zip(dense.model.parameters(), sparse.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    batches = [[], []]
+    for trainer, seen in zip((dense, sparse), batches, strict=True):
+        loss = trainer.setup.loss
+        object.__setattr__(
+            trainer.setup,
+            "loss",
+            lambda model, batch, loss=loss, seen=seen: seen.append(batch[0]) or loss(model, batch),
+        )
+    fit([dense, sparse], lambda trainer: None, turn=3)
+    assert len(batches[0]) == 24
+    assert all(map(torch.equal, *batches))
+
+
+@pytest.mark.parametrize("parameters", [", epochs", ", *, epochs=1"])
+def test_the_number_of_epochs_is_given_to_who_asks(write, parameters):
+    task = write(parameters=parameters, passed="epochs")
+    Trainer(task, CONFIG, None, 7)
+    assert task._module.calls == [(7, 3)]
+
+
+def test_schedules_are_stepped_when_they_are_to_be(write):
+    by_epoch = Trainer(write(SETUPS["a schedule by epoch"]), CONFIG, None, 7)
+    by_epoch.advance(9)
+    assert by_epoch.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    by_step = Trainer(write(SETUPS["a schedule by step"]), CONFIG, None, 7)
+    by_step.advance(8)
+    assert 5e-3 < by_step.optimizer.param_groups[0]["lr"] < 1e-2
+    fit([by_step], lambda trainer: None)
+    assert by_step.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_evaluation_is_without_dropout_and_gradients_and_changes_no_random_number(write):
+    more = """
+def evaluate(model):
+    torch.rand(5)
+    assert not model.training and not torch.is_grad_enabled()
+    return 1.0"""
+    runs = [Trainer(write(each), CONFIG, None, 7) for each in (more, "evaluate = lambda model: 1.0")]
+    fit(runs, lambda trainer: None)
+    assert torch.equal(*(torch.cat([p.flatten() for p in each.model.parameters()]) for each in runs))
+
+
+WRONG = {
+    "raise KeyError('lr')": r"train.py, line \d+: make\(seed=7\) raised KeyError: 'lr'",
+    "return model": r"make\(seed=7\) returned a value of type Sequential; it has to return a meprop.Setup",
+    "return None": r"make\(seed=7\) returned nothing \(None\)",
+    "model = 'net'": r"raised TypeError: Setup\(model=...\) is of type str; it is a torch.nn.Module",
+    "optimizer = optimizer.step": r"Setup\(optimizer=...\) is of type method",
+    "optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters())": "has none of the model's parameters",
+    "batches = iter([1, 2])": "which is used up after one epoch",
+    "batches = []": "has 0 batches in an epoch",
+    "batches = DataLoader(Stream(), 10)": r"has no length; give Setup\(steps_per_epoch=...\)",
+    "options['scheduler'] = 0.1": r"Setup\(scheduler=...\) is of type float",
+    "options['scheduler'] = lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), 1.0), 1)": "another optimizer",
+    "options['scheduler_interval'] = 'batch'": "'step' or 'epoch'",
+    "options['example_inputs'] = x": "example_inputs=...\\) is of type Tensor",
+    "loss = lambda model, batch: model(batch[0])": r"the loss returned a tensor of shape \(10, 2\)",
+    "loss = lambda model, batch: 1.0": "the loss returned a value of type float",
+    "loss = lambda model, batch: torch.zeros(())": r"the loss returned a tensor of shape \(\), without a gradient",
+    "loss = lambda model, batch: model(batch)": r"train.py, line \d+: the loss raised TypeError",
+    "loss = lambda model, batch: model(batch[0]).sum() * float('nan')": "the loss became nan in epoch 1, step 1",
+    "evaluate = lambda model: model(x).mean()": r"evaluate returned a tensor of shape \(\), without a",
+    "evaluate = lambda model: None": r"evaluate returned nothing \(None\) for 'score'",
+    "evaluate = lambda model: {'loss': 1.0}": r"evaluate returned \['loss'\], without 'score'",
+    "evaluate = lambda model: float('nan')": "dev score became nan in epoch 1",
+    "options['test'] = lambda model: 1 / 0": r"train.py, line \d+: test raised ZeroDivisionError",
+    "options['steps_per_epoch'] = 9": "ended after 8 of 9 batches of an epoch",
+}
+
+
+@pytest.mark.parametrize("more", WRONG)
+def test_what_is_wrong_is_named_with_what_is_wanted(write, more):
+    with pytest.raises((meprop.MepropError, ValueError), match=WRONG[more]):
+        fit([Trainer(write(more), CONFIG, None, 7)], lambda trainer: None)
+
+
+def test_to_simplify_needs_example_inputs(write):
+    simplify = SimplifyConfig(of_mean=0.5, cycle=1)
+    with pytest.raises(ValueError, match=r"needs Setup\(example_inputs"):
+        Trainer(write(), CONFIG, CONFIG.rule(), 7, simplify)
+    Trainer(write("options['example_inputs'] = (x[:1],)"), CONFIG, CONFIG.rule(), 7, simplify)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("nothing.py", r"nothing.py: there is no such file; give FILE.py:FUNCTION"),
+        ("train.py:maek", "train.py has no function 'maek'; it has make; did you mean make"),
+        ("broken.py", r"broken.py: the import of it raised SyntaxError"),
+        ("absent.py", r"absent.py, line 1: the import of it raised ModuleNotFoundError"),
+    ],
+)
+def test_a_file_that_is_none_of_a_task_is_refused(write, tmp_path, monkeypatch, script, message):
+    write()
+    (tmp_path / "broken.py").write_text("def make(:")
+    (tmp_path / "absent.py").write_text("import not_there_at_all")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, ScriptError), match=message):
+        ScriptTask(ScriptConfig(script))
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "simplify"])
+def test_the_commands_take_a_file_where_they_take_a_task(write, tmp_path, monkeypatch, command, capsys):
+    write("options['example_inputs'] = (x[:1],)")
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "2", "--accelerator", "cpu", "--when", "always", "--out", "out"]
+    options += ["--cycle", "1", "--seconds", "0.01"] if command == "simplify" else []
+    assert main([command, "train.py:make", *options]) == 0
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["task"] == "script"
+    assert all(run["dev"].keys() == {"score"} and run["test"] == {} for run in result["runs"])
+    assert main([command, "train.py", *options, "--resume"]) == 2  # another script, by its name
+    assert "script was 'train.py:make', now 'train.py'" in capsys.readouterr().err
+    assert main([command, "train.py:make", "--lr", "0.1"]) == 2  # the file has its own optimizer
+
+
+def test_the_file_that_init_writes_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "mine.py"]) == 0
+    setup = ScriptTask(ScriptConfig("mine.py")).make(0, RunConfig(epochs=2))
+    setup.loss(setup.model, next(iter(setup.batches))).backward()
+    assert 0 <= setup.evaluate(setup.model)["accuracy"] <= 100
+    assert main(["init", "mine.py"]) == 2
+    assert "mine.py exists; give another name" in capsys.readouterr().err
+    assert main(["init", "mine.txt"]) == 2
+
+
+def test_a_state_dict_can_be_copied(write):
+    trainer = Trainer(write(), CONFIG, None, 7)
+    copy.deepcopy(trainer.state_dict())
