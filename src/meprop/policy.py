@@ -394,16 +394,18 @@ def _is_compiled_autograd() -> bool:
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether a backward pass of ours may follow. In a graph of torch.jit.trace or torch.export it is torch's own."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+    return False
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises a NotSupportedError in a forward pass that is transformed, if a node of ours is to be in its graph."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active() or any(map(is_dual, tensors)):  # pyright: ignore[reportPrivateUsage]
+    is_transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    if is_transformed or (_in_forward_mode() and any(map(is_dual, tensors))):
         raise NotSupportedError(
             "a transform of torch.func (grad, vmap, jvp and so on), or forward-mode differentiation, which a sparse "
             "backward pass has no rules for; transform a plain copy of the model, made by copy.deepcopy and "
@@ -413,8 +415,11 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 
 def is_dual(tensor: Tensor | None) -> bool:
     """Whether the tensor has a tangent of forward-mode differentiation."""
-    level = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
-    return tensor is not None and level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return tensor is not None and _in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
 def refuse_dtype(weight: Tensor) -> None:
@@ -434,11 +439,12 @@ def refuse_transforms_of_backward(*grad_outputs: Tensor | None) -> None:
             "create_graph=True: a sparse backward pass has no gradient of its own. What it left out has no graph. "
             "For this pass call meprop.revert(model), or use torch's own function."
         )
-    if any(grad is not None and (_is_batched(grad) or _is_wrapped(grad)) for grad in grad_outputs):
-        raise NotSupportedError(
-            "several output gradients at once (is_grads_batched=True, jacobian with vectorize=True, vmap), which a "
-            "sparse backward pass has no rules for. Pass them one by one, or call meprop.revert(model) before."
-        )
+    for grad in grad_outputs:
+        if grad is not None and (_is_batched(grad) or _is_wrapped(grad)):
+            raise NotSupportedError(
+                "several output gradients at once (is_grads_batched=True, jacobian with vectorize=True, vmap), which a "
+                "sparse backward pass has no rules for. Pass them one by one, or call meprop.revert(model) before."
+            )
 
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore

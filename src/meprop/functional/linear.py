@@ -119,7 +119,7 @@ class _Linear(torch.autograd.Function):
         """The forward product is formed in `dtype`, if it is given. Under autocast all products are."""
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.policy, ctx.dtypes = policy, dtypes_of(x, weight, bias)
-        ctx.transposed = policy.when == "auto" and weight.t().is_contiguous() and not weight.is_contiguous()
+        ctx.transposed = policy.when == "auto" and not weight.is_contiguous() and weight.t().is_contiguous()
         operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
         output = no_view(F.linear(*operands))
         if autocast:

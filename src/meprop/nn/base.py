@@ -170,7 +170,7 @@ def leaf(forward: Callable[P, R]) -> Callable[P, R]:
         layer, *inputs = args
         if replaced_method(type(layer), layer) is not None:
             return cast("Any", type(layer))._plain.forward(*args, **kwargs)
-        if type(next(iter(inputs), None)) not in PLAIN and "torch.fx" in sys.modules:
+        if not (inputs and type(inputs[0]) in PLAIN) and "torch.fx" in sys.modules:
             proxies = (each for each in (*inputs, *kwargs.values()) if isinstance(each, torch.fx.Proxy))
             proxy = next(proxies, None)
             if proxy is not None and isinstance(tracer := proxy.tracer, torch.fx.Tracer):

@@ -358,13 +358,13 @@ def _operands(
     if weight is not None:
         weight = native.readable(weight, dtype)
         outputs, inputs = weight.shape
-        of_input = torch.empty((rows, inputs), dtype=dtype)
+        of_input = weight.new_empty(rows, inputs)
         weight_at, weight_ld, of_input_at = weight.data_ptr(), weight.stride(0), of_input.data_ptr()
         fits = fits and outputs == width
     if x is not None:
         x = native.readable(x, dtype)
         examples, columns = x.shape
-        of_weight = torch.empty((weight_rows, columns), dtype=dtype)
+        of_weight = x.new_empty(weight_rows, columns)
         x_at, x_ld, of_weight_at = x.data_ptr(), x.stride(0), of_weight.data_ptr()
         fits = fits and examples == rows and (weight is None or columns == inputs)
         inputs = columns

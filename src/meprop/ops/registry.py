@@ -101,10 +101,11 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Serves the call, and turns the result of an implementation into that of the operation."""
         tensor: Any = args[self._tensor_at]
-        if self._traced is not None and (in_graph() or type(tensor) not in PLAIN or tensor.is_meta):
-            found = self._traced(*args, **kwargs)
-            return found if self._result is None else self._result(found, *args, **kwargs)
-        if not _is_compiling() and is_proxied():  # a graph of make_fx takes torch's operations only
+        if self._traced is not None:
+            if in_graph() or type(tensor) not in PLAIN or tensor.is_meta:
+                found = self._traced(*args, **kwargs)
+                return found if self._result is None else self._result(found, *args, **kwargs)
+        elif not _is_compiling() and is_proxied():  # a graph of make_fx takes torch's operations only
             return self.literally(*args, **kwargs)
         for run, declines, _ in self._served_by:
             if declines is None or declines(*args, **kwargs) is None:
