@@ -132,15 +132,17 @@ class Compare(Generic[TaskConfig, RuleName]):
 
 
 def _show(runs: list[Run], task: Task) -> None:
-    """Print the table of what is finished and, of a comparison, the verdict."""
+    """Print the table of what is finished and, of a comparison, the verdicts."""
     from rich.console import Console
 
-    from meprop.reporting.terminal import run_table, verdict
+    from meprop.reporting.terminal import run_table, verdict_line
+    from meprop.training.verdict import judge_all
 
     if runs:
-        Console().print(run_table(runs, task.metric))
-    if len({run.rule for run in runs}) > 1:
-        print(verdict(runs, task.metric))
+        verdicts = judge_all(runs, task.metric)
+        Console().print(run_table(runs, task.metric, verdicts))
+        for verdict in verdicts:
+            print(verdict_line(verdict))
 
 
 # ---------------------------------------------------------------- the commands
