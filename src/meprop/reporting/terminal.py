@@ -163,8 +163,8 @@ def _times(by_rule: Mapping[str, Sequence[Run]], phase: str, *, per_epoch: bool)
 
 def _times_to_target(rules: Sequence[str], verdicts: Sequence[Verdict]) -> list[str]:
     """Return a cell for each rule: the mean if all its runs reach the target, else how many do."""
-    times = {DENSE: verdicts[0].seconds_to_target[DENSE]}
-    times |= {verdict.rule: verdict.seconds_to_target[verdict.rule] for verdict in verdicts}
+    times = {verdict.rule: verdict.seconds_to_target for verdict in verdicts}
+    times[DENSE] = verdicts[0].dense_seconds_to_target
     ratios = {verdict.rule: None if verdict.to_target is None else verdict.to_target.value for verdict in verdicts}
     cells: list[str] = []
     for rule in rules:

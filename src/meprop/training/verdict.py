@@ -60,9 +60,11 @@ class Verdict:
     """Ratio of the seconds of all steps. It is that of a step where all runs have the same epochs."""
     target: float
     """The score to reach: the mean of dense's dev scores after the last epoch, less the margin."""
-    seconds_to_target: dict[str, list[float | None]]
-    """Of each run in the order of `seeds`, by rule: the seconds of training until the end of the first epoch whose dev
-    score reaches the target; None if none does."""
+    seconds_to_target: list[float | None]
+    """Of each run of the rule in the order of `seeds`: the seconds of training until the end of the first epoch whose
+    dev score reaches the target; None if none does."""
+    dense_seconds_to_target: list[float | None]
+    """The same of the dense runs."""
     to_target: Estimate | None
     """Ratio of these seconds; None unless all runs reach the target."""
     seeds_needed: int | None
@@ -90,39 +92,38 @@ def judge(
         budget: What all runs have had the same of.
 
     Raises:
-        ValueError: The seeds of the two differ, a seed is there twice, or there is none; the runs differ in epochs,
-            which are the budget; the margin is not a positive number; `budget` is neither.
+        ValueError: The seeds differ, or one is there twice, or none is there; the runs differ in epochs, which are the
+            budget; the margin is not positive; `budget` is neither.
     """
     if not 0 < margin < math.inf:
         raise ValueError(f"margin must be a positive number of points, got {margin!r}")
-    dense, sparse = _paired(dense, sparse, budget)
-    rule, seeds = sparse[0].rule, [run.seed for run in sparse]
+    return _judge_pairs(*_paired(dense, sparse, budget), metric, margin, budget)
+
+
+def _judge_pairs(dense: list[Run], sparse: list[Run], metric: str, margin: float, budget: Budget) -> Verdict:
     gains = [s.dev[metric] - d.dev[metric] for d, s in zip(dense, sparse, strict=True)]
     target = mean(run.dev[metric] for run in dense) - margin
-    times = {name: [_time_to(target, run, metric) for run in runs] for name, runs in ((DENSE, dense), (rule, sparse))}
-    pairs = [(d, s) for d, s in zip(times[DENSE], times[rule], strict=True) if d is not None and s is not None]
+    of_dense, of_sparse = ([_time_to(target, run, metric) for run in runs] for runs in (dense, sparse))
+    pairs = [(d, s) for d, s in zip(of_dense, of_sparse, strict=True) if d is not None and s is not None]
     evidence = _Evidence(
         margin,
         budget,
         quality=Sample.of(gains),
         step=_ratios(dense, sparse, lambda run: run.seconds["step"] / run.epochs),
-        to_target=Sample.of_ratios(pairs) if len(pairs) == len(seeds) else None,
+        to_target=Sample.of_ratios(pairs) if len(pairs) == len(sparse) else None,
         hopeless=max(gains) < -_HOPELESS_MARGINS * margin,
     )
     word = evidence.word()
     needed = evidence.seeds_needed() if word == "UNDECIDED" else None
-    if all(run.density == 1 for run in sparse):
-        why, needed = "no layer was sparse, so that both did the same work: see the reasons above", None
-    else:
-        why = evidence.why(word, target, metric, needed)
+    nothing = "; no layer was sparse" if all(run.density == 1 for run in sparse) else ""
     return Verdict(
-        rule,
-        word,
-        why,
-        metric,
-        margin,
-        budget,
-        seeds,
+        rule=sparse[0].rule,
+        word=word,
+        why=evidence.why(word, target, metric, needed) + nothing,
+        metric=metric,
+        margin=margin,
+        budget=budget,
+        seeds=[run.seed for run in sparse],
         dev=evidence.quality.estimate(),
         test=Sample.of([s.test[metric] - d.test[metric] for d, s in zip(dense, sparse, strict=True)]).estimate(),
         p_worse=evidence.quality.p_above(-margin),
@@ -130,7 +131,8 @@ def judge(
         step=evidence.step.ratio(),
         total=_ratios(dense, sparse, lambda run: run.seconds["step"]).ratio(),
         target=target,
-        seconds_to_target=times,
+        seconds_to_target=of_sparse,
+        dense_seconds_to_target=of_dense,
         to_target=None if evidence.to_target is None else evidence.to_target.ratio(),
         seeds_needed=needed,
     )
@@ -274,8 +276,7 @@ class _Evidence:
         if word == "TIE":
             return f"as good as dense and not shown to be faster or slower: {time}; {quality}, {seeds}"
         if self.worse:
-            shown = self.quality.p_below(-self.margin) < _LEVEL
-            lost = "" if shown else f" ({_HOPELESS_MARGINS} margins and more with each seed)"
+            lost = f" ({_HOPELESS_MARGINS} margins and more with each seed)" if self.hopeless else ""
             return f"loses {-self.quality.mean:.2f} points of {metric}{lost}: {quality}; {time}, {seeds}"
         if word == "DON'T":
             step = "" if self.to_target is None else f", a step takes {_share(self.step)}"
