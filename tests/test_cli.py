@@ -71,7 +71,7 @@ def test_compare_writes_the_result_and_shows_it(data, capsys):
     assert (content["config"]["training"]["k"], content["config"]["training"]["epochs"]) == (5, 2)
     assert Path("runs/compare-mnist/curves.png").exists()  # what is in it: tests/reporting
     shown = capsys.readouterr()
-    for text in ("16 x 128", "test accuracy", "backward, s", "density", "3.9%", "±", "sparse is"):
+    for text in ("16 x 128", "test accuracy", "backward, s", "density", "3.9%", "±", "of margin 0.2", ", 2 seeds"):
         assert text in shown.out
     assert "topk k=5, seed 1: epoch 2/2" in shown.err  # no terminal: a line per epoch
 
@@ -110,7 +110,7 @@ def test_random_k_is_compared_and_trained_like_top_k(data, capsys):
     assert [run["rule"] for run in result("pair")["runs"]] == ["dense", "random"]
     assert Path("pair/curves.png").exists()
     shown = capsys.readouterr().out
-    for text in ("random", "3.9%", "the speed of dense"):
+    for text in ("random", "3.9%", " random: ", "1 seed"):
         assert text in shown
     assert train(data, "--rule", "random", "--out", "one") == 0
     assert result("one")["config"]["rule"] == result("one")["runs"][0]["rule"] == "random"

@@ -5,14 +5,19 @@ from dataclasses import asdict, replace
 import pytest
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
 
+import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from meprop.reporting import figures
 from meprop.reporting.figures import _value_limits, draw_runs
-from meprop.reporting.terminal import run_table, verdict
+from meprop.reporting.terminal import run_table, verdict_line
 from meprop.training.records import EpochRecord, Run, Seconds
+from meprop.training.verdict import judge_all
+from simulated import made as made_up
+from simulated import simulated
 
 
 def run(rule: str, seed: int = 0, accuracy: float = 97.0, backward: float = 4.0, density: float = 0.04) -> Run:
@@ -91,48 +96,98 @@ def test_a_small_difference_is_not_blown_up():
     assert low <= 96.0 < 96.5 <= high  # and every point is inside
 
 
-def test_ratio_above_one_means_that_sparse_is_faster():
-    text = verdict([run("dense", backward=4.0), run("topk", backward=2.0)], "accuracy")
-    assert "Backward 2.00x" in text
-    assert "sparse is faster" in text
-    assert "slower" in verdict([run("dense", backward=2.0), run("topk", backward=4.0)], "accuracy")
+def test_the_target_is_a_thin_dashed_line_inside_the_picture(tmp_path, made):
+    draw_runs([run("dense"), run("topk")], "accuracy", tmp_path / "curves.png", target=94.2)
+    for axes in made[0].axes[:2]:
+        *_, line = axes.lines
+        assert (set(line.get_ydata()), line.get_linestyle(), line.get_linewidth()) == ({94.2}, "--", 1)
+        assert axes.get_legend().get_texts()[-1].get_text() == "target: 94.20"
+        assert axes.get_ylim()[0] < 94.2
 
 
-def test_a_gap_of_one_seed_is_not_called_evidence():
-    assert "one seed" in verdict([run("dense"), run("topk", accuracy=98.0)], "accuracy")
+def test_the_bold_line_of_runs_of_different_epochs_goes_as_far_as_all_do(tmp_path, made):
+    short = run("dense", 1)
+    short = replace(short, epochs=1, curve=short.curve[:1])
+    draw_runs([run("dense"), short], "accuracy", tmp_path / "curves.png")
+    assert [len(line.get_xdata()) for line in made[0].axes[0].lines] == [2, 1, 1]
 
 
-def test_gaps_are_paired_by_seed():
-    # Seeds differ much, but sparse is lower by about 0.5 in each: that is more than chance.
-    runs = [run("dense", s, 90.0 + s) for s in range(4)] + [run("topk", s, 89.5 + s + 0.01 * s) for s in range(4)]
-    assert "0.48 points lower" in verdict(runs, "accuracy")
-    assert "more than chance" in verdict(runs, "accuracy")
-    noisy = [run("dense", s, 90.0) for s in range(2)] + [run("topk", s, 89.0 + 2.1 * s) for s in range(2)]
-    assert "within what chance" in verdict(noisy, "accuracy")
+# ---------------------------------------------------------------- the terminal
 
 
-def test_random_k_is_compared_as_top_k_is():
-    runs = [run("dense", backward=4.0), run("random", accuracy=95.0, backward=2.0)]
-    assert "Backward 2.00x" in verdict(runs, "accuracy")
-    assert "2.00 points lower" in verdict(runs, "accuracy")
-    assert run_table(runs, "accuracy").columns[-1].header == "ratio"
+def shown(runs, width=80, budget="epochs"):
+    """Return the text of the table, and the lines of the verdicts."""
+    from rich.console import Console
+
+    verdicts, console = judge_all(runs, "accuracy", 0.2, budget), Console(width=width)
+    with console.capture() as captured:
+        console.print(run_table(runs, "accuracy", verdicts))
+    return captured.get(), [verdict_line(verdict) for verdict in verdicts]
 
 
-def test_nothing_sparse_is_said_and_not_called_a_comparison():
-    assert "No layer was sparse" in verdict([run("dense"), run("topk", density=1.0)], "accuracy")
+def row(text, label):
+    (line,) = (line for line in text.splitlines() if line.startswith(label))
+    return line
+
+
+def test_the_table_has_a_row_for_each_figure_and_ratios_above_one_where_the_rule_is_faster():
+    table, _ = shown([run("dense", backward=4.0), run("topk", backward=2.0)])
+    labels = [line.partition(", ")[0] for line in table.splitlines() if ", " in line]
+    rows = ["dev accuracy", "test accuracy", "time to 96.80", "whole step", "forward", "backward", "optimizer"]
+    assert labels[:7] == rows
+    assert row(table, "backward").split() == ["backward,", "s", "4.00", "2.00", "(2.00x)"]
+    assert row(table, "density").split() == ["density", "100.0%", "4.0%"]
+    assert row(table, "time to 96.80").split()[-2:] == ["never", "never"]  # 96.5 after the last epoch of the curve
+    slower, _ = shown([run("dense", backward=2.0), run("topk", backward=8.0)])
+    assert row(slower, "backward").endswith("8.00 (0.25x)")
+
+
+def test_ratios_are_paired_by_seed():
+    runs = [run("dense", s, backward=b) for s, b in enumerate((1.0, 8.0))]
+    runs += [run("topk", s, backward=b) for s, b in enumerate((2.0, 4.0))]
+    assert row(shown(runs)[0], "backward").endswith("3.00 (1.00x)")  # the geometric mean of 0.5 and 2
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_table_of_three_rules_beside_dense_fits_into_80_columns(count):
+    dense, sampled = simulated(np.random.default_rng(0), count)
+    runs = [*dense, *(replace(each, rule=rule) for rule in ("sampled", "topk", "compensated") for each in sampled)]
+    table, lines = shown(runs)
+    assert "dense" in table.splitlines()[1]
+    assert table.splitlines()[1].split() == ["dense", "sampled", "topk", "compensated"]
+    assert all(len(row(table, f"{label}, s")) <= 80 for label in ("whole step", "forward", "backward", "optimizer"))
+    assert row(table, "test accuracy, %").count(".") == 4 * min(count, 2)
+    assert [line.split()[1] for line in lines] == ["sampled:", "topk:", "compensated:"]
+
+
+def test_runs_of_equal_seconds_are_set_side_by_side_per_epoch():
+    runs = [run("dense"), replace(run("topk"), epochs=4)]
+    table, _ = shown(runs, budget="seconds")
+    assert "After 2 to 4 epochs" in table
+    assert row(table, "whole step, s/epoch").split()[-3:] == ["5.00", "2.50", "(2.00x)"]
+
+
+def test_the_times_to_the_target_say_how_many_seeds_reached_it():
+    dense, sparse = simulated(np.random.default_rng(0), 2, spread=0.001)
+    fallen = replace(sparse[1], curve=[{**each, "dev": {"accuracy": 90.0}} for each in sparse[1].curve])
+    assert row(shown([*dense, *sparse])[0], "time to").endswith("x)")
+    assert row(shown([*dense, sparse[0], fallen])[0], "time to").endswith("in 1 of 2 seeds")
+
+
+def test_the_line_of_a_verdict_begins_with_the_word_and_what_decides():
+    quick = [{"gains": [0.02, 0.04, 0.03], "ratios": [1.6, 1.7, 1.65]}, {"gains": [-11.0]}]
+    (use,), (loss,) = ([*map(verdict_line, judge_all([*d, *s], "accuracy"))] for d, s in (made_up(**k) for k in quick))
+    assert use.startswith("USE sampled: reaches 97.80 in 0.61 of dense's time [0.5")
+    assert use.endswith("dev +0.03 [+0.01, +0.05] of margin 0.2, 3 seeds.")
+    assert loss.startswith("DON'T sampled: loses 11.00 points of accuracy")
 
 
 def test_the_table_shows_each_rule_and_k():
-    from rich.console import Console
-
     two_seeds = run_table([run("dense"), run("topk"), run("dense", 1, accuracy=95.0), run("topk", 1)], "accuracy")
     assert next(iter(two_seeds.columns[1].cells)) == "96.00 ± 1.41"  # of 97 and 95
-    assert run_table([run("topk")], "accuracy").columns[-1].header == "topk"  # one rule: no ratio
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(run_table([run("dense"), replace(run("topk", backward=8.0), k=0.05)], "accuracy"))
-    assert "0.50x" in captured.get()
-    assert "0.05" in captured.get()
-    by_gradient = run_table([run("dense"), replace(run("sampled"), k=None)], "accuracy")
-    (row,) = (place for place, label in enumerate(by_gradient.columns[0].cells) if label == "k")
-    assert [[*column.cells][row] for column in by_gradient.columns] == ["k", "all", "by gradient", ""]
+    table, _ = shown([run("dense"), replace(run("topk"), k=0.05), replace(run("sampled"), k=None, density=None)])
+    assert row(table, "k").split() == ["k", "all", "0.05", "by", "gradient"]
+    assert row(table, "density").split() == ["density", "100.0%", "4.0%", "by", "gradient"]
+    alone, lines = shown([run("topk")])
+    assert "x)" not in alone  # nothing to compare with
+    assert lines == []

@@ -93,7 +93,7 @@ class Simplify(Generic[TaskConfig, Training, RuleName]):
         from meprop.reporting import figures
         from meprop.reporting import simplify as report
 
-        figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE)
+        figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE, unit=task.unit)
         if starts := _simplifier(new).widths:
             simplified = [run for run in runs if run.rule == "simplified"]
             report.draw_widths(simplified, starts, new[-1].steps_per_epoch, self.out / report.WIDTHS)
@@ -120,7 +120,7 @@ def _show(task: Task, runs: list[Run], models: list[ModelRecord]) -> None:
     from meprop.reporting import terminal
 
     if runs:
-        Console().print(terminal.run_table(runs, task.metric))
+        Console().print(terminal.run_table(runs, task.metric, unit=task.unit))
         Console().print(report.model_table(models))
 
 

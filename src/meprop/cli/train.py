@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
@@ -16,6 +16,7 @@ from meprop.training.loop import Trainer
 from meprop.training.records import Run
 from meprop.training.task import Task
 from meprop.training.tasks import TaskEntry
+from meprop.training.verdict import MARGIN, check_margin, judge_all
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Train(Generic[TaskConfig, Training, RuleName]):
                 raise
             try:
                 session.write_result(tracking.describe(task.name, tracking.plain(self), runs))
-                figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE)
+                figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE, unit=task.unit)
             finally:
                 _show(runs, task)
             if session.saver.failure is not None:
@@ -82,6 +83,14 @@ class Train(Generic[TaskConfig, Training, RuleName]):
 
 
 @dataclass(frozen=True)
+class Comparison(tracking.Result):
+    """The content of result.json of a comparison."""
+
+    verdicts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """`training.verdict.Verdict` of each rule, on the seeds that are finished."""
+
+
+@dataclass(frozen=True)
 class Compare(Generic[TaskConfig, Training, RuleName]):
     """Train dense and sparse side by side, with the same seeds and budget."""
 
@@ -90,6 +99,8 @@ class Compare(Generic[TaskConfig, Training, RuleName]):
     out: Path
     """Folder for result.json, which has the finished seeds, for curves.png, and for checkpoints of the unfinished."""
     rule: RuleName
+    margin: float = MARGIN
+    """How much lower the dev score may be for sparse to count as good as dense. The target is dense's, less this."""
     resume: bool = False
     """Continue the comparison in --out, bit for bit. Without one, start from the beginning."""
     overwrite: bool = False
@@ -101,6 +112,7 @@ class Compare(Generic[TaskConfig, Training, RuleName]):
         """Train both, and write and show the result."""
         from meprop.reporting import figures
 
+        check_margin(self.margin)
         session = Session(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
         tracking.commit()
         task = tasks.entry_of(self.task).build(self.task)
@@ -108,7 +120,7 @@ class Compare(Generic[TaskConfig, Training, RuleName]):
         runs: list[Run] = []
         with session:
             seeds = Seeds(session, self, task)
-            if earlier := seeds.begin(tracking.Result, (DENSE, self.rule)):
+            if earlier := seeds.begin(Comparison, (DENSE, self.rule)):
                 runs += earlier.runs
 
             def build(seed: int) -> list[Trainer]:
@@ -121,26 +133,30 @@ class Compare(Generic[TaskConfig, Training, RuleName]):
                 if self.training.when == "auto":
                     print(pair[1].report)  # now with what was decided
                 runs.extend(outcome)
-                session.write_result(tracking.describe(task.name, seeds.config, runs))
+                record = tracking.describe(task.name, seeds.config, runs)
+                verdicts = judge_all(runs, task.metric, self.margin)
+                session.write_result(Comparison(**vars(record), verdicts=[asdict(each) for each in verdicts]))
 
             try:
                 seeds.train(build, finish)
-                figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE)
+                verdicts = judge_all(runs, task.metric, self.margin)
+                figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE, verdicts[0].target, task.unit)
             finally:
-                _show(runs, task)
+                _show(runs, task, self.margin)
             print(f"written: {self.out / tracking.RESULT}, {self.out / tracking.FIGURE}")
 
 
-def _show(runs: list[Run], task: Task) -> None:
-    """Print the table of what is finished and, of a comparison, the verdict."""
+def _show(runs: list[Run], task: Task, margin: float = MARGIN) -> None:
+    """Print the table of what is finished and, of a comparison, the verdicts."""
     from rich.console import Console
 
-    from meprop.reporting.terminal import run_table, verdict
+    from meprop.reporting.terminal import run_table, verdict_line
 
     if runs:
-        Console().print(run_table(runs, task.metric))
-    if len({run.rule for run in runs}) > 1:
-        print(verdict(runs, task.metric))
+        verdicts = judge_all(runs, task.metric, margin)
+        Console().print(run_table(runs, task.metric, verdicts, task.unit))
+        for verdict in verdicts:
+            print(verdict_line(verdict))
 
 
 # ---------------------------------------------------------------- the commands

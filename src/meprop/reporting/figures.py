@@ -42,15 +42,17 @@ PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#9999
 _SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
 
 
-def draw_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
+def draw_runs(runs: Sequence[Run], metric: str, path: Path, target: float | None = None, unit: str = ", %") -> None:
     """Draw learning curves over epochs and over time, and where the time went, into a PNG.
 
-    Thin lines are seeds, the bold line is their mean.
+    Thin lines are seeds, the bold line is their mean as far as all of them have come.
 
     Args:
         runs: The runs of one experiment, with their curves.
-        metric: The quality to show, in percent.
+        metric: The quality to show.
         path: The file; it is replaced if it exists.
+        target: The score to reach, drawn as a dashed line; None: there is none.
+        unit: What follows the metric's name.
     """
     kinds = sorted({run.rule: None for run in runs}, key=lambda rule: {DENSE: 0, "simplified": 2}.get(rule, 1))
     groups = {rule: [run for run in runs if run.rule == rule] for rule in kinds}
@@ -65,10 +67,12 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path) -> None:
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_time.set_xlabel("seconds of training steps")
     by_time.set_xlim(left=0)
-    limits = _value_limits(runs, metric)
+    limits = _value_limits(runs, metric, target)
     for axes in (by_epoch, by_time):
+        if target is not None:
+            axes.axhline(target, color="#666666", linewidth=1, linestyle="--", label=f"target: {target:.2f}")
         axes.set_ylim(*limits)
-        axes.set_ylabel(f"dev {metric}, %" + ("" if limits[0] == 0 else "  (axis does not start at 0)"))
+        axes.set_ylabel(f"dev {metric}{unit}" + ("" if limits[0] == 0 else "  (axis does not start at 0)"))
         axes.grid(alpha=0.3)
         axes.legend(loc="best")
     by_epoch.set_title("For the same number of epochs")
@@ -132,17 +136,21 @@ def _draw_curves(axes: Axes, rule: str, group: Sequence[Run], metric: str, x: st
         for run_xs, run_ys in zip(xs, ys, strict=True):
             axes.plot(run_xs, run_ys, color=color, linewidth=0.8, alpha=0.5)
     label = rule if len(group) == 1 else f"{rule}, mean of {len(group)} seeds"
-    mean_xs, mean_ys = ([mean(column) for column in zip(*rows, strict=True)] for rows in (xs, ys))
+    mean_xs, mean_ys = ([mean(column) for column in zip(*rows, strict=False)] for rows in (xs, ys))
     marker = "o" if rule == DENSE else "s"
     axes.plot(mean_xs, mean_ys, color=color, linewidth=2.4, marker=marker, markersize=5, label=label)
 
 
-def _value_limits(runs: Sequence[Run], metric: str) -> tuple[float, float]:
+def _value_limits(runs: Sequence[Run], metric: str, target: float | None = None) -> tuple[float, float]:
     values = [record["dev"][metric] for run in runs for record in run.curve]
+    values += [] if target is None else [target]
     low, high = min(values), max(values)
     missing = max(0.0, _SMALLEST_SPAN - (high - low)) / 2
     margin = 0.05 * max(high - low, _SMALLEST_SPAN)
-    return max(0.0, low - missing - margin), min(100.5, high + missing + margin)
+    low, high = low - missing - margin, high + missing + margin
+    if 0 <= min(values) and max(values) <= 100:  # percent, or shares
+        return max(0.0, low), min(100.5, high)
+    return low, high
 
 
 def _draw_seconds(axes: Axes, groups: dict[str, list[Run]]) -> None:

@@ -1,12 +1,13 @@
-"""What a person sees in the terminal: progress while training, and at the end a table and a plain verdict."""
+"""What a person sees in the terminal: progress while training, and at the end a table and the verdicts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from statistics import mean, stdev
+from collections.abc import Mapping, Sequence
+from statistics import geometric_mean, mean, stdev
 from time import monotonic
 from types import TracebackType
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
@@ -15,10 +16,9 @@ from rich.table import Table
 from meprop.training.config import DENSE
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
+from meprop.training.verdict import Verdict
 
 _REFRESH_SECONDS = 0.25
-# Student's t, two-sided 95%, for 2, 3, ... seeds; the last also for more, where it is a little too strict.
-_T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 class TrainingProgress:
@@ -98,47 +98,39 @@ def _dev(trainer: Trainer) -> str:
     return f"dev {metric} {trainer.curve[-1].dev[metric]:.2f}"
 
 
-def run_table(runs: Sequence[Run], metric: str) -> Table:
-    """Return a table of one column per rule, and dense against sparse if both are there.
+def run_table(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict] = (), unit: str = ", %") -> Table:
+    """Return a table of one column per rule; those beside dense have the ratios of its times to theirs.
 
     Args:
         runs: The runs of one experiment; those of the same rule are averaged over their seeds.
-        metric: The quality to show, in percent.
+        metric: The quality to show.
+        verdicts: What `training.verdict.judge_all` says of them: adds the times to the target.
+        unit: What follows the metric's name.
     """
     by_rule = {rule: [run for run in runs if run.rule == rule] for rule in dict.fromkeys(run.rule for run in runs)}
-    seeds = max(len(group) for group in by_rule.values())
-    caption = ["Seconds are totals of training; waiting for data and evaluation are not in them."]
-    if seeds > 1:
-        caption.append(f"Mean and standard deviation of {seeds} seeds.")
-    if len(by_rule) == 2:
-        caption.append("Ratio: dense seconds / sparse seconds; above 1, sparse is faster.")
+    epochs = sorted({run.epochs for run in runs})
     table = Table(
-        title="After 1 epoch" if runs[0].epochs == 1 else f"After {runs[0].epochs} epochs",
-        caption=" ".join(caption),
+        title=f"After {' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epoch{'s' * (epochs[-1] > 1)}",
+        caption=_caption(by_rule),
         caption_justify="left",
         min_width=60,
+        box=box.SIMPLE_HEAD,  # four rules fit into 80 columns
+        show_edge=False,
+        pad_edge=False,
     )
     table.add_column("")
     for rule in by_rule:
         table.add_column(rule, justify="right")
-    if len(by_rule) == 2:
-        table.add_column("ratio", justify="right")
-
-    def add_row(label: str, value: Callable[[Run], float], digits: int, *, ratio: bool = False) -> None:
-        cells = [spread([value(run) for run in group], digits) for group in by_rule.values()]
-        if len(by_rule) == 2:
-            dense = by_rule[DENSE]
-            (sparse,) = (group for rule, group in by_rule.items() if rule != DENSE)
-            cells.append(f"{_ratio(dense, sparse, value):.2f}x" if ratio else "")
-        table.add_row(label, *cells)
-
-    if all(run.test for run in runs):
-        add_row(f"test {metric}, %", lambda run: run.test[metric], 2)
-    add_row(f"dev {metric}, %", lambda run: run.dev[metric], 2)
+    for split in ("dev", "test") if all(run.test for run in runs) else ("dev",):
+        scores = (spread([getattr(run, split)[metric] for run in group], 2) for group in by_rule.values())
+        table.add_row(f"{split} {metric}{unit}", *scores)
     table.add_section()
-    for phase in ("forward", "backward", "optimizer", "step"):
-        label = "whole step, s" if phase == "step" else f"{phase}, s"
-        add_row(label, lambda run, phase=phase: run.seconds[phase], 2, ratio=True)
+    if verdicts:
+        table.add_row(f"time to {verdicts[0].target:.2f}, s", *_times_to_target(list(by_rule), verdicts))
+    seconds = "s" if len(epochs) == 1 else "s/epoch"
+    for phase in ("step", "forward", "backward", "optimizer"):
+        label = "whole step" if phase == "step" else phase
+        table.add_row(f"{label}, {seconds}", *_times(by_rule, phase, per_epoch=len(epochs) > 1))
     table.add_section()
     counts = [(rule, group[0].k) for rule, group in by_rule.items()]
     table.add_row("k", *("all" if rule == DENSE else "by gradient" if k is None else str(k) for rule, k in counts))
@@ -147,37 +139,53 @@ def run_table(runs: Sequence[Run], metric: str) -> Table:
     return table
 
 
-def verdict(runs: Sequence[Run], metric: str) -> str:
-    """Return in plain words whether sparse training was faster than dense, and whether it learned as well."""
-    dense = sorted((run for run in runs if run.rule == DENSE), key=lambda run: run.seed)
-    sparse = sorted((run for run in runs if run.rule != DENSE), key=lambda run: run.seed)
-    if all(run.density == 1 for run in sparse):
-        return "No layer was sparse, so the two runs did the same work: see the reasons above."
-
-    backward = _ratio(dense, sparse, lambda run: run.seconds["backward"])
-    step = _ratio(dense, sparse, lambda run: run.seconds["step"])
-    speed = "faster" if step > 1.03 else "slower" if step < 1 / 1.03 else "as fast as dense, within 3%,"
-    sentence = f"Backward {backward:.2f}x and the whole step {step:.2f}x the speed of dense: sparse is {speed} here."
-
-    gaps = [s.test[metric] - d.test[metric] for d, s in zip(dense, sparse, strict=True)]
-    gap = f"Test {metric} is {abs(mean(gaps)):.2f} points {'higher' if mean(gaps) > 0 else 'lower'} than dense"
-    if mean(gaps) == 0:
-        gap = f"Test {metric} is the same as dense"
-    if len(gaps) == 1:
-        return f"{sentence} {gap}; one seed cannot tell a small difference from chance (--seeds 0 1 2)."
-    # The 95% interval of a paired t test: with few seeds two standard errors would promise too much.
-    quantile = _T_QUANTILES[min(len(gaps) - 2, len(_T_QUANTILES) - 1)]
-    certain = abs(mean(gaps)) > quantile * stdev(gaps) / len(gaps) ** 0.5
-    meaning = (
-        "more than chance explains (paired t test, 95%)"
-        if certain
-        else "within what chance explains (paired t test, 95%)"
-    )
-    return f"{sentence} {gap} (standard deviation {stdev(gaps):.2f} over {len(gaps)} seeds): {meaning}."
+def _caption(by_rule: Mapping[str, Sequence[Run]]) -> str:
+    text = ["Scores: after the last epoch. Seconds: of training steps, without waiting for data and evaluation."]
+    seeds = max(map(len, by_rule.values()))
+    if seeds > 1:
+        text.append(f"Mean of {seeds} seeds; of scores, with the standard deviation.")
+    if DENSE in by_rule and len(by_rule) > 1:
+        text.append("In brackets: dense's seconds / these; above 1, this rule is faster.")
+    return " ".join(text)
 
 
-def _ratio(dense: Iterable[Run], sparse: Iterable[Run], value: Callable[[Run], float]) -> float:
-    return mean(map(value, dense)) / mean(map(value, sparse))
+def _times(by_rule: Mapping[str, Sequence[Run]], phase: str, *, per_epoch: bool) -> list[str]:
+    """Return a cell for each rule: the mean, and the geometric mean of the ratios of the same seeds."""
+    seconds = {
+        rule: {run.seed: run.seconds[phase] / (run.epochs if per_epoch else 1) for run in group}
+        for rule, group in by_rule.items()
+    }
+    dense = seconds.get(DENSE, {})
+    cells: list[str] = []
+    for rule, found in seconds.items():
+        ratios = [dense[seed] / found[seed] for seed in found if seed in dense and rule != DENSE]
+        cells.append(_seconds(mean(found.values()), geometric_mean(ratios) if ratios else None))
+    return cells
+
+
+def _times_to_target(rules: Sequence[str], verdicts: Sequence[Verdict]) -> list[str]:
+    """Return a cell for each rule: the mean if all its runs reach the target, else how many do."""
+    times = {verdict.rule: verdict.seconds_to_target for verdict in verdicts}
+    times[DENSE] = verdicts[0].dense_seconds_to_target
+    ratios = {verdict.rule: None if verdict.to_target is None else verdict.to_target.value for verdict in verdicts}
+    cells: list[str] = []
+    for rule in rules:
+        reached = [seconds for seconds in times[rule] if seconds is not None]
+        if len(reached) == len(times[rule]):
+            cells.append(_seconds(mean(reached), ratios.get(rule)))
+        else:
+            cells.append(f"in {len(reached)} of {len(times[rule])} seeds" if reached else "never")
+    return cells
+
+
+def _seconds(seconds: float, ratio: float | None) -> str:
+    text = f"{seconds:.{1 if seconds >= 100 else 2}f}"
+    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """Return the verdict in a line: the word, the rule, and the numbers that decide."""
+    return f"{verdict.word} {verdict.rule}: {verdict.why}."
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:

@@ -59,6 +59,7 @@ class ScriptTask:
     """
 
     name = "script"
+    unit = ""
 
     def __init__(self, config: ScriptConfig) -> None:
         self.config = config

@@ -130,6 +130,11 @@ class Task(Protocol):
         ...
 
     @property
+    def unit(self) -> str:
+        """What follows the name of the quality where it is shown, such as ", %"."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """A digest of the data, wherever they lie: two runs with different ones are not to be compared."""
         ...
@@ -149,6 +154,7 @@ class DataTask(ABC):
 
     name: str
     metric: str
+    unit = ", %"
 
     @property
     @abstractmethod
