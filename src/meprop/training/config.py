@@ -73,6 +73,8 @@ class TrainingConfig:
     lazy: The rows and their moments wait."""
     optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
     """Optimizer, the same for dense and sparse. It is torch's fused implementation where there is one."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What adam and adagrad keep their moments and sums in. With bfloat16 the optimizer is that of meprop.optim."""
     lr: float = 1e-3
     """Learning rate at the start."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -96,6 +98,8 @@ class TrainingConfig:
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
         if self.sparse_rows != "no" and self.scope != "batch":
             raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
+        if self.state_dtype != "float32" and self.optimizer == "sgd":
+            raise ValueError(f"--state-dtype {self.state_dtype} needs --optimizer adam or adagrad: sgd keeps nothing")
         for name in ("dense_warmup_steps", "dense_end_steps"):
             if (steps := getattr(self, name)) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {steps}")

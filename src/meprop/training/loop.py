@@ -361,9 +361,11 @@ def _build_optimizer(
     model: nn.Module, config: TrainingConfig, device: torch.device, *, sparse: bool
 ) -> torch.optim.Optimizer:
     parameters = model.parameters()
-    if sparse and config.sparse_rows != "no":
+    rows = config.sparse_rows if sparse and config.sparse_rows != "no" else None
+    state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
+    if rows is not None or state_dtype is not None:
         ours = {"adam": optim.Adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
-        return ours(parameters, config.lr, sparse_rows=config.sparse_rows)
+        return ours(parameters, config.lr, sparse_rows=rows or "exact", state_dtype=state_dtype)
     match config.optimizer:
         case "adam":
             return torch.optim.Adam(parameters, config.lr, fused=True)
