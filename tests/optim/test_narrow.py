@@ -384,7 +384,7 @@ def test_parameters_that_are_not_plain_float32_are_named(what):
     [(torch.float16, ValueError), (torch.float32, ValueError), ("bfloat16", TypeError), (16, TypeError)],
 )
 def test_other_dtypes_are_refused(value, error):
-    with pytest.raises(error, match="state_dtype=.*torch.bfloat16"):
+    with pytest.raises(error, match=r"state_dtype=.*torch\.bfloat16"):
         optim.SGD(parameters(torch.float32), momentum=0.9, state_dtype=value)
 
 

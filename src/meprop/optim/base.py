@@ -309,16 +309,18 @@ class RowSparseOptimizer(MissedSteps):
         """Adds a parameter group as torch does.
 
         Raises:
-            ValueError: The group has a `sparse_rows`, `in_backward` or `state_dtype` of its own, or what torch raises
-                it for.
+            ValueError: The group has another `sparse_rows`, `in_backward` or `state_dtype` than the optimizer, or what
+                torch raises it for.
             NotSupportedError: There is no step with the optimizer's `state_dtype` for the group. It is not added.
         """
-        for name in ("sparse_rows", "in_backward", "state_dtype"):
-            if name in param_group:
+        of_all = {name: getattr(self, name) for name in ("sparse_rows", "in_backward", "state_dtype")}
+        for name in of_all.keys() & param_group.keys():
+            if param_group[name] != of_all[name]:
                 raise ValueError(
                     f"{name}={param_group[name]!r} in a parameter group; it is that of the whole optimizer: make one "
                     "optimizer for each"
                 )
+        param_group = {name: value for name, value in param_group.items() if name not in of_all}
         super().add_param_group(param_group)
         if self._state_dtype is not None:
             try:

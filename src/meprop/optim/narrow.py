@@ -66,8 +66,8 @@ def narrow(state: dict[str, Any], dtype: torch.dtype) -> None:
 def next_key(state: dict[str, Any], parameter: Tensor, groups: list[dict[str, Any]]) -> int:
     """The key of the next rounding of a parameter's states.
 
-    It depends on the place of the parameter among those of the optimizer, and on the number of roundings before. It does
-    not depend on random states: those of several processes differ, and their copies of a parameter must not.
+    It depends on the place of the parameter among those of the optimizer, and on the number of roundings before. It
+    does not depend on random states: those of several processes differ, and their copies of a parameter must not.
     """
     if ROUNDING not in state:
         parameters = (each for group in groups for each in group["params"])
