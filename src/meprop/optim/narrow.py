@@ -59,7 +59,7 @@ def refuse(kind: str, group: dict[str, Any], parameters: Iterable[Tensor]) -> No
 def narrow(state: dict[str, Any], dtype: torch.dtype) -> None:
     """Makes all states of a parameter that have its shape of this dtype, as after loading those in float32."""
     for name, value in state.items():
-        if isinstance(value, Tensor) and name != "step" and not name.endswith(OF_ROWS):
+        if isinstance(value, Tensor) and value.dtype is not dtype and name != "step" and not name.endswith(OF_ROWS):
             state[name] = value.to(dtype)
 
 
