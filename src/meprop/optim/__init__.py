@@ -72,8 +72,8 @@ the others, which is slow. The results are the same bits.
 State and state_dict are torch's otherwise. The mode ``"decay"`` adds one tensor [O] for each state of a parameter
 [O, *] that decays, such as `exp_avg_row_decay`: the product of the factors that each row has missed.
 `param_row_decay` is that of AdamW's weights. With a weight decay other than AdamW's there is another tensor [O], such
-as `exp_avg_row_weight_decay`: what is to be added to each row, as a multiple of its weights or their squares. The method
-`wake` brings all rows up to date, and removes these tensors.
+as `exp_avg_row_weight_decay`: what is to be added to each row, as a multiple of its weights or their squares. The
+method `wake` brings all rows up to date, and removes these tensors.
 """
 
 from meprop.optim.adagrad import Adagrad
