@@ -263,7 +263,7 @@ Status drop_gradient(const Kernels& kernels, const Dropout& of, int64_t entries,
                      const uint64_t* bits, T* grad_x, int threads);
 
 // One step of an optimizer on a parameter [rows, width] whose gradient has `count` rows. The other rows of the gradient
-// are zero. All tensors are float32 and contiguous.
+// are zero. All tensors are float32 and contiguous, but the states of an optimizer may be bfloat16.
 struct SparseRows {
   int64_t rows, width, count;
   const int64_t* indices;  // [count], ascending. Null if all rows have a gradient, whose steps have no `keep` of rows
@@ -276,31 +276,40 @@ struct SparseRows {
 };
 
 // Each `keep` [rows] below may be null. It then stands for what one step keeps of a row's state: momentum, beta1 or
-// beta2. It has another value for a row that has missed steps.
+// beta2. It has another value for a row that has missed steps. `key` is that of Rounding, for states of bfloat16.
+template <class S>
 struct Sgd {
-  float* buffer;  // null without momentum
+  S* buffer;  // null without momentum
   const float* keep;
   double lr, momentum, dampening, weight_decay;
   bool nesterov;
+  uint64_t key;
 };
+template <class S>
 struct Adam {
-  float* first;
-  float* second;
+  S* first;
+  S* second;
   const float* keep_first;
   const float* keep_second;
   const float* shrink;  // [rows], or null for 1 - lr * weight_decay. The factor of decoupled weight decay
   double step;          // the number of this step, from 1
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled;  // whether weight decay is decoupled, as in AdamW
+  uint64_t key;
 };
+template <class S>
 struct Adagrad {
-  float* sum;
+  S* sum;
   double lr, eps, weight_decay;
+  uint64_t key;
 };
 
-Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& options);
-Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& options);
-Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options);
+template <class S>
+Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd<S>& options);
+template <class S>
+Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam<S>& options);
+template <class S>
+Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad<S>& options);
 
 // Whether indices ascend and lie within [0, rows).
 bool ascending(const int64_t* indices, int64_t count, int64_t rows);

@@ -251,10 +251,23 @@ struct AdagradStep {
   float l2, lr, eps;  // sum += g * g; w -= lr * g / (sqrt(sum) + eps)
 };
 
+// How a state of bfloat16 is rounded: up with the probability that keeps the mean. The step itself goes on from what is
+// rounded. Entry i of the parameter, i modulo 2^32, has the random word that mixed(i, key) in optimizer.inl makes. The
+// lower half of the word is added to the bits of the first state, the upper half to those of the second. Then the lower
+// halves of the sums are cut off.
+struct Rounding {
+  uint64_t key;
+  int64_t place;  // of the row's first entry among those of the parameter
+};
+
+// `S` is the type of the states. Those of float are not rounded, and `rounding` is not read.
+template <class S>
 struct OptimizerKernels {
-  void (*sgd)(const SgdStep& step, int64_t width, const float* grad, float* weight, float* buffer);
-  void (*adam)(const AdamStep& step, int64_t width, const float* grad, float* weight, float* first, float* second);
-  void (*adagrad)(const AdagradStep& step, int64_t width, const float* grad, float* weight, float* sum);
+  void (*sgd)(const SgdStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight, S* buffer);
+  void (*adam)(const AdamStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight, S* first,
+               S* second);
+  void (*adagrad)(const AdagradStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight,
+                  S* sum);
 };
 
 struct Kernels {
@@ -263,7 +276,8 @@ struct Kernels {
   TypedKernels<Bf16> bf16;
   MapKernels maps;
   LstmKernels lstm;
-  OptimizerKernels optimizer;
+  OptimizerKernels<float> optimizer;
+  OptimizerKernels<Bf16> narrow_optimizer;
 };
 
 extern const Kernels kScalar;

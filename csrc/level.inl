@@ -45,4 +45,5 @@ constexpr MapKernels kMaps = {gather_patches, add_patches};
 
 constexpr LstmKernels kLstm = {kBlock, pack_block, dot_block, spread_gates, step_cells, step_cells_gradient};
 
-constexpr OptimizerKernels kOptimizer = {sgd_row, adam_row, adagrad_row};
+template <class S>
+constexpr OptimizerKernels<S> kOptimizer = {sgd_row<S>, adam_row<S>, adagrad_row<S>};

@@ -417,9 +417,9 @@ bool read_step(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_
   return true;
 }
 
-template <class Options>
-PyObject* run_step(Status (*update)(const Kernels&, const SparseRows&, const Options&), const Step& step,
-                   const Options& options) {
+template <template <class> class Options, class S>
+PyObject* run_step(Status (*update)(const Kernels&, const SparseRows&, const Options<S>&), const Step& step,
+                   const Options<S>& options) {
   Status status;
   Py_BEGIN_ALLOW_THREADS;
   status = update(*active, step.rows, options);
@@ -427,35 +427,51 @@ PyObject* run_step(Status (*update)(const Kernels&, const SparseRows&, const Opt
   return finish(status);
 }
 
+// The options of a step from its own integers, of which the last is `key`, and its floats.
+template <class S>
+Sgd<S> sgd_options(const int64_t* own, const double* f) {
+  return {address<S>(own[0]), address<const float>(own[1]), f[0], f[1], f[2], f[3], own[2] != 0,
+          static_cast<uint64_t>(own[3])};
+}
+template <class S>
+Adam<S> adam_options(const int64_t* own, const double* f) {
+  return {address<S>(own[0]), address<S>(own[1]), address<const float>(own[2]), address<const float>(own[3]),
+          address<const float>(own[4]), f[0], f[1], f[2], f[3], f[4], f[5], own[5] != 0, static_cast<uint64_t>(own[6])};
+}
+template <class S>
+Adagrad<S> adagrad_options(const int64_t* own, const double* f) {
+  return {address<S>(own[0]), f[0], f[1], f[2], static_cast<uint64_t>(own[1])};
+}
+
+// `key` is -1 for states of float32, and those of bfloat16 are rounded with it otherwise.
 PyObject* py_sgd_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[kRowsIntegers + 3];
+  int64_t a[kRowsIntegers + 4];
   double f[4];
   Step call;
-  if (!read_step(args, given, kRowsIntegers + 3, 4, a, f, &call)) return nullptr;
+  if (!read_step(args, given, kRowsIntegers + 4, 4, a, f, &call)) return nullptr;
   const int64_t* own = a + kRowsIntegers;
-  return run_step<Sgd>(sgd_rows, call,
-                       {address<float>(own[0]), address<const float>(own[1]), f[0], f[1], f[2], f[3], own[2] != 0});
+  if (own[3] < 0) return run_step<Sgd, float>(sgd_rows, call, sgd_options<float>(own, f));
+  return run_step<Sgd, Bf16>(sgd_rows, call, sgd_options<Bf16>(own, f));
 }
 
 PyObject* py_adam_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[kRowsIntegers + 6];
+  int64_t a[kRowsIntegers + 7];
   double f[6];
   Step call;
-  if (!read_step(args, given, kRowsIntegers + 6, 6, a, f, &call)) return nullptr;
+  if (!read_step(args, given, kRowsIntegers + 7, 6, a, f, &call)) return nullptr;
   const int64_t* own = a + kRowsIntegers;
-  return run_step<Adam>(adam_rows, call,
-                        {address<float>(own[0]), address<float>(own[1]), address<const float>(own[2]),
-                         address<const float>(own[3]), address<const float>(own[4]), f[0], f[1], f[2], f[3], f[4], f[5],
-                         own[5] != 0});
+  if (own[6] < 0) return run_step<Adam, float>(adam_rows, call, adam_options<float>(own, f));
+  return run_step<Adam, Bf16>(adam_rows, call, adam_options<Bf16>(own, f));
 }
 
 PyObject* py_adagrad_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[kRowsIntegers + 1];
+  int64_t a[kRowsIntegers + 2];
   double f[3];
   Step call;
-  if (!read_step(args, given, kRowsIntegers + 1, 3, a, f, &call)) return nullptr;
+  if (!read_step(args, given, kRowsIntegers + 2, 3, a, f, &call)) return nullptr;
   const int64_t* own = a + kRowsIntegers;
-  return run_step<Adagrad>(adagrad_rows, call, {address<float>(own[0]), f[0], f[1], f[2]});
+  if (own[1] < 0) return run_step<Adagrad, float>(adagrad_rows, call, adagrad_options<float>(own, f));
+  return run_step<Adagrad, Bf16>(adagrad_rows, call, adagrad_options<Bf16>(own, f));
 }
 
 PyObject* py_ascending(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -534,15 +550,15 @@ PyMethodDef methods[] = {
      "entries of all rows if kept is not 0"},
     {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
      "sgd_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
-     "examples, x, x_ld, buffer, keep, nesterov, lr, momentum, "
+     "examples, x, x_ld, buffer, keep, nesterov, key, lr, momentum, "
      "dampening, weight_decay)"},
     {"adam_rows", as_method(py_adam_rows), METH_FASTCALL,
      "adam_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
      "examples, x, x_ld, exp_avg, exp_avg_sq, keep_first, "
-     "keep_second, shrink, decoupled, step, lr, beta1, beta2, eps, weight_decay)"},
+     "keep_second, shrink, decoupled, key, step, lr, beta1, beta2, eps, weight_decay)"},
     {"adagrad_rows", as_method(py_adagrad_rows), METH_FASTCALL,
      "adagrad_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
-     "examples, x, x_ld, sum, lr, eps, weight_decay)"},
+     "examples, x, x_ld, sum, key, lr, eps, weight_decay)"},
     {"ascending", as_method(py_ascending), METH_FASTCALL, "ascending(indices, count, rows) -> whether they are, int64"},
     {nullptr, nullptr, 0, nullptr},
 };

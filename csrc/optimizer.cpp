@@ -65,7 +65,23 @@ Status for_rows(const Kernels& kernels, const SparseRows& call, Apply apply) {
 }
 
 // What a stretch of a matrix begins with; null of null.
-float* at(float* matrix, const Stretch& stretch) { return matrix != nullptr ? matrix + stretch.at : nullptr; }
+template <class T>
+T* at(T* matrix, const Stretch& stretch) {
+  return matrix != nullptr ? matrix + stretch.at : nullptr;
+}
+
+Rounding rounding(uint64_t key, const Stretch& stretch) { return {key, stretch.at}; }
+
+template <class S>
+const OptimizerKernels<S>& of_states(const Kernels& kernels);
+template <>
+const OptimizerKernels<float>& of_states(const Kernels& kernels) {
+  return kernels.optimizer;
+}
+template <>
+const OptimizerKernels<Bf16>& of_states(const Kernels& kernels) {
+  return kernels.narrow_optimizer;
+}
 
 }  // namespace
 
@@ -75,7 +91,8 @@ bool ascending(const int64_t* indices, int64_t count, int64_t rows) {
   return valid;
 }
 
-Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& options) {
+template <class S>
+Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd<S>& options) {
   SgdStep of_all;
   of_all.l2 = static_cast<float>(options.weight_decay);
   of_all.lr = static_cast<float>(options.lr);
@@ -85,11 +102,13 @@ Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd& optio
   return for_rows(kernels, call, [&](const Stretch& part, const float* grad) {
     SgdStep step = of_all;
     if (options.keep != nullptr) step.keep = options.keep[part.row];
-    kernels.optimizer.sgd(step, part.width, grad, at(call.weight, part), at(options.buffer, part));
+    of_states<S>(kernels).sgd(step, rounding(options.key, part), part.width, grad, at(call.weight, part),
+                              at(options.buffer, part));
   });
 }
 
-Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& options) {
+template <class S>
+Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam<S>& options) {
   AdamStep of_all;
   of_all.l2 = options.decoupled ? 0.0f : static_cast<float>(options.weight_decay);
   of_all.shrink = options.decoupled ? static_cast<float>(1 - options.lr * options.weight_decay) : 1.0f;
@@ -103,17 +122,27 @@ Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam& opt
     if (options.keep_first != nullptr) step.keep_first = options.keep_first[part.row];
     if (options.keep_second != nullptr) step.keep_second = options.keep_second[part.row];
     if (options.shrink != nullptr) step.shrink = options.shrink[part.row];
-    kernels.optimizer.adam(step, part.width, grad, at(call.weight, part), at(options.first, part),
-                           at(options.second, part));
+    of_states<S>(kernels).adam(step, rounding(options.key, part), part.width, grad, at(call.weight, part),
+                               at(options.first, part), at(options.second, part));
   });
 }
 
-Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad& options) {
+template <class S>
+Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagrad<S>& options) {
   const AdagradStep step = {static_cast<float>(options.weight_decay), static_cast<float>(options.lr),
                             static_cast<float>(options.eps)};
   return for_rows(kernels, call, [&](const Stretch& part, const float* grad) {
-    kernels.optimizer.adagrad(step, part.width, grad, at(call.weight, part), at(options.sum, part));
+    of_states<S>(kernels).adagrad(step, rounding(options.key, part), part.width, grad, at(call.weight, part),
+                                  at(options.sum, part));
   });
 }
+
+#define MEPROP_INSTANTIATE(S)                                                    \
+  template Status sgd_rows(const Kernels&, const SparseRows&, const Sgd<S>&);    \
+  template Status adam_rows(const Kernels&, const SparseRows&, const Adam<S>&);  \
+  template Status adagrad_rows(const Kernels&, const SparseRows&, const Adagrad<S>&);
+MEPROP_INSTANTIATE(float)
+MEPROP_INSTANTIATE(Bf16)
+#undef MEPROP_INSTANTIATE
 
 }  // namespace meprop

@@ -50,6 +50,10 @@ inline U32 up_23(U32 a) { return _mm256_slli_epi32(a, 23); }
 inline U32 down_16(U32 a) { return _mm256_srli_epi32(a, 16); }
 inline U32 down_24(U32 a) { return _mm256_srli_epi32(a, 24); }
 inline U32 minus(U32 a, U32 b) { return _mm256_sub_epi32(a, b); }
+// The lower halves of the products.
+inline U32 times(U32 a, U32 b) { return _mm256_mullo_epi32(a, b); }
+inline U32 differing(U32 a, U32 b) { return _mm256_xor_si256(a, b); }
+inline U32 down_13(U32 a) { return _mm256_srli_epi32(a, 13); }
 inline U32 last_lane(U32 a) { return _mm256_permutevar8x32_epi32(a, _mm256_set1_epi32(7)); }
 inline uint32_t sum_of_lanes(U32 a) {
   __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));

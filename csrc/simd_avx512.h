@@ -32,6 +32,10 @@ inline U32 up_23(U32 a) { return _mm512_slli_epi32(a, 23); }
 inline U32 down_16(U32 a) { return _mm512_srli_epi32(a, 16); }
 inline U32 down_24(U32 a) { return _mm512_srli_epi32(a, 24); }
 inline U32 minus(U32 a, U32 b) { return _mm512_sub_epi32(a, b); }
+// The lower halves of the products.
+inline U32 times(U32 a, U32 b) { return _mm512_mullo_epi32(a, b); }
+inline U32 differing(U32 a, U32 b) { return _mm512_xor_si512(a, b); }
+inline U32 down_13(U32 a) { return _mm512_srli_epi32(a, 13); }
 inline U32 last_lane(U32 a) { return _mm512_permutexvar_epi32(_mm512_set1_epi32(15), a); }
 inline uint32_t sum_of_lanes(U32 a) { return static_cast<uint32_t>(_mm512_reduce_add_epi32(a)); }
 // Each lane plus all lanes before it.

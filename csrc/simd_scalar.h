@@ -36,6 +36,10 @@ inline U32 up_23(U32 a) { return a << 23; }
 inline U32 down_16(U32 a) { return a >> 16; }
 inline U32 down_24(U32 a) { return a >> 24; }
 inline U32 minus(U32 a, U32 b) { return a - b; }
+// The lower halves of the products.
+inline U32 times(U32 a, U32 b) { return a * b; }
+inline U32 differing(U32 a, U32 b) { return a ^ b; }
+inline U32 down_13(U32 a) { return a >> 13; }
 inline U32 last_lane(U32 a) { return a; }
 inline uint32_t sum_of_lanes(U32 a) { return a; }
 // Each lane plus all lanes before it.

@@ -63,7 +63,8 @@ def result(folder):
 def test_compare_writes_the_result_and_shows_it(data, capsys):
     assert compare(data, "--seeds", "0", "1") == 0
     content = result("runs/compare-mnist")
-    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs", "sha256"}
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs", "verdicts", "sha256"}
+    assert [(each["rule"], each["seeds"], each["margin"]) for each in content["verdicts"]] == [("topk", [0, 1], 0.2)]
     assert [(run["rule"], run["seed"]) for run in content["runs"]] == [
         ("dense", 0), ("topk", 0), ("dense", 1), ("topk", 1)
     ]  # fmt: skip
@@ -499,7 +500,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_our_own_is_no_mistake_of_the_user(data, monkeypatch, tmp_path, capsys, fault):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(Trainer, "_set_lr", lambda trainer: eval(FAULTS[fault]))
+    monkeypatch.setattr(Trainer, "_clock", lambda trainer: eval(FAULTS[fault]))
     assert train(data) == 70
     shown = err(capsys)
     assert "internal error: " in shown
@@ -511,7 +512,7 @@ def test_a_fault_of_our_own_is_no_mistake_of_the_user(data, monkeypatch, tmp_pat
 
 def test_a_fault_that_cannot_be_written_down_is_shown(data, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
-    monkeypatch.setattr(Trainer, "_set_lr", lambda trainer: len(3))
+    monkeypatch.setattr(Trainer, "_clock", lambda trainer: len(3))
     assert train(data) == 70
     assert "Traceback" in err(capsys)
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +35,7 @@ from meprop.distributed import (
     average_gradients,
     row_sparse_hook,
 )
+from meprop.errors import NotSupportedError
 from meprop.selection import PlainTopK
 
 CHECKS: dict[str, Callable[[int], None]] = {}
@@ -390,6 +392,50 @@ def training_is_that_of_one_process(rank: int) -> None:
 
 
 @check
+def states_in_bfloat16_are_rounded_alike_whatever_the_seeds_are(rank: int) -> None:
+    model = DistributedDataParallel(mlp(SynchronizedTopK(0.2), torch.float32))
+    optimizer = meprop.optim.Adam(model.parameters(), lr=0.01, state_dtype=torch.bfloat16)
+    torch.manual_seed(rank)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss(model(parts(step, dtype=torch.float32)[rank])).backward()
+        torch.rand(3 + rank)
+        optimizer.step()
+    for parameter in model.parameters():
+        for tensor in (parameter.detach(), optimizer.state[parameter]["exp_avg"].float()):
+            others = [torch.empty_like(tensor) for _ in range(2)]
+            dist.all_gather(others, tensor)
+            assert torch.equal(*others)
+        assert optimizer.state[parameter]["exp_avg"].dtype == torch.bfloat16
+
+
+@check
+def states_in_bfloat16_of_a_share_of_the_parameters(rank: int) -> None:
+    """ZeRO: each process has the states of its parameters. Weights and a checkpoint are as without it."""
+    trained = []
+    for state in (None, "saved"):
+        model = DistributedDataParallel(mlp(unified(0.2), torch.float32))
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), meprop.optim.Adam, lr=0.01, state_dtype=torch.bfloat16)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss(model(parts(step, dtype=torch.float32)[rank])).backward()
+            optimizer.step()
+            if state is not None and step == 1:
+                optimizer.consolidate_state_dict(0)
+                saved = [optimizer.state_dict() if rank == 0 else None]
+                dist.broadcast_object_list(saved, 0)
+                optimizer = ZeroRedundancyOptimizer(
+                    model.parameters(), meprop.optim.Adam, lr=0.01, state_dtype=torch.bfloat16
+                )
+                optimizer.load_state_dict(saved[0])
+        states = list(optimizer.optim.state.values())
+        assert {each["exp_avg"].dtype for each in states} == {torch.bfloat16}
+        assert 0 < len(states) < len(list(model.parameters()))
+        trained.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*trained, strict=True))
+
+
+@check
 def checkpointing_and_compiling(rank: int) -> None:
     expected = mlp(unified())
     one_process(expected, parts())
@@ -586,6 +632,12 @@ def fully_shard_trains_as_one_process(rank: int) -> None:
             for found, expected in zip(model.parameters(), single.parameters(), strict=True):
                 assert isinstance(found, DTensor)
                 torch.testing.assert_close(found.full_tensor(), expected)
+
+
+@check
+def states_in_bfloat16_of_sharded_parameters_are_refused(rank: int) -> None:
+    with pytest.raises(NotSupportedError, match=r"torch\.bfloat16 and a parameter of type DTensor"):
+        meprop.optim.Adam(sharded_mlp(unified(), torch.float32).parameters(), state_dtype=torch.bfloat16)
 
 
 @check

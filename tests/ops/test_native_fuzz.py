@@ -4,6 +4,7 @@
 """
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -378,21 +379,23 @@ def test_lstm_backward(level, poisoned, team, data, call, choice):
 # ---------------------------------------------------------------- rows of an optimizer's step
 
 
-def written_by(op, run, shape, layout, kind, indices, every_row, decaying, shares):
+def written_by(op, run, shape, layout, kind, indices, every_row, decaying, shares, key=None):
     """What a step writes: the parameter and its state. `shares` says what has the parameter's memory."""
     name, states, options = OPS[op]
     at = torch.tensor(indices, dtype=torch.int64)
     tensors = [LAYOUTS[layout](filled(kind, *shape).abs()) for _ in range(1 + len(states))]
+    if key is not None:
+        tensors[1:] = [LAYOUTS[layout](each.bfloat16()) for each in tensors[1:]]
     values = LAYOUTS[layout](filled(kind, len(at), shape[1]))
     if shares == "gradient" and len(at) <= shape[0]:
         values = tensors[0][: len(at)]
-    if shares == "state":
+    if shares == "state" and key is None:
         tensors[1:] = tensors[:1] * len(states)
     decays = {each: torch.linspace(0, 1, shape[0]) for each in states if decaying}
     rows = ops.GradientRows(at, values, every_row, decays)
     missing = [None] if op == "sgd" or name == "adam_rows" else []
     step = [12.0] if name == "adam_rows" else []
-    run(getattr(ops, name))(*tensors, *missing, rows, *step, **options)
+    run(getattr(ops, name))(*tensors, *missing, rows, *step, **options, key=key)
     return tensors
 
 
@@ -403,15 +406,16 @@ def written_by(op, run, shape, layout, kind, indices, every_row, decaying, share
     layout=st.sampled_from(sorted(set(LAYOUTS) - {"rows on top of one another"})),
     kind=st.sampled_from(CONTENTS),
     shares=st.sampled_from(["nothing", "nothing", "gradient", "state"]),
+    key=st.none() | st.integers(0, 2**63 - 1),
     team=teams,
 )
-def test_rows_of_an_optimizers_step(level, team, data, op, layout, kind, shares):
+def test_rows_of_an_optimizers_step(level, team, data, op, layout, kind, shares, key):
     torch.set_num_threads(team)
     shape = data.draw(st.integers(0, 12)), data.draw(st.integers(0, 40))
     indices = data.draw(st.lists(st.integers(-2, shape[0]), max_size=8))
     if data.draw(st.booleans()):
         indices = sorted({each for each in indices if 0 <= each < shape[0]})
-    case = shape, layout, kind, indices, data.draw(st.booleans()), data.draw(st.booleans()), shares
+    case = shape, layout, kind, indices, data.draw(st.booleans()), data.draw(st.booleans()), shares, key
     if not ops.ascending.literally(torch.tensor(indices, dtype=torch.int64), shape[0]):
         unchanged = []
 
@@ -429,7 +433,8 @@ def test_rows_of_an_optimizers_step(level, team, data, op, layout, kind, shares)
     found = written_by(op, lambda operation: operation, *case)
     expected = written_by(op, lambda operation: operation.literally, *case)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if key is None else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(one, other, **tolerance, equal_nan=True)
 
 
 # ---------------------------------------------------------------- numbers that do not go together
@@ -481,10 +486,9 @@ def calls_of_everything():
     for choice in (PlainTopK(4, "example"), PlainTopK(4, "batch"), Entries("drawn", 2, key=torch.tensor(3))):
         gradients = torch.randn(19, units), h, c
         ops.lstm_backward(tuple(trace), *rest, sizes, False, gradients, choice, everything, (True,) * 6)
-    for op in OPS:
-        for every_row in (False, True):
-            case = (30, 20), "contiguous", "normal", [1, 5, 6, 9, 29], every_row, True, "nothing"
-            written_by(op, lambda operation: operation, *case)
+    for op, every_row, key in product(OPS, (False, True), (None, 2**60)):
+        case = (30, 20), "contiguous", "normal", [1, 5, 6, 9, 29], every_row, True, "nothing", key
+        written_by(op, lambda operation: operation, *case)
 
 
 def test_sizes_that_are_far_too_large_are_refused_before_memory_is_read(level, threads, monkeypatch):

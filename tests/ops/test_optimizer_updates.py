@@ -5,6 +5,7 @@ import torch
 
 from meprop import ops, optim
 from meprop.ops import GradientProduct, GradientRows, native, reference
+from meprop.ops.rounding import key_of
 from meprop.selection import Entries
 from optimizer_cases import OPS, ROWS, WIDTH, sparse
 
@@ -35,6 +36,35 @@ def test_native_updates_are_the_references_in_float64(level, op, shape, every_ro
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+KEY = key_of(7)
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("missed_steps", [False, True])
+@pytest.mark.parametrize("every_row", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (40, 16), (33, 100), (300, 257), (3, 0)])
+@pytest.mark.parametrize("op", OPS)
+def test_native_updates_of_states_in_bfloat16_are_the_references_bits(level, op, shape, every_row, missed_steps):
+    name, states, options = OPS[op]
+    generator = torch.Generator().manual_seed(0)
+    rows = shape[0]
+    missing = [None] if op == "sgd" or name == "adam_rows" else []
+    step = [12.0] if name == "adam_rows" else []
+    for count in (None, 0, 1, rows // 3, rows):
+        indices = None if count is None else torch.randperm(rows, generator=generator)[:count].sort().values
+        grad = torch.randn((rows if count is None else count, shape[1]), generator=generator)
+        weight = torch.randn(shape, generator=generator)
+        of_states = [torch.randn(shape, generator=generator).abs().bfloat16() for _ in states]
+        decaying = [*states, *(["param"] if op == "adamw" else [])] if missed_steps and count is not None else []
+        decays = {each: torch.rand(rows, generator=generator) for each in decaying}
+        updated = GradientRows(indices, grad, every_row or count is None, decays)
+        sides = [[each.clone() for each in (weight, *of_states)] for _ in range(2)]
+        getattr(ops.backend("native"), name)(*sides[0], *missing, updated, *step, **options, key=KEY)
+        getattr(ops, name).literally(*sides[1], *missing, updated, *step, **options, key=KEY)
+        for found, expected in zip(*sides, strict=True):
+            assert torch.equal(found, expected)
+
+
 def selected(rows, width, kind, generator):
     """A selection [rows, width] of each kind of entries by row, and a few of its rows empty."""
     grad = torch.randn((rows, width), generator=generator)
@@ -47,8 +77,9 @@ def selected(rows, width, kind, generator):
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
 @pytest.mark.parametrize("kind", ["k of each row", "of all rows", "with an exact sum"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 7, 3), (40, 33, 65), (64, 20, 257), (300, 50, 100), (9, 130, 1030)])
+@pytest.mark.parametrize("key", [None, KEY])
 @pytest.mark.parametrize("op", OPS)
-def test_a_product_updates_as_the_gradient_that_it_is_bit_for_bit(level, op, sizes, kind):
+def test_a_product_updates_as_the_gradient_that_it_is_bit_for_bit(level, op, sizes, kind, key):
     """Each weight once, wherever panels of the product overlap; and it is the reference's in float64."""
     name, states, options = OPS[op]
     (rows, outputs, inputs), generator = sizes, torch.Generator().manual_seed(0)
@@ -58,15 +89,18 @@ def test_a_product_updates_as_the_gradient_that_it_is_bit_for_bit(level, op, siz
         selected(rows, outputs, kind, generator), torch.randn((rows, inputs), generator=generator)
     )
     tensors = [torch.randn((outputs, inputs), generator=generator).abs() for _ in range(1 + len(states))]
+    if key is not None:
+        tensors[1:] = [each.bfloat16() for each in tensors[1:]]
     formed, wide = [each.clone() for each in tensors], [each.double() for each in tensors]
     version = tensors[0]._version
     update = getattr(ops.backend("native"), name)
-    update(*tensors, *missing, product, *step, **options)
-    update(*formed, *missing, GradientRows(None, product.formed(), True), *step, **options)
+    update(*tensors, *missing, product, *step, **options, key=key)
+    update(*formed, *missing, GradientRows(None, product.formed(), True), *step, **options, key=key)
     getattr(reference, name)(*wide, *missing, GradientRows(None, product.formed().double(), True), *step, **options)
     for found, expected, oracle in zip(tensors, formed, wide, strict=True):
         assert torch.equal(found, expected)
-        torch.testing.assert_close(found.double(), oracle, rtol=1e-5, atol=1e-6)
+        rtol = 1e-5 if found.dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(found.double(), oracle, rtol=rtol, atol=1e-6)
     assert tensors[0]._version > version
 
 

@@ -25,6 +25,11 @@ OPTIMIZERS = {
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.5, centered=True),
     "ours": lambda parameters: meprop.optim.Adam(parameters, lr=1e-2),
 }
+NARROW = {
+    "adam": lambda parameters: meprop.optim.Adam(parameters, lr=1e-2, state_dtype=torch.bfloat16),
+    "momentum": lambda parameters: meprop.optim.SGD(parameters, lr=1e-2, momentum=0.9, state_dtype=torch.bfloat16),
+    "adagrad": lambda parameters: meprop.optim.Adagrad(parameters, lr=1e-2, state_dtype=torch.bfloat16),
+}
 
 
 def mask(model: nn.Module, case: Case, alive: dict[str, Tensor]) -> None:
@@ -55,7 +60,13 @@ def keep(name: str, whole: Tensor, case: Case, alive: dict[str, Tensor], widths:
     return whole
 
 
-def check_cut(case: Case, dtype: torch.dtype, optimizer_of, threshold: float = 0.3, **options) -> None:
+def is_matrix(value) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1
+
+
+def check_cut(
+    case: Case, dtype: torch.dtype, optimizer_of, threshold: float = 0.3, is_rounded: bool = False, **options
+) -> None:
     """Cuts in mid-training; the smaller model must be the masked one, and both must train on alike."""
     model, x = make(case, dtype, **options)
     optimizer = optimizer_of(model.parameters())
@@ -105,6 +116,11 @@ def check_cut(case: Case, dtype: torch.dtype, optimizer_of, threshold: float = 0
     assert loss.requires_grad  # its graph is alive
     train(model, optimizer, x)
     train(masked, masked_optimizer, x)
+    if is_rounded:
+        tolerance = 0.02
+        states = [state for state in optimizer.state.values() if isinstance(state.get("rounding"), int)]
+        assert len(states) == len(parameters)
+        assert all(value.dtype == torch.bfloat16 for state in states for value in state.values() if is_matrix(value))
     assert_same()
     assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
 
@@ -118,6 +134,12 @@ def test_what_is_left_is_the_masked_model_and_trains_on_alike(case, dtype):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_of_every_optimizer_is_cut(name):
     check_cut(CASES["stack"], torch.float64, OPTIMIZERS[name])
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_states_in_bfloat16_are_cut_and_stay_so(name):
+    """In the step that follows, the entries that are left have other places, and so are rounded otherwise."""
+    check_cut(CASES["stack"], torch.float32, NARROW[name], is_rounded=True)
 
 
 @pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])

@@ -65,6 +65,24 @@ def test_a_resumed_run_that_is_simplified(task, tmp_path, steps, sparse_rows):
         assert torch.equal(resumed.model.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("settings", [{}, {"scope": "batch", "sparse_rows": "decay"}, {"noise": 0.5}])
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+def test_a_resumed_run_with_states_in_bfloat16(task, tmp_path, optimizer, settings):
+    config = TrainingConfig(epochs=3, k=5, accelerator="cpu", optimizer=optimizer, state_dtype="bfloat16", **settings)
+    for rule in (None, config.rule()):
+        whole, interrupted, resumed = (Trainer(task, config, rule, 7) for _ in range(3))
+        (expected,) = fit([whole], ignore)
+        interrupted.advance(11)
+        checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
+        checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
+        (actual,) = fit([resumed], ignore)
+        assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], value)
+        state = next(iter(resumed.optimizer.state.values()))
+        assert state["exp_avg" if optimizer == "adam" else "sum"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
 @pytest.mark.parametrize("steps", [5, 8, 9, 13])  # within the first epoch, at its end, evaluated, within the second
 @pytest.mark.parametrize("sparse", [False, True])

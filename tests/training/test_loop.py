@@ -193,6 +193,7 @@ def test_epochs_are_checked(epochs):
         ({"k": 0}, "k=0"),
         ({"k": 1.5}, "k=1.5"),
         ({"sparse_rows": "lazy"}, "--sparse-rows lazy needs --scope batch"),
+        ({"state_dtype": "bfloat16", "optimizer": "sgd"}, "--state-dtype bfloat16 needs --optimizer adam or adagrad"),
         ({"dense_warmup_steps": -1}, "--dense-warmup-steps must be 0 or more, got -1"),
         ({"dense_end_steps": -1}, "--dense-end-steps must be 0 or more, got -1"),
         ({"noise_of": "model"}, "--noise-of model and --noise-start None need --noise"),

@@ -11,12 +11,11 @@ from meprop.cli.common import Command, RuleName, TaskConfig, Training, note, rul
 from meprop.cli.seeds import Seeds
 from meprop.cli.session import Saved, Session
 from meprop.training import checkpoint, tasks, tracking
-from meprop.training.config import DENSE
+from meprop.training.config import DENSE, MARGIN
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
 from meprop.training.task import Task
 from meprop.training.tasks import TaskEntry
-from meprop.training.verdict import MARGIN, check_margin, judge_all
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ class Compare(Generic[TaskConfig, Training, RuleName]):
     def run(self) -> None:
         """Train both, and write and show the result."""
         from meprop.reporting import figures
+        from meprop.training.verdict import check_margin, judge_all
 
         check_margin(self.margin)
         session = Session(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
@@ -151,6 +151,7 @@ def _show(runs: list[Run], task: Task, margin: float = MARGIN) -> None:
     from rich.console import Console
 
     from meprop.reporting.terminal import run_table, verdict_line
+    from meprop.training.verdict import judge_all
 
     if runs:
         verdicts = judge_all(runs, task.metric, margin)

@@ -8,10 +8,11 @@ from meprop.ops import native as native  # isort: skip  (backends register in th
 from meprop.ops import triton as triton
 from meprop.ops.activation import activation_dropout, activation_dropout_gradient
 from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_entries
+from meprop.ops.gradients import Gradient, GradientProduct, GradientRows
 from meprop.ops.linear import backward_with, dense_backward, entries_backward, linear_backward
 from meprop.ops.lstm import lstm_backward, lstm_forward
 from meprop.ops.maps import Maps, entries_of_maps_backward, kept_maps, map_norms, maps_backward
-from meprop.ops.optimizer import Gradient, GradientProduct, GradientRows, adagrad_rows, adam_rows, ascending, sgd_rows
+from meprop.ops.optimizer import adagrad_rows, adam_rows, ascending, sgd_rows
 from meprop.ops.products import (
     Choice,
     Gradients,

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from math import sqrt
-from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meprop.ops import native
-from meprop.ops.products import described, grad_weight, native_declines_selection
+from meprop.ops.gradients import PARAMETER, Gradient, GradientProduct
+from meprop.ops.products import described, grad_weight
 from meprop.ops.registry import operation
-from meprop.selection import RowSelection
-
-Places = Tensor | EllipsisType
-"""The indices of rows, or all rows."""
-
-PARAMETER = "param"
-"""Stands for the parameter itself among the names of its state."""
-
-ROW_DECAY = "_row_decay"
-"""How the name of a state ends that says how far another state, whose name comes before it, decays in each row [O]."""
-
-ROW_WEIGHT_DECAY = "_row_weight_decay"
-"""How the name of a state ends that says what weight decay adds to another state in each row [O], as a multiple of the
-row's weights, or of their squares."""
-
-OF_ROWS = (ROW_DECAY, ROW_WEIGHT_DECAY)
-"""How the names of the states end that have one number for each row [O]."""
-
+from meprop.ops.rounding import Places, stochastic
 
 _SMALLEST_WHOLE = 1 << 20
 """Elements of the smallest parameter that has calls of its own. Torch's fused implementation takes the others in one
@@ -43,96 +24,21 @@ def is_large(parameter: Tensor) -> bool:
     return parameter.numel() >= _SMALLEST_WHOLE
 
 
-@dataclass(frozen=True)
-class GradientRows:
-    """The rows of a parameter [O, *] for which a step has a gradient.
-
-    Attributes:
-        indices: The indices of the rows [k], int64, ascending. None for all rows, which then have no `decays`. The
-            parameter may have any shape then, also [].
-        values: The gradients of the rows [k, *].
-        every_row: Whether the other rows move as well, with a gradient of zeros.
-        decays: By what this step multiplies each row of a state, or of the parameter (`PARAMETER`), before the gradient
-            acts [O]. The factors differ, as rows have missed steps. A state that is not named here decays as in one
-            step of torch's optimizer.
-    """
-
-    indices: Tensor | None
-    values: Tensor
-    every_row: bool = False
-    decays: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-    def check(self, weight: Tensor, *state: Tensor | None) -> None:
-        """Raises a ValueError if the shapes of a parameter, of its state [O, *], and of this gradient do not fit."""
-        fits = self.values.shape == (weight.shape if self.indices is None else (len(self.indices), *weight.shape[1:]))
-        fits = fits and all(decay.shape == weight.shape[:1] for decay in self.decays.values())
-        fits = fits and all(each is None or each.shape == weight.shape for each in state)
-        if not fits:
-            tensors = (self.values, *state, *self.decays.values())
-            found = [list(tensor.shape) for tensor in tensors if tensor is not None]
-            raise ValueError(
-                f"gradient and state {found} do not go with a parameter {list(weight.shape)}; give it a new optimizer"
-            )
-
-    def decay(self, name: str, otherwise: float, at: Places, dimensions: int) -> Tensor | float:
-        """The factors of the rows `at` as a column of so many dimensions, or the one of all rows."""
-        decay = self.decays.get(name)
-        return otherwise if decay is None else decay[at].view(-1, *[1] * (dimensions - 1))
-
-
-@dataclass(frozen=True)
-class GradientProduct:
-    """The gradient of a linear map's weight [O, I] as the product that it is, which is not formed yet.
-
-    A native step forms parts of it in the cache, and never writes them to memory.
-
-    Attributes:
-        selection: What is kept of the output gradient [N, O].
-        x: The input [N, I].
-    """
-
-    selection: RowSelection
-    x: Tensor
-
-    def formed(self) -> Tensor:
-        """The gradient [O, I]."""
-        return grad_weight(self.selection, self.x)
-
-    def check(self, weight: Tensor, *state: Tensor | None) -> None:
-        """The same as that of `GradientRows`."""
-        expected, rows = (self.selection.width, self.x.shape[1]), self.selection.rows
-        if len(self.x) != rows or any(each is not None and each.shape != expected for each in (weight, *state)):
-            found = [list(each.shape) for each in state if each is not None]
-            raise ValueError(
-                f"a parameter {list(weight.shape)} and its state {found} do not go with a selection "
-                f"[{rows}, {self.selection.width}] and an input {list(self.x.shape)}; give it a new optimizer"
-            )
-
-    def decay(self, _name: str, otherwise: float, _at: Places, _dimensions: int) -> float:
-        """The factor of all rows. None has missed a step."""
-        return otherwise
-
-    def declines(self) -> str | None:
-        """Why native code cannot form the product. None if it can."""
-        if len(self.x) == 0:
-            return "an input without rows, which is not read"
-        return native.declines(self.x, dtypes=native.FLOAT32) or native_declines_selection(self.selection)
-
-
-Gradient = GradientRows | GradientProduct
-"""The gradient of a parameter."""
-
-
-def _declines(rows: Gradient, *tensors: Tensor | None) -> str | None:
-    """Why native code cannot take a step on such tensors, which are the parameter and its state. None if it can."""
+def _declines(rows: Gradient, key: int | None, weight: Tensor, *state: Tensor | None) -> str | None:
+    """Why native code cannot take a step on such a parameter and its state. None if it can."""
+    dtypes = native.FLOAT32 if key is None else native.BFLOAT16
+    reason = native.declines_scattered(weight, dtypes=native.FLOAT32) or native.declines_scattered(
+        *state, dtypes=dtypes
+    )
+    if reason is not None:
+        return reason
     if isinstance(rows, GradientProduct):
-        reason = native.declines_scattered(*tensors, dtypes=native.FLOAT32) or rows.declines()
-        return reason or native.declines_overlap(tensors)
+        return rows.declines() or native.declines_overlap((weight, *state))
     decays = rows.decays.values()
     return (
-        native.declines_scattered(*tensors, rows.values, *decays, dtypes=native.FLOAT32)
+        native.declines_scattered(rows.values, *decays, dtypes=native.FLOAT32)
         or native.declines_scattered(rows.indices, dtypes=native.INT64)
-        or native.declines_overlap(tensors, rows.values, *decays, rows.indices)
+        or native.declines_overlap((weight, *state), rows.values, *decays, rows.indices)
     )
 
 
@@ -194,9 +100,32 @@ def _decayed(grad: Tensor, weight: Tensor, weight_decay: float) -> Tensor:
     return grad + weight_decay * weight if weight_decay != 0 else grad
 
 
-def _store(tensor: Tensor, at: Places, values: Tensor) -> None:
-    """Writes rows of a parameter or of its state, which may be of different dtypes after ``model.to(dtype)``."""
-    tensor[at] = values.to(tensor.dtype)
+def _load(tensor: Tensor, at: Places, key: int | None) -> Tensor:
+    """Rows of a state, in float32 if it is rounded with a key."""
+    return tensor[at] if key is None else tensor[at].float()
+
+
+def _store(tensor: Tensor, at: Places, values: Tensor, key: int | None = None, *, is_second: bool = False) -> Tensor:
+    """Writes rows of a parameter or of its state, and returns what the step goes on from.
+
+    Without a key this is what has been written. The dtypes may differ then after ``model.to(dtype)``. With a key
+    bfloat16 is written, and the step goes on from the values before they are rounded.
+    """
+    if key is None:
+        tensor[at] = values.to(tensor.dtype)
+        return tensor[at]
+    tensor[at] = stochastic(values, tensor.shape, at, key, is_second=is_second)
+    return values
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square roots. Torch's of float32 may be off by a unit in the last place."""
+    return squares.double().sqrt().to(squares.dtype)
+
+
+def _code(key: int | None) -> int:
+    """A key as native code takes it."""
+    return -1 if key is None else key
 
 
 # ---------------------------------------------------------------- SGD
@@ -213,6 +142,7 @@ def sgd_rows(
     dampening: float,
     weight_decay: float,
     nesterov: bool,
+    key: int | None = None,
 ) -> None:
     """`torch.optim.SGD` on the rows that move, in place.
 
@@ -225,6 +155,8 @@ def sgd_rows(
         dampening: The same as torch's.
         weight_decay: The same as torch's.
         nesterov: The same as torch's.
+        key: With a key the parameter is float32, and its state bfloat16, which is computed in float32 and rounded as
+            `meprop.ops.rounding.stochastic` does. The step goes on from what is rounded. None: no such rounding.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -236,13 +168,13 @@ def sgd_rows(
     grad = _decayed(grad, w, weight_decay)
     if buffer is not None:
         keep = rows.decay("momentum_buffer", momentum, at, weight.dim())
-        _store(buffer, at, buffer[at] * keep + (1 - dampening) * grad)
-        grad = grad + momentum * buffer[at] if nesterov else buffer[at]
+        sum_ = _store(buffer, at, _load(buffer, at, key) * keep + (1 - dampening) * grad, key)
+        grad = grad + momentum * sum_ if nesterov else sum_
     _store(weight, at, w - lr * grad)
 
 
-def _native_sgd_declines(weight: Tensor, buffer: Tensor | None, rows: Gradient, **_: Any) -> str | None:
-    return _declines(rows, weight, buffer)
+def _native_sgd_declines(weight: Tensor, buffer: Tensor | None, rows: Gradient, **options: Any) -> str | None:
+    return _declines(rows, options.get("key"), weight, buffer)
 
 
 @native.backend.implements(sgd_rows, _native_sgd_declines)
@@ -256,10 +188,11 @@ def _native_sgd_rows(
     dampening: float,
     weight_decay: float,
     nesterov: bool,
+    key: int | None = None,
 ) -> None:
     rows.check(weight, buffer)
     state = native.address(buffer), *_own_decays(rows, "momentum_buffer")
-    _call("sgd_rows", weight, rows, *state, nesterov, lr, momentum, dampening, weight_decay)
+    _call("sgd_rows", weight, rows, *state, nesterov, _code(key), lr, momentum, dampening, weight_decay)
     native.written(weight, buffer)
 
 
@@ -280,6 +213,7 @@ def adam_rows(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    key: int | None = None,
 ) -> None:
     """`torch.optim.Adam` on the rows that move, in place. With decoupled weight decay it is AdamW.
 
@@ -295,6 +229,8 @@ def adam_rows(
         eps: The same as torch's.
         weight_decay: The same as torch's.
         decoupled: Whether the weight decay is decoupled, as in AdamW.
+        key: With a key the parameter is float32, and its state bfloat16, which is computed in float32 and rounded as
+            `meprop.ops.rounding.stochastic` does. The step goes on from what is rounded. None: no such rounding.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -310,14 +246,15 @@ def adam_rows(
     keep_first, keep_second = (
         rows.decay(name, beta, at, weight.dim()) for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
     )
-    _store(exp_avg, at, exp_avg[at] * keep_first + (1 - betas[0]) * grad)
-    _store(exp_avg_sq, at, exp_avg_sq[at] * keep_second + (1 - betas[1]) * grad * grad)
-    second = exp_avg_sq[at]
+    first = _load(exp_avg, at, key) * keep_first + (1 - betas[0]) * grad
+    second = _load(exp_avg_sq, at, key) * keep_second + (1 - betas[1]) * grad * grad
+    first = _store(exp_avg, at, first, key)
+    second = _store(exp_avg_sq, at, second, key, is_second=True)
     if max_exp_avg_sq is not None:
         second = torch.maximum(max_exp_avg_sq[at], second)
         _store(max_exp_avg_sq, at, second)
-    root = second.sqrt() / sqrt(1 - betas[1] ** step) + eps
-    _store(weight, at, w - lr / (1 - betas[0] ** step) * exp_avg[at] / root)
+    root = _root(second) * (1 / sqrt(1 - betas[1] ** step)) + eps
+    _store(weight, at, w - lr / (1 - betas[0] ** step) * (first / root))
 
 
 def _native_adam_declines(
@@ -327,11 +264,11 @@ def _native_adam_declines(
     max_exp_avg_sq: Tensor | None,
     rows: Gradient,
     _step: float,
-    **_: Any,
+    **options: Any,
 ) -> str | None:
     if max_exp_avg_sq is not None:
         return "native kernels have no AMSGrad"
-    return _declines(rows, weight, exp_avg, exp_avg_sq)
+    return _declines(rows, options.get("key"), weight, exp_avg, exp_avg_sq)
 
 
 @native.backend.implements(adam_rows, _native_adam_declines)
@@ -348,11 +285,12 @@ def _native_adam_rows(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    key: int | None = None,
 ) -> None:
     rows.check(weight, exp_avg, exp_avg_sq)
     state = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
     decays = _own_decays(rows, "exp_avg", "exp_avg_sq", PARAMETER)
-    _call("adam_rows", weight, rows, *state, *decays, decoupled, step, lr, *betas, eps, weight_decay)
+    _call("adam_rows", weight, rows, *state, *decays, decoupled, _code(key), step, lr, *betas, eps, weight_decay)
     native.written(weight, exp_avg, exp_avg_sq)
 
 
@@ -360,7 +298,16 @@ def _native_adam_rows(
 
 
 @operation()
-def adagrad_rows(weight: Tensor, sum_: Tensor, rows: Gradient, *, lr: float, eps: float, weight_decay: float) -> None:
+def adagrad_rows(
+    weight: Tensor,
+    sum_: Tensor,
+    rows: Gradient,
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    key: int | None = None,
+) -> None:
     """`torch.optim.Adagrad` on the rows that move, in place.
 
     Args:
@@ -370,6 +317,8 @@ def adagrad_rows(weight: Tensor, sum_: Tensor, rows: Gradient, *, lr: float, eps
         lr: The learning rate of this step.
         eps: The same as torch's.
         weight_decay: The same as torch's.
+        key: With a key the parameter is float32, and its state bfloat16, which is computed in float32 and rounded as
+            `meprop.ops.rounding.stochastic` does. The step goes on from what is rounded. None: no such rounding.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -378,20 +327,27 @@ def adagrad_rows(weight: Tensor, sum_: Tensor, rows: Gradient, *, lr: float, eps
     rows.check(weight, sum_)
     at, grad = _moving_rows(weight, rows)
     grad = _decayed(grad, weight[at], weight_decay)
-    _store(sum_, at, sum_[at] + grad * grad)
-    _store(weight, at, weight[at] - lr * grad / (sum_[at].sqrt() + eps))
+    squares = _store(sum_, at, _load(sum_, at, key) + grad * grad, key)
+    _store(weight, at, weight[at] - lr * (grad / (_root(squares) + eps)))
 
 
-def _native_adagrad_declines(weight: Tensor, sum_: Tensor, rows: Gradient, **_: Any) -> str | None:
-    return _declines(rows, weight, sum_)
+def _native_adagrad_declines(weight: Tensor, sum_: Tensor, rows: Gradient, **options: Any) -> str | None:
+    return _declines(rows, options.get("key"), weight, sum_)
 
 
 @native.backend.implements(adagrad_rows, _native_adagrad_declines)
 def _native_adagrad_rows(
-    weight: Tensor, sum_: Tensor, rows: Gradient, *, lr: float, eps: float, weight_decay: float
+    weight: Tensor,
+    sum_: Tensor,
+    rows: Gradient,
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    key: int | None = None,
 ) -> None:
     rows.check(weight, sum_)
-    _call("adagrad_rows", weight, rows, sum_.data_ptr(), lr, eps, weight_decay)
+    _call("adagrad_rows", weight, rows, sum_.data_ptr(), _code(key), lr, eps, weight_decay)
     native.written(weight, sum_)
 
 

@@ -53,11 +53,27 @@ where the separate step needs a whole group that it can take.
   gradient.
 - A state_dict is that of the optimizer without `in_backward`, and loads both ways.
 
-State and state_dict are torch's. The mode ``"decay"`` adds one tensor [O] for each state of a parameter [O, *] that
-decays, such as `exp_avg_row_decay`: the product of the factors that each row has missed. `param_row_decay` is that of
-AdamW's weights. With a weight decay other than AdamW's there is another tensor [O], such as `exp_avg_row_weight_decay`:
-what is to be added to each row, as a multiple of its weights or their squares. The method `wake` brings all rows up to
-date, and removes these tensors.
+With ``state_dtype=torch.bfloat16`` momentum, moments and sums of float32 parameters are kept in bfloat16, in half the
+memory. A step computes them in float32, goes on from that, and then rounds them at random: up with the probability that
+keeps the mean. Rounded to the nearest, a second moment would stand still, as a step changes it by less than what
+bfloat16 can tell apart. Native code does the steps of contiguous parameters on the CPU, of any size. Plain torch does
+the others, which is slow. The results are the same bits.
+
+- The random numbers are a function of the place of the parameter in the optimizer, of the number of its steps, and of
+  the place of the entry. They are the same for any number of threads. ``torch.manual_seed`` has no influence, and no
+  random state changes: several processes, with seeds of their own, have to round their copies of a parameter alike.
+- The state has a whole number more, `rounding`, with which a resumed run goes on bit for bit.
+- A state_dict loads both ways: states in bfloat16 become float32 in an optimizer without `state_dtype` and in torch's,
+  and states in float32 become bfloat16.
+- It is refused with ``foreach=True``, ``fused=True``, ``capturable=True``, ``differentiable=True`` and
+  ``amsgrad=True``, under torch.compile, and for parameters of another dtype or type, such as the DTensors of
+  ``fully_shard``.
+
+State and state_dict are torch's otherwise. The mode ``"decay"`` adds one tensor [O] for each state of a parameter
+[O, *] that decays, such as `exp_avg_row_decay`: the product of the factors that each row has missed.
+`param_row_decay` is that of AdamW's weights. With a weight decay other than AdamW's there is another tensor [O], such
+as `exp_avg_row_weight_decay`: what is to be added to each row, as a multiple of its weights or their squares. The
+method `wake` brings all rows up to date, and removes these tensors.
 """
 
 from meprop.optim.adagrad import Adagrad

@@ -31,13 +31,17 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
             differ only where there is weight decay.
         in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
+        state_dtype: torch.bfloat16 keeps the sums of float32 parameters in bfloat16 (`meprop.optim`); None: in the
+            dtype of each parameter.
 
     Raises:
-        TypeError: `in_backward` is not a bool.
-        ValueError: `sparse_rows` is unknown, `in_backward` is used with differentiable=True, or what torch raises it
-            for.
+        TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
+        ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
+            torch raises it for.
         NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is complex, the
-            gradient is sparse in more than its rows, or torch.compile compiles the step.
+            gradient is sparse in more than its rows, or torch.compile compiles the step. Or
+            `state_dtype` is torch.bfloat16, and a parameter is not a plain one of float32, torch.compile compiles the
+            step, or foreach, fused, or differentiable is True.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
         in_backward: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -69,13 +74,16 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
             fused=fused,
             sparse_rows=sparse_rows,
             in_backward=in_backward,
+            state_dtype=state_dtype,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:  # the group was added later: torch makes the state of the others
             state["step"] = no_steps(parameter, group)
-            state["sum"] = torch.full_like(parameter, self.defaults["initial_accumulator_value"])
+            state["sum"] = torch.full_like(
+                parameter, self.defaults["initial_accumulator_value"], dtype=self.state_dtype
+            )
 
     def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
         return group["weight_decay"] != 0
@@ -96,4 +104,6 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
     def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         weight_decay, eps = group["weight_decay"], group["eps"]
-        ops.adagrad_rows(parameter, self.state[parameter]["sum"], rows, lr=lr, weight_decay=weight_decay, eps=eps)
+        key = self._next_key(parameter)
+        sum_ = self.state[parameter]["sum"]
+        ops.adagrad_rows(parameter, sum_, rows, lr=lr, weight_decay=weight_decay, eps=eps, key=key)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from meprop import ops
 from meprop.ops import Gradient
-from meprop.ops.optimizer import PARAMETER
+from meprop.ops.gradients import PARAMETER
 from meprop.optim.base import Parameters, RowSparseOptimizer, SparseRows, no_steps
 
 
@@ -33,13 +33,17 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
         in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
+        state_dtype: torch.bfloat16 keeps the moments of float32 parameters in bfloat16 (`meprop.optim`); None: in the
+            dtype of each parameter.
 
     Raises:
-        TypeError: `in_backward` is not a bool.
-        ValueError: `sparse_rows` is unknown, `in_backward` is used with differentiable=True, or what torch raises it
-            for.
+        TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
+        ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
+            torch raises it for.
         NotSupportedError: `step` meets a sparse gradient, and capturable or differentiable is True, the parameter is
-            complex, the gradient is sparse in more than its rows, or torch.compile compiles the step.
+            complex, the gradient is sparse in more than its rows, or torch.compile compiles the step. Or
+            `state_dtype` is torch.bfloat16, and a parameter is not a plain one of float32, torch.compile compiles the
+            step, or foreach, fused, capturable, amsgrad or differentiable is True.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         sparse_rows: SparseRows = "exact",
         in_backward: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -75,6 +80,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
             sparse_rows=sparse_rows,
             in_backward=in_backward,
+            state_dtype=state_dtype,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -83,7 +89,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             state["step"] = no_steps(parameter, group)
         for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
             if name not in state:
-                state[name] = torch.zeros_like(parameter)
+                state[name] = torch.zeros_like(parameter, dtype=self.state_dtype)
 
     def _zero_gradient_moves_weights(self, group: dict[str, Any]) -> bool:
         return True
@@ -122,6 +128,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
+            key=self._next_key(parameter),
         )
 
 
@@ -147,6 +154,7 @@ class AdamW(Adam, torch.optim.AdamW):
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
         in_backward: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         # Not that of Adam: after RowSparseOptimizer comes torch's AdamW, which sets decoupled_weight_decay.
         RowSparseOptimizer.__init__(
@@ -164,4 +172,5 @@ class AdamW(Adam, torch.optim.AdamW):
             fused=fused,
             sparse_rows=sparse_rows,
             in_backward=in_backward,
+            state_dtype=state_dtype,
         )

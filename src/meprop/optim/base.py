@@ -1,13 +1,13 @@
 """What meprop's optimizers add to torch's: the step of a row-sparse gradient, native steps, and `in_backward`.
 
 A new optimizer is a class in a file of its own, ``class Name(RowSparseOptimizer, torch.optim.Name)``. It fills in the
-abstract methods of `RowSparseOptimizer`. They describe one step of torch's optimizer, in this module called the dense
-optimizer.
+abstract methods of `RowSparseOptimizer` and `MissedSteps`. They describe one step of torch's optimizer, in this module
+called the dense optimizer.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -18,9 +18,12 @@ from torch._guards import TracingContext
 from meprop import ops
 from meprop.errors import NotSupportedError
 from meprop.ops import Gradient, GradientProduct, GradientRows
-from meprop.ops.optimizer import OF_ROWS, PARAMETER, ROW_DECAY, ROW_WEIGHT_DECAY, takes_whole
+from meprop.ops.gradients import OF_ROWS
+from meprop.ops.optimizer import takes_whole
 from meprop.ops.registry import is_plain
+from meprop.optim import narrow
 from meprop.optim.in_backward import InBackward, refuse_scaler
+from meprop.optim.missed import MissedSteps
 from meprop.row_sparse import distinct
 
 SparseRows = Literal["exact", "decay", "lazy"]
@@ -31,7 +34,7 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, T
 _FUSED_DTYPES = (torch.float32, torch.float64)
 
 
-class RowSparseOptimizer(torch.optim.Optimizer, ABC):
+class RowSparseOptimizer(MissedSteps):
     """Takes row-sparse gradients out of torch's `step`, and does their step itself.
 
     Args:
@@ -39,15 +42,17 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
         in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
+        state_dtype: torch.bfloat16, or None for the dtype of each parameter (`meprop.optim`).
         options: As of torch's optimizer.
 
     Raises:
-        TypeError: `in_backward` is not a bool.
-        ValueError: `sparse_rows` is unknown, `in_backward` is used with differentiable=True, or what torch raises it
-            for.
+        TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
+        ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
+            torch raises it for.
+        NotSupportedError: There is no step with `state_dtype` for an option or a parameter.
     """
 
-    # ---- what an optimizer's file fills in; `group` is the parameter's group, with the options of torch's optimizer
+    # ---- what an optimizer's file fills in, beside `MissedSteps`; `group` is the parameter's group, with its options
 
     @abstractmethod
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -59,25 +64,6 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
         If it does that, or if there are `_decays`, ``sparse_rows="exact"`` updates all rows.
         """
-
-    @abstractmethod
-    def _decays(self, group: dict[str, Any]) -> dict[str, float]:
-        """By what this step of the dense optimizer multiplies the state of a row whose gradient is zero.
-
-        The name of each state has its factor. `PARAMETER` is the name for the weights, which decoupled weight decay
-        multiplies. What such a step does not change is left out. ``sparse_rows="decay"`` makes up for these factors,
-        and for what `_weight_decays` returns.
-        """
-
-    def _weight_decays(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, float]:
-        """What weight decay adds to the state of a row whose gradient is zero, in this step of the dense optimizer.
-
-        The name of each state has a number, which is multiplied with the row's weights, or with their squares if the
-        state is one of `_squares`. States are left out to which nothing is added.
-        """
-        return {}
-
-    _squares: tuple[str, ...] = ()  # the states to which squares of gradients are added
 
     @abstractmethod
     def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
@@ -100,11 +86,22 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     _updates: InBackward | None = None
     """What does the updates in the backward pass. None if `step` does them."""
 
-    def __init__(self, *args: Any, sparse_rows: SparseRows, in_backward: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sparse_rows: SparseRows,
+        in_backward: bool = False,
+        state_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
         self.sparse_rows = sparse_rows
+        self._state_dtype = narrow.checked(state_dtype)
         if not isinstance(in_backward, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"in_backward={in_backward!r} is of type {type(in_backward).__name__}; it is True or False")
         super().__init__(*args, **options)
+        if self._state_dtype is not None:
+            for state in self.state.values():  # torch has made that of Adagrad
+                narrow.narrow(state, self._state_dtype)
         if in_backward:
             self._updates = InBackward(self)
 
@@ -112,6 +109,11 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
     def in_backward(self) -> bool:
         """Whether the backward pass updates the parameters."""
         return self._updates is not None
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """The dtype of the states. None for that of each parameter."""
+        return self._state_dtype
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -151,8 +153,8 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
             What the closure returns; None without one.
 
         Raises:
-            NotSupportedError: A sparse gradient is not for this optimizer (see the class), or a parameter has a
-                second gradient with `in_backward`.
+            NotSupportedError: A sparse gradient is not for this optimizer (see the class), a parameter has a second
+                gradient with `in_backward`, or there is no step with `state_dtype`.
             IndexError: A sparse gradient has a row that the parameter has not.
         """
         if self._updates is None:
@@ -211,7 +213,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         self._make_up_for_missed_steps(parameter)
         if not self._fits_native(parameter, grad, group):
             return False
-        self._whole_step(parameter, GradientRows(None, grad, True), group)
+        self._whole_step(parameter, GradientRows(None, -grad if group["maximize"] else grad, True), group)
         return True
 
     def _step_of_product(self, parameter: Tensor, product: GradientProduct, group: dict[str, Any]) -> bool:
@@ -227,13 +229,25 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         self._update(parameter, gradient, self._count_step(parameter), group)
 
     def _fits_native(self, parameter: Tensor, grad: Tensor | None, group: dict[str, Any]) -> bool:
-        """Whether native code does the step of a dense gradient. An implementation that the user chooses does it."""
+        """Whether a dense gradient's step is not torch's, but ours. An implementation that the user chooses does it.
+
+        Without a gradient it is that of a product.
+        """
+        if self._state_dtype is not None:
+            self._prepare_narrow(parameter, group)
+            return grad is not None or not group["maximize"]
         if not takes_whole(parameter, grad) or not self._takes_whole(group):
             return False
         if group["maximize"] or not _leaves_the_choice(group):
             return False
         state = self.state.get(parameter, {})
-        return takes_whole(parameter, *(value for name, value in state.items() if name != "step"))
+        return takes_whole(parameter, *_tensors(state))
+
+    def _prepare_narrow(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Refuses a step that there is not with states in bfloat16, and narrows states that come from elsewhere."""
+        assert self._state_dtype is not None  # the caller asks
+        narrow.refuse(type(self).__name__, group, [parameter])
+        narrow.narrow(self.state.get(parameter, {}), self._state_dtype)
 
     def _fits_fused(self, parameter: Tensor) -> bool:
         """Whether torch's fused implementation takes this parameter with its gradient and its state as they are now.
@@ -246,7 +260,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
             return False
         tensors = [parameter, grad]
         if state := self.state.get(parameter):
-            tensors += [value for name, value in state.items() if name != "step" and value is not None]
+            tensors += _tensors(state)
         if any(not is_plain(tensor) or tensor.dtype is not dtype for tensor in tensors):
             return False
         if parameter.is_contiguous():
@@ -256,6 +270,8 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 
     def _row_sparse_step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         self._refuse_unsupported(parameter, group)
+        if self._state_dtype is not None:
+            self._prepare_narrow(parameter, group)
         indices, values = _indices_and_values(grad)
         self._init_state(parameter, group)
         if self.sparse_rows == "decay":
@@ -287,90 +303,38 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         step: Tensor | None = self.state.get(parameter, {}).get("step")
         return 1.0 if step is None else float(step.add_(1))
 
-    # ---- steps that rows have missed
-
-    def wake(self) -> None:
-        """Brings the state of all rows up to date, after which it is what torch's own optimizer goes on from.
-
-        With ``sparse_rows="decay"`` the state of a row falls behind while the row has no gradient. Here each row's
-        momentum, moments or sums become what the steps that it missed make of them, and AdamW's weight decay of these
-        steps is applied to the weights. The states whose names end in `_row_decay` or `_row_weight_decay` are removed.
-        In the other modes no row falls behind, and nothing is done.
-
-        Call it before the state_dict goes to torch's optimizer. Training may go on afterwards in any mode.
-        """
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._make_up_for_missed_steps(parameter)
-
-    def _make_up_for_missed_steps(self, parameter: Tensor, rows: Tensor | None = None) -> None:
-        """Brings the state of some rows [k] up to date; None: of all rows."""
-        state, at = self.state.get(parameter, {}), slice(None) if rows is None else rows
-        for name in sorted(name for name in state if name.endswith(OF_ROWS)):  # a factor comes before what is added
-            decays = name.endswith(ROW_DECAY)
-            behind = name.removesuffix(ROW_DECAY if decays else ROW_WEIGHT_DECAY)
-            with torch.no_grad():
-                tensor: Tensor = parameter if behind == PARAMETER else state[behind]
-                column = state[name][at].view(-1, *[1] * (parameter.dim() - 1))
-                power = 2 if behind in self._squares else 1
-                made = tensor[at] * column if decays else tensor[at] + parameter[at] ** power * column
-                tensor[at] = made.to(tensor.dtype)
-            if rows is None:
-                del state[name]
-
-    def _miss_step(self, parameter: Tensor, indices: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Notes for all rows that they miss this step, and brings those that have a gradient up to date.
-
-        Returns:
-            By what this step multiplies each row of each state [O]: its own factor times those of missed steps. It is
-            empty if the rows `indices` are up to date without that. Only weight decay costs a pass over their state.
-        """
-        state, factors, added = self.state[parameter], self._decays(group), self._weight_decays(parameter, group)
-        noted = [name.removesuffix(ROW_WEIGHT_DECAY) for name in state if name.endswith(ROW_WEIGHT_DECAY)]
-        added = dict.fromkeys(noted, 0.0) | added
-        if added:
-            self._make_up_for_missed_steps(parameter, indices)
-        decays = {name: self._of_rows(parameter, name + ROW_DECAY, 1).mul_(factor) for name, factor in factors.items()}
-        for name, number in added.items():
-            self._of_rows(parameter, name + ROW_WEIGHT_DECAY, 0).mul_(factors.get(name, 1.0)).add_(number)
-        if not added:
-            return decays
-        for name in [name for name in state if name.endswith(OF_ROWS)]:
-            state[name].index_fill_(0, indices, float(name.endswith(ROW_DECAY)))
-        return {}
-
-    def _of_rows(self, parameter: Tensor, name: str, first: float) -> Tensor:
-        """A state of a parameter that has one number for each row [O], in at least single precision."""
-        state, dtype = self.state[parameter], torch.promote_types(parameter.dtype, torch.float32)
-        if name not in state:
-            state[name] = torch.full((len(parameter),), first, dtype=dtype, device=parameter.device)
-        state[name] = state[name].to(dtype)
-        return state[name]
-
     # ---- what torch does not know of
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group as torch does.
 
         Raises:
-            ValueError: The group has a `sparse_rows` of its own, or what torch raises it for.
+            ValueError: The group has another `sparse_rows`, `in_backward` or `state_dtype` than the optimizer, or what
+                torch raises it for.
+            NotSupportedError: There is no step with the optimizer's `state_dtype` for the group. It is not added.
         """
-        if "sparse_rows" in param_group:
-            raise ValueError(
-                f"sparse_rows={param_group['sparse_rows']!r} in a parameter group; it is that of the whole optimizer: "
-                "make one optimizer for each"
-            )
-        if "in_backward" in param_group:
-            raise ValueError(
-                f"in_backward={param_group['in_backward']!r} in a parameter group; it is that of the whole optimizer: "
-                "make one optimizer for each"
-            )
+        of_all = {name: getattr(self, name) for name in ("sparse_rows", "in_backward", "state_dtype")}
+        for name in of_all.keys() & param_group.keys():
+            if param_group[name] != of_all[name]:
+                raise ValueError(
+                    f"{name}={param_group[name]!r} in a parameter group; it is that of the whole optimizer: make one "
+                    "optimizer for each"
+                )
+        param_group = {name: value for name, value in param_group.items() if name not in of_all}
         super().add_param_group(param_group)
+        if self._state_dtype is not None:
+            try:
+                narrow.refuse(type(self).__name__, self.param_groups[-1], self.param_groups[-1]["params"])
+            except NotSupportedError:
+                self.param_groups.pop()
+                raise
         if self._updates is not None:
             self._updates.attach()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict as torch does, and checks the shapes of the states, which torch does not.
+
+        It may be that of an optimizer with another `state_dtype`. States become of this one's dtype.
 
         Raises:
             ValueError: A state is not of its parameter's shape, or what torch raises it for.
@@ -380,6 +344,10 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(saved, parameters, strict=True):
             state = self.state.get(parameter, {})
+            if self._state_dtype is not None:
+                narrow.narrow(state, self._state_dtype)
+            else:
+                state.pop(narrow.ROUNDING, None)
             for name, value in state.items():
                 of_rows = name.endswith(OF_ROWS)
                 if of_rows:  # torch has cast it to the parameter's dtype
@@ -392,7 +360,7 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "_sparse_rows": self.sparse_rows}
+        state = {**super().__getstate__(), "_sparse_rows": self.sparse_rows, "_state_dtype": self.state_dtype}
         return {**state, "in_backward": True} if self.in_backward else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -406,6 +374,11 @@ class RowSparseOptimizer(torch.optim.Optimizer, ABC):
 def no_steps(parameter: Tensor, group: dict[str, Any]) -> Tensor:
     """A count of steps at zero, on the device on which torch's implementation for the group looks for it."""
     return torch.zeros((), dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")
+
+
+def _tensors(state: dict[str, Any]) -> list[Tensor]:
+    """The states of a parameter that are tensors, but for its count of steps."""
+    return [value for name, value in state.items() if name != "step" and isinstance(value, Tensor)]
 
 
 def _indices_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:

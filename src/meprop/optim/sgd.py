@@ -30,13 +30,17 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         sparse_rows: "exact", "decay" or "lazy": what happens to the rows without a gradient (`meprop.optim`).
         in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
+        state_dtype: torch.bfloat16 keeps the momentum of float32 parameters in bfloat16 (`meprop.optim`); None: in the
+            dtype of each parameter.
 
     Raises:
-        TypeError: `in_backward` is not a bool.
-        ValueError: `sparse_rows` is unknown, `in_backward` is used with differentiable=True, or what torch raises it
-            for.
+        TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
+        ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
+            torch raises it for.
         NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is complex, the
-            gradient is sparse in more than its rows, or torch.compile compiles the step.
+            gradient is sparse in more than its rows, or torch.compile compiles the step. Or
+            `state_dtype` is torch.bfloat16, and a parameter is not a plain one of float32, torch.compile compiles the
+            step, or foreach, fused, or differentiable is True.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         sparse_rows: SparseRows = "exact",
         in_backward: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -68,6 +73,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             fused=fused,
             sparse_rows=sparse_rows,
             in_backward=in_backward,
+            state_dtype=state_dtype,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -96,7 +102,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             state = self.state[parameter]
             buffer = state.get("momentum_buffer")
             if buffer is None:  # torch does not dampen the first gradient either
-                buffer = state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffer = state["momentum_buffer"] = torch.zeros_like(parameter, dtype=self.state_dtype)
                 dampening = 0.0
         ops.sgd_rows(
             parameter,
@@ -107,4 +113,5 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             dampening=dampening,
             weight_decay=float(group["weight_decay"]),
             nesterov=group["nesterov"],
+            key=None if buffer is None else self._next_key(parameter),
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meprop.errors import NotSupportedError
 from meprop.ops import memory_format
-from meprop.ops.optimizer import OF_ROWS
+from meprop.ops.gradients import OF_ROWS
 from meprop.pruning.handlers import resize
 
 Optimizers = Sequence[torch.optim.Optimizer]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DENSE = "dense"
 """What stands for a rule where a run has none."""
 DEFAULT_RULE = "topk"
+MARGIN = 0.2
+"""Points of a score in percent that do not matter, by default."""
 
 
 def rule_names(*others: str) -> Any:
@@ -167,6 +169,8 @@ class TrainingConfig(RunConfig):
     lazy: The rows and their moments wait."""
     optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
     """Optimizer, the same for dense and sparse. It is torch's fused implementation where there is one."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What adam and adagrad keep their moments and sums in. With bfloat16 the optimizer is that of meprop.optim."""
     lr: float = 1e-3
     """Learning rate at the start."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -177,6 +181,8 @@ class TrainingConfig(RunConfig):
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
         if self.sparse_rows != "no" and self.scope != "batch":
             raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
+        if self.state_dtype != "float32" and self.optimizer == "sgd":
+            raise ValueError(f"--state-dtype {self.state_dtype} needs --optimizer adam or adagrad: sgd keeps nothing")
         super().__post_init__()
 
     def of_dense(self) -> Self:

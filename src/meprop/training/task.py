@@ -222,9 +222,11 @@ class _Epochs:
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     parameters = model.parameters()
-    if config.sparse_rows != "no":
+    state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
+    if config.sparse_rows != "no" or state_dtype is not None:
         ours = {"adam": optim.Adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
-        return ours(parameters, config.lr, sparse_rows=config.sparse_rows)
+        rows = "exact" if config.sparse_rows == "no" else config.sparse_rows
+        return ours(parameters, config.lr, sparse_rows=rows, state_dtype=state_dtype)
     match config.optimizer:
         case "adam":
             return torch.optim.Adam(parameters, config.lr, fused=True)

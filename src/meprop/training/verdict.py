@@ -10,15 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from meprop.training.config import DENSE
+from meprop.training.config import DENSE, MARGIN
 from meprop.training.paired import Estimate, Sample
 from meprop.training.records import Run
 
 Word = Literal["USE", "TIE", "DON'T", "UNDECIDED"]
 Budget = Literal["epochs", "seconds"]
 
-MARGIN = 0.2
-"""Points of a score in percent that do not matter, by default."""
 TOLERANCE = 1.03
 """A ratio of times up to this, and from its inverse, counts as equally fast."""
 SEEDS_TO_USE = 3
