@@ -148,7 +148,7 @@ def _value_limits(runs: Sequence[Run], metric: str, target: float | None = None)
     missing = max(0.0, _SMALLEST_SPAN - (high - low)) / 2
     margin = 0.05 * max(high - low, _SMALLEST_SPAN)
     low, high = low - missing - margin, high + missing + margin
-    if 0 <= min(values) and max(values) <= 100:  # percent, or shares
+    if min(values) >= 0 and max(values) <= 100:  # percent, or shares
         return max(0.0, low), min(100.5, high)
     return low, high
 
