@@ -18,7 +18,6 @@ import meprop
 from meprop import cli, ops
 from meprop.bench import layers
 from meprop.bench.layers import LayersBench
-from meprop.recording import backward_of, recorded
 from meprop.reporting import pages
 from meprop.training import tasks
 from meprop.training.config import TrainingConfig
@@ -111,13 +110,12 @@ def test_what_is_recorded_is_what_training_sees():
     task = TinyTask(TinyConfig(hidden=(128, 150), dropout=0.0))
     model = task.build_model()
     batches = [batch for batch, _ in zip(task.train_batches(torch.Generator().manual_seed(0)), range(3), strict=False)]
-    with recorded({name: model.get_submodule(name) for name in ("0", "3")}) as calls:
-        for batch in batches:
-            task.loss(model, batch).backward()
+    calls = layers._record(task, model, ["0", "3"], batches)
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     for name in ("0", "3"):
         layer = model.get_submodule(name)
-        backward = backward_of(layer, calls[name])
+        backward = layers._backward(layer, calls[name])
         for batch, gradients in zip(batches, backward(), strict=True):
             expected = torch.autograd.grad(task.loss(model, batch), list(layer.parameters()))
             for parameter, gradient in zip(("weight", "bias"), expected, strict=True):

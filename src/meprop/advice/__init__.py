@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import isnan
 from numbers import Real
 from time import perf_counter
@@ -12,11 +12,11 @@ import torch
 
 from meprop.advice.decide import decide
 from meprop.advice.gradients import Agreement, Noise, agreements
-from meprop.advice.layers import groups_of, record_calls
+from meprop.advice.layers import groups_of, watched
 from meprop.advice.mind import cast_seconds, fresh_memory, notes_of_model, notes_of_trial
 from meprop.advice.record import Advice, GroupAdvice, Part, RuleAdvice
 from meprop.advice.trial import Loss, Phases, Stream, Trial
-from meprop.advice.ways import DENSE, FREE, Ways, p20, steps_in_turns
+from meprop.advice.ways import DENSE, FREE, Ways, steps_in_turns, typical
 from meprop.convert import Filter
 from meprop.copies import same_random_states
 from meprop.rules import Rule, Sampled, TopK
@@ -29,8 +29,8 @@ RULES = (Sampled(noise=0.25), Sampled(noise=1.0), TopK(0.04, "global"), TopK(0.0
 _BATCHES = 4
 """How many batches are measured on."""
 
-_WARM_UP, _LAYERS = 0.2, 0.2
-"""The shares of the time for the steps before all, and for the layers alone. Whole steps have what is left."""
+_WARM_UP, _GRADIENTS, _LAYERS = 0.2, 0.2, 0.15
+"""The shares of the time for the steps before all, for gradients, and for layers alone. Whole steps have the rest."""
 
 
 def advise(
@@ -128,40 +128,38 @@ def _measured(
     min_features: int,
 ) -> Advice:
     batches = stream.measured
-    found, noise = agreements(trial, ways, batches) if ways.layers else ({}, None)
-    calls = record_calls(trial, ways, batches[0])
-    trial.step(batches[0])
-    fresh = fresh_memory(trial, batches[0])
-    casts = cast_seconds(trial, batches[0]) if any(call.autocast for of in calls.values() for call in of) else 0.0
+    seen = watched(trial, ways, batches[0])
+    *fresh, once = fresh_memory(trial, batches[0])
+    compared = max(2, int(_GRADIENTS * seconds / once / (1 + len(ways.rules))))
+    found, noise = agreements(trial, ways, batches[:compared]) if ways.layers else ({}, None)
+    casts = cast_seconds(trial, batches[0]) if seen.autocast else 0.0
     left = max(0.0, seconds - (perf_counter() - begin) - _LAYERS * seconds)
-    phases = steps_in_turns(trial, ways, batches, left)
-    groups = groups_of(trial, ways, calls, p20(phases[DENSE], "backward"), _LAYERS * seconds)
-    parts = _parts(trial, phases, casts)
-    step = p20(phases[DENSE], "step")
-    bound = step / p20(phases[FREE], "step") if ways.layers else 1.0
-    tried = tuple(_rule(ways, name, phases, found.get(name), noise) for name in ways.rules)
-    notes += notes_of_trial(trial, ways, calls, stream, p20(phases[DENSE], "optimizer") / step, fresh)
-    line, verdict, predicted = decide(tried, bound, 1e3 * step, ways.output, min_features)
+    timed = max(1, int(left / once / len(ways.names) / 3))  # three rounds of each
+    phases = steps_in_turns(trial, ways, batches[:timed], left)
+    dense, free = typical(phases[DENSE]), typical(phases[FREE])
+    groups = groups_of(trial, ways, seen, batches[0], _LAYERS * seconds)
+    parts = _parts(trial, dense, free, casts)
+    bound = max(1.0, dense.step / free.step) if ways.layers else 1.0
+    tried = tuple(_rule(ways, name, dense, typical(phases[name]), found.get(name), noise) for name in ways.rules)
+    notes += notes_of_trial(trial, ways, seen, stream, dense.optimizer / dense.step, (fresh[0], fresh[1]))
+    line, verdict, predicted = decide(tried, bound, 1e3 * dense.step, ways.output, min_features)
     took, threads = perf_counter() - begin, torch.get_num_threads()
     measured = f"on {len(batches)} batches, in {took:.0f} s, with {threads} thread{'s' * (threads > 1)}"
     return Advice(
-        line, verdict, predicted, bound, 1e3 * step, parts, tried, noise, groups, tuple(notes), state, measured
+        line, verdict, predicted, bound, 1e3 * dense.step, parts, tried, noise, groups, tuple(notes), state, measured
     )
 
 
-def _parts(trial: Trial, phases: Mapping[str, list[list[Phases]]], casts: float) -> tuple[Part, ...]:
-    step = p20(phases[DENSE], "step")
-
+def _parts(trial: Trial, dense: Phases, free: Phases, casts: float) -> tuple[Part, ...]:
     def part(name: str, seconds: float, within: bool = False) -> Part:
-        return Part(name, 1e3 * seconds, seconds / step, within)
+        return Part(name, 1e3 * seconds, seconds / dense.step, within)
 
-    dense, free = p20(phases[DENSE], "backward"), p20(phases[FREE], "backward")
     kind = "zero_grad" if trial.optimizer is None else f"optimizer ({type(trial.optimizer).__name__})"
     parts = [
-        part("forward pass", p20(phases[DENSE], "forward")),
-        part("backward pass", dense),
-        part("products a rule can save", max(0.0, dense - free), True),
-        part(kind, p20(phases[DENSE], "optimizer")),
+        part("forward pass", dense.forward),
+        part("backward pass", dense.backward),
+        part("products a rule can save", max(0.0, dense.backward - free.backward), True),
+        part(kind, dense.optimizer),
     ]
     return (*parts, *([part("casts of autocast, in both passes", casts)] if casts else []))
 
@@ -169,16 +167,17 @@ def _parts(trial: Trial, phases: Mapping[str, list[list[Phases]]], casts: float)
 def _rule(
     ways: Ways,
     name: str,
-    phases: Mapping[str, list[list[Phases]]],
+    dense: Phases,
+    sparse: Phases,
     found: tuple[Agreement, Agreement] | None,
     noise: Noise,
 ) -> RuleAdvice:
-    rule, step = ways.rules[name], p20(phases[name], "step")
-    sparse = [each for each in ways.report(name).layers if each.status == "sparse"]
-    sizes = [each.in_features * each.out_features for each in sparse]
-    known = [(size, each.density) for size, each in zip(sizes, sparse, strict=True) if not isnan(each.density)]
+    rule = ways.rules[name]
+    layers = [each for each in ways.report(name).layers if each.status == "sparse"]
+    sizes = [each.in_features * each.out_features for each in layers]
+    known = [(size, each.density) for size, each in zip(sizes, layers, strict=True) if not isnan(each.density)]
     kept = sum(size * density for size, density in known) / sum(size for size, _ in known) if known else None
-    weights, first = found if found is not None and sparse else (None, None)
+    weights, first = found if found is not None and layers else (None, None)
     of_noise = weights.error / noise.error if weights is not None and noise is not None and noise.error else None
-    speedup = p20(phases[DENSE], "step") / step
-    return RuleAdvice(rule, 1e3 * step, speedup, kept, len(sparse), rule.unbiased, weights, first, of_noise)
+    speedup = dense.step / sparse.step
+    return RuleAdvice(rule, 1e3 * sparse.step, speedup, kept, len(layers), rule.unbiased, weights, first, of_noise)

@@ -10,7 +10,7 @@ from meprop.advice.text import code, milliseconds, short
 
 __all__ = ["decide"]
 
-_UNBIASED, _BIASED = 1.0, 0.5
+_UNBIASED, _BIASED = 0.7, 0.35
 """How large the error of a rule may be, as a multiple of the noise of a batch. A bias stays, and noise averages out."""
 
 _PREFERENCE = 1.1
@@ -22,8 +22,8 @@ def decide(
 ) -> tuple[str, str, float]:
     """The line to try, what is said of it, and dense / sparse of the step that it predicts.
 
-    The line has the fastest rule whose error is small beside the noise of a batch. A biased rule has to be faster by 10%
-    than an unbiased one.
+    The line has the fastest rule whose error is small beside the noise of a batch. A biased rule has to be faster than
+    an unbiased one by 10%.
 
     Args:
         tried: What was measured of the rules.

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from meprop.recording import tensors_of
+from meprop.advice.watch import tensors_of
 
 __all__ = ["free_backward"]
 
 # The functions by which torch's layers, and Conv1D of transformers, multiply with their weights.
 _PRODUCTS = ("linear", "conv1d", "conv2d", "lstm", "addmm")
+
+_linear = F.linear
 
 
 class _Free(torch.autograd.Function):
@@ -34,10 +37,28 @@ class _Free(torch.autograd.Function):
 class _FreeProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
+        if func is F.multi_head_attention_forward:  # no mode sees what is called within
+            return _with_free_linear(func, args, options)
         if getattr(func, "__name__", None) not in _PRODUCTS or not torch.is_grad_enabled():
             return func(*args, **options)
-        unique = {id(each): each for each in tensors_of((args, options)) if each.requires_grad}
-        return _Free.apply(lambda: func(*args, **options), *unique.values())
+        return _freed(func, args, options)
+
+
+def _freed(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    unique = {id(each): each for each in tensors_of((args, options)) if each.requires_grad}
+    return _Free.apply(lambda: func(*args, **options), *unique.values())
+
+
+def _free_linear(*args: Any, **options: Any) -> Any:
+    return _freed(_linear, args, options)
+
+
+def _with_free_linear(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    F.linear = _free_linear
+    try:
+        return func(*args, **options)
+    finally:
+        F.linear = _linear
 
 
 def free_backward(forward: Callable[..., Any]) -> Callable[..., Any]:

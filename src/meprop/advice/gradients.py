@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from meprop.advice.trial import Trial
+from meprop.advice.watch import tensors_of
 from meprop.advice.ways import DENSE, FREE, Ways
-from meprop.recording import tensors_of
 
 __all__ = ["Agreement", "Noise", "agreements"]
 

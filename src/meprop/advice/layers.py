@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import isnan
 from typing import Any
 
 import torch
@@ -11,13 +13,11 @@ import torch
 from meprop import timing
 from meprop.advice.record import GroupAdvice
 from meprop.advice.trial import Trial
-from meprop.advice.ways import DENSE, Ways
-from meprop.convert import LayerReport
-from meprop.nn.base import SparseLayer
-from meprop.recording import Call, backward_of, recorded
-from meprop.rules import Rule
+from meprop.advice.watch import Watch
+from meprop.advice.ways import DENSE, FREE, Ways
+from meprop.convert import ConversionReport, LayerReport
 
-__all__ = ["LEAST_GAIN", "folded", "groups_of", "record_calls"]
+__all__ = ["LEAST_GAIN", "folded", "groups_of", "reported_layers", "watched"]
 
 LEAST_GAIN = 1.05
 """A gain below this is not one: the next measurement may take it back."""
@@ -30,118 +30,122 @@ def folded(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
-def record_calls(trial: Trial, ways: Ways, batch: Any) -> dict[str, list[Call]]:
-    """What each reported layer gets from one batch, by its name."""
-    ways.take(DENSE)
-    modules = dict(trial.model.named_modules())
+def reported_layers(ways: Ways) -> dict[str, torch.nn.Module]:
+    """The modules that the reports are about, by name."""
+    modules = dict(ways.model.named_modules())
     names = {each.name for found in ways.reports.values() for each in found.layers}
-    with recorded({name: modules[name] for name in names if name in modules}) as calls:
-        trial.loss_of(batch).backward()
-    trial.model.zero_grad()
-    return calls
+    return {name: module for name, module in modules.items() if name in names}
 
 
-def groups_of(
-    trial: Trial, ways: Ways, calls: Mapping[str, Sequence[Call]], backward: float, seconds: float
-) -> tuple[GroupAdvice, ...]:
-    """Groups of layers of the same folded name, kind and shape, each measured on one layer's calls.
+def watched(trial: Trial, ways: Ways, batch: Any) -> Watch:
+    """One dense step, with all that can be seen of it."""
+    ways.take(DENSE)
+    watch = Watch(trial.synchronize)
+    with watch.on(reported_layers(ways), count_tiny=True):
+        trial.step(batch)
+    return watch
+
+
+def groups_of(trial: Trial, ways: Ways, seen: Watch, batch: Any, seconds: float) -> tuple[GroupAdvice, ...]:
+    """Groups of layers of the same folded name, kind and shape, each measured in real backward passes.
 
     Args:
         trial: The model.
-        ways: The ways.
-        calls: What the layers got.
-        backward: The seconds of the whole dense backward pass.
-        seconds: The time to spend.
+        ways: The ways. Each has done a step.
+        seen: What was seen of a dense step.
+        batch: What to do steps with.
+        seconds: The time to spend. There are three rounds in any case.
     """
-    first = next(iter(ways.reports.values()))
+    times, backward = _times(trial, ways, batch, seconds)
+    reports = {name: ways.report(name) for name in ways.rules}
     members: dict[tuple[Any, ...], list[LayerReport]] = {}
-    for each in first.layers:
-        used = any(call.grads for call in calls.get(each.name, ()))
+    for each in ways.reports[next(iter(ways.rules))].layers:
+        used = each.name in seen.seconds
         key = (folded(each.name), each.kind, each.in_features, each.out_features, each.name in ways.layers, used)
         members.setdefault(key, []).append(each)
-    slice_ = seconds / len(members) if members else 0.0
-    groups = [_group(trial, ways, layers, calls, backward, slice_) for layers in members.values()]
-    return tuple(groups)
+    return tuple(_group(ways, layers, seen, times, backward, reports) for layers in members.values())
+
+
+_Times = Mapping[str, Mapping[str, float]]
+
+
+def _times(trial: Trial, ways: Ways, batch: Any, seconds: float) -> tuple[_Times, float]:
+    """The seconds of each layer's backward pass, by way and name, and those of the whole dense backward pass."""
+    layers = reported_layers(ways)
+    spent: dict[str, list[dict[str, float]]] = {name: [] for name in ways.names if name != FREE}
+    backward: list[float] = []
+
+    def run(name: str) -> None:
+        ways.take(name)
+        watch = Watch(trial.synchronize)
+        with watch.on(layers):
+            phases = trial.step(batch)
+        spent[name].append(watch.seconds)
+        if name == DENSE:
+            backward.append(phases.backward)
+
+    timing.interleaved({name: partial(run, name) for name in spent}, seconds, least=3)
+    ways.take(DENSE)
+    times = {
+        way: {name: _p20([each.get(name, 0.0) for each in of]) for name in of[0]} for way, of in spent.items() if of
+    }
+    return times, _p20(backward)
+
+
+def _p20(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[len(seconds) // 5]
 
 
 def _group(
-    trial: Trial,
     ways: Ways,
     layers: Sequence[LayerReport],
-    calls: Mapping[str, Sequence[Call]],
+    seen: Watch,
+    times: _Times,
     backward: float,
-    seconds: float,
+    reports: Mapping[str, ConversionReport],
 ) -> GroupAdvice:
-    one = layers[0]
+    one, names = layers[0], tuple(each.name for each in layers)
     name = one.name if len(layers) == 1 else folded(one.name)
-    with_gradient = [call for call in calls.get(one.name, ()) if call.grads]
-    share, best, gain, kept = None, None, None, None
-    module = dict(trial.model.named_modules()).get(one.name)
-    if with_gradient and module is not None:
-        dense, of_rules, kept_by = _times(trial, ways, one.name, module, with_gradient, seconds)
-        share = dense * len(layers) / backward
-        if of_rules:
-            fastest = min(of_rules, key=lambda way: of_rules[way])
-            best, gain, kept = ways.rules[fastest], dense / of_rules[fastest], kept_by[fastest]
-    rows = with_gradient[0].rows if with_gradient else None
-    why = _why(ways, one, module, calls.get(one.name, ()), gain, kept, rows)
-    names = tuple(each.name for each in layers)
-    return GroupAdvice(name, names, one.kind, one.in_features, one.out_features, rows, share, best, gain, kept, why)
+    dense = sum(times[DENSE].get(each, 0.0) for each in names)
+    sparse: dict[str, float] = {}
+    kept: dict[str, float] = {}
+    for way, found in reports.items():
+        now = [each for each in found.layers if each.name in names and each.status == "sparse"]
+        if now:
+            sparse[way] = sum(times[way].get(each, 0.0) for each in names)
+            kept[way] = sum(each.density for each in now) / len(now)
+    fastest = min(sparse, key=lambda way: sparse[way]) if sparse and dense else None
+    best = None if fastest is None else ways.rules[fastest]
+    gain = None if fastest is None else dense / sparse[fastest]
+    share = None if fastest is None or isnan(kept[fastest]) else kept[fastest]
+    return GroupAdvice(
+        name,
+        names,
+        one.kind,
+        one.in_features,
+        one.out_features,
+        seen.rows.get(one.name),
+        dense / backward if dense else None,
+        best,
+        gain,
+        share,
+        _why(ways, one, seen, gain, share),
+    )
 
 
-def _times(
-    trial: Trial, ways: Ways, name: str, module: torch.nn.Module, calls: Sequence[Call], seconds: float
-) -> tuple[float, dict[str, float], dict[str, float | None]]:
-    """The seconds of a layer's backward pass: dense, and with each rule that takes it; and what each rule kept."""
-    ways.take(DENSE)
-    sides: dict[str, Callable[[], object]] = {DENSE: backward_of(module, calls)}
-    records: dict[str, Any] = {}
-    for way in ways.rules if name in ways.layers else ():
-        with ways.always(way, module) as is_sparse:
-            if is_sparse and isinstance(module, SparseLayer):
-                sides[way] = backward_of(module, calls)  # the graph keeps the policy
-                records[way] = module.policy
-    spent = timing.interleaved(sides, seconds, least=5, most=200, synchronize=trial.synchronize)
-    times = {way: sorted(each)[len(each) // 5] for way, each in spent.items()}
-    kept = {way: _kept(policy.record.density, policy.rule, module, ways) for way, policy in records.items()}
-    return times.pop(DENSE), times, kept
-
-
-def _kept(density: float | None, rule: Rule, module: torch.nn.Module, ways: Ways) -> float | None:
-    return rule.density(ways.width(module)) if density is None else density
-
-
-def _why(
-    ways: Ways,
-    layer: LayerReport,
-    module: torch.nn.Module | None,
-    calls: Sequence[Call],
-    gain: float | None,
-    kept: float | None,
-    rows: int | None,
-) -> str:
+def _why(ways: Ways, layer: LayerReport, seen: Watch, gain: float | None, kept: float | None) -> str:
     """Why a layer is best left dense, and what would change that. Empty if a rule is faster."""
-    if not calls and module is not None and not _is_part(layer):
-        return "the loss does not call it"
-    if calls and not any(call.grads for call in calls):
-        return "no gradient reaches it"
     if layer.name not in ways.layers:
-        return _with_remedy(layer, "gives the model's outputs" if layer.name == ways.output else layer.reason)
-    if gain is None or gain >= LEAST_GAIN:
+        reason = "gives the model's outputs" if layer.name == ways.output else layer.reason
+        return f"{reason}; lower min_features if it is not the output" if reason.startswith("narrow") else reason
+    if layer.name not in seen.rows:
+        return "the loss does not call it"
+    if layer.name not in seen.seconds:
+        return "no gradient reaches it"
+    if gain is not None and gain >= LEAST_GAIN:
         return ""
     if kept is not None and kept > 0.3:
         return f"its gradient has no few large entries: {kept:.0%} kept; more noise, or later in training"
-    frozen = module is not None and not any(each.requires_grad for each in module.parameters())
-    less = "; its weight is frozen, so that half of the work is not there" if frozen else ""
-    return f"too small for a gain at {rows} rows{less}; a larger batch or a wider layer would change that"
-
-
-def _is_part(layer: LayerReport) -> bool:
-    """Whether it is a weight without a layer, or a module that is called through another one."""
-    return "sparse backward pass for" in layer.reason
-
-
-def _with_remedy(layer: LayerReport, reason: str) -> str:
-    if reason.startswith("narrow"):
-        return f"{reason}; lower min_features if it is not the output"
-    return reason
+    frozen = not any(each.requires_grad for each in ways.layers[layer.name].parameters())
+    less = ", and its weight is frozen, which saves half of the work" if frozen else ""
+    return f"no rule is faster with {seen.rows[layer.name]} rows{less}; a larger batch or a wider layer changes that"

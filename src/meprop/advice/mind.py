@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meprop import machine
 from meprop.advice.text import short
 from meprop.advice.trial import Stream, Trial
+from meprop.advice.watch import Watch
 from meprop.advice.ways import Ways
 from meprop.nn.base import SparseLayer
 from meprop.ops.native import reason_missing
-from meprop.recording import Call
 
 __all__ = ["cast_seconds", "fresh_memory", "notes_of_model", "notes_of_trial"]
 
@@ -37,7 +37,7 @@ def notes_of_model(model: torch.nn.Module, is_compiled: bool) -> Iterator[str]:
 def notes_of_trial(
     trial: Trial,
     ways: Ways,
-    calls: Mapping[str, Sequence[Call]],
+    seen: Watch,
     stream: Stream,
     optimizer_share: float,
     fresh: tuple[float, float],
@@ -47,7 +47,7 @@ def notes_of_trial(
     Args:
         trial: The model and the optimizer.
         ways: The ways.
-        calls: What the layers got.
+        seen: What was seen of a dense step.
         stream: The batches.
         optimizer_share: The optimizer's share of the step.
         fresh: The bytes of fresh memory that a step asks for, and their least share of the step.
@@ -59,7 +59,8 @@ def notes_of_trial(
             f"A step asks the system for {bytes_ / 2**20:.0f} MiB, which the one before freed: about {share:.0%} of it "
             "or more. Call meprop.machine.keep_freed_memory() once, before training."
         )
-    yield from _of_model(trial, ways, calls)
+    yield from _of_denormals(seen)
+    yield from _of_model(trial, ways, seen.again)
     yield from _of_optimizer(trial.optimizer, optimizer_share)
     if stream.repeats and stream.read < 20:
         yield (
@@ -79,13 +80,22 @@ def _of_installation(trial: Trial) -> Iterator[str]:
         yield f"For {names} plain torch operations do the sparse work; native code is for float32 and bfloat16."
 
 
-def _of_model(trial: Trial, ways: Ways, calls: Mapping[str, Sequence[Call]]) -> Iterator[str]:
+def _of_denormals(seen: Watch) -> Iterator[str]:
+    share = seen.tiny / max(1, seen.entries)
+    is_flushed = float(torch.full((1,), 1e-38) * 0.1) == 0
+    if share >= 0.01 and not is_flushed:
+        yield (
+            f"{share:.0%} of the entries of gradients are so small that products with them are denormal numbers, which "
+            "are slow. Call torch.set_flush_denormal(True) before training; dense gains more from it."
+        )
+
+
+def _of_model(trial: Trial, ways: Ways, again: Sequence[str]) -> Iterator[str]:
     if ways.output is not None:
         yield (
             f"{ways.output!r} seems to give the model's outputs, and was left dense. If it does not, pass "
             "filter=lambda name, layer: True."
         )
-    again = [name for name, of in calls.items() if any(call.grads for call in of) and any(not c.grads for c in of)]
     if again:
         yield (
             f"The backward pass calls layers again ({again[0]!r} for one), as gradient checkpointing does. That is "
@@ -136,13 +146,13 @@ def cast_seconds(trial: Trial, batch: Any) -> float:
     return casts.seconds
 
 
-def fresh_memory(trial: Trial, batch: Any) -> tuple[float, float]:
-    """The bytes of fresh memory that a step asks the system for, and their least share of the step."""
+def fresh_memory(trial: Trial, batch: Any) -> tuple[float, float, float]:
+    """The bytes of fresh memory that a step asks the system for, their least share of the step, and its seconds."""
     try:
         import resource
     except ImportError:  # not on this system
-        return 0.0, 0.0
+        return 0.0, 0.0, trial.step(batch).step
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     seconds = trial.step(batch).step
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    return pages * resource.getpagesize(), pages * _PAGE_SECONDS / seconds
+    return pages * resource.getpagesize(), pages * _PAGE_SECONDS / seconds, seconds

@@ -70,7 +70,7 @@ class GroupAdvice:
         rows: N, the rows of an input. None if no gradient reaches the layers.
         share: The share of the dense backward pass that all of them take. None if it could not be measured.
         best_rule: The fastest rule. None if no rule takes the layers.
-        gain: Dense / sparse, of the backward pass of one of the layers alone, with the fastest rule.
+        gain: Dense / sparse, of the backward pass of these layers, with the fastest rule.
         kept: The share of the output gradient that this rule kept.
         why: Why the layers are best left dense, and what would change that. Empty if the rule is faster.
     """

@@ -15,7 +15,7 @@ from meprop.table import text_table
 
 __all__ = ["code", "html", "milliseconds", "plain", "short"]
 
-_WIDTH, _BAR, _LONGEST_NAME = 80, 30, 30
+_WIDTH, _BAR = 80, 30
 
 _Rows = list[tuple[str, ...]]
 
@@ -124,7 +124,7 @@ def _layer_table(groups: Sequence[GroupAdvice]) -> tuple[_Rows, list[str]]:
         best = f"dense ({reasons.index(each.why) + 1})" if each.why else short(each.best_rule) if each.best_rule else ""
         rows.append(
             (
-                _clipped(each.name or each.kind),
+                each.name or each.kind,
                 f"x{len(each.layers)}" if len(each.layers) > 1 else "",
                 f"{each.in_features} x {each.out_features}",
                 "" if each.share is None else f"{each.share:.0%}",
@@ -132,11 +132,23 @@ def _layer_table(groups: Sequence[GroupAdvice]) -> tuple[_Rows, list[str]]:
                 best,
             )
         )
-    return _aligned(rows, (3, 4)), [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    aligned = _aligned(rows, (3, 4))
+    room = _WIDTH - max(len(text_table([row[1:]])) for row in _padded(aligned)) - 4
+    clipped: _Rows = [(_clipped(name, room), *others) for name, *others in aligned]
+    return clipped, [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
 
 
-def _clipped(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"...{name[3 - _LONGEST_NAME :]}"
+def _clipped(name: str, room: int) -> str:
+    """The end of a name, from a dot on."""
+    if len(name) <= room:
+        return name
+    end = name[3 - room :]
+    return f"...{end[end.find('.') + 1 :]}"
+
+
+def _padded(rows: _Rows) -> _Rows:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [tuple(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _aligned(rows: _Rows, right: Sequence[int]) -> _Rows:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import meprop
 from meprop.bench import oracle
@@ -25,7 +26,6 @@ from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, 
 from meprop.bench.record import Record
 from meprop.convert import LayerReport
 from meprop.errors import MepropError
-from meprop.recording import Backward, Call, Gradients, all_of, backward_of, recorded, tensors_of
 from meprop.rules import Rule
 from meprop.training import tasks
 from meprop.training.config import TrainingConfig
@@ -100,29 +100,26 @@ def run(
     rule = training.rule()
     sparse = Trainer(task, training, rule, SEED)
     sparse.load_state_dict(copy.deepcopy(dense.state_dict()))
-    taken = list(islice(task.train_batches(torch.Generator().manual_seed(SEED)), batches))
+    recorded = list(islice(task.train_batches(torch.Generator().manual_seed(SEED)), batches))
 
     layers = {layer.name: layer for layer in sparse.report.layers if layer.status == "sparse"}
     if not layers:
         raise MepropError(f"the model has no hidden layer to time:\n{sparse.report}")
     modules = {name: (dense.model.get_submodule(name), sparse.model.get_submodule(name)) for name in layers}
-    with recorded({name: pair[0] for name, pair in modules.items()}) as calls:
-        for batch in taken:
-            task.loss(dense.model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
-    dense.model.zero_grad()
+    calls = _record(task, dense.model, list(layers), recorded)
     rows: list[Comparison] = []
 
     def add(
         name: str, sides: dict[str, Callable[[], object]], layer: LayerReport | None, examples: float | None
     ) -> None:
-        times = {side: _per_batch(spent, len(taken)) for side, spent in interleaved(sides, seconds).items()}
+        times = {side: _per_batch(spent, len(recorded)) for side, spent in interleaved(sides, seconds).items()}
         if layer is not None:  # a rule whose density follows the gradient has kept something by now
             layer = next(each for each in meprop.report(sparse.model).layers if each.name == name)
         rows.append(Comparison(name, layer, examples, None, times, Ratio.of(times["dense"], times["sparse"])))
         after(rows[-1])
 
     with until_stopped(rows):
-        together: dict[str, list[Backward]] = {"dense": [], "sparse": []}
+        together: dict[str, list[_Backward]] = {"dense": [], "sparse": []}
         for name, layer in layers.items():
             wrong = _wrong(*modules[name], calls[name], rule)
             if wrong is not None:
@@ -130,16 +127,16 @@ def run(
                 after(rows[-1])
                 continue
             passes = {
-                side: backward_of(module, calls[name]) for side, module in zip(together, modules[name], strict=True)
+                side: _backward(module, calls[name]) for side, module in zip(together, modules[name], strict=True)
             }
             for side, backward in passes.items():
                 together[side].append(backward)
-            add(name, dict(passes), layer, sum(call.rows for call in calls[name]) / len(taken))
+            add(name, dict(passes), layer, sum(call.rows for call in calls[name]) / len(recorded))
         if not any(row.wrong for row in rows):
             if len(layers) > 1:
-                add("hidden layers together", {side: all_of(passes) for side, passes in together.items()}, None, None)
+                add("hidden layers together", {side: _all(passes) for side, passes in together.items()}, None, None)
             trainers = {"dense": dense, "sparse": sparse}
-            add("whole step", {side: _steps(task, trainer, taken) for side, trainer in trainers.items()}, None, None)
+            add("whole step", {side: _steps(task, trainer, recorded) for side, trainer in trainers.items()}, None, None)
     return LayersBench.of(f"bench-layers-{task.name}", config, meter, rows)
 
 
@@ -163,20 +160,118 @@ def _steps(task: Task, trainer: Trainer, batches: Sequence[Any]) -> Callable[[],
     return run
 
 
+# ---------------------------------------------------------------- what a layer sees in training
+
+
+@dataclass
+class _Call:
+    """One call of a layer: its arguments, whose tensors are leaves of a graph, and its output's gradients."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grads: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """By place among the tensors of the output."""
+
+    def keep(self, place: int, grad: Tensor) -> None:
+        """Keep the gradient of a tensor of the output."""
+        self.grads[place] = grad.clone()
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return _tensors((self.args, self.kwargs))
+
+    @property
+    def rows(self) -> int:
+        return self.inputs[0].shape[:-1].numel()
+
+
+def _record(task: Task, model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> dict[str, list[_Call]]:
+    calls: dict[str, list[_Call]] = {name: [] for name in names}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = _Call(_leaves(args), _leaves(kwargs))
+            calls[name].append(call)
+            for place, tensor in enumerate(_tensors(output)):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(call.keep, place))
+
+        return record
+
+    hooks = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]
+    for batch in batches:
+        task.loss(model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
+    model.zero_grad()
+    for handle in hooks:
+        handle.remove()
+    return calls
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples (a PackedSequence is one) and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts: Any = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _leaves(value: Any) -> Any:
+    """The same with each tensor detached, that needs a gradient where it did."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {key: _leaves(part) for key, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, tuple):
+        parts = map(_leaves, cast("tuple[Any, ...]", value))
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+# ---------------------------------------------------------------- the backward pass of a layer
+
+_Gradients = dict[str, Tensor]
+_Backward = Callable[[], list[_Gradients]]
+
+
+def _backward(layer: nn.Module, calls: Sequence[_Call]) -> _Backward:
+    """The backward pass of graphs that are made now, one for each call: gradients of inputs and parameters by name."""
+    passes: list[tuple[list[Tensor], dict[str, Tensor], list[Tensor]]] = []
+    for call in calls:
+        outputs = _tensors(layer(*call.args, **call.kwargs))
+        inputs = [tensor for tensor in call.inputs if tensor.requires_grad]
+        leaves = {"input" if place == 0 else f"input {place}": tensor for place, tensor in enumerate(inputs)}
+        leaves |= {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
+        passes.append(([outputs[place] for place in call.grads], leaves, list(call.grads.values())))
+
+    def run() -> list[_Gradients]:
+        return [
+            dict(
+                zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True), strict=True)
+            )
+            for outputs, leaves, grads in passes
+        ]
+
+    return run
+
+
+def _all(passes: Sequence[_Backward]) -> Callable[[], object]:
+    return lambda: [backward() for backward in reversed(passes)]
+
+
 # ---------------------------------------------------------------- is it right?
 
 
-def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], rule: Rule) -> str | None:
+def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: Rule) -> str | None:
     """What is wrong with a sparse layer; None if nothing is."""
     for call in calls:
-        outputs = [tensors_of(layer.eval()(*call.args, **call.kwargs)) for layer in (dense, sparse)]
+        outputs = [_tensors(layer.eval()(*call.args, **call.kwargs)) for layer in (dense, sparse)]
         for layer in (dense, sparse):
             layer.train()
         if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*outputs, strict=True)):
             return "its output differs from the dense layer's"
-        graph = backward_of(sparse, [call])
+        graph = _backward(sparse, [call])
 
-        def backward(graph: Backward = graph) -> Gradients:
+        def backward(graph: _Backward = graph) -> _Gradients:
             torch.manual_seed(SEED)  # a rule that draws draws the same each time
             return graph()[0]
 
