@@ -16,6 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import meprop
+from meprop import machine, speed
+
+
+@pytest.fixture(autouse=True)
+def sparse(monkeypatch):
+    """Every layer finds that sparse is faster, whatever the machine does."""
+    monkeypatch.setattr(speed, "decide", lambda rule, shape: speed.Decision(True, shape.rows, 10.0, 1.0))
+
 
 RULES = (meprop.Sampled(noise=0.25), meprop.TopK(0.1, "batch"))
 SHORT = {"seconds": 0.05, "warm_up_steps": 2, "rules": RULES}
@@ -384,6 +392,22 @@ def test_layers_that_are_not_called_are_named_and_no_part_of_the_bound():
     assert groups["never"].share is None
     assert groups["head"].why == "gives the model's outputs"
     assert groups["frozen"].share > 0
+
+
+def test_memory_that_comes_fresh_in_each_step_is_said(monkeypatch):
+    from meprop.advice import mind
+
+    monkeypatch.setattr(mind, "_seconds_per_byte", lambda: 1e-6)
+    monkeypatch.setattr(machine, "_keeps", False)
+    model = nn.Sequential(nn.Linear(12, 5000), nn.ReLU(), nn.Linear(5000, 2000), nn.ReLU(), nn.Linear(2000, 4))
+    assert any("keep_freed_memory" in note for note in small(model=model, rules=RULES[:1]).notes)
+    monkeypatch.setattr(machine, "_keeps", True)
+    assert not any("keep_freed_memory" in note for note in small(model=model, rules=RULES[:1]).notes)
+
+
+def test_denormal_products_are_said():
+    advice = meprop.advise(perceptron(), ONE, lambda model, batch: loss(model, batch) * 1e-37, **SHORT)
+    assert any("set_flush_denormal" in note for note in advice.notes)
 
 
 def test_without_native_code_it_is_said(monkeypatch):

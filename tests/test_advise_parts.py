@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import meprop
+from meprop import speed
 from meprop.advice.decide import decide
 from meprop.advice.free import free_backward
 from meprop.advice.gradients import Agreement, agreements
@@ -53,6 +53,11 @@ def test_a_free_layer_has_torchs_outputs_and_zeros_for_gradients(kind):
         assert torch.equal(each.grad, torch.zeros_like(each))
 
 
+@pytest.fixture(autouse=True)
+def sparse(monkeypatch):
+    monkeypatch.setattr(speed, "decide", lambda rule, shape: speed.Decision(True, shape.rows, 10.0, 1.0))
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
@@ -91,8 +96,6 @@ def test_agreements_are_those_of_gradients_by_hand():
     model, rule = network(), meprop.TopK(0.1, "batch")
     trial = Trial(model, loss, None)
     ways = Ways(trial.model, [rule], None, 128)
-    policies = ways._policies["rule 0"]
-    policies.update({layer: replace(policy, when="always") for layer, policy in policies.items()})
     torch.manual_seed(5)
     (found,), noise = (
         each if not isinstance(each, dict) else each.values() for each in agreements(trial, ways, BATCHES)

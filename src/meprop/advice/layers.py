@@ -124,7 +124,7 @@ def _group(
         one.kind,
         one.in_features,
         one.out_features,
-        seen.rows.get(one.name),
+        seen.outputs[one.name] // one.out_features if one.name in seen.outputs else None,
         dense / backward if dense else None,
         best,
         gain,
@@ -138,7 +138,7 @@ def _why(ways: Ways, layer: LayerReport, seen: Watch, gain: float | None, kept: 
     if layer.name not in ways.layers:
         reason = "gives the model's outputs" if layer.name == ways.output else layer.reason
         return f"{reason}; lower min_features if it is not the output" if reason.startswith("narrow") else reason
-    if layer.name not in seen.rows:
+    if layer.name not in seen.outputs:
         return "the loss does not call it"
     if layer.name not in seen.seconds:
         return "no gradient reaches it"
@@ -148,4 +148,4 @@ def _why(ways: Ways, layer: LayerReport, seen: Watch, gain: float | None, kept: 
         return f"its gradient has no few large entries: {kept:.0%} kept; more noise, or later in training"
     frozen = not any(each.requires_grad for each in ways.layers[layer.name].parameters())
     less = ", and its weight is frozen, which saves half of the work" if frozen else ""
-    return f"no rule is faster with {seen.rows[layer.name]} rows{less}; a larger batch or a wider layer changes that"
+    return f"no rule is faster here{less}; a larger batch or a wider layer would change that"

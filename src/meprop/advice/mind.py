@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import Any
@@ -19,8 +20,8 @@ from meprop.ops.native import reason_missing
 
 __all__ = ["cast_seconds", "fresh_memory", "notes_of_model", "notes_of_trial"]
 
-_PAGE_SECONDS = 5e-7
-"""What a page of fresh memory costs at least: the system clears it."""
+_MEMORY = 1 << 23
+"""The bytes of fresh memory on which its cost is measured."""
 
 
 def notes_of_model(model: torch.nn.Module, is_compiled: bool) -> Iterator[str]:
@@ -50,14 +51,14 @@ def notes_of_trial(
         seen: What was seen of a dense step.
         stream: The batches.
         optimizer_share: The optimizer's share of the step.
-        fresh: The bytes of fresh memory that a step asks for, and their least share of the step.
+        fresh: The bytes of fresh memory that a step asks for, and their share of the step.
     """
     yield from _of_installation(trial)
     bytes_, share = fresh
     if share >= 0.05 and not machine.describe()["keeps_freed_memory"]:
         yield (
-            f"A step asks the system for {bytes_ / 2**20:.0f} MiB, which the one before freed: about {share:.0%} of it "
-            "or more. Call meprop.machine.keep_freed_memory() once, before training."
+            f"A step asks the system for {bytes_ / 2**20:.0f} MiB, which the one before freed: about {share:.0%} of "
+            "it. Call meprop.machine.keep_freed_memory() once, before training."
         )
     yield from _of_denormals(seen)
     yield from _of_model(trial, ways, seen.again)
@@ -147,12 +148,23 @@ def cast_seconds(trial: Trial, batch: Any) -> float:
 
 
 def fresh_memory(trial: Trial, batch: Any) -> tuple[float, float, float]:
-    """The bytes of fresh memory that a step asks the system for, their least share of the step, and its seconds."""
+    """The bytes of fresh memory that a step asks the system for, their share of the step, and its seconds."""
     try:
         import resource
     except ImportError:  # not on this system
         return 0.0, 0.0, trial.step(batch).step
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     seconds = trial.step(batch).step
-    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    return pages * resource.getpagesize(), pages * _PAGE_SECONDS / seconds, seconds
+    fresh = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
+    return fresh, fresh * _seconds_per_byte() / seconds, seconds
+
+
+def _seconds_per_byte() -> float:
+    """What fresh memory costs more than memory that was used before: the system gives and clears it page by page."""
+    buffer = torch.frombuffer(mmap.mmap(-1, _MEMORY), dtype=torch.uint8)
+    spent: list[float] = []
+    for _ in range(2):
+        begin = perf_counter()
+        buffer.zero_()
+        spent.append(perf_counter() - begin)
+    return max(0.0, spent[0] - spent[1]) / _MEMORY

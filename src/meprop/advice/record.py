@@ -67,7 +67,7 @@ class GroupAdvice:
         kind: The plain class's name.
         in_features: I.
         out_features: O.
-        rows: N, the rows of an input. None if no gradient reaches the layers.
+        rows: N, the rows of an output. None if the loss does not call the layers.
         share: The share of the dense backward pass that all of them take. None if it could not be measured.
         best_rule: The fastest rule. None if no rule takes the layers.
         gain: Dense / sparse, of the backward pass of these layers, with the fastest rule.

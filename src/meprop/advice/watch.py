@@ -25,7 +25,7 @@ class Watch:
 
     Attributes:
         seconds: The seconds of each layer's backward pass, by its name. A layer that got no gradient is not there.
-        rows: The rows of each layer's input. A layer that was not called is not there.
+        outputs: How many entries an output of each layer has. A layer that was not called is not there.
         again: The layers that the backward pass calls again.
         autocast: Whether a layer was called under autocast.
         tiny: How many entries of output gradients are so small that products with them are denormal.
@@ -37,7 +37,7 @@ class Watch:
         self._begin = 0.0
         self._in_backward = False
         self.seconds: dict[str, float] = {}
-        self.rows: dict[str, int] = {}
+        self.outputs: dict[str, int] = {}
         self.again: list[str] = []
         self.autocast = False
         self.tiny = self.entries = 0
@@ -70,8 +70,8 @@ class Watch:
 
     def _call(self, name: str, count_tiny: bool, _module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs, outputs = tensors_of((args, kwargs)), tensors_of(output)
-        if inputs:
-            self.rows.setdefault(name, inputs[0].shape[:-1].numel())
+        if inputs and outputs:
+            self.outputs.setdefault(name, outputs[0].numel())
             self.autocast = self.autocast or torch.is_autocast_enabled(inputs[0].device.type)
         seen: set[Any] = {each.grad_fn for each in inputs}  # of what comes before
         waiting: list[Any] = [each.grad_fn for each in outputs]
