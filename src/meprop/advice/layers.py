@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import isnan
+from statistics import mean
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from meprop.advice.watch import Watch
 from meprop.advice.ways import DENSE, FREE, Ways
 from meprop.convert import ConversionReport, LayerReport
 
-__all__ = ["LEAST_GAIN", "folded", "groups_of", "reported_layers", "watched"]
+__all__ = ["LEAST_GAIN", "common_name", "folded", "groups_of", "reported_layers", "watched"]
 
 LEAST_GAIN = 1.05
 """A gain below this is not one: the next measurement may take it back."""
@@ -26,8 +27,14 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def folded(name: str) -> str:
-    """The name of a layer with a star for each number of a part of a list: layers.0.mlp.up is layers.*.mlp.up."""
+    """The name of a layer with a star for each place in a list: layers.0.mlp.up is layers.*.mlp.up."""
     return _NUMBER.sub("*", name)
+
+
+def common_name(names: Sequence[str]) -> str:
+    """The name of layers of one folded name, with a star where they differ: 0.up.0 and 1.up.0 are *.up.0."""
+    parts = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 def reported_layers(ways: Ways) -> dict[str, torch.nn.Module]:
@@ -72,28 +79,23 @@ _Times = Mapping[str, Mapping[str, float]]
 def _times(trial: Trial, ways: Ways, batch: Any, seconds: float) -> tuple[_Times, float]:
     """The seconds of each layer's backward pass, by way and name, and those of the whole dense backward pass."""
     layers = reported_layers(ways)
-    spent: dict[str, list[dict[str, float]]] = {name: [] for name in ways.names if name != FREE}
-    backward: list[float] = []
+    spent: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in ways.names if name != FREE}
 
     def run(name: str) -> None:
         ways.take(name)
         watch = Watch(trial.synchronize)
         with watch.on(layers):
             phases = trial.step(batch)
-        spent[name].append(watch.seconds)
-        if name == DENSE:
-            backward.append(phases.backward)
+        spent[name].append((phases.backward, watch.seconds))
 
     timing.interleaved({name: partial(run, name) for name in spent}, seconds, least=3)
     ways.take(DENSE)
+    fastest = {way: sorted(of, key=lambda each: each[0])[: max(1, 2 * len(of) // 5)] for way, of in spent.items()}
     times = {
-        way: {name: _p20([each.get(name, 0.0) for each in of]) for name in of[0]} for way, of in spent.items() if of
+        way: {name: mean(seconds.get(name, 0.0) for _, seconds in of) for name in of[0][1]}
+        for way, of in fastest.items()
     }
-    return times, _p20(backward)
-
-
-def _p20(seconds: Sequence[float]) -> float:
-    return sorted(seconds)[len(seconds) // 5]
+    return times, mean(backward for backward, _ in fastest[DENSE])
 
 
 def _group(
@@ -105,7 +107,6 @@ def _group(
     reports: Mapping[str, ConversionReport],
 ) -> GroupAdvice:
     one, names = layers[0], tuple(each.name for each in layers)
-    name = one.name if len(layers) == 1 else folded(one.name)
     dense = sum(times[DENSE].get(each, 0.0) for each in names)
     sparse: dict[str, float] = {}
     kept: dict[str, float] = {}
@@ -119,7 +120,7 @@ def _group(
     gain = None if fastest is None else dense / sparse[fastest]
     share = None if fastest is None or isnan(kept[fastest]) else kept[fastest]
     return GroupAdvice(
-        name,
+        common_name(names),
         names,
         one.kind,
         one.in_features,

@@ -62,7 +62,7 @@ class GroupAdvice:
     """Layers of the same folded name, kind and shape.
 
     Attributes:
-        name: The folded name, e.g. "layers.*.mlp.up". It is the layer's own if there is only one.
+        name: Their name, with a star where they differ, e.g. "layers.*.mlp.up".
         layers: The names of the layers.
         kind: The plain class's name.
         in_features: I.
