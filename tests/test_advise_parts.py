@@ -16,10 +16,11 @@ from meprop.advice.decide import decide
 from meprop.advice.free import free_backward
 from meprop.advice.gradients import Agreement, agreements
 from meprop.advice.layers import common_name, folded
+from meprop.advice.mind import note_of_disturbance
 from meprop.advice.record import RuleAdvice
 from meprop.advice.text import code, short
-from meprop.advice.trial import Trial
-from meprop.advice.ways import DENSE, FREE, Ways
+from meprop.advice.trial import Phases, Trial
+from meprop.advice.ways import DENSE, FREE, Ways, typical
 from meprop.rules.base import Rule
 
 LAYERS = {
@@ -144,6 +145,13 @@ def test_agreements_are_those_of_gradients_by_hand():
 )
 def test_numbers_of_lists_are_folded(name, expected):
     assert folded(name) == expected
+
+
+def test_a_busy_machine_is_said():
+    calm, busy = ([[Phases(each, 0.0, 0.0) for each in of]] for of in ([1.0, 1.0, 1.1], [1.0, 1.5, 1.6]))
+    assert not list(note_of_disturbance(calm, typical(calm)))
+    (note,) = note_of_disturbance(busy, typical(busy))
+    assert "50% longer" in note
 
 
 def test_a_name_has_a_star_where_layers_differ():

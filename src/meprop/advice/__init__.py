@@ -13,7 +13,7 @@ import torch
 from meprop.advice.decide import decide
 from meprop.advice.gradients import Agreement, Noise, agreements
 from meprop.advice.layers import groups_of, watched
-from meprop.advice.mind import cast_seconds, fresh_memory, notes_of_model, notes_of_trial
+from meprop.advice.mind import cast_seconds, fresh_memory, note_of_disturbance, notes_of_model, notes_of_trial
 from meprop.advice.record import Advice, GroupAdvice, Part, RuleAdvice
 from meprop.advice.trial import Loss, Phases, Stream, Trial
 from meprop.advice.ways import DENSE, FREE, Ways, steps_in_turns, typical
@@ -31,6 +31,9 @@ _BATCHES = 4
 
 _WARM_UP, _GRADIENTS, _LAYERS = 0.2, 0.2, 0.15
 """The shares of the time for the steps before all, for gradients, and for layers alone. Whole steps have the rest."""
+
+_STEPS = 0.3
+"""The share of the time that whole steps have in any case, also where layers took long to measure."""
 
 
 def advise(
@@ -133,7 +136,7 @@ def _measured(
     compared = max(2, int(_GRADIENTS * seconds / once / (1 + len(ways.rules))))
     found, noise = agreements(trial, ways, batches[:compared]) if ways.layers else ({}, None)
     casts = cast_seconds(trial, batches[0]) if seen.autocast else 0.0
-    left = max(0.0, seconds - (perf_counter() - begin) - _LAYERS * seconds)
+    left = max(_STEPS * seconds, seconds - (perf_counter() - begin) - _LAYERS * seconds)
     timed = max(1, int(left / once / len(ways.names) / 3))  # three rounds of each
     phases = steps_in_turns(trial, ways, batches[:timed], left)
     dense, free = typical(phases[DENSE]), typical(phases[FREE])
@@ -142,6 +145,7 @@ def _measured(
     bound = max(1.0, dense.step / free.step) if ways.layers else 1.0
     tried = tuple(_rule(ways, name, dense, typical(phases[name]), found.get(name), noise) for name in ways.rules)
     notes += notes_of_trial(trial, ways, seen, stream, dense.optimizer / dense.step, (fresh[0], fresh[1]))
+    notes += note_of_disturbance(phases[DENSE], dense)
     line, verdict, predicted = decide(tried, bound, 1e3 * dense.step, ways.output, min_features)
     took, threads = perf_counter() - begin, torch.get_num_threads()
     measured = f"on {len(batches)} batches, in {took:.0f} s, with {threads} thread{'s' * (threads > 1)}"

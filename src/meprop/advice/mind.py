@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
+from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meprop import machine
 from meprop.advice.text import short
-from meprop.advice.trial import Stream, Trial
+from meprop.advice.trial import Phases, Stream, Trial
 from meprop.advice.watch import Watch
 from meprop.advice.ways import Ways
 from meprop.nn.base import SparseLayer
 from meprop.ops.native import reason_missing
 
-__all__ = ["cast_seconds", "fresh_memory", "notes_of_model", "notes_of_trial"]
+__all__ = ["cast_seconds", "fresh_memory", "note_of_disturbance", "notes_of_model", "notes_of_trial"]
 
 _MEMORY = 1 << 23
 """The bytes of fresh memory on which its cost is measured."""
@@ -67,6 +68,21 @@ def notes_of_trial(
         yield (
             f"There are only {stream.read} batches, which were repeated. The model fits them, and gradients become "
             "smaller than in training; give more batches."
+        )
+
+
+def note_of_disturbance(phases: Sequence[Sequence[Phases]], fastest: Phases) -> Iterator[str]:
+    """Says how much the times of dense steps differ, if that is much.
+
+    Args:
+        phases: The times of dense steps, by batch.
+        fastest: Those of the fastest steps.
+    """
+    slower = mean(median(each.step for each in of) for of in phases) / fastest.step - 1
+    if slower >= 0.2:
+        yield (
+            f"The machine was busy: a median step took {slower:.0%} longer than the fastest. Ratios may be off by as "
+            "much; measure again while nothing else runs, or with more seconds."
         )
 
 
