@@ -29,6 +29,7 @@ FILE = Path(__file__).with_name("surface.txt")
 HOW_TO_ACCEPT = "If the change is meant: MEPROP_UPDATE_SURFACE=1 pytest tests/test_surface.py, and read the difference."
 MODULES = [
     "meprop",
+    "meprop.advice",
     "meprop.distributed",
     "meprop.errors",
     "meprop.functional",

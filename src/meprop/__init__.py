@@ -22,6 +22,7 @@ if _TYPE_CHECKING:
     from meprop import distributed as distributed
     from meprop import optim
     from meprop import pruning as pruning
+    from meprop.advice import Advice, advise
     from meprop.budgets import share_noise
     from meprop.pruning import Simplifier
     from meprop.schedule import RuleSchedule, anneal
@@ -30,6 +31,7 @@ if _TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Advice",
     "ColumnSelection",
     "CompensatedTopK",
     "ConversionReport",
@@ -47,6 +49,7 @@ __all__ = [
     "Setup",
     "Simplifier",
     "TopK",
+    "advise",
     "anneal",
     "backend_info",
     "convert",
@@ -62,9 +65,11 @@ __all__ = [
 
 # What only few programs need is imported when they ask for it.
 _LATER = {
+    "Advice": "meprop.advice",
     "RuleSchedule": "meprop.schedule",
     "Setup": "meprop.training.task",
     "Simplifier": "meprop.pruning",
+    "advise": "meprop.advice",
     "anneal": "meprop.schedule",
     "share_noise": "meprop.budgets",
 }

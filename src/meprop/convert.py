@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from numbers import Integral
@@ -344,7 +344,7 @@ def report(model: torch.nn.Module) -> ConversionReport:
         else:
             records += _describe_other(name, module)
     notes: list[str] = []
-    if records and (last := records[-1]).status == "sparse" and last.out_features > last.in_features:
+    if (last := likely_output(records)) is not None:
         which = f"If the last one, {last.name!r}," if last.name else "If this layer"
         notes.append(f"{which} gives the model's outputs, rather leave it dense: use filter")
     by_example = any(layer.rule.scope == "example" for _, layer, _ in layers if isinstance(layer, SparseLayer))
@@ -354,6 +354,12 @@ def report(model: torch.nn.Module) -> ConversionReport:
             "with scope='batch': with scope 'example' the sum grows, and it hardly learns (docs/transformers.md)"
         )
     return ConversionReport(tuple(records), tuple(notes), fused_in(model))
+
+
+def likely_output(layers: Sequence[LayerReport]) -> LayerReport | None:
+    """The layer that seems to give the model's outputs, if it is sparse: the last one, if it widens. None otherwise."""
+    last = layers[-1] if layers else None
+    return last if last is not None and last.status == "sparse" and last.out_features > last.in_features else None
 
 
 def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -> None:

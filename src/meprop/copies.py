@@ -34,6 +34,20 @@ def deepcopy(value: T, memo: dict[int, Any] | None = None) -> T:
 
 
 @contextmanager
+def same_random_states() -> Generator[None]:
+    """A context after which the random states of torch, of `random` and of NumPy are as they were before."""
+    numpy: Any = sys.modules.get("numpy")
+    drawn, of_numpy = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(drawn)
+        if numpy:
+            numpy.random.set_state(of_numpy)
+
+
+@contextmanager
 def unchanged(model: torch.nn.Module) -> Generator[None]:
     """A context in which a model works on copies of all that its modules hold. Afterwards it is as it was before.
 
@@ -45,23 +59,19 @@ def unchanged(model: torch.nn.Module) -> Generator[None]:
     """
     before = {module: vars(module) for module in model.modules()}
     memo: dict[int, Any] = {id(module): module for module in before}
-    numpy: Any = sys.modules.get("numpy")
-    drawn, of_numpy = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        for module, attributes in before.items():
-            copies = {name: _copy_or_same(value, memo) for name, value in attributes.items()}
-            object.__setattr__(module, "__dict__", copies)
-        with torch.random.fork_rng():
+    with same_random_states():
+        try:
+            for module, attributes in before.items():
+                copies = {name: copy_or_same(value, memo) for name, value in attributes.items()}
+                object.__setattr__(module, "__dict__", copies)
             yield
-    finally:
-        for module, attributes in before.items():
-            object.__setattr__(module, "__dict__", attributes)
-        random.setstate(drawn)
-        if numpy:
-            numpy.random.set_state(of_numpy)
+        finally:
+            for module, attributes in before.items():
+                object.__setattr__(module, "__dict__", attributes)
 
 
-def _copy_or_same(value: Any, memo: dict[int, Any]) -> Any:
+def copy_or_same(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy, or the same object if it cannot be copied, such as an open file."""
     try:
         return deepcopy(value, memo)
     except Exception:  # copying runs code of the value's class, which may fail in any way

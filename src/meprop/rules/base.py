@@ -74,6 +74,11 @@ class Rule(ABC):
         return False
 
     @property
+    def unbiased(self) -> bool:
+        """Whether the mean of all selections of a gradient is the gradient, so that nothing is added but noise."""
+        return False
+
+    @property
     def row_sparse(self) -> bool:
         """Whether the gradient of a weight may be a sparse tensor, as some of its rows get no entry.
 

@@ -64,6 +64,11 @@ class InBlocks(Rule):
         return self.rule.communicates
 
     @property
+    def unbiased(self) -> bool:
+        """Whether the rule within the blocks is."""
+        return self.rule.unbiased
+
+    @property
     def row_sparse(self) -> bool:
         """Whether the rule leaves out rows."""
         return self.rule.row_sparse

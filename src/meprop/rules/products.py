@@ -60,6 +60,11 @@ class PerProduct(Rule):
         return self.input, self.weight
 
     @property
+    def unbiased(self) -> bool:
+        """Whether both rules are."""
+        return all(rule is None or rule.unbiased for rule in (self.input, self.weight))
+
+    @property
     def row_sparse(self) -> bool:
         """Whether the rule for the weight leaves out rows."""
         return self.weight is not None and self.weight.row_sparse

@@ -111,6 +111,11 @@ class Sampled(Rule):
         """The rule with `noise`, or else with k and scope."""
         return cls(k, scope, exact_sum=exact_sum) if noise is None else cls(noise=noise, exact_sum=exact_sum)
 
+    @property
+    def unbiased(self) -> bool:
+        """True: an entry is drawn with a probability, and divided by it."""
+        return True
+
     def count(self, features: int) -> int | None:
         """How many of `features` output features each row keeps, on average. None with `noise`."""
         if self.k is None:
