@@ -226,6 +226,15 @@ def test_the_commands_take_a_file_where_they_take_a_task(write, tmp_path, monkey
     assert main([command, "train.py:make", "--lr", "0.1"]) == 2  # the file has its own optimizer
 
 
+def test_advise_takes_a_file_too(write, tmp_path, monkeypatch, capsys):
+    write()
+    monkeypatch.chdir(tmp_path)
+    assert main(["advise", "train.py:make", "--seconds", "0.2", "--threads", "1"]) == 0
+    assert "A dense step takes" in capsys.readouterr().out
+    assert main(["advise", "train.py:make", "--seconds", "0.2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bound"] >= 1
+
+
 def test_the_file_that_init_writes_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "mine.py"]) == 0

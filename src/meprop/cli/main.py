@@ -17,6 +17,7 @@ import torch
 import meprop
 from meprop import machine
 from meprop.cli import faults
+from meprop.cli.advise import ADVISE, Advise
 from meprop.cli.bench import BENCH
 from meprop.cli.common import Command, missing, note
 from meprop.cli.doctor import DATA, DOCTOR, Doctor
@@ -28,10 +29,10 @@ from meprop.cli.train import COMPARE, TRAIN, Compare, Train
 from meprop.errors import MepropError, nearest
 from meprop.training.script import ScriptTask
 
-_TRAINING = ("train", "compare", "simplify")
+_TRAINING = ("advise", "train", "compare", "simplify")
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
 _SCRIPT = re.compile(r".+\.py(:\w*)?")
-_COMMANDS = (INIT, TRAIN, COMPARE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
+_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +92,7 @@ def _run(arguments: list[str], *, of_process: bool) -> int:
         print(f"meprop {meprop.__version__}")
         return 0
     command = parse(arguments)
-    if of_process and isinstance(command, Train | Compare | Simplify | Reproduce):
+    if of_process and isinstance(command, Advise | Train | Compare | Simplify | Reproduce):
         machine.keep_freed_memory()
     command.run()
     return 0
