@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from meprop.training import checkpoint
 from meprop.training.config import RunConfig, SimplifyConfig
 from meprop.training.loop import Trainer, fit
 from meprop.training.script import ScriptConfig, ScriptError, ScriptTask
+from meprop.training.tasks import SCRIPT
 
 CONFIG = RunConfig(epochs=3, k=5, accelerator="cpu")
 
@@ -79,6 +81,11 @@ options['scheduler_interval'] = 'epoch'""",
     "a plateau": """
 options['scheduler'] = lr_scheduler.ReduceLROnPlateau(optimizer, 'max', 0.1, patience=0)
 options['scheduler_interval'] = 'epoch'""",
+    "a schedule of two": """
+parts = [lr_scheduler.LinearLR(optimizer, 0.1, 1, 4), lr_scheduler.OneCycleLR(optimizer, 0.1, 21)]
+options['scheduler'] = lr_scheduler.SequentialLR(optimizer, parts, [4])""",
+    "our optimizer, in the backward pass": """
+optimizer = meprop.optim.Adam(model.parameters(), 1e-2, in_backward=True)""",
     "several metrics": """
 evaluate = lambda model: {"loss": 1, "accuracy": 50.0 + model(x).sum().item()}
 options["metric"] = "accuracy" """,
@@ -154,6 +161,17 @@ def evaluate(model):
 
 WRONG = {
     "raise KeyError('lr')": r"train.py, line \d+: make\(seed=7\) raised KeyError: 'lr'",
+    "raise SystemExit('no data')": r"train.py, line \d+: make\(seed=7\) raised SystemExit: no data",
+    "meprop.convert(model, meprop.TopK(5), when='always')": r"Setup\(model=...\) has sparse layers; give it dense",
+    "batches = DataLoader(TensorDataset(x, y), 10, num_workers=1, persistent_workers=True)": "persistent_workers=True",
+    "batches = DataLoader([{}['x'] if i else 0 for i in range(2)])": r"make\(seed=7\) raised KeyError: 'x'",
+    "batches = DataLoader(type('Bad', (list,), {'__getitem__': lambda self, i: {}['x']})([1]))": (
+        r"train.py, line \d+: the batches raised KeyError: 'x'"
+    ),
+    "options['scheduler'] = lr_scheduler.OneCycleLR(optimizer, 0.1, 10)": "a training step raised ValueError: Tried",
+    "optimizer = torch.optim.LBFGS(model.parameters())": "a training step raised TypeError",
+    "options['scheduler'] = lr_scheduler.ReduceLROnPlateau(optimizer, 'max')": "give scheduler_interval='epoch'",
+    "options['scheduler'] = lr_scheduler.ReduceLROnPlateau(optimizer)": "mode='max'",
     "return model": r"make\(seed=7\) returned a value of type Sequential; it has to return a meprop.Setup",
     "return None": r"make\(seed=7\) returned nothing \(None\)",
     "model = 'net'": r"raised TypeError: Setup\(model=...\) is of type str; it is a torch.nn.Module",
@@ -186,6 +204,59 @@ def test_what_is_wrong_is_named_with_what_is_wanted(write, more):
         fit([Trainer(write(more), CONFIG, None, 7)], lambda trainer: None)
 
 
+@pytest.mark.parametrize(
+    "make",
+    ["def make(*, seed):", "@functools.cache\ndef make(seed):", "class make:\n  def __new__(cls, seed):"],
+)
+def test_whatever_can_be_called_with_a_seed_makes_trainings(tmp_path, make):
+    path = tmp_path / "my-train.py"
+    path.write_text(f"import functools\n{FILE.format(more='', parameters='', passed='None')}\n_make = make\n{make}\n")
+    path.open("a").write("    return _make(seed)\n")
+    run = Trainer(ScriptTask(ScriptConfig(str(path))), CONFIG, None, 7)
+    run.advance(1)
+    assert run.step == 1
+
+
+def test_runs_do_not_share_layers(write):
+    task = write("model = globals().setdefault('_model', model)\noptimizer = torch.optim.SGD(model.parameters(), 0.1)")
+    trainer = Trainer(task, CONFIG, None, 7)
+    with pytest.raises(ScriptError, match="returned layers of an earlier call; each run needs a model of its own"):
+        Trainer(task, CONFIG, CONFIG.rule(), 7)
+    assert trainer.step == 0
+
+
+def test_runs_that_share_a_loader_see_what_they_see_alone(write):
+    more = """
+import torch.utils.data as data
+order = data.RandomSampler(x, True, 80, torch.Generator())
+batches = globals().setdefault('_batches', DataLoader(TensorDataset(x, y), 10, sampler=order))"""
+    alone = Trainer(write(more), CONFIG, None, 7)
+    fit([alone], lambda trainer: None)
+    task = write(more)
+    fit(pair := [Trainer(task, CONFIG, None, 7) for _ in range(2)], lambda trainer: None, turn=3)
+    assert all(each.curve[-1].loss == alone.curve[-1].loss for each in pair)
+
+
+def test_a_number_of_numpy_is_a_quality(write):
+    run = Trainer(write("import numpy\nevaluate = lambda model: numpy.float32(2.5)"), CONFIG, None, 7)
+    fit([run], lambda trainer: None)
+    assert type(run.curve[-1].dev["score"]) is float
+
+
+def test_the_digest_is_of_the_file_that_was_imported(write, tmp_path):
+    task = write()
+    before = task.fingerprint
+    (tmp_path / "train.py").write_text("")
+    assert task.fingerprint == before
+
+
+def test_the_settings_of_the_default_rule_do_not_hinder_another():
+    assert isinstance(SCRIPT.training.rule("topk"), meprop.TopK)
+    assert SCRIPT.training.rule("sampled").noise == 0.25
+    with pytest.raises(ValueError, match=r"noise=0.5 is no setting of the rule 'topk'"):
+        replace(SCRIPT.training, noise=0.5).rule("topk")
+
+
 def test_to_simplify_needs_example_inputs(write):
     simplify = SimplifyConfig(of_mean=0.5, cycle=1)
     with pytest.raises(ValueError, match=r"needs Setup\(example_inputs"):
@@ -198,12 +269,17 @@ def test_to_simplify_needs_example_inputs(write):
     [
         ("nothing.py", r"nothing.py: there is no such file; give FILE.py:FUNCTION"),
         ("train.py:maek", "train.py has no function 'maek'; it has make; did you mean make"),
+        ("random.py", "random.py has the name of the module random; give the file another name"),
+        ("torch.py", "torch.py has the name of the module torch; give the file another name"),
+        ("notes.txt:make", r"notes.txt: there is no such file; give FILE.py:FUNCTION"),
         ("broken.py", r"broken.py: the import of it raised SyntaxError"),
         ("absent.py", r"absent.py, line 1: the import of it raised ModuleNotFoundError"),
     ],
 )
 def test_a_file_that_is_none_of_a_task_is_refused(write, tmp_path, monkeypatch, script, message):
     write()
+    for name in ("random.py", "torch.py", "notes.txt"):
+        (tmp_path / name).touch()
     (tmp_path / "broken.py").write_text("def make(:")
     (tmp_path / "absent.py").write_text("import not_there_at_all")
     monkeypatch.chdir(tmp_path)
@@ -226,8 +302,33 @@ def test_the_commands_take_a_file_where_they_take_a_task(write, tmp_path, monkey
     assert main([command, "train.py:make", "--lr", "0.1"]) == 2  # the file has its own optimizer
 
 
+def test_a_file_may_change_the_working_directory(write, tmp_path, monkeypatch):
+    write("import os; os.chdir('/')")
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "train.py:make", "--epochs", "1", "--accelerator", "cpu", "--out", "out"]) == 0
+    assert {"result.json", "curves.png"} <= {each.name for each in (tmp_path / "out").iterdir()}
+
+
+def test_scores_that_are_no_percents_are_said_to_need_another_margin(write, tmp_path, monkeypatch, capsys):
+    write("evaluate = lambda model: 0.5")
+    monkeypatch.chdir(tmp_path)
+    options = ["compare", "train.py:make", "--epochs", "1", "--accelerator", "cpu", "--overwrite", "--out", "out"]
+    said = "score is within 1, and --margin is 0.2: give a smaller margin"
+    assert main(options) == 0
+    assert said in capsys.readouterr().err
+    assert main([*options, "--margin", "0.01"]) == 0
+    assert said not in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_it_is_trained(write, tmp_path, monkeypatch, capsys):
+    write("model.register_forward_hook(lambda *_: None)\noptions['example_inputs'] = (x[:1],)")
+    monkeypatch.chdir(tmp_path)
+    assert main(["simplify", "train.py:make", "--epochs", "1", "--accelerator", "cpu", "--cycle", "1"]) == 2
+    assert "the model cannot be saved" in capsys.readouterr().err
+
+
 def test_advise_takes_a_file_too(write, tmp_path, monkeypatch, capsys):
-    write()
+    write("print('not JSON')")
     monkeypatch.chdir(tmp_path)
     assert main(["advise", "train.py:make", "--seconds", "0.2", "--threads", "1"]) == 0
     assert "A dense step takes" in capsys.readouterr().out
@@ -238,8 +339,13 @@ def test_advise_takes_a_file_too(write, tmp_path, monkeypatch, capsys):
 def test_the_file_that_init_writes_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "mine.py"]) == 0
+    text = (tmp_path / "mine.py").read_text()
+    start, end = text.index("    # def clip"), text.index("    def loss")
+    (tmp_path / "mine.py").write_text(text[:start] + text[start:end].replace("    # ", "    ") + text[end:])
     setup = ScriptTask(ScriptConfig("mine.py")).make(0, RunConfig(epochs=2))
     setup.loss(setup.model, next(iter(setup.batches))).backward()
+    setup.optimizer.step()
+    assert sum(each.grad.square().sum() for each in setup.model.parameters()) <= 1.0001  # clipped
     assert 0 <= setup.evaluate(setup.model)["accuracy"] <= 100
     assert main(["init", "mine.py"]) == 2
     assert "mine.py exists; give another name" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -33,12 +35,13 @@ class Advise(Generic[TaskConfig]):
         from meprop.training.loop import Trainer
 
         entry = tasks.entry_of(self.task)
-        run = Trainer(entry.build(self.task), entry.training, None, self.seed)
+        # What a file of the user's prints is no part of the JSON.
+        with threads(self.threads), redirect_stdout(sys.stderr if self.json else sys.stdout):
+            run = Trainer(entry.build(self.task), entry.training, None, self.seed)
 
-        def loss(model: torch.nn.Module, batch: Any) -> Tensor:
-            return run.setup.loss(model, run.to_device(batch))
+            def loss(model: torch.nn.Module, batch: Any) -> Tensor:
+                return run.setup.loss(model, run.to_device(batch))
 
-        with threads(self.threads):
             advice = meprop.advise(run.model, run.setup.batches, loss, optimizer=run.optimizer, seconds=self.seconds)
         print(advice.to_json() if self.json else advice)
 

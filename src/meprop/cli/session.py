@@ -68,7 +68,7 @@ class Session:
     def __init__(self, out: Path, *, resume: bool, overwrite: bool, tensorboard: bool) -> None:
         if resume and overwrite:
             raise ValueError("--resume continues an experiment and --overwrite replaces it: give one of them")
-        self.out, self.resume = out, resume
+        self.out, self.resume = out.absolute(), resume  # a file of the user's may change the working directory
         self.saved = resume
         """Whether something of this experiment is on disk."""
         self.stop = StopRequest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +39,8 @@ class Simplify(Generic[TaskConfig, Training, RuleName]):
     simplify: SimplifyConfig
     out: Path
     """Folder for result.json and the pictures curves.png, widths.png and activity.png. It also gets the simplified
-    models, each of plain torch layers, such as compact-seed0.pt. To load the tagger's takes meprop.tasks."""
+    models, each of plain torch layers, such as compact-seed0.pt. To load the tagger's takes meprop.tasks, and one of
+    your own the file with its classes."""
     rule: RuleName
     seconds: float = 2.0
     """Seconds to spend on timing inference, for each seed."""
@@ -66,6 +69,7 @@ class Simplify(Generic[TaskConfig, Training, RuleName]):
 
             def build(seed: int) -> list[Trainer]:
                 trainers = [Trainer(task, self.training, each, seed) for each in (None, rule)]
+                _check_savable(trainers[0].model)
                 return [*trainers, Trainer(task, self.training, rule, seed, self.simplify)]
 
             def finish(trainers: Sequence[Trainer], outcome: list[Run]) -> None:
@@ -74,29 +78,29 @@ class Simplify(Generic[TaskConfig, Training, RuleName]):
                 simplifier = _simplifier(trainers)
                 print(simplifier.report())
                 session.make_way()
-                _write_model(simplifier.compact(), self.out / f"compact-seed{outcome[0].seed}.pt")
+                _write_model(simplifier.compact(), session.out / f"compact-seed{outcome[0].seed}.pt")
                 if outcome[0].seed == self.training.seeds[0] and simplifier.widths:
-                    report.draw_activity(simplifier.activity, self.out / report.ACTIVITY)
+                    report.draw_activity(simplifier.activity, session.out / report.ACTIVITY)
                 # Last: the seed is finished with it, and not looked at again after a resume.
                 record = tracking.describe(task.name, seeds.config, runs)
                 session.write_result(report.SimplifyResult(**vars(record), models=models))
 
             try:
                 seeds.train(build, finish)
-                self._draw(task, runs, build(self.training.seeds[0]))
+                self._draw(session.out, task, runs, build(self.training.seeds[0]))
             finally:
                 _show(task, runs, models)
             print(f"written: {self.out}")
 
-    def _draw(self, task: Task, runs: list[Run], new: Sequence[Trainer]) -> None:
+    def _draw(self, out: Path, task: Task, runs: list[Run], new: Sequence[Trainer]) -> None:
         """Draw the curves, and the widths where something could be pruned."""
         from meprop.reporting import figures
         from meprop.reporting import simplify as report
 
-        figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE, unit=task.unit)
+        figures.draw_runs(runs, task.metric, out / tracking.FIGURE, unit=task.unit)
         if starts := _simplifier(new).widths:
             simplified = [run for run in runs if run.rule == "simplified"]
-            report.draw_widths(simplified, starts, new[-1].steps_per_epoch, self.out / report.WIDTHS)
+            report.draw_widths(simplified, starts, new[-1].steps_per_epoch, out / report.WIDTHS)
         else:
             note("no layer could be pruned, so that there are no pictures of widths and activity")
 
@@ -110,6 +114,21 @@ def _simplifier(trainers: Sequence[Trainer]) -> meprop.Simplifier:
 
 def _write_model(model: torch.nn.Module, path: Path) -> None:
     machine.write_atomically(path, lambda file: torch.save(model, file))
+
+
+def _check_savable(model: torch.nn.Module) -> None:
+    """Find out before training whether the model can be saved whole.
+
+    Raises:
+        ValueError: Something in it cannot be pickled.
+    """
+    try:
+        torch.save(model, io.BytesIO())
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the model cannot be saved ({error}); define its classes at the top level of a file, and keep lambdas and "
+            "functions within functions out of it"
+        ) from error
 
 
 def _show(task: Task, runs: list[Run], models: list[ModelRecord]) -> None:

@@ -61,7 +61,7 @@ class Train(Generic[TaskConfig, Training, RuleName]):
                 raise
             try:
                 session.write_result(tracking.describe(task.name, tracking.plain(self), runs))
-                figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE, unit=task.unit)
+                figures.draw_runs(runs, task.metric, session.out / tracking.FIGURE, unit=task.unit)
             finally:
                 _show(runs, task)
             if session.saver.failure is not None:
@@ -75,7 +75,7 @@ class Train(Generic[TaskConfig, Training, RuleName]):
         settings = tracking.settings(self.task, self.training, self.rule)
         settings |= {"seed": seed, "data": task.fingerprint}
         trainer = Trainer(task, self.training, rule, seed)
-        run = Saved(trainer, self.out / tracking.CHECKPOINT, settings, type(self.task))
+        run = Saved(trainer, session.out / tracking.CHECKPOINT, settings, type(self.task))
         if not (self.resume and run.resume()):
             session.start(f"{run.path} does not exist")
         return run
@@ -140,7 +140,7 @@ class Compare(Generic[TaskConfig, Training, RuleName]):
             try:
                 seeds.train(build, finish)
                 verdicts = judge_all(runs, task.metric, self.margin)
-                figures.draw_runs(runs, task.metric, self.out / tracking.FIGURE, verdicts[0].target, task.unit)
+                figures.draw_runs(runs, task.metric, session.out / tracking.FIGURE, verdicts[0].target, task.unit)
             finally:
                 _show(runs, task, self.margin)
             print(f"written: {self.out / tracking.RESULT}, {self.out / tracking.FIGURE}")
@@ -158,6 +158,8 @@ def _show(runs: list[Run], task: Task, margin: float = MARGIN) -> None:
         Console().print(run_table(runs, task.metric, verdicts, task.unit))
         for verdict in verdicts:
             print(verdict_line(verdict))
+        if verdicts and margin == MARGIN and not task.unit and all(abs(run.dev[task.metric]) <= 1 for run in runs):
+            note(f"{task.metric} is within 1, and --margin is {margin}: give a smaller margin, or scores in percent")
 
 
 # ---------------------------------------------------------------- the commands

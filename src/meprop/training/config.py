@@ -154,6 +154,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ScriptTraining(RunConfig):
+    """Settings of the user's own trainings. Their noise is a default, which a rule without one leaves aside."""
+
+    noise: float | None = 0.25
+    when: Literal["always", "auto"] = "auto"
+
+    def rule(self, name: str | None = None) -> Rule:
+        """See `RunConfig.rule`."""
+        if name not in (None, rules.Sampled.name) and self.noise == type(self).noise:
+            return RunConfig(k=self.k, scope=self.scope, exact_sum=self.exact_sum).rule(name)
+        return super().rule(name)
+
+
+@dataclass(frozen=True)
 class TrainingConfig(RunConfig):
     """Settings that every task of ours shares: optimizer and learning rate too.
 

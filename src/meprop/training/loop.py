@@ -20,7 +20,7 @@ from meprop.errors import MepropError
 from meprop.nn.base import SparseLayer
 from meprop.rules import Rule
 from meprop.speed import Decision
-from meprop.training.config import DENSE, RunConfig, SimplifyConfig
+from meprop.training.config import DENSE, RunConfig, SimplifyConfig, TrainingConfig
 from meprop.training.records import EpochRecord, Run, Seconds
 from meprop.training.task import Evaluate, Task, generators_of
 
@@ -35,7 +35,9 @@ class DivergedError(MepropError):
 
     def __init__(self, trainer: Trainer, what: str) -> None:
         run = f"{trainer.name}, seed {trainer.seed}"
-        super().__init__(f"{what} ({run}): try a smaller --lr, or a smaller [training] lr in an experiment's file")
+        ours = "--lr, or a smaller [training] lr in an experiment's file"
+        smaller = ours if isinstance(trainer.config, TrainingConfig) else "learning rate"
+        super().__init__(f"{what} ({run}): try a smaller {smaller}")
         self.trainer = trainer
 
 
@@ -79,6 +81,7 @@ class Trainer:
         self.device = self._fabric.device
         self._cuda_devices = [self.device] if self.device.type == "cuda" else []
 
+        self._orders: list[torch.Generator] = []
         self._random = self._random_state()
         with self._own_random_state():
             torch.manual_seed(seed)
@@ -91,7 +94,8 @@ class Trainer:
             at_start = self._random_state()
             if rule is not None:
                 config.convert(self.model, rule)
-        self._random = at_start
+        self._orders = generators_of(self.setup.batches)
+        self._random = {**at_start, "generators": [each.get_state() for each in self._orders]}
         self.steps_per_epoch = self.setup.steps
         self.simplifier: meprop.Simplifier | None = None
         if simplify is not None:
@@ -104,8 +108,7 @@ class Trainer:
         if rule is not None:
             self.schedule = config.rule_schedule(self.model, config.epochs * self.steps_per_epoch)
 
-        self._orders = generators_of(self.setup.batches)
-        self._epoch_start = self._state_of_order(self._random)
+        self._epoch_start = self._random
         self._batches: Iterator[Any] | None = None
         self.step = 0
         """Steps done in the current epoch."""
@@ -156,25 +159,25 @@ class Trainer:
         """
         self.model.train()
         with self._own_random_state():
-            if self._batches is None:
-                self._batches = self._begin_epoch()
             for _ in range(steps):
                 if stop():
                     break
-                batch = next(self._batches, None)
-                if batch is None:
-                    self._end_epoch()
-                    break
-                self._train_step(batch)
+                with self.task.blamed("the batches"):
+                    if self._batches is None:
+                        self._batches = self._begin_epoch()
+                    batch = next(self._batches, None)
+                with self.task.blamed("a training step" if batch is not None else "the end of an epoch"):
+                    if batch is None:
+                        self._end_epoch()
+                        break
+                    self._train_step(batch)
 
     def _begin_epoch(self) -> Iterator[Any]:
         """Return the batches of the epoch that are not yet seen: after a resume some are."""
-        for generator, state in zip(self._orders, self._epoch_start["generators"], strict=True):
-            generator.set_state(state)
         if self.step == 0:
             return islice(self.setup.batches, self.steps_per_epoch)
         now = self._random_state()
-        self._set_random_state(self._epoch_start["random"])
+        self._set_random_state(self._epoch_start)
         batches = islice(self.setup.batches, self.steps_per_epoch)
         for _ in range(self.step):
             next(batches)
@@ -240,7 +243,7 @@ class Trainer:
                     self.setup.scheduler.step(dev[self.setup.metric])
                 else:
                     self.setup.scheduler.step()
-        self._epoch_start = self._state_of_order(self._random_state())
+        self._epoch_start = self._random_state()
 
     def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
         """Return metrics of the model, which is as it was after that, and so are the random generators."""
@@ -280,11 +283,8 @@ class Trainer:
         dense = dense_steps / (self.config.epochs * self.steps_per_epoch)
         return dense + (1 - dense) * found
 
-    def _state_of_order(self, random: dict[str, Any]) -> dict[str, Any]:
-        """Return what the order of the next epoch's batches is drawn from, with the global generators' state."""
-        return {"random": random, "generators": [each.get_state() for each in self._orders]}
-
     def _random_state(self) -> dict[str, Any]:
+        """Return the state of the global generators and of the batches' own, which runs may share as well."""
         import numpy as np
 
         return {
@@ -292,6 +292,7 @@ class Trainer:
             "cuda": [torch.cuda.get_rng_state(device) for device in self._cuda_devices],
             "python": random.getstate(),
             "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
+            "generators": [each.get_state() for each in self._orders],
         }
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
@@ -302,6 +303,8 @@ class Trainer:
             torch.cuda.set_rng_state(each, device)
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])  # noqa: NPY002
+        for generator, each in zip(self._orders, state["generators"], strict=False):  # none before there are batches
+            generator.set_state(each)
 
     @contextmanager
     def _own_random_state(self) -> Generator[None]:

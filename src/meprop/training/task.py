@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import cos, pi
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from meprop import optim
+from meprop.nn.base import SparseLayer
 from meprop.training.config import TrainingConfig
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -28,7 +30,8 @@ class Setup:
         optimizer: Of its parameters, of any class.
         batches: The batches of an epoch, such as a `DataLoader` or a list. It is iterated anew in each epoch. An order
             that is drawn has to be drawn from torch's, Python's or NumPy's global generators, or from the `generator`
-            of the loader or its sampler: a run that is resumed then sees the same batches.
+            of the loader or its sampler: a run that is resumed then sees the same batches. Workers must end with the
+            epoch.
         loss: From the model and a batch to the loss, a tensor of one number.
         evaluate: From the model to its quality on data that it is not trained on: a number, the higher the better, or
             numbers by name. It is called in evaluation mode, without gradients, at the end of each epoch.
@@ -36,14 +39,15 @@ class Setup:
         metric: The name of the number that `evaluate` returns, or of the one to compare by if it returns several.
         scheduler: Of the optimizer's learning rate.
         scheduler_interval: When its `step` is called: after each "step" of the optimizer, or after each "epoch". A
-            ReduceLROnPlateau is given the metric at the end of an epoch.
+            ReduceLROnPlateau is given the metric at the end of an epoch. It needs "epoch", and the mode "max".
         steps_per_epoch: How many batches an epoch has. None: `len(batches)`.
         example_inputs: Arguments that the model can be called with. `meprop simplify` needs them.
 
     Raises:
         TypeError: An argument is of another kind.
-        ValueError: The optimizer has none of the model's parameters, the scheduler has another optimizer, or there are
-            no batches or nobody knows how many.
+        ValueError: The model is not dense, the optimizer has none of its parameters, the scheduler has another
+            optimizer or takes the metric wrongly, workers outlive an epoch, or there are no batches or nobody knows how
+            many.
     """
 
     model: nn.Module
@@ -60,11 +64,25 @@ class Setup:
 
     def __post_init__(self) -> None:
         self._check_kinds()
+        if any(isinstance(each, SparseLayer) for each in self.model.modules()):
+            raise ValueError("Setup(model=...) has sparse layers; give it dense, as each sparse run converts its own")
         theirs = {id(each) for group in self.optimizer.param_groups for each in group["params"]}
         if not any(id(each) in theirs for each in self.model.parameters()):
             raise ValueError("Setup(optimizer=...) has none of the model's parameters; give it model.parameters()")
         if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
             raise ValueError("Setup(scheduler=...) is of another optimizer than Setup(optimizer=...)")
+        if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau) and (
+            self.scheduler_interval != "epoch" or self.scheduler.mode != "max"
+        ):
+            raise ValueError(
+                "Setup(scheduler=...) is a ReduceLROnPlateau, which is given the metric, the higher the better: make "
+                "it with mode='max', and give scheduler_interval='epoch'"
+            )
+        if getattr(self.batches, "persistent_workers", False):
+            raise ValueError(
+                "Setup(batches=...) has persistent_workers=True; give False: a run that is resumed has new workers, "
+                "whose random numbers differ"
+            )
         if self.steps < 1:
             raise ValueError(f"Setup(batches=...) has {self.steps} batches in an epoch; it needs 1 or more")
 
@@ -139,6 +157,14 @@ class Task(Protocol):
         """A digest of the data, wherever they lie: two runs with different ones are not to be compared."""
         ...
 
+    def blamed(self, what: str) -> AbstractContextManager[None]:
+        """Say of an error within, if it is of the task's own code and not of ours, where it was raised.
+
+        Args:
+            what: What is done within, such as "a training step".
+        """
+        ...
+
     def make(self, seed: int, config: Any) -> Setup:
         """Return what one run trains. The global random generators have been given the seed.
 
@@ -186,6 +212,10 @@ class DataTask(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
         """Return the metrics of a split, in percent where they can be."""
+
+    def blamed(self, what: str) -> AbstractContextManager[None]:
+        """See `Task`: all code is ours."""
+        return nullcontext()
 
     def make(self, seed: int, config: TrainingConfig) -> Setup:
         """Return what one run trains."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from meprop.training.config import DEFAULT_RULE, RunConfig, TrainingConfig
+from meprop.training.config import DEFAULT_RULE, ScriptTraining, TrainingConfig
 from meprop.training.script import ScriptConfig, ScriptTask
 from meprop.training.task import Task
 
@@ -32,7 +32,7 @@ def _nowhere(_folder: Path | None) -> None:
     """A file of the user's own knows where its data lie."""
 
 
-SCRIPT = TaskEntry(ScriptConfig, ScriptTask, _nowhere, str, RunConfig(epochs=5, noise=0.25, when="auto"), "sampled")
+SCRIPT = TaskEntry(ScriptConfig, ScriptTask, _nowhere, str, ScriptTraining(), "sampled")
 """The task of a user's file, which the commands take where they take one of ours."""
 
 

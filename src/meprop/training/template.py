@@ -17,7 +17,11 @@ def make(seed: int, epochs: int) -> meprop.Setup:
         nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, len(classes.unique()))
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    # To clip gradients: optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+
+    # To clip gradients:
+    # def clip(*_):
+    #     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # optimizer.register_step_pre_hook(clip)
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, classes = batch
