@@ -1,7 +1,7 @@
 """Files that are changed at random towards code that no file has reached yet, by atheris. `make fuzz` runs it.
 
 It takes the name of a format of `test_fuzz` and the number of files. An input that is neither read nor refused ends it
-with a traceback, and lies in a file crash-... in the current folder.
+with a traceback.
 """
 
 from __future__ import annotations
