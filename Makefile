@@ -25,8 +25,11 @@ test-slow: env  ## the slow tests: means of many draws, and long walks over all 
 torture: env  ## kill real runs at random moments and calls, resume them, compare the ends (10 minutes; SECONDS=)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),600)
 
-fuzz: env  ## files of every format, changed at random, and random calls of the native code (20 minutes or so; EXAMPLES=)
+fuzz: env  ## files of every format, changed at random and by coverage, and random calls of the native code (EXAMPLES=)
 	MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) --hypothesis-profile=default tests/test_fuzz.py tests/ops/test_native_fuzz.py
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	for format in idx idx.gz conllu conllu-tags toml result old-result checkpoint sealed; do \
+	  PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/coverage_fuzz.py $$format $(or $(EXAMPLES),20000) || exit 1; done
 
 soak: env  ## 20,000 steps of small models in several threads: flat memory, the same bits twice
 	MEPROP_SOAK=20000 $(BIN)/python -m pytest -s -m slow tests/soak

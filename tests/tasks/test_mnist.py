@@ -80,6 +80,15 @@ def test_a_gz_that_a_browser_has_already_decompressed_is_read(tmp_path):
     assert read_idx(path).tolist() == [0, 1, 2, 3]
 
 
+def test_dimensions_of_which_one_is_zero_may_not_overflow(tmp_path):
+    path = tmp_path / "images"
+    path.write_bytes(b"\0\0\x08\x03" + b"\0" * 4 + b"\xff" * 8)
+    with pytest.raises(
+        DataError, match=r"images: holds no images \(its dimensions are \(0, 4294967295, 4294967295\)\)"
+    ):
+        read_idx(path)
+
+
 def truncate(data: bytes) -> bytes:
     return data[:-7]
 

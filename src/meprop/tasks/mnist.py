@@ -164,10 +164,6 @@ def _read_pair(folder: Path, images_name: str, labels_name: str) -> tuple[Tensor
                 f"{path}: found {tensor.dim()} dimension(s) where {what} have {dimensions}. "
                 "Check that the image and label files were not swapped."
             )
-        if tensor.numel() == 0:
-            raise DataError(
-                f"{path}: holds no {what} (its dimensions are {tuple(tensor.shape)}). Use a file with some."
-            )
     if len(images) != len(labels):
         raise DataError(
             f"{images_path}: {len(images)} images, but {labels_path} has {len(labels)} labels. "
@@ -183,7 +179,7 @@ def read_idx(path: Path) -> Tensor:
         uint8: images ``[N, H, W]`` (magic number 0x00000803) or labels ``[N]`` (0x00000801).
 
     Raises:
-        DataError: the file is missing, truncated, corrupt or of another format.
+        DataError: the file is missing, truncated, corrupt, of another format, or holds nothing.
     """
     remedy = "Replace it with an undamaged copy."
     try:
@@ -206,6 +202,9 @@ def read_idx(path: Path) -> Tensor:
             f"{path}: its header announces {' x '.join(map(str, shape))} bytes, but {len(contents) - header} follow. "
             f"{remedy}"
         )
+    if 0 in shape:
+        what = "images" if dimensions == 3 else "labels"
+        raise DataError(f"{path}: holds no {what} (its dimensions are {shape}). Use a file with some.")
     return torch.frombuffer(bytearray(contents), dtype=torch.uint8)[header:].reshape(shape)
 
 
