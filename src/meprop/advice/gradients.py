@@ -118,7 +118,7 @@ def _gradients(
             torch.manual_seed(seed)
             loss = trial.loss_of(batch)
             wanted = [*weights, *first]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
     finally:
         for handle in hooks:
             handle.remove()
