@@ -274,12 +274,13 @@ def test_a_replaced_function_of_torch_stays_replaced(monkeypatch):
     assert F.linear is replaced
 
 
-def test_a_frozen_trunk_has_no_gradients_to_compare():
+def test_a_frozen_trunk_has_nothing_to_gain():
     model = perceptron()
     model[:3].requires_grad_(False)
     advice = small(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert {group.why for group in advice.groups[:2]} == {"no gradient reaches it"}
-    assert not advice.line
+    assert (advice.line, advice.bound) == ("", 1.0)
+    assert all(each.sparse_layers == 0 for each in advice.rules)
 
 
 def test_no_rule_passes_the_bound(monkeypatch):

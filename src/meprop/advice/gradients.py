@@ -62,7 +62,7 @@ def agreements(
 
     Args:
         trial: The model.
-        ways: The ways, with rules that take at least one layer.
+        ways: The ways, with rules that take at least one layer that a gradient reaches.
         batches: The batches.
 
     Returns:
@@ -118,7 +118,7 @@ def _gradients(
             torch.manual_seed(seed)
             loss = trial.loss_of(batch)
             wanted = [*weights, *first]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
     finally:
         for handle in hooks:
             handle.remove()
