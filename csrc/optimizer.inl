@@ -9,10 +9,13 @@ inline F32 load_some(const Bf16* from, int64_t count) {
   return as_float(load_bits(all));
 }
 
-// Stores `count` entries of a state. Those of bfloat16 are rounded with random numbers below 2^16. A NaN stays one.
+// Stores `count` entries of a state. Those of bfloat16 are rounded with random numbers below 2^16. A NaN stays one. Beyond
+// the largest number of bfloat16 entries are rounded down, as up is infinity.
 inline void keep_some(float* to, F32 a, U32, int64_t count) { store_some(to, a, count); }
 inline void keep_some(Bf16* to, F32 a, U32 random, int64_t count) {
-  const U32 bits = where_nan(a, splat(0x7fc00000u), plus(as_bits(a), random));
+  const U32 magnitude = both(as_bits(a), splat(0x7fffffffu));
+  const U32 up = where_less(magnitude, splat(0x7f7f0000u), random, splat(0));
+  const U32 bits = where_nan(a, splat(0x7fc00000u), plus(as_bits(a), up));
   if (count >= kLanes) return store_uppers(to, bits);
   Bf16 all[kLanes];
   store_uppers(all, bits);

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import meprop
 import meprop.advice as advice_module
 from meprop import machine, speed
+from meprop.advice.trial import Phases
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +237,70 @@ def test_everything_is_as_before(make, converted):
     meprop.advise(model, DataLoader(batches, batch_size=None, shuffle=True), drawing, optimizer=optimizer, **SHORT)
     assert same(before, states(model, optimizer))
     assert optimizer.step == step
+
+
+def test_gradients_of_a_loss_and_the_generator_of_a_loader_are_as_before():
+    model, head = perceptron(), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    head.weight.grad = torch.ones(4, 4)
+    generator = torch.Generator().manual_seed(3)
+    batches = DataLoader(pairs(MODELS["perceptron"][1]), batch_size=None, shuffle=True, generator=generator)
+    before = generator.get_state()
+
+    def with_head(model, batch):
+        return F.cross_entropy(head(model(batch[0])), batch[1])
+
+    meprop.advise(model, batches, with_head, optimizer=optimizer, **SHORT)
+    assert torch.equal(head.weight.grad, torch.ones(4, 4))
+    assert head.bias.grad is None
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_loss_may_take_entries_out_of_a_batch():
+    batches = [{"x": x, "y": y} for x, y in pairs(MODELS["perceptron"][1])]
+
+    def popping(model, batch):
+        return F.cross_entropy(model(batch["x"]), batch.pop("y"))
+
+    assert meprop.advise(perceptron(), batches, popping, **SHORT).bound >= 1
+    assert all("y" in batch for batch in batches)
+
+
+def test_a_replaced_function_of_torch_stays_replaced(monkeypatch):
+    linear, calls = F.linear, []
+    monkeypatch.setattr(F, "linear", replaced := lambda *args: calls.append(1) or linear(*args))
+    make, inputs, _ = MODELS["encoder"]
+    meprop.advise(make(), pairs(inputs, 2), loss, **SHORT)
+    assert F.linear is replaced
+
+
+def test_a_frozen_trunk_has_nothing_to_gain():
+    model = perceptron()
+    model[:3].requires_grad_(False)
+    advice = small(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert {group.why for group in advice.groups[:2]} == {"no gradient reaches it"}
+    assert (advice.line, advice.bound) == ("", 1.0)
+    assert all(each.sparse_layers == 0 for each in advice.rules)
+
+
+def test_no_rule_passes_the_bound(monkeypatch):
+    """A free step that the machine has slowed down is not said to be one."""
+    times = advice_module.steps_in_turns
+
+    def disturbed(*args):
+        found = times(*args)
+        return {**found, "free": [[Phases(9.0, 9.0, 9.0)] for _ in found["free"]]}
+
+    monkeypatch.setattr(advice_module, "steps_in_turns", disturbed)
+    advice = small()
+    assert advice.bound >= max(1.0, *(each.speedup for each in advice.rules if each.sparse_layers))
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adagrad, meprop.optim.Adagrad])
+def test_a_state_before_the_first_step_is_no_step(cls):
+    model = perceptron()
+    advice = small(model=model, optimizer=cls(model.parameters()), warm_up_steps=None)
+    assert "steps of Adagrad" in advice.state
 
 
 def test_it_goes_on_from_the_state_of_the_optimizer():

@@ -204,7 +204,7 @@ DECISIONS = {
 def test_the_decision(case):
     rows, bound, expected = DECISIONS[case]
     results = [tried(*row[:3], sparse_layers=row[3] if len(row) > 3 else 1) for row in rows]
-    line, verdict, predicted = decide(results, bound, 10.0, None, 128)
+    line, verdict, predicted = decide(results, bound, 10.0, "", 128)
     if isinstance(expected, Rule):
         assert line == f'meprop.convert(model, {code(expected)}, when="auto")'
         assert predicted == max(each.speedup for each in results if each.rule == expected)
@@ -215,10 +215,26 @@ def test_the_decision(case):
 
 
 def test_the_line_has_the_options_of_the_call():
-    line, *_ = decide([tried(SAMPLED, 1.5, 0.1)], 2.0, 10.0, "lm_head", 64)
+    line, *_ = decide([tried(SAMPLED, 1.5, 0.1)], 2.0, 10.0, "lambda name, _: name != 'lm_head'", 64)
     model = nn.ModuleDict({"up": nn.Linear(64, 64), "lm_head": nn.Linear(64, 256)})
     report = eval(line, {"meprop": meprop, "model": model})
     assert {each.name: each.status for each in report.layers} == {"up": "sparse", "lm_head": "dense"}
+
+
+def only_up(name, _layer):
+    return name == "up"
+
+
+@pytest.mark.parametrize(
+    ("filter", "expected"),
+    [(None, "lambda name, _: name != 'lm_head'"), (only_up, "only_up"), (lambda name, _: name == "up", "filter")],
+)
+def test_the_code_of_the_filter_is_that_of_the_call(filter, expected):
+    model = nn.Sequential()
+    model.add_module("up", nn.Linear(200, 200))
+    model.add_module("lm_head", nn.Linear(200, 300))
+    ways = Ways(model, [SAMPLED], filter, 128)
+    assert (list(ways.layers), ways.chosen) == (["up"], expected)
 
 
 # ---------------------------------------------------------------- bias

@@ -62,6 +62,21 @@ def test_special_values_stay_what_they_are():
             assert torch.equal(rounded.signbit()[2:], special.signbit()[2:])
 
 
+@pytest.mark.parametrize("how", ["native", "literal"])
+def test_rounding_makes_nothing_infinite(how, level, monkeypatch):
+    """Beyond the largest number of bfloat16, up is infinity, from which no state would come back."""
+    largest = torch.finfo(torch.bfloat16).max
+    values = torch.tensor([largest, torch.finfo(torch.float32).max, 3.395e38, torch.inf]).repeat(16)
+    if how == "literal":
+        monkeypatch.setattr(ops, "sgd_rows", ops.sgd_rows.literally)
+    parameter = nn.Parameter(torch.zeros(128))
+    optimizer = optim.SGD([parameter], lr=0.0, momentum=0.9, **NARROW)
+    parameter.grad = torch.cat([values, -values])
+    optimizer.step()
+    expected = values.clamp(max=largest).where(values.isfinite(), values)
+    assert torch.equal(moments(optimizer)[0].float(), torch.cat([expected, -expected]))
+
+
 def test_both_halves_of_neighbouring_entries_and_keys_look_independent():
     count = 1 << 18
     draws = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from math import isnan
 from numbers import Real
 from time import perf_counter
@@ -15,10 +15,9 @@ from meprop.advice.gradients import Agreement, Noise, agreements
 from meprop.advice.layers import groups_of, watched
 from meprop.advice.mind import cast_seconds, fresh_memory, note_of_disturbance, notes_of_model, notes_of_trial
 from meprop.advice.record import Advice, GroupAdvice, Part, RuleAdvice
-from meprop.advice.trial import Loss, Phases, Stream, Trial
+from meprop.advice.trial import Loss, Phases, Stream, Trial, untouched
 from meprop.advice.ways import DENSE, FREE, Ways, steps_in_turns, typical
-from meprop.convert import Filter
-from meprop.copies import same_random_states
+from meprop.convert import Filter, check_model
 from meprop.rules import Rule, Sampled, TopK
 
 __all__ = ["RULES", "Advice", "GroupAdvice", "Part", "RuleAdvice", "advise"]
@@ -94,7 +93,8 @@ def advise(
     inner: Any = getattr(model, "_orig_mod", None)  # of torch.compile
     is_compiled = isinstance(inner, torch.nn.Module)
     chosen = _checked(rules, seconds, warm_up_steps)
-    with same_random_states():
+    check_model(inner if is_compiled else model, "call meprop.advise with the model inside it")
+    with untouched(model, optimizer, batches):
         trial = Trial(inner if is_compiled else model, loss, optimizer)
         stream = Stream(batches, _BATCHES)
         trial.check(stream.measured[0])
@@ -132,9 +132,10 @@ def _measured(
 ) -> Advice:
     batches = stream.measured
     seen = watched(trial, ways, batches[0])
+    reached = seen.seconds.keys() & ways.layers.keys()  # by a gradient
     *fresh, once = fresh_memory(trial, batches[0])
     compared = max(2, int(_GRADIENTS * seconds / once / (1 + len(ways.rules))))
-    found, noise = agreements(trial, ways, batches[:compared]) if ways.layers else ({}, None)
+    found, noise = agreements(trial, ways, batches[:compared]) if reached else ({}, None)
     casts = cast_seconds(trial, batches[0]) if seen.autocast else 0.0
     left = max(_STEPS * seconds, seconds - (perf_counter() - begin) - _LAYERS * seconds)
     timed = max(1, int(left / once / len(ways.names) / 3))  # three rounds of each
@@ -142,11 +143,14 @@ def _measured(
     dense, free = typical(phases[DENSE]), typical(phases[FREE])
     groups = groups_of(trial, ways, seen, batches[0], _LAYERS * seconds)
     parts = _parts(trial, dense, free, casts)
-    bound = max(1.0, dense.step / free.step) if ways.layers else 1.0
-    tried = tuple(_rule(ways, name, dense, typical(phases[name]), found.get(name), noise) for name in ways.rules)
+    tried = tuple(
+        _rule(ways, name, reached, dense, typical(phases[name]), found.get(name), noise) for name in ways.rules
+    )
+    passed = (each.speedup for each in tried if each.sparse_layers)  # by noise, or by a faster forward pass
+    bound = max(1.0, dense.step / free.step, *passed) if reached else 1.0
     notes += notes_of_trial(trial, ways, seen, stream, dense.optimizer / dense.step, (fresh[0], fresh[1]))
     notes += note_of_disturbance(phases[DENSE], dense)
-    line, verdict, predicted = decide(tried, bound, 1e3 * dense.step, ways.output, min_features)
+    line, verdict, predicted = decide(tried, bound, 1e3 * dense.step, ways.chosen, min_features)
     took, threads = perf_counter() - begin, torch.get_num_threads()
     measured = f"on {len(batches)} batches, in {took:.0f} s, with {threads} thread{'s' * (threads > 1)}"
     return Advice(
@@ -171,13 +175,14 @@ def _parts(trial: Trial, dense: Phases, free: Phases, casts: float) -> tuple[Par
 def _rule(
     ways: Ways,
     name: str,
+    reached: Set[str],
     dense: Phases,
     sparse: Phases,
     found: tuple[Agreement, Agreement] | None,
     noise: Noise,
 ) -> RuleAdvice:
     rule = ways.rules[name]
-    layers = [each for each in ways.report(name).layers if each.status == "sparse"]
+    layers = [each for each in ways.report(name).layers if each.status == "sparse" and each.name in reached]
     sizes = [each.in_features * each.out_features for each in layers]
     known = [(size, each.density) for size, each in zip(sizes, layers, strict=True) if not isnan(each.density)]
     kept = sum(size * density for size, density in known) / sum(size for size, _ in known) if known else None

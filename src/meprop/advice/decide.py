@@ -18,7 +18,7 @@ _PREFERENCE = 1.1
 
 
 def decide(
-    tried: Sequence[RuleAdvice], bound: float, step_ms: float, output: str | None, min_features: int
+    tried: Sequence[RuleAdvice], bound: float, step_ms: float, chosen: str, min_features: int
 ) -> tuple[str, str, float]:
     """The line to try, what is said of it, and dense / sparse of the step that it predicts.
 
@@ -29,7 +29,7 @@ def decide(
         tried: What was measured of the rules.
         bound: Dense / free, of the step.
         step_ms: The time of the dense step, in milliseconds.
-        output: The name of a layer that is to be left dense.
+        chosen: The code of the filter that the layers were converted with. Empty without one.
         min_features: What the layers were converted with.
     """
     at_most = f"at most {bound:.2f}x is possible here"
@@ -48,7 +48,7 @@ def decide(
     if not faithful:
         return "", f"Leave it dense: {gains}, but its gradients are too far from the dense ones; {at_most}.", 1.0
     best = max(faithful, key=lambda each: each.speedup * (_PREFERENCE if each.unbiased else 1.0))
-    others = f", filter=lambda name, _: name != {output!r}" if output is not None else ""
+    others = f", filter={chosen}" if chosen else ""
     others += f", min_features={min_features}" if min_features != 128 else ""
     line = f"meprop.convert(model, {code(best.rule)}{others}, when='auto')".replace("'", '"')
     times = f"{milliseconds(best.step_ms)} ms instead of {milliseconds(step_ms)}"

@@ -17,8 +17,6 @@ __all__ = ["free_backward"]
 # The functions by which torch's layers, and Conv1D of transformers, multiply with their weights.
 _PRODUCTS = ("linear", "conv1d", "conv2d", "lstm", "addmm")
 
-_linear = F.linear
-
 
 class _Free(torch.autograd.Function):
     """A function of torch whose gradients are zeros. They are what any backward pass has to write at least."""
@@ -49,16 +47,17 @@ def _freed(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, A
     return _Free.apply(lambda: func(*args, **options), *unique.values())
 
 
-def _free_linear(*args: Any, **options: Any) -> Any:
-    return _freed(_linear, args, options)
-
-
 def _with_free_linear(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    F.linear = _free_linear
+    linear = F.linear  # which something else may have replaced before
+
+    def free_linear(*args: Any, **options: Any) -> Any:
+        return _freed(linear, args, options)
+
+    F.linear = free_linear
     try:
         return func(*args, **options)
     finally:
-        F.linear = _linear
+        F.linear = linear
 
 
 def free_backward(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ def agreements(
 
     Args:
         trial: The model.
-        ways: The ways, with rules that take at least one layer.
+        ways: The ways, with rules that take at least one layer that a gradient reaches.
         batches: The batches.
 
     Returns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from copy import copy
 from itertools import islice
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -10,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from meprop.convert import check_model, plain_copy, revert
-from meprop.copies import copy_or_same, deepcopy
+from meprop.convert import plain_copy, revert
+from meprop.copies import copy_or_same, deepcopy, same_random_states
 from meprop.errors import NotSupportedError
 
-__all__ = ["Loss", "Phases", "Stream", "Trial"]
+__all__ = ["Loss", "Phases", "Stream", "Trial", "untouched"]
 
 Loss = Callable[[Any, Any], Tensor]
 """A function of (model, batch) that returns the loss, a scalar tensor."""
@@ -84,13 +86,12 @@ class Trial:
         optimizer: The user's, or None.
 
     Raises:
-        TypeError: `model`, `loss` or `optimizer` is of another type.
+        TypeError: `loss` or `optimizer` is of another type.
         ValueError: No parameter of the model needs a gradient, or the optimizer has none of them.
-        NotSupportedError: The model is wrapped, or the optimizer needs a closure or updates in the backward pass.
+        NotSupportedError: The optimizer needs a closure or updates in the backward pass.
     """
 
     def __init__(self, model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer | None) -> None:
-        check_model(model, "call meprop.advise with the model inside it")
         if not callable(loss):
             raise TypeError(f"loss is of type {type(loss).__name__}; it must be a function of (model, batch)")
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -121,7 +122,7 @@ class Trial:
             TypeError: It is no tensor.
             ValueError: It is not a scalar, not finite, or has no gradient.
         """
-        found: Any = self._loss(self.model, batch)
+        found: Any = self._loss(self.model, copy(batch) if isinstance(batch, (MutableMapping, list)) else batch)
         if not isinstance(found, Tensor):
             hint = "; return its attribute loss" if isinstance(getattr(found, "loss", None), Tensor) else ""
             raise TypeError(f"loss(model, batch) returned a {type(found).__name__}; it must return a tensor{hint}")
@@ -179,7 +180,7 @@ class Trial:
             seconds: The time.
         """
         given = self.optimizer
-        if steps == 0 or (steps is None and given is not None and given.state):
+        if steps == 0 or (steps is None and _has_stepped(given)):
             return "at the weights as they were given"
         if given is None:
             wanted = [each for each in self.model.parameters() if each.requires_grad]
@@ -196,6 +197,36 @@ class Trial:
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+
+
+@contextmanager
+def untouched(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, batches: Any) -> Generator[None]:
+    """A context after which all is as before that a loss or a loader may reach past the copies.
+
+    These are the random states, a loader's own generator, and the gradients of the parameters of model and optimizer,
+    among which may be those of a loss.
+    """
+    groups: list[Any] = getattr(optimizer, "param_groups", [])
+    parameters = {*model.parameters(), *(each for group in groups for each in group["params"])}
+    gradients = {each: each.grad for each in parameters}
+    of_loader = getattr(batches, "generator", None)
+    drawn = [(each, each.get_state()) for each in (of_loader,) if isinstance(each, torch.Generator)]
+    try:
+        for each in parameters:
+            each.grad = None
+        with same_random_states():
+            yield
+    finally:
+        for each, gradient in gradients.items():
+            each.grad = gradient
+        for generator, state in drawn:
+            generator.set_state(state)
+
+
+def _has_stepped(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether the state of an optimizer says that it has done steps. Adagrad makes its state before the first one."""
+    states = () if optimizer is None else optimizer.state.values()
+    return any(state and float(state.get("step", 1)) > 0 for state in states)
 
 
 def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -38,6 +38,7 @@ class Ways:
         reports: What `meprop.convert` says of each rule, by its name.
         layers: The layers that a rule takes, by their names in the model.
         output: The name of the layer that seems to give the outputs, if `filter` was None, and a rule would take it.
+        chosen: The code of the filter that was used. Empty without one.
     """
 
     def __init__(self, model: torch.nn.Module, rules: Sequence[Rule], filter: Filter | None, min_features: int) -> None:
@@ -63,6 +64,9 @@ class Ways:
             sparse = {each.name for each in found.layers if each.status == "sparse"}
             self.layers.update({place: layer for place, layer, _ in described if place in sparse})
             revert(model)
+        self.chosen = "" if self.output is None else f"lambda name, _: name != {self.output!r}"
+        if filter is not None:
+            self.chosen = getattr(filter, "__name__", "filter").replace("<lambda>", "filter")
 
     def take(self, name: str) -> None:
         """Lets the model work in one of the ways."""

@@ -10,6 +10,7 @@ from torch import Tensor
 Places = Tensor | EllipsisType
 """The indices of rows, or all rows."""
 
+_LARGEST = torch.finfo(torch.bfloat16).max
 _WORD, _LONG = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
@@ -28,7 +29,8 @@ def stochastic(values: Tensor, shape: torch.Size, at: Places, key: int, *, is_se
     The lower half of the word is added to the bits of the entry. Then the lower half of the sum is cut off.
 
     Args:
-        values: The rows [k, *], float32. NaN stays NaN, and infinity stays infinity.
+        values: The rows [k, *], float32. NaN stays NaN, and infinity stays infinity. Beyond the largest number of
+            bfloat16 they are rounded down, as up is infinity.
         shape: The shape [O, *] of the tensor.
         at: Which of its rows they are.
         key: The key, from 0 to 2^63 - 1, which looks random (`key_of`).
@@ -39,6 +41,7 @@ def stochastic(values: Tensor, shape: torch.Size, at: Places, key: int, *, is_se
     """
     word = _mixed(torch.arange(shape.numel(), device=values.device).view(shape)[at], key)
     random = (word >> 16 if is_second else word & 0xFFFF).int()
+    random = torch.where(values.abs() < _LARGEST, random, 0)
     rounded = (values.contiguous().view(torch.int32) + random & ~0xFFFF).view(torch.float32)
     return torch.where(values.isnan(), torch.nan, rounded).bfloat16()
 
