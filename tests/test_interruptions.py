@@ -270,7 +270,7 @@ def limited(command, data, size, *options):
 def test_a_full_disk_is_found_before_training(small_mnist, command, name):
     done = limited(command, small_mnist, 1000)
     assert done.returncode == 1
-    assert done.stderr == f"meprop: error: [Errno 27] File too large: 'out/{name}'\n"
+    assert done.stderr == f"meprop: error: [Errno 27] File too large: '{Path.cwd()}/out/{name}'\n"
 
 
 FAILING = ["checkpoint", "result.json", "curves.png"]
@@ -292,7 +292,7 @@ def test_what_was_computed_is_shown_though_it_cannot_be_saved(small_mnist, monke
     code = run(command, small_mnist, "--seeds", "0")
     shown = capsys.readouterr()
     assert "test accuracy" in shown.out
-    assert f"No space left on device: 'out/{failing}" in shown.err
+    assert f"No space left on device: '{Path.cwd()}/out/{failing}" in shown.err
     assert code == (0 if failing == "checkpoint" and command != "train" else 1)
     assert "Traceback" not in shown.err
     assert not list(Path("out").glob("*.tmp"))
@@ -311,7 +311,7 @@ def test_a_folder_that_is_deleted_while_it_is_trained_for(small_mnist, monkeypat
     assert run("compare", small_mnist, "--seeds", "0") == 1
     shown = capsys.readouterr()
     assert "test accuracy" in shown.out
-    assert "No such file or directory: 'out/result.json'" in shown.err
+    assert f"No such file or directory: '{Path.cwd()}/out/result.json'" in shown.err
 
 
 def test_a_terminal_that_goes_away_does_not_end_a_training(small_mnist):

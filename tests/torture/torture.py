@@ -61,7 +61,7 @@ variants.random = { rule = "random", k = 5 }
 def without_seconds(value: Any) -> Any:
     """Data without what is measured, and without the digest that depends on it."""
     if isinstance(value, dict):
-        left_out = ("seconds", "sha256", "models", "out", "data_dir")
+        left_out = ("seconds", "sha256", "models", "verdicts", "out", "data_dir")
         return {name: without_seconds(each) for name, each in value.items() if name not in left_out}
     if isinstance(value, torch.Tensor | np.ndarray):
         bits = torch.as_tensor(value).contiguous().view(-1).view(torch.uint8)
