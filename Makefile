@@ -13,7 +13,7 @@ READY := .venv/.ready-$(MODULES)
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: env  ## set up .venv, train dense and sparse on real MNIST side by side, print the table (a few minutes)
+demo: env  ## set up .venv, train dense and sparse on real MNIST side by side, print the table and the verdict (a few minutes)
 	$(BIN)/meprop compare mnist --rule sampled --noise 0.25 --hidden 2048 2048 --batch-size 100 --epochs 3 --out runs/demo --overwrite
 
 test: env  ## set up .venv and run the tests, but for the slow ones

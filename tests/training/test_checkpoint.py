@@ -28,59 +28,23 @@ def ignore(trainer):
     pass
 
 
-@pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
-@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
-def test_a_resumed_run_with_row_sparse_gradients(task, tmp_path, optimizer, sparse_rows):
-    config = TrainingConfig(
-        epochs=3, k=5, accelerator="cpu", optimizer=optimizer, scope="batch", sparse_rows=sparse_rows
-    )
-    whole, interrupted, resumed = (Trainer(task, config, config.rule(), 7) for _ in range(3))
+def whole_and_resumed(tmp_path, build, steps):
+    """A run that was not stopped, and one that was after so many calls, both at their end, which has to be the same."""
+    whole, interrupted, resumed = build(), build(), build()
     (expected,) = fit([whole], ignore)
-    interrupted.advance(5)
-    assert isinstance(interrupted.optimizer, meprop.optim.SGD | meprop.optim.Adam | meprop.optim.Adagrad)
+    for _ in range(steps):
+        interrupted.advance(1)
     checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
-    checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
+    interrupted.advance(3)  # what the checkpoint holds is not what goes on living in memory
+    saved = checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
+    assert asdict(resumed.seconds) == saved["seconds"]
+    assert resumed.seconds.step > 0
     (actual,) = fit([resumed], ignore)
+    assert (actual.dev, actual.test, actual.checks) == (expected.dev, expected.test, expected.checks)
     assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
     for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value)
-
-
-@pytest.mark.parametrize("sparse_rows", ["no", "decay"])
-@pytest.mark.parametrize("steps", [3, 8, 11])  # between checks, at the end of an epoch, in a cycle that only trains
-def test_a_resumed_run_that_is_simplified(task, tmp_path, steps, sparse_rows):
-    config = TrainingConfig(epochs=3, k=5, accelerator="cpu", scope="batch", sparse_rows=sparse_rows)
-    simplify = SimplifyConfig(threshold=0.05, checks=4, cycle=1)
-    whole, interrupted, resumed = (Trainer(task, config, config.rule(), 7, simplify) for _ in range(3))
-    (expected,) = fit([whole], ignore)
-    interrupted.advance(steps)
-    checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
-    interrupted.advance(3)
-    checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
-    (actual,) = fit([resumed], ignore)
-    assert actual.checks == expected.checks
-    assert expected.checks[-1]["widths"]["0"] < 128
-    assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value)
-
-
-@pytest.mark.parametrize("settings", [{}, {"scope": "batch", "sparse_rows": "decay"}, {"noise": 0.5}])
-@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
-def test_a_resumed_run_with_states_in_bfloat16(task, tmp_path, optimizer, settings):
-    config = TrainingConfig(epochs=3, k=5, accelerator="cpu", optimizer=optimizer, state_dtype="bfloat16", **settings)
-    for rule in (None, config.rule()):
-        whole, interrupted, resumed = (Trainer(task, config, rule, 7) for _ in range(3))
-        (expected,) = fit([whole], ignore)
-        interrupted.advance(11)
-        checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
-        checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
-        (actual,) = fit([resumed], ignore)
-        assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
-        for name, value in whole.model.state_dict().items():
-            assert torch.equal(resumed.model.state_dict()[name], value)
-        state = next(iter(resumed.optimizer.state.values()))
-        assert state["exp_avg" if optimizer == "adam" else "sum"].dtype == torch.bfloat16
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    return whole, resumed
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
@@ -88,25 +52,37 @@ def test_a_resumed_run_with_states_in_bfloat16(task, tmp_path, optimizer, settin
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(task, tmp_path, steps, sparse, optimizer):
     config = TrainingConfig(epochs=3, k=5, accelerator="cpu", optimizer=optimizer)
+    whole_and_resumed(tmp_path, lambda: Trainer(task, config, config.rule() if sparse else None, 7), steps)
+
+
+@pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+def test_a_resumed_run_with_row_sparse_gradients(task, tmp_path, optimizer, sparse_rows):
+    config = TrainingConfig(
+        epochs=3, k=5, accelerator="cpu", optimizer=optimizer, scope="batch", sparse_rows=sparse_rows
+    )
+    _, resumed = whole_and_resumed(tmp_path, lambda: Trainer(task, config, config.rule(), 7), 5)
+    assert isinstance(resumed.optimizer, meprop.optim.SGD | meprop.optim.Adam | meprop.optim.Adagrad)
+
+
+@pytest.mark.parametrize("sparse_rows", ["no", "decay"])
+@pytest.mark.parametrize("steps", [3, 8, 11])  # between checks, at the end of an epoch, in a cycle that only trains
+def test_a_resumed_run_that_is_simplified(task, tmp_path, steps, sparse_rows):
+    config = TrainingConfig(epochs=3, k=5, accelerator="cpu", scope="batch", sparse_rows=sparse_rows)
+    simplify = SimplifyConfig(threshold=0.05, checks=4, cycle=1)
+    whole, _ = whole_and_resumed(tmp_path, lambda: Trainer(task, config, config.rule(), 7, simplify), steps)
+    assert whole.result().checks[-1]["widths"]["0"] < 128
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "batch", "sparse_rows": "decay"}, {"noise": 0.5}])
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_resumed_run_with_states_in_bfloat16(task, tmp_path, sparse, optimizer, settings):
+    config = TrainingConfig(epochs=3, k=5, accelerator="cpu", optimizer=optimizer, state_dtype="bfloat16", **settings)
     rule = config.rule() if sparse else None
-    whole = Trainer(task, config, rule, 7)
-    (expected,) = fit([whole], ignore)
-
-    interrupted = Trainer(task, config, rule, 7)
-    for _ in range(steps):
-        interrupted.advance(1)
-    checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
-    interrupted.advance(3)  # what the checkpoint holds is not what goes on living in memory
-
-    resumed = Trainer(task, config, rule, 7)
-    saved = checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
-    assert asdict(resumed.seconds) == saved["seconds"]
-    assert resumed.seconds.step > 0
-    (actual,) = fit([resumed], ignore)
-    assert (actual.dev, actual.test) == (expected.dev, expected.test)
-    assert [r["loss"] for r in actual.curve] == [r["loss"] for r in expected.curve]
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    _, resumed = whole_and_resumed(tmp_path, lambda: Trainer(task, config, rule, 7), 11)
+    state = next(iter(resumed.optimizer.state.values()))
+    assert state["exp_avg" if optimizer == "adam" else "sum"].dtype == torch.bfloat16
 
 
 SCHEDULED = {"noise": 0.5, "noise_start": 0.1, "noise_of": "model", "dense_warmup_steps": 4, "dense_end_steps": 5}
@@ -115,17 +91,7 @@ SCHEDULED = {"noise": 0.5, "noise_start": 0.1, "noise_of": "model", "dense_warmu
 @pytest.mark.parametrize("steps", [3, 4, 8, 9, 14, 21])  # in each phase and at its beginning; 8 steps are an epoch
 def test_a_resumed_run_with_a_schedule_equals_an_uninterrupted_one(task, tmp_path, steps):
     config = TrainingConfig(epochs=3, accelerator="cpu", **SCHEDULED)
-    whole, interrupted, resumed = (Trainer(task, config, config.rule("sampled"), 7) for _ in range(3))
-    (expected,) = fit([whole], ignore)
-    for _ in range(steps):
-        interrupted.advance(1)
-    checkpoint.save(tmp_path / "c.pt", interrupted.state_dict(), SETTINGS)
-    interrupted.advance(3)
-    checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
-    (actual,) = fit([resumed], ignore)
-    assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value)
+    whole, resumed = whole_and_resumed(tmp_path, lambda: Trainer(task, config, config.rule("sampled"), 7), steps)
     assert resumed.schedule.state_dict() == whole.schedule.state_dict() == {"steps": 24}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 
@@ -350,8 +349,3 @@ def test_the_file_that_init_writes_trains(tmp_path, monkeypatch, capsys):
     assert main(["init", "mine.py"]) == 2
     assert "mine.py exists; give another name" in capsys.readouterr().err
     assert main(["init", "mine.txt"]) == 2
-
-
-def test_a_state_dict_can_be_copied(write):
-    trainer = Trainer(write(), CONFIG, None, 7)
-    copy.deepcopy(trainer.state_dict())

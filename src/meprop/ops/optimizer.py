@@ -229,8 +229,7 @@ def adam_rows(
         eps: The same as torch's.
         weight_decay: The same as torch's.
         decoupled: Whether the weight decay is decoupled, as in AdamW.
-        key: With a key the parameter is float32, and its state bfloat16, which is computed in float32 and rounded as
-            `meprop.ops.rounding.stochastic` does. The step goes on from what is rounded. None: no such rounding.
+        key: As of `sgd_rows`.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -317,8 +316,7 @@ def adagrad_rows(
         lr: The learning rate of this step.
         eps: The same as torch's.
         weight_decay: The same as torch's.
-        key: With a key the parameter is float32, and its state bfloat16, which is computed in float32 and rounded as
-            `meprop.ops.rounding.stochastic` does. The step goes on from what is rounded. None: no such rounding.
+        key: As of `sgd_rows`.
 
     Raises:
         ValueError: The shapes do not fit.
