@@ -21,9 +21,10 @@ import meprop
 from interrupted import write_mnist
 from meprop import cli, machine
 from meprop.cli import common
+from meprop.cli.compare import Compare
 from meprop.cli.main import parse
 from meprop.cli.simplify import Simplify
-from meprop.cli.train import Compare, Train
+from meprop.cli.train import Train
 from meprop.tasks.mnist import MnistConfig
 from meprop.training import checkpoint, tracking
 from meprop.training.config import TrainingConfig
@@ -528,3 +529,55 @@ def test_an_interrupt_while_it_imports_shows_no_traceback():
     )
     done = subprocess.run([sys.executable, "-c", interrupt, "doctor"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_several_rules_are_compared_with_settings_of_their_own(data, capsys):
+    rules = ["topk", "topk:k=9,scope=global", "dense:precision=bf16-mixed"]
+    assert compare(data, "--rule", *rules, "--seeds", "0", "1") == 0
+    content = result("runs/compare-mnist")
+    assert [(run["rule"], run["seed"]) for run in content["runs"]] == [
+        (name, seed) for seed in (0, 1) for name in ("dense", *rules)
+    ]
+    assert [run["k"] for run in content["runs"][:4]] == [None, 5, 9, None]
+    assert [verdict["rule"] for verdict in content["verdicts"]] == rules
+    shown = capsys.readouterr().out
+    for rule in rules:
+        assert f" {rule}: " in shown
+    assert compare(data, "--rule", *rules, "--seeds", "0", "1", "2", "--resume") == 0
+    assert len(result("runs/compare-mnist")["runs"]) == 12
+    assert compare(data, "--rule", *rules[:2], "--seeds", "0", "1", "2", "--resume") == 2
+    assert "rule was" in err(capsys)
+
+
+def test_a_comparison_of_equal_seconds(data, capsys):
+    assert compare(data, "--budget-seconds", "0.4", "--seeds", "0", "1") == 0
+    content = result("runs/compare-mnist")
+    for run in content["runs"]:
+        assert run["seconds"]["step"] >= 0.4
+        first, last = run["curve"]
+        assert first["seconds"] >= 0.2
+        assert last["seconds"] >= 0.4
+    assert [verdict["budget"] for verdict in content["verdicts"]] == ["seconds"]
+    shown = capsys.readouterr().out
+    for text in ("seconds of training each", "whole step, ms/step"):
+        assert text in shown
+
+
+def test_the_result_is_there_after_each_epoch(data, monkeypatch, capsys):
+    written = []
+    write = tracking.write_result
+
+    def watched(path, content):
+        written.append([(run.rule, run.seed, run.epochs) for run in (*content.runs, *content.running)])
+        write(path, content)
+        if len(written) == 1:
+            shown = result(path.parent)
+            assert (shown["runs"], [run["epochs"] for run in shown["running"]]) == ([], [1, 1])
+
+    monkeypatch.setattr(tracking, "write_result", watched)
+    assert compare(data, "--seeds", "3", "4") == 0
+    first, second = [("dense", 3), ("topk", 3)], [("dense", 4), ("topk", 4)]
+    assert written == [
+        [(*each, epochs) for each in first] for epochs in (1, 2, 2)
+    ] + [[(*each, 2) for each in first] + [(*each, epochs) for each in second] for epochs in (1, 2, 2)]  # fmt: skip
+    assert "running" not in result("runs/compare-mnist")

@@ -98,7 +98,7 @@ def test_what_is_compared_is_trained_in_turns(experiment):
         ("seeds = [0, 1]", "seeds = []", r"--seeds must be one or more"),
         ("seeds = [0, 1]", 'seeds = ["0"]', r"seeds is \['0'\]; it must be tuple\[int, \.\.\.\]"),
         ('name = "tiny"', 'name = "mnits"', r"\[task\] name is 'mnits'; the tasks are tiny"),
-        ("epochs = 2", "epoch = 2", r"\[training\] epoch: there is no such key; there are epochs, scope"),
+        ("epochs = 2", "epoch = 2", r"\[training\] epoch: there is no such key; there are epochs, budget_seconds"),
         ("epochs = 2", "seeds = [3]", r"\[training\] seeds: there is no such key"),
         ("epochs = 2", "epochs = true", r"\[training\] epochs is True; it must be int"),
         ("epochs = 2", "lr = '1e-3'", r"\[training\] lr is '1e-3'; it must be float"),

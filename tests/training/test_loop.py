@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -317,3 +318,84 @@ def test_the_largest_seed_that_is_allowed_is_one_for_torch(task):
     trainer = Trainer(task, TrainingConfig(seeds=(2**64 - 1,)), None, 2**64 - 1)
     trainer.advance(1)
     assert trainer.step == 1
+
+
+class Clock:
+    """A clock of which each step takes what is asked for: it is read four or five times a step."""
+
+    def __init__(self, seconds):
+        self.now, self.reads, self.seconds = 0.0, 0, seconds
+
+    def __call__(self):
+        self.now += self.seconds / 4
+        return self.now
+
+
+def budgeted(task, monkeypatch, seconds_of_step, **settings):
+    config = replace(CONFIG, epochs=4, budget_seconds=8.0, **settings)
+    trainer = Trainer(task, config, config.rule(), 7)
+    monkeypatch.setattr(trainer, "_clock", Clock(seconds_of_step))
+    return trainer
+
+
+@pytest.mark.parametrize(("seconds_of_step", "steps"), [(1 / 8, 64), (1 / 16, 128), (0.3, 28), (5.0, 4)])
+def test_a_budget_in_seconds_is_spent_in_equal_parts(task, monkeypatch, seconds_of_step, steps):
+    trainer = budgeted(task, monkeypatch, seconds_of_step)
+    (run,) = fit([trainer], ignore)
+    assert run.epochs == 4
+    assert run.steps == len(task.seen) == pytest.approx(steps, abs=2)
+    ends = [record["seconds"] for record in run.curve]
+    for part, end in enumerate(ends, start=1):  # no step is cut
+        assert end >= 2 * part
+        assert end < 2 * part + seconds_of_step or seconds_of_step > 2
+
+
+def test_passes_over_the_data_go_on_across_the_parts(task, monkeypatch):
+    trainer = budgeted(task, monkeypatch, 0.5)
+    fit([trainer], ignore)
+    first = torch.cat(task.seen[:8])
+    assert sorted(first.tolist()) == list(range(80))  # a part is 4 steps, a pass is 8
+    assert not torch.equal(first, torch.cat(task.seen[8:16]))
+
+
+@pytest.mark.parametrize("seconds_of_step", [1 / 16, 1 / 4, 1.0])
+def test_schedules_go_over_their_whole_course_in_the_budget(task, monkeypatch, seconds_of_step):
+    trainer = budgeted(task, monkeypatch, seconds_of_step, schedule="cosine", dense_warmup_steps=8)
+    seen, late = [], seconds_of_step / 4 / 8  # a step is not over when its ticks are counted
+    while not trainer.finished:
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        seen.append((trainer.share, rate, trainer.model[0].rule.keeps_all(128)))
+        trainer.advance(1)
+    for share, rate, dense in seen:
+        ticks = int(max(0, share - late) * 4 * 8)
+        assert rate == pytest.approx(trainer.config.lr * (1 + math.cos(math.pi * ticks / 32)) / 2)
+        assert dense == (ticks < 8)
+    assert trainer.optimizer.param_groups[0]["lr"] < 0.02 * trainer.config.lr
+
+
+@pytest.mark.parametrize("steps", [3, 8, 11])
+def test_a_run_of_seconds_is_resumed_bit_for_bit(monkeypatch, steps):
+    straight = budgeted(TinyTask(), monkeypatch, 0.3)
+    fit([straight], ignore)
+    first = budgeted(TinyTask(), monkeypatch, 0.3)
+    while first.steps_before + first.step < steps:
+        first.advance(1)
+    second = budgeted(TinyTask(), monkeypatch, 0.3)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    (run,) = fit([second], ignore)
+    assert_same_weights(weights(straight), weights(second))
+    assert run.steps == straight.steps_before
+
+
+def test_the_run_that_is_behind_has_the_next_turn(task, monkeypatch):
+    slow, fast = budgeted(task, monkeypatch, 0.5), budgeted(task, monkeypatch, 0.125)
+    turns = []
+    fit([slow, fast], turns.append, turn=1)
+    before = turns[: turns.index(slow, 1)]
+    assert before.count(fast) == pytest.approx(4, abs=1)
+    assert slow.steps_before * 4 == pytest.approx(fast.steps_before, abs=4)
+
+
+def test_simplifying_needs_epochs(task):
+    with pytest.raises(ValueError, match="--budget-seconds: cycles of simplifying are counted in epochs"):
+        Trainer(task, replace(CONFIG, budget_seconds=1.0), CONFIG.rule(), 0, SimplifyConfig())

@@ -1,4 +1,4 @@
-"""What the commands share: commands with a form for each task, the choice of a rule, threads, notes."""
+"""What the commands share: commands with a form for each task, the choice of a rule, threads, notes, tables."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import re
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from importlib.metadata import requires
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, Union, get_args
 
 import torch
 
 from meprop import rules
 from meprop.training import tasks
-from meprop.training.config import RunConfig, rule_names
+from meprop.training.config import MARGIN, RunConfig, rule_names
 from meprop.training.tasks import TaskEntry
+
+if TYPE_CHECKING:
+    from meprop.training.records import Run
+    from meprop.training.task import Task
+    from meprop.training.verdict import Verdict
 
 TaskConfig = TypeVar("TaskConfig")
 Training = TypeVar("Training", bound=RunConfig)
@@ -87,6 +92,18 @@ def rule_choice(question: str, others: Mapping[str, str] | None = None) -> Any:
     return Annotated[names, tyro.conf.arg(help=f"{question} {listed}.")]
 
 
+def rule_texts() -> Any:
+    """Return the type of an option that takes rules with settings of their own, with its help, for `tyro`."""
+    import tyro
+
+    listed = "; ".join(f"{name}: {rule.label}" for name, rule in rules.named().items())
+    about = (
+        f"What is compared with dense: one rule or more. {listed}. dense: everything. Each can have settings of its "
+        "own, which go before the options: sampled:noise=0.5 topk:k=0.04,scope=global dense:precision=bf16-mixed"
+    )
+    return Annotated[tuple[str, ...], tyro.conf.arg(help=about, metavar="RULE [RULE ...]")]
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Generator[None]:
     """Lets torch use so many threads for a while; 0 for as many as it does.
@@ -108,6 +125,20 @@ def note(text: str) -> None:
     """Prints a line about what goes on, on standard error, if that is still there."""
     with contextlib.suppress(OSError):
         print(f"meprop: {text}", file=sys.stderr)
+
+
+def show_runs(runs: list[Run], task: Task, verdicts: Sequence[Verdict] = (), margin: float = MARGIN) -> None:
+    """Print the table of what is finished and, of a comparison, the verdicts."""
+    from rich.console import Console
+
+    from meprop.reporting.terminal import run_table, verdict_line
+
+    if runs:
+        Console().print(run_table(runs, task.metric, verdicts, task.unit))
+        for verdict in verdicts:
+            print(verdict_line(verdict))
+        if verdicts and margin == MARGIN and not task.unit and all(abs(run.dev[task.metric]) <= 1 for run in runs):
+            note(f"{task.metric} is within 1, and --margin is {margin}: give a smaller margin, or scores in percent")
 
 
 def extras() -> dict[str, list[str]]:

@@ -20,12 +20,13 @@ from meprop.cli import faults
 from meprop.cli.advise import ADVISE, Advise
 from meprop.cli.bench import BENCH
 from meprop.cli.common import Command, missing, note
+from meprop.cli.compare import COMPARE, Compare
 from meprop.cli.doctor import DATA, DOCTOR, Doctor
 from meprop.cli.init import INIT
 from meprop.cli.reproduce import REPRODUCE, Reproduce
 from meprop.cli.simplify import SIMPLIFY, Simplify
 from meprop.cli.stop import Stopped, StopRequest
-from meprop.cli.train import COMPARE, TRAIN, Compare, Train
+from meprop.cli.train import TRAIN, Train
 from meprop.errors import MepropError, nearest
 from meprop.training.script import ScriptTask
 

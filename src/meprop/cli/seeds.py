@@ -73,12 +73,16 @@ class Seeds:
             raise ValueError(f"{path} has results of the seeds {others}; give them to --seeds as well")
 
     def train(
-        self, build: Callable[[int], Sequence[Trainer]], finish: Callable[[Sequence[Trainer], list[Run]], None]
+        self,
+        build: Callable[[int], Sequence[Trainer]],
+        record: Callable[[list[Run]], None],
+        finish: Callable[[Sequence[Trainer], list[Run]], None],
     ) -> None:
         """Train what is not finished.
 
         Args:
             build: Returns new runs of a seed.
+            record: Called after each epoch with the runs of the seed as far as they are: to write result.json.
             finish: Called with the runs of a seed, trained to the end, and their outcome: to save it.
         """
         try:
@@ -87,7 +91,7 @@ class Seeds:
                     continue
                 self._session.stop.check()
                 saved = [self._saved(trainer) for trainer in build(seed)]
-                outcome = self._session.train(saved)
+                outcome = self._session.train(saved, record)
                 finish([run.trainer for run in saved], outcome)
                 for run in saved:
                     checkpoint.delete(run.path)
@@ -101,7 +105,8 @@ class Seeds:
     def _saved(self, trainer: Trainer) -> Saved:
         """Return a run, where an earlier process left it if that is to be continued."""
         command = self._command
-        settings = tracking.settings(command.task, command.training, DENSE if trainer.rule is None else command.rule)
+        rule = DENSE if trainer.rule is None else trainer.rule.name
+        settings = tracking.settings(command.task, trainer.config, rule)
         if trainer.simplifier is not None:
             settings["simplify"] = self.config["simplify"]
         settings |= {"seed": trainer.seed, "data": self._task.fingerprint}

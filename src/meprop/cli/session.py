@@ -111,9 +111,15 @@ class Session:
         self.make_way()
         tracking.write_result(self.out / tracking.RESULT, result)
 
-    def train(self, runs: Sequence[Saved], every: int = 0) -> list[Run]:
-        """Train runs to the end, see `train_in_turns`, and save them every so many steps as well if that is not 0."""
-        self.saver = CheckpointSaver(runs, every, self.make_way)
+    def train(self, runs: Sequence[Saved], record: Callable[[list[Run]], None], every: int = 0) -> list[Run]:
+        """Train runs to the end, see `train_in_turns`, and save them.
+
+        Args:
+            runs: The runs.
+            record: Called with those that have completed an epoch, after each: to write result.json.
+            every: Save checkpoints every so many steps as well; 0: after epochs alone.
+        """
+        self.saver = CheckpointSaver(runs, every, self.make_way, record)
         return train_in_turns(self.saver, self.stop, self.out if self._tensorboard else None)
 
 
@@ -127,10 +133,16 @@ class CheckpointSaver:
         failure: Why the last save failed; None if it did not.
     """
 
-    def __init__(self, runs: Sequence[Saved], every: int = 0, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        runs: Sequence[Saved],
+        every: int = 0,
+        before: Callable[[], None] = lambda: None,
+        record: Callable[[list[Run]], None] = lambda running: None,
+    ) -> None:
         self.runs, self.every = runs, every
         self.failure: OSError | None = None
-        self._before = before
+        self._before, self._record = before, record
         self._last = self._slowest()
 
     def update(self) -> None:
@@ -147,9 +159,10 @@ class CheckpointSaver:
             self._before()
             for run in self.runs:
                 run.save()
+            self._record([run.trainer.result() for run in self.runs if run.trainer.epoch])
         except OSError as error:
             self.failure = error
-            note(f"a checkpoint could not be saved: {error}")
+            note(f"what is trained could not be saved: {error}")
 
     def _slowest(self) -> tuple[int, int]:
         return min((run.trainer.epoch, run.trainer.step) for run in self.runs)

@@ -72,6 +72,10 @@ class Simplify(Generic[TaskConfig, Training, RuleName]):
                 _check_savable(trainers[0].model)
                 return [*trainers, Trainer(task, self.training, rule, seed, self.simplify)]
 
+            def record(running: Sequence[Run] = ()) -> None:
+                found = tracking.describe(task.name, seeds.config, runs, running)
+                session.write_result(report.SimplifyResult(**vars(found), models=models))
+
             def finish(trainers: Sequence[Trainer], outcome: list[Run]) -> None:
                 runs.extend(outcome)
                 models.extend(report.describe(trainers, self.seconds))
@@ -82,11 +86,10 @@ class Simplify(Generic[TaskConfig, Training, RuleName]):
                 if outcome[0].seed == self.training.seeds[0] and simplifier.widths:
                     report.draw_activity(simplifier.activity, session.out / report.ACTIVITY)
                 # Last: the seed is finished with it, and not looked at again after a resume.
-                record = tracking.describe(task.name, seeds.config, runs)
-                session.write_result(report.SimplifyResult(**vars(record), models=models))
+                record()
 
             try:
-                seeds.train(build, finish)
+                seeds.train(build, record, finish)
                 self._draw(session.out, task, runs, build(self.training.seeds[0]))
             finally:
                 _show(task, runs, models)

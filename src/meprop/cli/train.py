@@ -1,17 +1,16 @@
-"""`meprop train` and `meprop compare`."""
+"""`meprop train`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from meprop.cli.common import Command, RuleName, TaskConfig, Training, note, rule_choice, with_tasks
-from meprop.cli.seeds import Seeds
+from meprop.cli.common import Command, RuleName, TaskConfig, Training, note, rule_choice, show_runs, with_tasks
 from meprop.cli.session import Saved, Session
 from meprop.training import checkpoint, tasks, tracking
-from meprop.training.config import DENSE, MARGIN
+from meprop.training.config import DENSE
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
 from meprop.training.task import Task
@@ -51,8 +50,12 @@ class Train(Generic[TaskConfig, Training, RuleName]):
             run = self._begin(session, task)
             if run.trainer.rule is not None:
                 print(run.trainer.report)
+
+            def record(finished: Sequence[Run] = (), running: Sequence[Run] = ()) -> None:
+                session.write_result(tracking.describe(task.name, tracking.plain(self), finished, running))
+
             try:
-                runs = session.train([run], self.checkpoint_every)
+                runs = session.train([run], lambda running: record(running=running), self.checkpoint_every)
             except KeyboardInterrupt:
                 if session.saved and checkpoint.exists(run.path):
                     note(f"stopped; {run.path} is kept: continue with --resume")
@@ -60,10 +63,10 @@ class Train(Generic[TaskConfig, Training, RuleName]):
                     note("stopped before the first checkpoint: nothing is kept")
                 raise
             try:
-                session.write_result(tracking.describe(task.name, tracking.plain(self), runs))
+                record(runs)
                 figures.draw_runs(runs, task.metric, session.out / tracking.FIGURE, unit=task.unit)
             finally:
-                _show(runs, task)
+                show_runs(runs, task)
             if session.saver.failure is not None:
                 raise session.saver.failure
             checkpoint.delete_earlier(run.path)
@@ -81,91 +84,7 @@ class Train(Generic[TaskConfig, Training, RuleName]):
         return run
 
 
-@dataclass(frozen=True)
-class Comparison(tracking.Result):
-    """The content of result.json of a comparison."""
-
-    verdicts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """`training.verdict.Verdict` of each rule, on the seeds that are finished."""
-
-
-@dataclass(frozen=True)
-class Compare(Generic[TaskConfig, Training, RuleName]):
-    """Train dense and sparse side by side, with the same seeds and budget."""
-
-    task: TaskConfig
-    training: Training
-    out: Path
-    """Folder for result.json, which has the finished seeds, for curves.png, and for checkpoints of the unfinished."""
-    rule: RuleName
-    margin: float = MARGIN
-    """How much lower the dev score may be for sparse to count as good as dense. The target is dense's, less this."""
-    resume: bool = False
-    """Continue the comparison in --out, bit for bit. Without one, start from the beginning."""
-    overwrite: bool = False
-    """Replace an earlier experiment in --out."""
-    tensorboard: bool = False
-    """Write live curves to --out/tensorboard as well."""
-
-    def run(self) -> None:
-        """Train both, and write and show the result."""
-        from meprop.reporting import figures
-        from meprop.training.verdict import check_margin, judge_all
-
-        check_margin(self.margin)
-        session = Session(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
-        tracking.commit()
-        task = tasks.entry_of(self.task).build(self.task)
-        sparse = self.training.rule(self.rule)
-        runs: list[Run] = []
-        with session:
-            seeds = Seeds(session, self, task)
-            if earlier := seeds.begin(Comparison, (DENSE, self.rule)):
-                runs += earlier.runs
-
-            def build(seed: int) -> list[Trainer]:
-                pair = [Trainer(task, self.training, rule, seed) for rule in (None, sparse)]
-                if not runs:
-                    print(pair[1].report)
-                return pair
-
-            def finish(pair: Sequence[Trainer], outcome: list[Run]) -> None:
-                if self.training.when == "auto":
-                    print(pair[1].report)  # now with what was decided
-                runs.extend(outcome)
-                record = tracking.describe(task.name, seeds.config, runs)
-                verdicts = judge_all(runs, task.metric, self.margin)
-                session.write_result(Comparison(**vars(record), verdicts=[asdict(each) for each in verdicts]))
-
-            try:
-                seeds.train(build, finish)
-                verdicts = judge_all(runs, task.metric, self.margin)
-                figures.draw_runs(runs, task.metric, session.out / tracking.FIGURE, verdicts[0].target, task.unit)
-            finally:
-                _show(runs, task, self.margin)
-            print(f"written: {self.out / tracking.RESULT}, {self.out / tracking.FIGURE}")
-
-
-def _show(runs: list[Run], task: Task, margin: float = MARGIN) -> None:
-    """Print the table of what is finished and, of a comparison, the verdicts."""
-    from rich.console import Console
-
-    from meprop.reporting.terminal import run_table, verdict_line
-    from meprop.training.verdict import judge_all
-
-    if runs:
-        verdicts = judge_all(runs, task.metric, margin)
-        Console().print(run_table(runs, task.metric, verdicts, task.unit))
-        for verdict in verdicts:
-            print(verdict_line(verdict))
-        if verdicts and margin == MARGIN and not task.unit and all(abs(run.dev[task.metric]) <= 1 for run in runs):
-            note(f"{task.metric} is within 1, and --margin is {margin}: give a smaller margin, or scores in percent")
-
-
-# ---------------------------------------------------------------- the commands
-
-
-def _train_forms() -> Any:
+def _forms() -> Any:
     rules = rule_choice("What is back-propagated of each output gradient.", {DENSE: "everything"})
 
     def default(name: str, entry: TaskEntry) -> Any:
@@ -176,16 +95,4 @@ def _train_forms() -> Any:
     )
 
 
-def _compare_forms() -> Any:
-    rules = rule_choice("What the sparse runs back-propagate of each output gradient.")
-
-    def default(name: str, entry: TaskEntry) -> Any:
-        return Compare(entry.config(), entry.training, Path("runs") / f"compare-{name}", entry.rule)
-
-    return with_tasks(
-        Compare, lambda entry: Compare[entry.config, type(entry.training), rules], default, tasks.with_script()
-    )
-
-
-TRAIN = Command("train", str(Train.__doc__), _train_forms)
-COMPARE = Command("compare", str(Compare.__doc__), _compare_forms)
+TRAIN = Command("train", str(Train.__doc__), _forms)

@@ -30,21 +30,19 @@ An experiment compares variants of one training: each is run with each seed. Its
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
-
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+from typing import Any
 
 from meprop.errors import did_you_mean
 from meprop.experiments.records import RecordConfig, Records
 from meprop.training import tracking
 from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig, rule_names
 from meprop.training.loop import Trainer
+from meprop.training.settings import checked, hints
 from meprop.training.task import Task
 
 if sys.version_info >= (3, 11):
@@ -172,15 +170,15 @@ def _experiment(name: str, content: dict[str, Any], tasks: Mapping[str, type[Any
         "training": dict[str, Any],
         "variants": dict[str, dict[str, Any]],
     }
-    found = _checked(content, allowed, "", required=("title", "seeds", "task", "variants"))
+    found = checked(content, allowed, "", required=("title", "seeds", "task", "variants"))
     task_settings = dict(found["task"])
     task = task_settings.pop("name", None)
     if not isinstance(task, str) or task not in tasks:
         raise ValueError(f"[task] name is {task!r}; the tasks are {', '.join(tasks)}{did_you_mean(str(task), tasks)}")
     if not found["variants"]:
         raise ValueError("[variants] is empty; give one or more")
-    task_settings = _checked(task_settings, _task_hints(tasks[task]), "[task] ")
-    training = _checked(found.get("training", {}), _training_hints(), "[training] ")
+    task_settings = checked(task_settings, _task_hints(tasks[task]), "[task] ")
+    training = checked(found.get("training", {}), _training_hints(), "[training] ")
     variants: dict[str, Variant] = {}
     for key, table in found["variants"].items():
         if not _NAME.fullmatch(key):
@@ -208,7 +206,7 @@ def _variant(
         "published": dict[str, Any],
         "simplify": dict[str, Any],
     }
-    found = _checked(table, allowed, where, required=("rule",))
+    found = checked(table, allowed, where, required=("rule",))
     dense = found["rule"] == DENSE
     needs_k = not dense and found.get("training", {}).get("noise") is None
     if ("k" in found) != needs_k:
@@ -221,10 +219,10 @@ def _variant(
         against = next((variant.name for variant in reversed(above) if variant.rule == DENSE), None)
     if against is not None and against not in (variant.name for variant in above):
         raise ValueError(f"{where}against is {against!r}; it must be a variant above this one")
-    training = {**training, **_checked(found.get("training", {}), _training_hints(), f"{where}training ")}
-    settings = {**task_settings, **_checked(found.get("task", {}), _task_hints(config), f"{where}task ")}
-    published = _checked(found.get("published", {}), _hints(Published), f"{where}published ")
-    simplify = _checked(found.get("simplify", {}), _hints(SimplifyConfig), f"{where}simplify ")
+    training = {**training, **checked(found.get("training", {}), _training_hints(), f"{where}training ")}
+    settings = {**task_settings, **checked(found.get("task", {}), _task_hints(config), f"{where}task ")}
+    published = checked(found.get("published", {}), hints(Published), f"{where}published ")
+    simplify = checked(found.get("simplify", {}), hints(SimplifyConfig), f"{where}simplify ")
     try:
         k = {"k": found["k"]} if needs_k else {}
         task, shared = config(**settings), TrainingConfig(**training, **k)
@@ -236,44 +234,9 @@ def _variant(
     return Variant(name, found["rule"], task, shared, against, Published(**published), simplified)
 
 
-def _hints(config: type[Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The types of a dataclass's fields by name."""
-    hints = get_type_hints(config)
-    return {field.name: hints[field.name] for field in fields(config) if field.name not in but}
-
-
 def _training_hints() -> dict[str, Any]:
-    return _hints(TrainingConfig, but=("seeds", "k"))  # which have keys of their own
+    return hints(TrainingConfig, but=("seeds", "k"))  # which have keys of their own
 
 
 def _task_hints(config: type[Any]) -> dict[str, Any]:
-    return _hints(config, but=("data_dir",))  # where the data lie is the reader's own affair
-
-
-def _checked(
-    table: Mapping[str, Any], allowed: Mapping[str, Any], where: str, required: Iterable[str] = ()
-) -> dict[str, Any]:
-    """A table's values, lists as tuples, each of the type that is allowed under its key."""
-    found: dict[str, Any] = {}
-    for key, given in table.items():
-        if key not in allowed:
-            there = f"there is no such key; there are {', '.join(allowed)}{did_you_mean(key, allowed)}"
-            raise ValueError(f"{where}{key}: {there}")
-        value = tuple(given) if isinstance(given, list) else given
-        parts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(part, int) and abs(part) >= 2**63 for part in parts):
-            raise ValueError(f"{where}{key} is beyond 64 bits; TOML has no such integers")
-        takes_bools = allowed[key] is bool or bool in get_args(allowed[key])
-        ok = takes_bools or not any(isinstance(part, bool) for part in parts)  # to Python a bool is an int
-        try:
-            check_type(value, allowed[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        except TypeCheckError:
-            ok = False
-        if not ok:
-            expected = inspect.formatannotation(allowed[key]).replace("typing.", "")
-            raise ValueError(f"{where}{key} is {given!r}; it must be {expected}")
-        found[key] = value
-    for key in required:
-        if key not in found:
-            raise ValueError(f"{where}{key} is missing")
-    return found
+    return hints(config, but=("data_dir",))  # where the data lie is the reader's own affair

@@ -28,14 +28,32 @@ class Look(NamedTuple):
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _NO_RULES = {DENSE: Look("dense", "#0072B2", "D"), "simplified": Look("simplified", "#000000", "o")}
 _UNKNOWN_COLOR = "#999999"
+# Colours of that palette that are not faint on white, for variants in the order of their experiment.
+_VARIANTS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"]
 
 
 def look(rule: str) -> Look:
-    """Return the look of runs by `Run.rule`: a rule's own, or a grey one of a rule that is no longer there."""
-    if rule in _NO_RULES:
-        return _NO_RULES[rule]
-    found = rules.named().get(rule)
-    return Look(rule, _UNKNOWN_COLOR, "o") if found is None else Look(found.label, found.color, found.marker)
+    """Return the look of runs by `Run.rule`: a rule's own, or a grey one of a rule that is no longer there.
+
+    One with settings of its own, such as "topk:k=0.04", has the look of its rule and its whole name.
+    """
+    name, _, own = rule.partition(":")
+    found = rules.named().get(name)
+    known = _NO_RULES.get(name) or (found and Look(found.label, found.color, found.marker))
+    if known is None:
+        return Look(rule, _UNKNOWN_COLOR, "o")
+    return known._replace(label=rule) if own else known
+
+
+def distinct(names: Sequence[str]) -> dict[str, str]:
+    """Return a colour for each of the runs that are shown together: its rule's own, or one that none of them has."""
+    colors = {name: look(name).color for name in names}
+    free = [color for color in _VARIANTS if color not in colors.values()]
+    taken: set[str] = set()
+    for name, color in colors.items():
+        colors[name] = free.pop(0) if color in taken and free else color
+        taken.add(color)
+    return colors
 
 
 PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#999999"}
@@ -57,11 +75,12 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path, target: float | None
     kinds = sorted({run.rule: None for run in runs}, key=lambda rule: {DENSE: 0, "simplified": 2}.get(rule, 1))
     groups = {rule: [run for run in runs if run.rule == rule] for rule in kinds}
 
+    colors = distinct(kinds)
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     by_epoch, by_time, bars = figure.subplots(1, 3, width_ratios=[3, 3, 2])
     for rule, group in groups.items():
-        _draw_curves(by_epoch, rule, group, metric, "epoch")
-        _draw_curves(by_time, rule, group, metric, "seconds")
+        _draw_curves(by_epoch, rule, group, metric, "epoch", colors[rule])
+        _draw_curves(by_time, rule, group, metric, "seconds", colors[rule])
     by_epoch.set_xlabel("epochs")
     by_epoch.set_xlim(0.5, max(run.epochs for run in runs) + 0.5)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -81,10 +100,6 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path, target: float | None
     for axes in (by_epoch, by_time, bars):
         axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
-
-
-# Colours of that palette that are not faint on white, for variants in the order of their experiment.
-_VARIANTS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"]
 
 
 def draw_over_time(title: str, pairs: Mapping[str, Sequence[tuple[Run, Run]]], metric: str, path: Path) -> None:
@@ -128,8 +143,7 @@ def draw_over_time(title: str, pairs: Mapping[str, Sequence[tuple[Run, Run]]], m
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
-def _draw_curves(axes: Axes, rule: str, group: Sequence[Run], metric: str, x: str) -> None:
-    color = look(rule).color
+def _draw_curves(axes: Axes, rule: str, group: Sequence[Run], metric: str, x: str, color: str) -> None:
     xs = [[record[x] for record in run.curve] for run in group]
     ys = [[record["dev"][metric] for record in run.curve] for run in group]
     if len(group) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ class ModelRecord:
 class SimplifyResult(tracking.Result):
     """The content of result.json: as a comparison's, and the models."""
 
-    models: list[ModelRecord]
+    models: list[ModelRecord] = field(default_factory=list[ModelRecord])
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import geometric_mean, mean, stdev
 from time import monotonic
 from types import TracebackType
@@ -73,23 +73,20 @@ class TrainingProgress:
         if trainer in self._bars and not trainer.finished and now - self._drawn < _REFRESH_SECONDS:
             return
         self._drawn = now
-        steps = trainer.steps_per_epoch
+        total = int(trainer.config.budget_seconds or trainer.config.epochs * trainer.steps_per_epoch)
         if trainer not in self._bars:
-            self._bars[trainer] = self._progress.add_task(
-                _name(trainer), total=trainer.config.epochs * steps, status=""
-            )
+            self._bars[trainer] = self._progress.add_task(_name(trainer), total=total, status="")
         status = [f"epoch {min(trainer.epoch + 1, trainer.config.epochs)}/{trainer.config.epochs}"]
         if trainer.step:
             status.append(f"loss {trainer.loss_sum / trainer.step:.4f}")
         if trainer.curve:
             status.append(_dev(trainer))
-        done = trainer.epoch * steps + trainer.step
-        self._progress.update(self._bars[trainer], completed=done, status=" ".join(status))
+        self._progress.update(self._bars[trainer], completed=int(trainer.share * total), status=" ".join(status))
         self._progress.refresh()
 
 
 def _name(trainer: Trainer) -> str:
-    kept = "" if trainer.k is None else f" k={trainer.k}"
+    kept = "" if trainer.k is None or ":" in trainer.name else f" k={trainer.k}"
     return f"{trainer.name}{kept}, seed {trainer.seed}"
 
 
@@ -108,9 +105,9 @@ def run_table(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict] = ()
         unit: What follows the metric's name.
     """
     by_rule = {rule: [run for run in runs if run.rule == rule] for rule in dict.fromkeys(run.rule for run in runs)}
-    epochs = sorted({run.epochs for run in runs})
+    seconds, per = _measure(runs)
     table = Table(
-        title=f"After {' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epoch{'s' * (epochs[-1] > 1)}",
+        title=_length(runs, verdicts),
         caption=_caption(by_rule),
         caption_justify="left",
         min_width=60,
@@ -127,16 +124,32 @@ def run_table(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict] = ()
     table.add_section()
     if verdicts:
         table.add_row(f"time to {verdicts[0].target:.2f}, s", *_times_to_target(list(by_rule), verdicts))
-    seconds = "s" if len(epochs) == 1 else "s/epoch"
     for phase in ("step", "forward", "backward", "optimizer"):
         label = "whole step" if phase == "step" else phase
-        table.add_row(f"{label}, {seconds}", *_times(by_rule, phase, per_epoch=len(epochs) > 1))
+        table.add_row(f"{label}, {seconds}", *_times(by_rule, phase, per))
     table.add_section()
     counts = [(rule, group[0].k) for rule, group in by_rule.items()]
     table.add_row("k", *("all" if rule == DENSE else "by gradient" if k is None else str(k) for rule, k in counts))
     densities = [group[0].density for group in by_rule.values()]
     table.add_row("density", *("by gradient" if density is None else f"{density:.1%}" for density in densities))
     return table
+
+
+def _length(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> str:
+    """Return in words how long the runs trained."""
+    if verdicts and verdicts[0].budget == "seconds":
+        return f"After {mean(run.seconds['step'] for run in runs):.1f} seconds of training each"
+    epochs = sorted({run.epochs for run in runs})
+    return f"After {' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epoch{'s' * (epochs[-1] > 1)}"
+
+
+def _measure(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float]]:
+    """Return the unit that the runs' times are comparable in, and from a run what its seconds are divided by."""
+    if len({(run.epochs, run.steps) for run in runs}) == 1:
+        return "s", lambda run: 1.0
+    if all(run.steps for run in runs):
+        return "ms/step", lambda run: 1e-3 * (run.steps or 1)
+    return "s/epoch", lambda run: run.epochs
 
 
 def _caption(by_rule: Mapping[str, Sequence[Run]]) -> str:
@@ -149,12 +162,9 @@ def _caption(by_rule: Mapping[str, Sequence[Run]]) -> str:
     return " ".join(text)
 
 
-def _times(by_rule: Mapping[str, Sequence[Run]], phase: str, *, per_epoch: bool) -> list[str]:
+def _times(by_rule: Mapping[str, Sequence[Run]], phase: str, per: Callable[[Run], float]) -> list[str]:
     """Return a cell for each rule: the mean, and the geometric mean of the ratios of the same seeds."""
-    seconds = {
-        rule: {run.seed: run.seconds[phase] / (run.epochs if per_epoch else 1) for run in group}
-        for rule, group in by_rule.items()
-    }
+    seconds = {rule: {run.seed: run.seconds[phase] / per(run) for run in group} for rule, group in by_rule.items()}
     dense = seconds.get(DENSE, {})
     cells: list[str] = []
     for rule, found in seconds.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,7 +44,10 @@ class RunConfig:
     """
 
     epochs: int = 5
-    """Passes over the training data."""
+    """Passes over the training data, with an evaluation after each."""
+    budget_seconds: float | None = None
+    """Seconds of training steps of each run, instead of passes. The schedules of learning rate and rule then end with
+    these seconds, and the runs are evaluated at the same times, as often as there are epochs."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial weights, the order of the data and dropout. Each is a run of its own."""
     k: int | float = 20
@@ -83,6 +86,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
+        if self.budget_seconds is not None and not 0 < self.budget_seconds < inf:
+            raise ValueError(f"--budget-seconds must be a positive number, got {self.budget_seconds}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**64 for s in self.seeds):
             raise ValueError(f"--seeds must be one or more different integers from 0 to 2**64 - 1, got {[*self.seeds]}")
         for name in ("dense_warmup_steps", "dense_end_steps"):
@@ -110,6 +115,11 @@ class RunConfig:
         if name not in found:
             raise ValueError(f"rule is {name!r}; the rules are {', '.join(found)}{did_you_mean(name, found)}")
         return found[name].of_settings(self.k, self.scope, noise=self.noise, exact_sum=self.exact_sum)
+
+    @property
+    def budget(self) -> Literal["epochs", "seconds"]:
+        """What all runs have the same of."""
+        return "epochs" if self.budget_seconds is None else "seconds"
 
     @property
     def keeps_its_density(self) -> bool:

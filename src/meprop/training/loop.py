@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from math import isfinite
@@ -17,12 +16,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import meprop
 from meprop.errors import MepropError
-from meprop.nn.base import SparseLayer
 from meprop.rules import Rule
 from meprop.speed import Decision
 from meprop.training.config import DENSE, RunConfig, SimplifyConfig, TrainingConfig
+from meprop.training.density import count_entries, density
+from meprop.training.generators import Generators, generators_of
+from meprop.training.pace import Pace
 from meprop.training.records import EpochRecord, Run, Seconds
-from meprop.training.task import Evaluate, Task, generators_of
+from meprop.training.task import Evaluate, Task
 
 
 class DivergedError(MepropError):
@@ -53,9 +54,11 @@ class Trainer:
         rule: The sparse rule, or None for a dense run.
         seed: Seed of the initial weights, the order of the data and dropout.
         simplify: How to simplify the model of a sparse run; None: not at all.
+        name: What the run is called; see the attribute.
 
     Raises:
-        ValueError: The warm-up of `simplify` takes all epochs, or dense steps take all steps of a sparse run.
+        ValueError: The warm-up of `simplify` takes all epochs, or dense steps take all steps of a sparse run; or the
+            budget is in seconds, and the run is to be simplified or its scheduler has steps that seconds cannot give.
         MepropError: There is no such accelerator.
     """
 
@@ -66,37 +69,38 @@ class Trainer:
         rule: Rule | None,
         seed: int,
         simplify: SimplifyConfig | None = None,
+        name: str | None = None,
     ) -> None:
-        import numpy as np
         from lightning_fabric import Fabric  # imported here since it takes seconds, which `meprop --help` need not wait
 
         if config.accelerator == "cuda" and not torch.cuda.is_available():
             raise MepropError("--accelerator cuda: torch finds no GPU here; give cpu, or auto")
         if simplify is not None and simplify.warmup >= config.epochs:
             raise ValueError(f"--warmup {simplify.warmup} must be below --epochs {config.epochs}, to remove anything")
-        self.task, self.config, self.rule, self.seed = task, config, rule, seed
+        if simplify is not None and config.budget_seconds is not None:
+            raise ValueError("--budget-seconds: cycles of simplifying are counted in epochs; give --epochs alone")
+        self.task, self.config, self.rule, self.seed, self._name = task, config, rule, seed, name
         # Fabric chooses device and precision. Its module wrapper would add a tenth to such short steps, so the loop
         # uses the plain module under `autocast`, which is all that these two precisions ask for.
         self._fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
         self.device = self._fabric.device
         self._cuda_devices = [self.device] if self.device.type == "cuda" else []
 
-        self._orders: list[torch.Generator] = []
-        self._random = self._random_state()
-        with self._own_random_state():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.set_state({**np.random.MT19937(seed).state})  # noqa: NPY002
+        self._generators = Generators(self._cuda_devices)
+        with self._generators.swapped_in():
+            self._generators.seed(seed)
             self.setup = task.make(seed, config.of_dense() if rule is None else config)
             self.model, self.optimizer = self.setup.model.to(self.device), self.setup.optimizer
             if self._cuda_devices:  # with state that it may have already
                 self.optimizer.load_state_dict(self.optimizer.state_dict())
-            at_start = self._random_state()
+            at_start = self._generators.state()
             if rule is not None:
                 config.convert(self.model, rule)
-        self._orders = generators_of(self.setup.batches)
-        self._random = {**at_start, "generators": [each.get_state() for each in self._orders]}
+        self._generators.of_batches = generators_of(self.setup.batches)
+        self._generators.own = {**at_start, "generators": [each.get_state() for each in self._generators.of_batches]}
         self.steps_per_epoch = self.setup.steps
+        """How many batches a pass over the data has."""
+        self._pace = Pace(config.epochs, self.steps_per_epoch, config.budget_seconds)
         self.simplifier: meprop.Simplifier | None = None
         if simplify is not None:
             if self.setup.example_inputs is None:
@@ -106,21 +110,27 @@ class Trainer:
 
         self.schedule: meprop.RuleSchedule | None = None
         if rule is not None:
-            self.schedule = config.rule_schedule(self.model, config.epochs * self.steps_per_epoch)
+            self.schedule = config.rule_schedule(self.model, self._pace.ticks)
 
-        self._epoch_start = self._random
         self._batches: Iterator[Any] | None = None
+        self._pass_start = self._generators.own
+        self._pass_step = 0  # batches taken of the current pass over the data
         self.step = 0
         """Steps done in the current epoch."""
+        self.steps_before = 0
+        """Steps done in the epochs before it."""
+        self._ticks = 0  # of the schedules
         self.loss_sum = 0.0
-        """Sum of their losses."""
+        """Sum of the losses of the current epoch's steps."""
         self.seconds = Seconds()
         self.curve: list[EpochRecord] = []
         self._entries = 0, 0  # kept and seen before this epoch, in layers where the gradient decides
 
     @property
     def name(self) -> str:
-        """`"dense"`, the name of the rule, or `"simplified"`."""
+        """What it was given, or `"dense"`, the name of the rule, or `"simplified"`."""
+        if self._name is not None:
+            return self._name
         if self.simplifier is not None:
             return "simplified"
         return DENSE if self.rule is None else self.rule.name or type(self.rule).__name__
@@ -146,6 +156,11 @@ class Trainer:
         """Whether all epochs are done."""
         return self.epoch == self.config.epochs
 
+    @property
+    def share(self) -> float:
+        """The share of the training that is done, from 0 to 1."""
+        return self._pace.share(self.steps_before + self.step, self.seconds.step)
+
     def to_device(self, value: Any) -> Any:
         """Return tensors, also those within tuples, lists and dicts, on the device of this run."""
         return self._fabric.to_device(value)
@@ -158,30 +173,45 @@ class Trainer:
             stop: Asked before each step whether to stop early.
         """
         self.model.train()
-        with self._own_random_state():
+        with self._generators.swapped_in():
             for _ in range(steps):
                 if stop():
                     break
                 with self.task.blamed("the batches"):
-                    if self._batches is None:
-                        self._batches = self._begin_epoch()
-                    batch = next(self._batches, None)
+                    batch = self._next_batch()
                 with self.task.blamed("a training step" if batch is not None else "the end of an epoch"):
                     if batch is None:
                         self._end_epoch()
                         break
                     self._train_step(batch)
 
-    def _begin_epoch(self) -> Iterator[Any]:
-        """Return the batches of the epoch that are not yet seen: after a resume some are."""
-        if self.step == 0:
+    def _next_batch(self) -> Any | None:
+        """Return the next batch, or None at the end of an epoch."""
+        if self.step and self._pace.epoch_is_over(self.epoch, self.seconds.step):
+            return None
+        if self._batches is None:
+            self._batches = self._continue_pass()
+        batch = next(self._batches, None)
+        if batch is not None:
+            self._pass_step += 1
+            return batch
+        if self._pass_step < self.steps_per_epoch:
+            raise ValueError(
+                f"Setup(batches=...) ended after {self._pass_step} of {self.steps_per_epoch} batches of an epoch"
+            )
+        self._batches, self._pass_start, self._pass_step = None, self._generators.state(), 0
+        return None if self._pace.seconds is None else self._next_batch()
+
+    def _continue_pass(self) -> Iterator[Any]:
+        """Return the batches of the pass that are not yet seen: after a resume some are."""
+        if self._pass_step == 0:
             return islice(self.setup.batches, self.steps_per_epoch)
-        now = self._random_state()
-        self._set_random_state(self._epoch_start)
+        now = self._generators.state()
+        self._generators.set_state(self._pass_start)
         batches = islice(self.setup.batches, self.steps_per_epoch)
-        for _ in range(self.step):
+        for _ in range(self._pass_step):
             next(batches)
-        self._set_random_state(now)
+        self._generators.set_state(now)
         return batches
 
     def _train_step(self, batch: Any) -> None:
@@ -196,12 +226,9 @@ class Trainer:
         backward_end = clock()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.setup.scheduler is not None and self.setup.scheduler_interval == "step":
-            self.setup.scheduler.step()
         if self.simplifier is not None:
             self.simplifier.step()
-        if self.schedule is not None:
-            self.schedule.step()
+        self._tick(seconds.step + clock() - start)
         end = clock()
 
         seconds.forward += forward_end - start
@@ -214,16 +241,22 @@ class Trainer:
             raise DivergedError(self, f"the loss became {value} in epoch {self.epoch + 1}, step {self.step}")
         self.loss_sum += value
 
+    def _tick(self, seconds: float) -> None:
+        """Let the schedules that go by steps go where they have to be after this step and these seconds."""
+        ticks = self._pace.ticks_after(self.steps_before + self.step + 1, seconds)
+        for _ in range(ticks - self._ticks):
+            if self.setup.scheduler is not None and self.setup.scheduler_interval == "step":
+                self.setup.scheduler.step()
+            if self.schedule is not None:
+                self.schedule.step()
+        self._ticks = ticks
+
     def _clock(self) -> float:
         if self._cuda_devices:
             torch.cuda.synchronize(self.device)
         return perf_counter()
 
     def _end_epoch(self) -> None:
-        if self.step < self.steps_per_epoch:
-            raise ValueError(
-                f"Setup(batches=...) ended after {self.step} of {self.steps_per_epoch} batches of an epoch"
-            )
         dev = self._evaluate(self.setup.evaluate)
         test = {} if self.setup.test is None else self._evaluate(self.setup.test)
         for split, metrics in (("dev", dev), ("test", test)):
@@ -231,11 +264,11 @@ class Trainer:
                 if not isfinite(value):
                     raise DivergedError(self, f"{split} {metric} became {value} in epoch {self.epoch + 1}")
         widths = {} if self.simplifier is None else self.simplifier.widths
-        density = self._density_of_epoch()
+        kept = self._density_of_epoch()
         self.curve.append(
-            EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths, density)
+            EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths, kept)
         )
-        self.step, self.loss_sum, self._batches = 0, 0.0, None
+        self.steps_before, self.step, self.loss_sum = self.steps_before + self.step, 0, 0.0
         if self.setup.scheduler is not None and self.setup.scheduler_interval == "epoch":
             with warnings.catch_warnings():  # resumed at the end of an epoch, this process has done no step
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
@@ -243,79 +276,24 @@ class Trainer:
                     self.setup.scheduler.step(dev[self.setup.metric])
                 else:
                     self.setup.scheduler.step()
-        self._epoch_start = self._random_state()
 
     def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
         """Return metrics of the model, which is as it was after that, and so are the random generators."""
-        before = self._random_state()
+        before = self._generators.state()
         self.model.eval()
         try:
             with torch.no_grad(), self._fabric.autocast():
                 found = evaluate(self.model)
         finally:
             self.model.train()
-            self._set_random_state(before)
+            self._generators.set_state(before)
         return dict(found) if isinstance(found, Mapping) else {self.setup.metric: found}
 
     def _density_of_epoch(self) -> float | None:
         """The share of the entries that was kept since the last call, in layers where the gradient decides."""
-        records = [layer.policy.record for layer in self.model.modules() if isinstance(layer, SparseLayer)]
-        kept = sum(record.kept for record in records if record is not None)
-        seen = sum(record.seen for record in records if record is not None)
+        kept, seen = count_entries(self.model)
         (kept_before, seen_before), self._entries = self._entries, (kept, seen)
         return (kept - kept_before) / (seen - seen_before) if seen > seen_before else None
-
-    def _density(self, layers: Sequence[dict[str, Any]]) -> float | None:
-        """The share of the entries that sparse layers propagate, from their reports or from the epochs.
-
-        None if neither the rule nor the epochs say.
-        """
-        if not layers:
-            return 1.0
-        if any(layer["k"] is None for layer in layers):
-            densities = [record.density for record in self.curve if record.density is not None]
-            if not densities:
-                return None
-            found = sum(densities) / len(densities)
-        else:
-            found = sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
-        dense_steps = self.config.dense_warmup_steps + self.config.dense_end_steps
-        dense = dense_steps / (self.config.epochs * self.steps_per_epoch)
-        return dense + (1 - dense) * found
-
-    def _random_state(self) -> dict[str, Any]:
-        """Return the state of the global generators and of the batches' own, which runs may share as well."""
-        import numpy as np
-
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": [torch.cuda.get_rng_state(device) for device in self._cuda_devices],
-            "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
-            "generators": [each.get_state() for each in self._orders],
-        }
-
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        import numpy as np
-
-        torch.set_rng_state(state["torch"])
-        for device, each in zip(self._cuda_devices, state["cuda"], strict=True):
-            torch.cuda.set_rng_state(each, device)
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])  # noqa: NPY002
-        for generator, each in zip(self._orders, state["generators"], strict=False):  # none before there are batches
-            generator.set_state(each)
-
-    @contextmanager
-    def _own_random_state(self) -> Generator[None]:
-        """Swap in this run's random state, so that runs in turns, or a caller's draws, do not disturb one another."""
-        before = self._random_state()
-        self._set_random_state(self._random)
-        try:
-            yield
-            self._random = self._random_state()
-        finally:
-            self._set_random_state(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to continue bit for bit: tensors and plain data only."""
@@ -329,10 +307,13 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "simplifier": self.simplifier and self.simplifier.state_dict(),
             "schedule": self.schedule and self.schedule.state_dict(),
-            "random": self._random,
-            "epoch_start": self._epoch_start,
+            "random": self._generators.own,
+            "pass_start": self._pass_start,
+            "pass_step": self._pass_step,
             "scheduler": self.setup.scheduler and self.setup.scheduler.state_dict(),
             "step": self.step,
+            "steps_before": self.steps_before,
+            "ticks": self._ticks,
             "loss_sum": self.loss_sum,
             "seconds": asdict(self.seconds),
             "curve": [asdict(record) for record in self.curve],
@@ -349,26 +330,29 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        self._random = state["random"]
-        self._epoch_start, self._batches = state["epoch_start"], None
+        self._generators.own = state["random"]
+        self._batches, self._pass_start, self._pass_step = None, state["pass_start"], state["pass_step"]
         if self.setup.scheduler is not None:
             self.setup.scheduler.load_state_dict(state["scheduler"])
-        self.step, self.loss_sum = state["step"], state["loss_sum"]
+        self.step, self.steps_before, self._ticks = state["step"], state["steps_before"], state["ticks"]
+        self.loss_sum = state["loss_sum"]
         self.seconds = Seconds(**state["seconds"])
         self.curve = [EpochRecord(**record) for record in state["curve"]]
 
     def result(self) -> Run:
         """Return the outcome after the last completed epoch."""
         layers = [asdict(layer) for layer in self.report.layers] if self.rule is not None else []
+        dense_share = (self.config.dense_warmup_steps + self.config.dense_end_steps) / self._pace.ticks
         return Run(
             rule=self.name,
             seed=self.seed,
             epochs=self.epoch,
+            steps=self.steps_before,
             dev=self.curve[-1].dev,
             test=self.curve[-1].test,
             seconds=asdict(self.seconds),
             k=self.k,
-            density=self._density([layer for layer in layers if layer["status"] == "sparse"]),
+            density=density([layer for layer in layers if layer["status"] == "sparse"], self.curve, dense_share),
             curve=[asdict(record) for record in self.curve],
             layers=layers,
             checks=[] if self.simplifier is None else [asdict(check) for check in self.simplifier.history],
@@ -383,6 +367,8 @@ def fit(
 ) -> list[Run]:
     """Train to the end, in turns of `turn` steps, so that a noisy machine disturbs all runs alike.
 
+    It is the turn of the run of which the least share is done, of equals the first.
+
     Args:
         trainers: The runs.
         after_turn: Called with the trainer after each of its turns, outside what is timed.
@@ -393,7 +379,7 @@ def fit(
         The outcome of each trainer, in the same order.
     """
     while unfinished := [trainer for trainer in trainers if not trainer.finished]:
-        for trainer in unfinished:
-            trainer.advance(turn, stop)
-            after_turn(trainer)
+        trainer = min(unfinished, key=lambda each: each.share)
+        trainer.advance(turn, stop)
+        after_turn(trainer)
     return [trainer.result() for trainer in trainers]

@@ -22,7 +22,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What is known at the end of an epoch."""
+    """What is known at the end of an epoch, which is a share of the seconds if those are the budget."""
 
     epoch: int
     loss: float
@@ -42,7 +42,7 @@ class Run:
     """The outcome of one run: an element of `runs` in result.json. Metrics are those after the last epoch."""
 
     rule: str
-    """`"dense"`, the name of the rule, or `"simplified"`."""
+    """`"dense"`, the name of the rule with what is special to the run, or `"simplified"`."""
     seed: int
     epochs: int
     dev: dict[str, float]
@@ -57,6 +57,8 @@ class Run:
     """`EpochRecord` of each epoch."""
     layers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """The conversion report's records; empty if dense."""
+    steps: int | None = None
+    """Of training. None in records of earlier versions."""
     checks: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """`meprop.simplify.Check` of each check, with the widths; empty if not simplified."""
 

@@ -126,14 +126,6 @@ class Setup:
         raise ValueError("Setup(batches=...) has no length; give Setup(steps_per_epoch=...) as well")
 
 
-def generators_of(batches: Iterable[Any]) -> list[torch.Generator]:
-    """Return the generators that batches have of their own, each once: those of a DataLoader and of its samplers."""
-    sampler, batch_sampler = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
-    owners = (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
-
-
 class Task(Protocol):
     """What the commands need to know of a task: `meprop.tasks` holds ours, and `script.ScriptTask` is the user's."""
 

@@ -7,8 +7,8 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -50,20 +50,31 @@ class Result(Provenance):
     """The content of result.json of an experiment: of its runs those that are finished."""
 
     runs: list[Run]
+    running: list[Run] = field(default_factory=list[Run])
+    """Those that are not finished, as far as their last epoch."""
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Self:
         """Return the record from plain data."""
-        fields: dict[str, Any] = {**content, "runs": [Run(**run) for run in content["runs"]]}
+        runs = {key: [Run(**run) for run in content.get(key, ())] for key in ("runs", "running")}
+        fields: dict[str, Any] = {**content, **runs}
         return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Comparison(Result):
+    """The content of result.json of a comparison."""
+
+    verdicts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """`training.verdict.Verdict` of each rule, on the seeds that are finished."""
 
 
 ResultT = TypeVar("ResultT", bound=Result)
 
 
-def describe(task: str, config: dict[str, Any], runs: list[Run]) -> Result:
+def describe(task: str, config: dict[str, Any], runs: Sequence[Run], running: Sequence[Run] = ()) -> Result:
     """Return the record of `runs`, with this machine, the versions and the commit."""
-    return Result(task, config, machine.describe(), versions(), commit(), runs)
+    return Result(task, config, machine.describe(), versions(), commit(), [*runs], [*running])
 
 
 def versions() -> dict[str, str]:
@@ -110,7 +121,7 @@ def settings(task: Any, training: RunConfig, rule: str) -> dict[str, Any]:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `settings` does, of the `config` of a result; with data and simplifying, if it has them."""
-    rule = config["rule"]
+    rule = config["rule"][0] if isinstance(config["rule"], list) and len(config["rule"]) == 1 else config["rule"]
     others = {name: config[name] for name in ("data", "simplify") if name in config}
     found = {**config["task"], **config["training"], "rule": rule, **others}
     of_rule = ("k", "scope", "sparse_rows", "noise_of", "noise_start", "dense_warmup_steps", "dense_end_steps", "fuse")
@@ -171,6 +182,8 @@ def read_content(path: Path) -> dict[str, Any]:
 def write_result(path: Path, result: Any) -> None:
     """Write a `Result`, or the dataclass of a benchmark, as JSON, with a digest of it as the last entry."""
     content = plain(result)
+    if not content.get("running", True):
+        del content["running"]  # that of a finished experiment
     text = json.dumps({**content, "sha256": _digest(content)}, indent=2, allow_nan=False) + "\n"
     machine.write_atomically(path, lambda file: file.write(text.encode()))
 

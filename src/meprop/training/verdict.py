@@ -119,7 +119,7 @@ def _judge_pairs(dense: list[Run], sparse: list[Run], metric: str, margin: float
         margin,
         budget,
         quality=Sample.of(gains),
-        step=_ratios(dense, sparse, lambda run: run.seconds["step"] / run.epochs),
+        step=_ratios(dense, sparse, lambda run: run.seconds["step"] / (run.steps or run.epochs)),
         to_target=Sample.of_ratios(pairs) if len(pairs) == len(sparse) else None,
         hopeless=max(gains) < -_HOPELESS_MARGINS * margin,
     )

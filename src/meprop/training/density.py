@@ -1,0 +1,45 @@
+"""How much of the gradients a run propagates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from meprop.nn.base import SparseLayer
+from meprop.training.records import EpochRecord
+
+
+def count_entries(model: nn.Module) -> tuple[int, int]:
+    """Return how many entries were kept, and of how many, since the model was converted.
+
+    They are those of the layers where the gradient decides.
+    """
+    records = [layer.policy.record for layer in model.modules() if isinstance(layer, SparseLayer)]
+    kept = sum(record.kept for record in records if record is not None)
+    seen = sum(record.seen for record in records if record is not None)
+    return kept, seen
+
+
+def density(layers: Sequence[dict[str, Any]], curve: Sequence[EpochRecord], dense_share: float) -> float | None:
+    """Return the share of the entries that sparse layers propagate, from their reports or from the epochs.
+
+    Args:
+        layers: The reports of the sparse layers.
+        curve: The epochs.
+        dense_share: The share of the training that is dense.
+
+    Returns:
+        1 if there are no such layers; None if neither the rule nor the epochs say.
+    """
+    if not layers:
+        return 1.0
+    if any(layer["k"] is None for layer in layers):
+        densities = [record.density for record in curve if record.density is not None]
+        if not densities:
+            return None
+        found = sum(densities) / len(densities)
+    else:
+        found = sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
+    return dense_share + (1 - dense_share) * found
