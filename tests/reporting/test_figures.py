@@ -160,10 +160,15 @@ def test_the_table_of_three_rules_beside_dense_fits_into_80_columns(count):
     assert [line.split()[1] for line in lines] == ["sampled:", "topk:", "compensated:"]
 
 
-def test_runs_of_equal_seconds_are_set_side_by_side_per_epoch():
-    runs = [run("dense"), replace(run("topk"), epochs=4)]
+def test_runs_of_equal_seconds_are_set_side_by_side_per_step():
+    runs = [replace(run("dense"), steps=100), replace(run("topk"), steps=200)]
     table, _ = shown(runs, budget="seconds")
-    assert "After 2 to 4 epochs" in table
+    assert "After 10.0 seconds of training each" in table
+    assert row(table, "whole step, ms/step").split()[-3:] == ["100.0", "50.00", "(2.00x)"]
+
+
+def test_runs_without_a_count_of_steps_are_set_side_by_side_per_epoch():
+    table, _ = shown([run("dense"), replace(run("topk"), epochs=4)], budget="seconds")
     assert row(table, "whole step, s/epoch").split()[-3:] == ["5.00", "2.50", "(2.00x)"]
 
 

@@ -27,6 +27,9 @@ Training = TypeVar("Training", bound=RunConfig)
 RuleName = TypeVar("RuleName", bound=str)
 """Stands for the names of the rules, which are known when the arguments are read: `rule_choice`."""
 
+RuleTexts = TypeVar("RuleTexts", bound=tuple[str, ...])
+"""Stands for rules with settings of their own, as texts, with the help that lists the rules: `rule_texts`."""
+
 _FOR_DEVELOPERS = ("test", "lint", "sweep")  # extras
 
 _MOST_THREADS = 1024  # far above what helps, and below what the system refuses to start

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from meprop.cli.common import Command, TaskConfig, Training, rule_texts, show_runs, with_tasks
+from meprop.cli.common import Command, RuleTexts, TaskConfig, Training, rule_texts, show_runs, with_tasks
 from meprop.cli.seeds import Seeds
 from meprop.cli.session import Session
 from meprop.training import tasks, tracking
-from meprop.training.choices import read_choices
+from meprop.training.choices import Choice, read_choices
 from meprop.training.config import MARGIN
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
+from meprop.training.task import Task
 from meprop.training.tasks import TaskEntry
 from meprop.training.verdict import Verdict, check_margin, judge_all
-
-RuleTexts = TypeVar("RuleTexts", bound=tuple[str, ...])
-"""Stands for texts of rules, with the help that lists the rules."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,29 @@ class Compare(Generic[TaskConfig, Training, RuleTexts]):
     """Write live curves to --out/tensorboard as well."""
 
     def run(self) -> None:
-        """Train both, and write and show the result."""
+        """Train, and write and show the result."""
+        self._session()
+        self._choices()  # what is wrong is said before the data are read
+        tracking.commit()
+        self.train(tasks.entry_of(self.task).build(self.task))
+
+    def _session(self) -> Session:
+        return Session(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
+
+    def _choices(self) -> list[Choice]:
+        check_margin(self.margin)
+        return read_choices(self.rule, self.training)
+
+    def train(self, task: Task, *, quietly: bool = False) -> list[Run]:
+        """Train what is not finished, write the result, and return all runs.
+
+        Args:
+            task: That of the config.
+            quietly: Show nothing but progress.
+        """
         from meprop.reporting import figures
 
-        check_margin(self.margin)
-        choices = read_choices(self.rule, self.training)
-        session = Session(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
-        tracking.commit()
-        task = tasks.entry_of(self.task).build(self.task)
+        session, choices = self._session(), self._choices()
         runs: list[Run] = []
 
         def judged() -> list[Verdict]:
@@ -61,7 +74,7 @@ class Compare(Generic[TaskConfig, Training, RuleTexts]):
 
             def show_layers(trainers: Sequence[Trainer]) -> None:
                 for trainer in trainers:
-                    if trainer.rule is not None:
+                    if trainer.rule is not None and not quietly:
                         print(trainer.report)
 
             def build(seed: int) -> list[Trainer]:
@@ -83,8 +96,11 @@ class Compare(Generic[TaskConfig, Training, RuleTexts]):
                 seeds.train(build, record, finish)
                 figures.draw_runs(runs, task.metric, session.out / tracking.FIGURE, judged()[0].target, task.unit)
             finally:
-                show_runs(runs, task, judged(), self.margin)
-            print(f"written: {self.out / tracking.RESULT}, {self.out / tracking.FIGURE}")
+                if not quietly:
+                    show_runs(runs, task, judged(), self.margin)
+            if not quietly:
+                print(f"written: {self.out / tracking.RESULT}, {self.out / tracking.FIGURE}")
+        return runs
 
 
 def _forms() -> Any:

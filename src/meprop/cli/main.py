@@ -27,13 +27,14 @@ from meprop.cli.reproduce import REPRODUCE, Reproduce
 from meprop.cli.simplify import SIMPLIFY, Simplify
 from meprop.cli.stop import Stopped, StopRequest
 from meprop.cli.train import TRAIN, Train
+from meprop.cli.tune import TUNE, Tune
 from meprop.errors import MepropError, nearest
 from meprop.training.script import ScriptTask
 
-_TRAINING = ("advise", "train", "compare", "simplify")
+_TRAINING = ("advise", "train", "compare", "tune", "simplify")
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
 _SCRIPT = re.compile(r".+\.py(:\w*)?")
-_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
+_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, TUNE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +94,7 @@ def _run(arguments: list[str], *, of_process: bool) -> int:
         print(f"meprop {meprop.__version__}")
         return 0
     command = parse(arguments)
-    if of_process and isinstance(command, Advise | Train | Compare | Simplify | Reproduce):
+    if of_process and isinstance(command, Advise | Train | Compare | Tune | Simplify | Reproduce):
         machine.keep_freed_memory()
     command.run()
     return 0

@@ -52,7 +52,7 @@ class Seeds:
             for name in names:
                 for seed in self._done:  # killed between the record and this
                     checkpoint.delete(self._path(name, seed))
-            note(f"continuing {path}, in which the seeds {sorted(self._done)} are finished")
+            note(f"continuing {path}, of which the finished seeds are {sorted(self._done) or 'none'}")
         elif not (self._session.resume and any(out.glob("checkpoint-*-seed*.pt"))):
             self._session.start(f"{out} holds nothing to continue")
         return result

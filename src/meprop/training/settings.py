@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-
 from meprop.errors import did_you_mean
 
 
@@ -32,6 +30,8 @@ def checked(
     Raises:
         ValueError: A key is unknown or missing, or a value is of another type; the message names the key.
     """
+    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type  # which `meprop --help` need not import
+
     found: dict[str, Any] = {}
     for key, given in table.items():
         if key not in allowed:
