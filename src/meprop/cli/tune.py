@@ -153,7 +153,7 @@ def _dense_step(runs: list[Run]) -> float:
 
 
 def _line(choice: Choice) -> str:
-    """Return the code that trains by a choice, and how the choice is written: it may have more settings than the code."""
+    """Return the code that trains by a choice, and how that is written: it may have more settings than the code."""
     from meprop.advice.text import code
 
     rule, training = choice.make_rule(), choice.training
