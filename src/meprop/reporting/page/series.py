@@ -1,0 +1,109 @@
+"""Runs of one kind over their seeds, and what they show beside dense runs of the same settings and seeds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from meprop.reporting.look import look
+from meprop.reporting.page.sources import Source
+from meprop.training.config import DENSE
+from meprop.training.records import Run
+from meprop.training.verdict import Verdict, judge
+
+OF_RULE = frozenset(
+    "rule rules k scope noise noise_of noise_start exact_sum sparse_rows dense_warmup_steps dense_end_steps fuse when "
+    "simplify".split()
+)
+"""The settings that tell sparse runs apart, and leave dense ones as they are."""
+
+_DENSE_COLOR = "#64748B"
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8B6FD6", "#7A8B2A")
+
+
+@dataclass(frozen=True)
+class Series:
+    """The runs of one rule with the same settings."""
+
+    source: Source
+    """The first of its results."""
+    rule: str
+    label: str
+    """What it is called on the page."""
+    color: str
+    runs: list[Run]
+    """By ascending seed."""
+    running: list[Run]
+
+    @cached_property
+    def setting(self) -> str:
+        """What dense runs must share to be set beside these: a result of several runs is a comparison of its own."""
+        if not self.source.is_single:
+            return str(self.source.path)
+        settings = {name: value for name, value in self.source.settings.items() if name not in OF_RULE}
+        return json.dumps([self.source.task, settings], sort_keys=True)
+
+
+def series_of(sources: Sequence[Source]) -> list[Series]:
+    """Return the series of results, dense ones first."""
+    found: dict[tuple[str, str], list[tuple[Source, Run, bool]]] = {}
+    for source in sources:
+        of = json.dumps([source.task, source.settings], sort_keys=True) if source.is_single else str(source.path)
+        for runs, finished in ((source.runs, True), (source.running, False)):
+            for run in runs:
+                found.setdefault((run.rule, of), []).append((source, run, finished))
+    ordered = sorted(found.items(), key=lambda item: item[0][0] != DENSE)
+    often = Counter(rule for rule, _ in found)
+    made: list[Series] = []
+    for (rule, _), members in ordered:
+        source = members[0][0]
+        label = rule if often[rule] == 1 else source.name if source.is_single else f"{rule}, {source.name}"
+        runs, running = (
+            sorted((run for _, run, finished in members if finished == wanted), key=lambda run: run.seed)
+            for wanted in (True, False)
+        )
+        made.append(Series(source, rule, label, _color(rule, [each.color for each in made]), runs, running))
+    return made
+
+
+def _color(rule: str, taken: Sequence[str]) -> str:
+    """Return the colour of the rule, or the least used one if another series has it."""
+    own = _DENSE_COLOR if rule == DENSE else look(rule.partition(":")[0]).color
+    count = Counter(taken)
+    free = own not in taken and (rule == DENSE or own in (*COLORS, "#000000"))
+    return own if free else min(COLORS, key=lambda color: count[color])
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A series beside dense."""
+
+    series: Series
+    dense: Series
+    verdict: Verdict
+
+
+def judged(series: Sequence[Series]) -> list[Judged]:
+    """Return the verdict on each series that has dense runs of the same settings, on the seeds that both have."""
+    found: list[Judged] = []
+    for each in series:
+        for dense in series:
+            if each.rule != DENSE and dense.rule == DENSE and each.setting == dense.setting:
+                verdict = _verdict(dense, each)
+                if verdict is not None:
+                    found.append(Judged(each, dense, verdict))
+    return found
+
+
+def _verdict(dense: Series, sparse: Series) -> Verdict | None:
+    source = sparse.source
+    of_dense, of_sparse = ({run.seed: run for run in each.runs} for each in (dense, sparse))
+    common = [seed for seed in of_sparse if seed in of_dense]
+    if not common:
+        return None
+    pairs: Any = ([runs[seed] for seed in common] for runs in (of_dense, of_sparse))
+    return judge(*pairs, source.metric, source.margin, source.budget)
