@@ -14,7 +14,7 @@ Out = TypeVar("Out", bound=Path | None)
 
 @dataclass(frozen=True)
 class Report(Generic[Runs, Out]):
-    """Write a page about results, set side by side: verdicts, curves, the parts of a step, layers, and how to repeat it."""
+    """Write a page about results: verdicts, curves, the parts of a step, layers, and the commands to repeat them."""
 
     runs: Runs
     """Folders with a result.json of train, compare or simplify, or such files, those of reproduce too."""
@@ -33,7 +33,9 @@ class Report(Generic[Runs, Out]):
 def _options() -> Any:
     import tyro
 
-    runs: Any = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="(required)")]
+    runs: Any = Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="(required)")
+    ]
     out: Any = Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
     return Report[runs, out]
 

@@ -15,7 +15,6 @@ from meprop.reporting.look import PHASE_COLORS, look
 from meprop.training.config import DENSE
 from meprop.training.records import Run
 
-
 _SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
 
 

@@ -18,6 +18,7 @@ from meprop.reporting.page.sources import Source
 
 PAGE = "report.html"
 _MARK = b'<meta name="generator" content="meprop report">'
+_PHASE_COLORS = ("#9AA8B8", "#3F5B78", "#B9892F")  # none that a rule has
 _HERE = Path(__file__).parent
 
 
@@ -85,23 +86,26 @@ def _content(found: Sequence[Source]) -> dict[str, Any]:
     targets = dict.fromkeys(round(each.verdict.target, 4) for each in verdicts)
     return {
         "tasks": list(dict.fromkeys(source.config.get("task", {}).get("script", source.task) for source in found)),
+        "lead": _lead(series),
         "metric": found[0].metric + found[0].unit,
         "series": series,
         "colors": _palette([each.color for each in series]),
-        "phases": dict(zip(PHASE_COLORS, _palette(list(PHASE_COLORS.values())), strict=True)),
+        "phases": dict(zip(PHASE_COLORS, _palette(_PHASE_COLORS), strict=True)),
         "differences": differences(found),
         "unfinished": [(each.label, run) for each in series for run in each.running],
         "cards": _cards(series, verdicts),
         "targets": list(targets),
         "points": points,
         "described": curves.described(points),
-        "has_density": any(point.density is not None for point in points),
+        "kept": curves.kept(points),
         "parts": parts,
         "parts_described": "; ".join(f"{each.label} {each.whole:.3g} seconds" for each in parts),
         "scores": tables.scores(series),
         "layers": tables.layers(series),
         "widths": widths,
-        "widths_described": "; ".join(f"{each.label} ends with {each.width}" for each in {each.label: each for each in widths}.values()),
+        "widths_described": "; ".join(
+            f"{each.label} ends with {each.width}" for each in {each.label: each for each in widths}.values()
+        ),
         "sets": dict(zip(sets, _palette((COLORS * len(sets))[: len(sets)]), strict=True)),
         "models": tables.models(found),
         "made": tables.made(found),
@@ -121,3 +125,12 @@ def _cards(series: Sequence[Series], verdicts: Sequence[Judged]) -> list[cards.C
     return found + [
         cards.without_verdict(each, place) for place, each in enumerate(series) if each.runs and each not in shown
     ]
+
+
+def _lead(series: Sequence[Series]) -> str:
+    """Return in a line what the results hold."""
+    runs = [run for each in series for run in each.runs]
+    epochs = sorted({run.epochs for run in runs})
+    of = f" of {tables.listed(epochs)} epochs" if epochs else ""
+    seeds = sorted({run.seed for run in runs})
+    return f"{len(runs)} finished runs{of}" + (f", seeds {tables.listed(seeds)}" if seeds else "")

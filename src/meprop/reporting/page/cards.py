@@ -16,7 +16,7 @@ class Tile(NamedTuple):
 
     name: str
     value: str
-    about: str
+    about: list[str]
 
 
 @dataclass(frozen=True)
@@ -35,43 +35,45 @@ def of_verdict(judged: Judged, place: int) -> Card:
     """Return the card of a verdict."""
     found = judged.verdict
     tiles = [_to_target(found), _difference(found), _step(found)]
-    return Card(place, judged.series.label, found.word, f"{found.why}.", tiles)
+    return Card(place, judged.series.label, found.word, f"{found.why[0].upper()}{found.why[1:]}.", tiles)
 
 
 def without_verdict(series: Series, place: int) -> Card:
     """Return the card of a series of finished runs that is not set beside dense."""
-    runs, metric, unit = series.runs, series.source.metric, series.source.unit
+    runs, metric = series.runs, series.source.metric
     why = "There are no dense runs of the same settings and seeds, so that there is no verdict."
     tiles = [
-        Tile(f"dev {metric}{unit}", f"{mean(run.dev[metric] for run in runs):.2f}", _seeds(len(runs))),
-        Tile("training, s", f"{mean(run.seconds['step'] for run in runs):.1f}", "seconds of all steps"),
-        Tile("step, s an epoch", f"{mean(run.seconds['step'] / run.epochs for run in runs):.2f}", "mean of the seeds"),
+        Tile(
+            f"Dev {metric}{series.source.unit}",
+            f"{mean(run.dev[metric] for run in runs):.2f}",
+            ["after the last epoch", _seeds(len(runs))],
+        ),
+        Tile("Training", f"{mean(run.seconds['step'] for run in runs):.1f} s", ["of all steps"]),
+        Tile("Steps of an epoch", f"{mean(run.seconds['step'] / run.epochs for run in runs):.2f} s", []),
     ]
     return Card(place, series.label, "", why, tiles)
 
 
 def _to_target(found: Verdict) -> Tile:
-    name = f"Time to {found.target:.2f}"
-    if found.to_target is None:
-        reached = [sum(each is not None for each in of) for of in (found.seconds_to_target, found.dense_seconds_to_target)]
-        count = len(found.seeds)
-        return Tile(name, "not reached", f"by {reached[0]} of {_seeds(count)}; dense by {reached[1]} of {count}")
+    name, count = f"Time to {found.target:.2f}", len(found.seeds)
     own, dense = (
-        mean(each for each in of if each is not None)
-        for of in (found.seconds_to_target, found.dense_seconds_to_target)
+        [each for each in of if each is not None] for of in (found.seconds_to_target, found.dense_seconds_to_target)
     )
-    return Tile(name, f"{found.to_target.value:.2f}×", f"{own:.1f} s, dense {dense:.1f} s; {_interval(found.to_target)}")
+    if found.to_target is None:
+        return Tile(name, f"{len(own)} of {count}", ["runs reach it", f"of dense {len(dense)} of {count}"])
+    about = [f"{mean(own):.1f} s, dense {mean(dense):.1f} s", _interval(found.to_target)]
+    return Tile(name, f"{found.to_target.value:.2f}x", about)
 
 
 def _difference(found: Verdict) -> Tile:
-    about = f"{_interval(found.dev, '+')}; margin {found.margin:g}"
+    about = [_interval(found.dev, "+"), f"margin {found.margin:g}"]
     if found.test is not None:
-        about += f"; test {found.test.value:+.2f}"
-    return Tile(f"dev {found.metric}", f"{found.dev.value:+.2f}", about)
+        about.append(f"test {found.test.value:+.2f}")
+    return Tile(f"Dev {found.metric} against dense", f"{found.dev.value:+.2f}", about)
 
 
 def _step(found: Verdict) -> Tile:
-    return Tile("Speed of a step", f"{found.step.value:.2f}×", _interval(found.step))
+    return Tile("Speed of a step", f"{found.step.value:.2f}x", [_interval(found.step)])
 
 
 def _interval(found: Estimate, sign: str = "") -> str:
@@ -79,4 +81,4 @@ def _interval(found: Estimate, sign: str = "") -> str:
 
 
 def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
+    return "1 seed" if count == 1 else f"mean of {count} seeds"

@@ -15,11 +15,11 @@ def legible(color: str, background: str) -> str:
         background: The same. A dark one has colours lightened, a light one darkened.
     """
     towards = 255 if _luminance(_channels(background)) < 0.2 else 0
-    for percent in range(0, 101, 4):
-        mixed = [round(each + (towards - each) * percent / 100) for each in _channels(color)]
-        if contrast(mixed, _channels(background)) >= _CONTRAST:
-            break
-    return "#" + "".join(f"{each:02X}" for each in mixed)
+    tints = (
+        [round(each + (towards - each) * percent / 100) for each in _channels(color)] for percent in range(0, 101, 4)
+    )
+    found = next(each for each in tints if contrast(each, _channels(background)) >= _CONTRAST)
+    return "#" + "".join(f"{each:02X}" for each in found)
 
 
 def contrast(first: list[int], second: list[int]) -> float:

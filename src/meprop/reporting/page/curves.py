@@ -58,7 +58,8 @@ def _curve(place: int, series: Series, run: Run, kind: str) -> list[Point]:
 
 
 def _density(run: Run, of_epoch: float | None) -> float | None:
-    density = run.density if of_epoch is None else of_epoch
+    """Return the density of an epoch; None of dense runs, and of simplified ones whose layers were wider then."""
+    density = of_epoch if of_epoch is not None or run.checks else run.density
     return None if density is None or run.rule == DENSE else 100 * density
 
 
@@ -67,6 +68,15 @@ def _mean(same: Sequence[Point]) -> Point:
     kept = [point.density for point in same if point.density is not None]
     density = mean(kept) if len(kept) == len(same) else None
     return Point(same[0].series, same[0].label, "mean", "bold", epoch, seconds, score, density)
+
+
+def kept(points: Sequence[Point]) -> dict[str, float | None]:
+    """Return the density of each series that has one, by its label: None if it is not the same in all epochs."""
+    found: dict[str, set[float]] = {}
+    for point in points:
+        if point.density is not None and point.seed != "mean":
+            found.setdefault(point.label, set()).add(point.density)
+    return {label: next(iter(values)) if len(values) == 1 else None for label, values in found.items()}
 
 
 def described(points: Sequence[Point]) -> str:
@@ -116,17 +126,22 @@ class Width(NamedTuple):
 
 
 def widths(series: Sequence[Series]) -> list[Width]:
-    """Return the widths of all simplified runs."""
+    """Return the widths of all simplified runs: the checks at which a width or the kind of cycle changes."""
     found = [(each, run) for each in series for run in (*each.runs, *each.running) if run.checks]
     several = len({each.label for each, _ in found}) > 1
-    names = [
-        (f"{each.label}, layer {name}" if several else f"layer {name}", name, run)
+    lines = [
+        (f"{each.label}, layer {units}" if several else f"layer {units}", units, run)
         for each, run in found
-        for name in run.checks[0]["widths"]
+        for units in run.checks[0]["widths"]
     ]
-    places = {label: place for place, label in enumerate(dict.fromkeys(label for label, _, _ in names))}
-    return [
-        Width(places[label], label, run.seed, check["step"], check["widths"][name], check["prunes"])
-        for label, name, run in names
-        for check in run.checks
+    places = {label: place for place, label in enumerate(dict.fromkeys(label for label, _, _ in lines))}
+    return [width for label, units, run in lines for width in _changes(places[label], label, units, run)]
+
+
+def _changes(place: int, label: str, units: str, run: Run) -> Iterator[Width]:
+    line = [
+        Width(place, label, run.seed, check["step"], check["widths"][units], check["prunes"]) for check in run.checks
     ]
+    for before, now, after in zip([None, *line], line, [*line[1:], None], strict=False):
+        if before is None or after is None or now[4:] != before[4:] or now.removes != after.removes:
+            yield now

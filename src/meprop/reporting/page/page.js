@@ -30,7 +30,6 @@
   // ---------------------------------------------------------------- charts, each from its table
   const seriesColor = (row) => `var(--series-${row.series})`;
   const setColor = (row) => `var(--set-${row.series})`;
-  const whole = (count) => (low, high) => d3.ticks(low, high, count).filter(Number.isInteger);
   const frame = (width, options, marks) =>
     Plot.plot({
       width,
@@ -49,8 +48,12 @@
 
   const curves = (rows, { width, x, xLabel, y, yLabel, yZero, targets = [] }) => {
     const shown = rows.filter((row) => Number.isFinite(row[y]));
-    const of = (...kinds) => shown.filter((row) => kinds.includes(row.kind));
-    const xTicks = x === "epoch" ? { ticks: whole(width / 60)(0, d3.max(shown, (row) => row.epoch)) } : { ticks: width / 90 };
+    const of = (kind) => shown.filter((row) => row.kind === kind);
+    const dots = of("bold").length <= 12 * d3.group(shown, (row) => row.series).size ? of("bold") : [];
+    const named = targets.length <= 3 ? targets : [];
+    const [first, last] = d3.extent(shown, (row) => row[x]);
+    const ticks = d3.ticks(x === "epoch" ? first : 0, last, Math.min(10, Math.floor(width / 60)));
+    const xTicks = x === "epoch" ? { ticks: ticks.filter(Number.isInteger), tickFormat: "d" } : { ticks };
     const lines = { x, y, z: (row) => `${row.series} ${row.seed}`, stroke: seriesColor };
     return frame(
       width,
@@ -60,14 +63,14 @@
       },
       [
         Plot.ruleY(targets, { stroke: "var(--ink)", strokeWidth: 1.25, strokeDasharray: "6 4" }),
-        Plot.text(targets, {
-          y: (target) => target, text: (target) => `target ${target.toFixed(2)}`, frameAnchor: "right", lineAnchor: "bottom",
-          dy: -4, fill: "var(--ink)", stroke: "var(--surface)", strokeWidth: 4,
+        Plot.text(named, {
+          y: (target) => target, text: (target) => `target ${target.toFixed(2)}`, frameAnchor: "left", lineAnchor: "bottom",
+          dx: 4, dy: -4, fill: "var(--ink)", stroke: "var(--surface)", strokeWidth: 4,
         }),
         Plot.line(of("thin"), { ...lines, strokeWidth: 1, strokeOpacity: 0.5 }),
         Plot.line(of("running"), { ...lines, strokeWidth: 1.25, strokeDasharray: "2 3" }),
         Plot.line(of("bold"), { ...lines, strokeWidth: 2.5 }),
-        Plot.dot(of("bold"), { x, y, fill: seriesColor, r: 3 }),
+        Plot.dot(dots, { x, y, fill: seriesColor, r: 3 }),
         tipOf(shown, x, y, (row) =>
           [
             `${row.label}, ${row.seed === "mean" ? "mean of the seeds" : `seed ${row.seed}`}`,
@@ -121,7 +124,7 @@
       [
         Plot.rectX(cycles, { x1: "from", x2: "step", fill: "var(--soft)", fillOpacity: 0.12 }),
         Plot.line(rows, {
-          x: "step", y: "width", z: (row) => `${row.series} ${row.seed}`, stroke: setColor, strokeWidth: 1.75, curve: "step-before",
+          x: "step", y: "width", z: (row) => `${row.series} ${row.seed}`, stroke: setColor, strokeWidth: 1.75, curve: "step-after",
         }),
         tipOf(rows, "step", "width", (row) => `${row.label}, seed ${row.seed}\n${row.width} units after ${row.step} steps`),
       ]

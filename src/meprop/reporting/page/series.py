@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from meprop.reporting.look import look
 from meprop.reporting.page.sources import Source
@@ -16,8 +15,8 @@ from meprop.training.records import Run
 from meprop.training.verdict import Verdict, judge
 
 OF_RULE = frozenset(
-    "rule rules k scope noise noise_of noise_start exact_sum sparse_rows dense_warmup_steps dense_end_steps fuse when "
-    "simplify".split()
+    ("rule", "rules", "k", "scope", "noise", "noise_of", "noise_start", "exact_sum", "sparse_rows", "when", "fuse")
+    + ("dense_warmup_steps", "dense_end_steps", "simplify")
 )
 """The settings that tell sparse runs apart, and leave dense ones as they are."""
 
@@ -61,13 +60,20 @@ def series_of(sources: Sequence[Source]) -> list[Series]:
     made: list[Series] = []
     for (rule, _), members in ordered:
         source = members[0][0]
-        label = rule if often[rule] == 1 else source.name if source.is_single else f"{rule}, {source.name}"
+        label = _label(source, rule, often[rule] > 1, [each.label for each in made])
         runs, running = (
             sorted((run for _, run, finished in members if finished == wanted), key=lambda run: run.seed)
             for wanted in (True, False)
         )
         made.append(Series(source, rule, label, _color(rule, [each.color for each in made]), runs, running))
     return made
+
+
+def _label(source: Source, rule: str, is_ambiguous: bool, taken: Sequence[str]) -> str:
+    """Return what a series is called: the rule, and where others have the same rule, the result's name too."""
+    short = source.name if source.is_single else f"{rule}, {source.name}"
+    choices = (short if is_ambiguous else rule, f"{short}, {source.folder}", f"{rule}, {source.path}")
+    return next((label for label in choices if label not in taken), choices[-1])
 
 
 def _color(rule: str, taken: Sequence[str]) -> str:
@@ -90,20 +96,18 @@ class Judged:
 def judged(series: Sequence[Series]) -> list[Judged]:
     """Return the verdict on each series that has dense runs of the same settings, on the seeds that both have."""
     found: list[Judged] = []
-    for each in series:
-        for dense in series:
-            if each.rule != DENSE and dense.rule == DENSE and each.setting == dense.setting:
-                verdict = _verdict(dense, each)
-                if verdict is not None:
-                    found.append(Judged(each, dense, verdict))
+    for each in (each for each in series if each.rule != DENSE):
+        beside = [dense for dense in series if dense.rule == DENSE and dense.setting == each.setting]
+        pairs = ((dense, _verdict(dense, each)) for dense in beside)
+        found += [Judged(each, dense, verdict) for dense, verdict in pairs if verdict is not None]
     return found
 
 
 def _verdict(dense: Series, sparse: Series) -> Verdict | None:
-    source = sparse.source
     of_dense, of_sparse = ({run.seed: run for run in each.runs} for each in (dense, sparse))
-    common = [seed for seed in of_sparse if seed in of_dense]
+    common = of_dense.keys() & of_sparse.keys()
     if not common:
         return None
-    pairs: Any = ([runs[seed] for seed in common] for runs in (of_dense, of_sparse))
-    return judge(*pairs, source.metric, source.margin, source.budget)
+    source = sparse.source
+    first, second = ([run for seed, run in runs.items() if seed in common] for runs in (of_dense, of_sparse))
+    return judge(first, second, source.metric, source.margin, source.budget)

@@ -1,10 +1,10 @@
-"""The results that a page is made of: files of `meprop train`, `compare`, `simplify` and `reproduce`, read and checked."""
+"""The results that a page is made of, read and checked: of `meprop train`, `compare`, `simplify` and `reproduce`."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,9 @@ from meprop.training.config import MARGIN
 from meprop.training.records import EpochRecord, Run
 from meprop.training.verdict import Budget
 
-_NOT_SETTINGS = ("task", "training", "data_dir", "seeds", "out", "resume", "overwrite", "tensorboard")
-_NOT_SETTINGS += ("checkpoint_every", "margin")
+_NOT_SETTINGS = frozenset(
+    ["task", "training", "data_dir", "seeds", "out", "resume", "overwrite", "tensorboard", "checkpoint_every", "margin"]
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Source:
         if self.path.name == tracking.RESULT:
             return self.path.resolve().parent.name
         return re.sub(r"-seed\d+$", "", self.path.stem)
+
+    @property
+    def folder(self) -> str:
+        """The folder that it lies in."""
+        folder = self.path.resolve().parent
+        return folder.parent.name if self.path.name == tracking.RESULT else folder.name
 
     @property
     def task(self) -> str:

@@ -12,6 +12,8 @@ from meprop.advice.layers import common_name, folded
 from meprop.reporting.page.command import command_of
 from meprop.reporting.page.series import Series
 from meprop.reporting.page.sources import Source
+from meprop.reporting.pages import short_commit
+from meprop.training.records import Run
 
 
 class Score(NamedTuple):
@@ -64,7 +66,8 @@ class Layers(NamedTuple):
     series: int
     label: str
     name: str
-    count: int
+    number: int
+    """Of layers."""
     kind: str
     shape: str
     rule: str
@@ -81,7 +84,14 @@ def layers(series: Sequence[Series]) -> list[Layers]:
         groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
         for layer in next((run.layers for run in (*each.runs, *each.running) if run.layers), []):
             rule = _rule(layer["rule"])
-            key = folded(layer["name"]), layer["kind"], layer["in_features"], layer["out_features"], rule, layer["status"]
+            key = (
+                folded(layer["name"]),
+                layer["kind"],
+                layer["in_features"],
+                layer["out_features"],
+                rule,
+                layer["status"],
+            )
             groups.setdefault(key, []).append(layer)
         found += [_layers(place, each.label, rule, members) for (*_, rule, _), members in groups.items()]
     return found
@@ -108,7 +118,7 @@ def _layers(place: int, label: str, rule: str, members: Sequence[Mapping[str, An
 
 def _rule(options: Mapping[str, Any] | None) -> str:
     given = {} if options is None else {name: value for name, value in options.items() if value is not None}
-    return ", ".join(f"{name} {_option(value)}" for name, value in given.items())
+    return ", ".join(f"{name.replace('_', ' ')} {_option(value)}" for name, value in given.items())
 
 
 def _option(value: Any) -> str:
@@ -145,9 +155,11 @@ def models(sources: Sequence[Source]) -> list[Model]:
 
 
 class Made(NamedTuple):
-    """Results that were made on one machine with the same versions."""
+    """Results that were made by one command, on one machine, with the same versions."""
 
     facts: list[tuple[str, str]]
+    command: str | None
+    """That makes them again; None if it is not known."""
     files: list[File]
 
 
@@ -161,7 +173,14 @@ class File(NamedTuple):
     """What a download is called."""
     runs: str
     """Which rules and seeds are in it."""
-    command: str | None
+
+
+_NAMES = {
+    "cpu": "processor",
+    "cpu_capability": "instruction set",
+    "memory_gib": "memory, GiB",
+    "keeps_freed_memory": "freed memory is kept",
+}
 
 
 def made(sources: Sequence[Source]) -> list[Made]:
@@ -169,17 +188,36 @@ def made(sources: Sequence[Source]) -> list[Made]:
     groups: dict[str, Made] = {}
     for place, source in enumerate(sources):
         content = source.content
-        facts = {**content["machine"], **content["versions"], "commit": content.get("commit") or "unknown"}
+        facts = {
+            **content["machine"],
+            **content["versions"],
+            "commit": short_commit(content.get("commit")).removeprefix("commit "),
+        }
         facts["disturbance"] = content.get("disturbance")
-        said = [(name.replace("_", " "), _said(value)) for name, value in facts.items() if value is not None]
-        runs = {run.rule: [] for run in source.runs}
-        for run in source.runs:
-            runs[run.rule].append(run.seed)
-        text = "; ".join(f"{rule}: {'seed' if len(of) == 1 else 'seeds'} {listed(of)}" for rule, of in runs.items())
-        file = File(place, str(source.path), source.path.name, text, command_of(source))
-        groups.setdefault(json.dumps(said), Made(said, [])).files.append(file)
+        said = [
+            (_NAMES.get(name, name.replace("_", " ")), _said(value))
+            for name, value in facts.items()
+            if value is not None
+        ]
+        command = command_of(source)
+        file = File(place, str(source.path), source.path.name, _runs(source.runs))
+        groups.setdefault(json.dumps([said, command]), Made(said, command, [])).files.append(file)
     return list(groups.values())
 
 
 def _said(value: Any) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value if isinstance(value, str) else json.dumps(value)
+    return (
+        {True: "yes", False: "no"}[value]
+        if isinstance(value, bool)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
+
+
+def _runs(runs: Sequence[Run]) -> str:
+    """Return which rules and seeds runs are of."""
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.rule, []).append(run.seed)
+    return "; ".join(f"{rule}: {'seed' if len(of) == 1 else 'seeds'} {listed(of)}" for rule, of in seeds.items())
