@@ -85,7 +85,7 @@ def _content(found: Sequence[Source]) -> dict[str, Any]:
     sets = dict.fromkeys(each.label for each in widths)
     targets = dict.fromkeys(round(each.verdict.target, 4) for each in verdicts)
     return {
-        "tasks": list(dict.fromkeys(source.config.get("task", {}).get("script", source.task) for source in found)),
+        "tasks": list(dict.fromkeys(source.title for source in found)),
         "lead": _lead(series),
         "metric": found[0].metric + found[0].unit,
         "series": series,

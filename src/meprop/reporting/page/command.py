@@ -8,9 +8,8 @@ from typing import Any
 
 from meprop import experiments
 from meprop.reporting.page.sources import Source
-from meprop.training import tasks, tracking
+from meprop.training import tracking
 from meprop.training.config import MARGIN, SimplifyConfig
-from meprop.training.script import ScriptTask
 
 _NO_OPTIONS = ("task", "training", "simplify", "data", "out", "resume", "overwrite", "script")
 
@@ -21,16 +20,16 @@ def command_of(source: Source) -> str | None:
     if "settings" in config:
         experiment = source.path.resolve().parent.name
         return f"meprop reproduce {experiment}" if experiment in experiments.built_in() else None
-    entry = tasks.with_script().get(source.task if "script" not in config.get("task", {}) else ScriptTask.name)
-    if entry is None or "training" not in config:
-        return None
     name = "simplify" if "simplify" in config else "compare" if "margin" in config else "train"
-    values = {**config, **config["task"], **config["training"], **config.get("simplify", {})}
+    entry, task, training = source.entry, config.get("task", {}), config.get("training")
+    if entry is None or training is None:
+        return None
+    values = {**config, **task, **training, **config.get("simplify", {})}
     shared = {**tracking.plain(entry.config()), **tracking.plain(entry.training), **tracking.plain(SimplifyConfig())}
     defaults = {**shared, "rule": entry.rule, "margin": MARGIN, "seconds": 2.0}
     if name == "simplify":  # it has a default of its own
         del defaults["k"]
-    return shlex.join(["meprop", name, config["task"].get("script", source.task), *_options(values, defaults)])
+    return shlex.join(["meprop", name, source.title, *_options(values, defaults)])
 
 
 def _options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:

@@ -15,8 +15,10 @@ from meprop.training.records import Run
 from meprop.training.verdict import Verdict, judge
 
 OF_RULE = frozenset(
-    ("rule", "rules", "k", "scope", "noise", "noise_of", "noise_start", "exact_sum", "sparse_rows", "when", "fuse")
-    + ("dense_warmup_steps", "dense_end_steps", "simplify")
+    {
+        *("rule", "rules", "k", "scope", "noise", "noise_of", "noise_start", "exact_sum", "sparse_rows", "when"),
+        *("dense_warmup_steps", "dense_end_steps", "fuse", "simplify"),
+    }
 )
 """The settings that tell sparse runs apart, and leave dense ones as they are."""
 

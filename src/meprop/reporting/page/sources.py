@@ -15,6 +15,8 @@ from meprop.reporting.look import PHASE_COLORS
 from meprop.training import tasks, tracking
 from meprop.training.config import MARGIN
 from meprop.training.records import EpochRecord, Run
+from meprop.training.script import ScriptTask
+from meprop.training.tasks import TaskEntry
 from meprop.training.verdict import Budget
 
 _NOT_SETTINGS = frozenset(
@@ -56,6 +58,11 @@ class Source:
         return self.content["task"]
 
     @property
+    def title(self) -> str:
+        """The name of the task, or the user's file and function."""
+        return str(self.config.get("task", {}).get("script", self.task))
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """The settings as the command recorded them."""
         return self.content["config"]
@@ -70,6 +77,12 @@ class Source:
         """The quality to compare by. Where a command does not record it, that is the first of the scores."""
         named = [each["metric"] for each in (*self.content.get("verdicts", ()), self.config) if "metric" in each]
         return next(iter([*named, *(name for run in (*self.runs, *self.running) for name in run.dev)]))
+
+    @property
+    def entry(self) -> TaskEntry | None:
+        """The task as the command line knows it; None if it is no longer there."""
+        is_script = "script" in self.config.get("task", {})
+        return tasks.with_script().get(ScriptTask.name if is_script else self.task)
 
     @property
     def unit(self) -> str:
@@ -91,7 +104,7 @@ class Source:
         """All that the outcome depends on beside seeds, by option. What was no option yet has its default."""
         config = self.config
         found = config.get("settings") or {**config, **config.get("task", {}), **config.get("training", {})}
-        entry = tasks.with_script().get(self.task)
+        entry = self.entry
         defaults = {} if entry is None else {**tracking.plain(entry.config()), **tracking.plain(type(entry.training)())}
         return {name: value for name, value in {**defaults, **found}.items() if name not in _NOT_SETTINGS}
 
@@ -124,23 +137,60 @@ def read(path: Path) -> Source:
     return source
 
 
-def _run(content: dict[str, Any]) -> Run:
-    run = Run(**content)
-    _check_types(run)
-    for record in run.curve:
-        _check_types(EpochRecord(**record))
-    return run
+_RUN, _EPOCH = get_type_hints(Run), get_type_hints(EpochRecord)
+_LAYER: dict[str, Any] = {
+    "name": str,
+    "kind": str,
+    "in_features": int,
+    "out_features": int,
+    "status": str,
+    "density": float | None,
+    "rule": dict[str, Any] | None,
+    "reason": str,
+}
+_CHECK: dict[str, Any] = {"step": int, "prunes": bool, "widths": dict[str, int]}
+_MODEL: dict[str, Any] = {
+    "rule": str,
+    "seed": int,
+    "width": float,
+    "parameters": int,
+    "first_step": float,
+    "last_step": float,
+    "inference": dict[str, Any],
+}
+_CONFIG = dict.fromkeys(("task", "training", "simplify", "settings"), dict[str, Any])
+_CONTENT: dict[str, Any] = {
+    "task": str,
+    "config": dict[str, Any],
+    "machine": dict[str, Any],
+    "versions": dict[str, Any],
+    "commit": str | None,
+}
 
 
-def _check_types(record: Run | EpochRecord) -> None:
-    """Raise TypeError where an entry is not what its annotation says."""
+def _check_entries(content: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raise TypeError where an entry is of another kind, and KeyError where there is none."""
     from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-    for name, kind in get_type_hints(type(record)).items():
+    for name, kind in kinds.items():
         try:
-            check_type(getattr(record, name), kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+            check_type(content[name], kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
             raise TypeError(f"{name}: {error}") from error
+
+
+def _run(content: dict[str, Any]) -> Run:
+    run = Run(**content)
+    _check_entries(vars(run), _RUN)
+    for record in run.curve:
+        _check_entries(vars(EpochRecord(**record)), _EPOCH)
+    for layer in run.layers:
+        _check_entries(layer, _LAYER)
+    for check in run.checks:
+        _check_entries(check, _CHECK)
+        if check["widths"].keys() != run.checks[0]["widths"].keys():
+            raise ValueError("the checks are of different layers")
+    return run
 
 
 def _check(source: Source) -> None:
@@ -148,9 +198,11 @@ def _check(source: Source) -> None:
     runs = [*source.runs, *source.running]
     if not runs:
         raise ValueError("it has no runs")
-    for name, kind in (("task", str), ("config", dict), ("machine", dict), ("versions", dict)):
-        if not isinstance(source.content[name], kind):
-            raise TypeError(f"{name} is of type {type(source.content[name]).__name__}")
+    _check_entries(source.content, _CONTENT)
+    _check_entries(source.config, {name: kind for name, kind in _CONFIG.items() if name in source.config})
+    for model in source.content.get("models", []):
+        _check_entries(model, _MODEL)
+        _check_entries(model["inference"], {"p20": float})
     if source.budget not in get_args(Budget):
         raise ValueError(f"budget is {source.budget!r}")
     if not source.margin > 0:
