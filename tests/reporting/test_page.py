@@ -106,7 +106,17 @@ def test_the_parts_of_a_step_are_those_of_an_epoch(compared):
 def test_layers_of_one_kind_are_a_line_with_rule_density_and_reason(compared):
     rows = Page(compared).table("reason")
     assert rows == [
-        ["sampled", "layers.*.mlp.up", "3", "Linear", "512 → 512", "sparse", "3.0", "noise 0.25, scope global", "always"],
+        [
+            "sampled",
+            "layers.*.mlp.up",
+            "3",
+            "Linear",
+            "512 → 512",
+            "sparse",
+            "3.0",
+            "noise 0.25, scope global",
+            "always",
+        ],
         ["sampled", "head", "1", "Linear", "512 → 10", "dense", "100.0", "", "narrow: 10 output features"],
     ]
 
@@ -318,7 +328,9 @@ def changed(content, keys, value):
 
 def places(content, at=()):
     """The places in nested data, of lists the first."""
-    inner = content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    inner = (
+        content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    )
     for key, value in inner:
         yield (*at, key)
         yield from places(value, (*at, key))

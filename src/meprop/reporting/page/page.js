@@ -144,6 +144,10 @@
     if (!width || place.dataset.width === String(width)) return;
     place.dataset.width = width;
     const picture = kinds[place.dataset.chart](rows, { width, yLabel: place.dataset.y, targets });
+    for (const mark of picture.querySelectorAll("[aria-label]")) {
+      mark.dataset.mark = mark.getAttribute("aria-label"); // the picture has one label, and elements without a role none
+      mark.removeAttribute("aria-label");
+    }
     picture.setAttribute("role", "img");
     picture.setAttribute("aria-label", place.dataset.label);
     place.replaceChildren(picture);

@@ -76,7 +76,7 @@ class Source:
     def metric(self) -> str:
         """The quality to compare by. Where a command does not record it, that is the first of the scores."""
         named = [each["metric"] for each in (*self.content.get("verdicts", ()), self.config) if "metric" in each]
-        return next(iter([*named, *(name for run in (*self.runs, *self.running) for name in run.dev)]))
+        return next(iter([*named, *(name for run in (*self.runs, *self.running) for name in run.dev), "score"]))
 
     @property
     def entry(self) -> TaskEntry | None:
@@ -96,8 +96,9 @@ class Source:
 
     @property
     def budget(self) -> Budget:
-        """What all runs have had the same of."""
-        return next((each["budget"] for each in self.content.get("verdicts", ())), "epochs")
+        """What all runs have had the same of. Where no verdict says it, that is epochs if they have the same."""
+        found = "seconds" if len({run.epochs for run in self.runs}) > 1 else "epochs"
+        return next((each["budget"] for each in self.content.get("verdicts", ())), found)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -207,10 +208,14 @@ def _check(source: Source) -> None:
         raise ValueError(f"budget is {source.budget!r}")
     if not source.margin > 0:
         raise ValueError(f"margin is {source.margin}")
+    if source.budget == "epochs" and len({run.epochs for run in source.runs}) > 1:
+        raise ValueError("the runs have different epochs")
     for run in source.runs:
         seconds = [run.seconds[phase] for phase in (*PHASE_COLORS, "step")]
-        if run.epochs < 1 or not run.curve or min(seconds) < 0 or not run.seconds["step"]:
-            raise ValueError(f"the run of seed {run.seed} has {run.epochs} epochs and the seconds {seconds}")
-    scores = [*(run.dev for run in source.runs), *(record["dev"] for run in runs for record in run.curve)]
+        times = [seconds[-1], *(record["seconds"] for record in run.curve)]
+        if run.epochs < 1 or not run.curve or min(seconds) < 0 or min(times) <= 0:
+            raise ValueError(f"the run of seed {run.seed} has {run.epochs} epochs and the seconds {seconds}, {times}")
+    scores = [score for run in source.runs for score in ([run.dev, run.test] if run.test else [run.dev])]
+    scores += [record["dev"] for run in runs for record in run.curve]
     if any(source.metric not in each for each in scores):
         raise LookupError(f"a score of {source.metric} is missing")
