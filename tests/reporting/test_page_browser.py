@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 pytest.importorskip("playwright", reason="playwright is not installed: make test-page")
-pytest.importorskip("axe_core_python", reason="axe-core-python is not installed: make test-page")
+pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed: make test-page")
 
-from axe_core_python.sync_playwright import Axe
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from meprop.reporting.page import write_report
@@ -109,7 +109,7 @@ def test_all_charts_are_drawn_and_nothing_is_wider_than_the_window(opened):
 def test_axe_finds_nothing_serious(opened):
     for summary in opened.locator("summary").all():
         summary.click()
-    found = Axe().run(opened)["violations"]
+    found = Axe().run(opened).response["violations"]
     assert [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")] == []
 
 

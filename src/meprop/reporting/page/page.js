@@ -46,11 +46,25 @@
   const tipOf = (rows, x, y, title) =>
     Plot.tip(rows, Plot.pointer({ x, y, title, stroke: "var(--line)", fontSize: 12.5, textPadding: 10 }));
 
+  /** Targets that lie so close that their lines and names would cover one another are a band. */
+  const bandsOf = (targets, least) => {
+    const bands = [];
+    for (const target of d3.sort(targets)) {
+      const last = bands.at(-1);
+      if (last && target - last.high < least) last.high = target;
+      else bands.push({ low: target, high: target });
+    }
+    return bands;
+  };
+  const nameOf = ({ low, high }) =>
+    low === high ? `target ${high.toFixed(2)}` : `targets ${low.toFixed(2)} to ${high.toFixed(2)}`;
+
   const curves = (rows, { width, x, xLabel, y, yLabel, yZero, targets = [] }) => {
     const shown = rows.filter((row) => Number.isFinite(row[y]));
     const of = (kind) => shown.filter((row) => row.kind === kind);
     const dots = of("bold").length <= 12 * d3.group(shown, (row) => row.series).size ? of("bold") : [];
-    const named = targets.length <= 3 ? targets : [];
+    const [lowest, highest] = d3.extent([...targets, ...shown.map((row) => row[y])]);
+    const bands = bandsOf(targets, (highest - lowest) / 12);
     const [first, last] = d3.extent(shown, (row) => row[x]);
     const ticks = d3.ticks(x === "epoch" ? first : 0, last, Math.min(10, Math.floor(width / 60)));
     const xTicks = x === "epoch" ? { ticks: ticks.filter(Number.isInteger), tickFormat: "d" } : { ticks };
@@ -62,10 +76,11 @@
         y: { label: yLabel, labelArrow: "none", zero: yZero, nice: true, grid: true, ticks: 6, insetTop: 4 },
       },
       [
-        Plot.ruleY(targets, { stroke: "var(--ink)", strokeWidth: 1.25, strokeDasharray: "6 4" }),
-        Plot.text(named, {
-          y: (target) => target, text: (target) => `target ${target.toFixed(2)}`, frameAnchor: "left", lineAnchor: "bottom",
-          dx: 4, dy: -4, fill: "var(--ink)", stroke: "var(--surface)", strokeWidth: 4,
+        Plot.rectY(bands, { y1: "low", y2: "high", fill: "var(--ink)", fillOpacity: 0.15 }),
+        Plot.ruleY(bands, { y: "high", stroke: "var(--ink)", strokeWidth: 1.25, strokeDasharray: "6 4" }),
+        Plot.text(bands, {
+          y: "high", text: nameOf, frameAnchor: "left", lineAnchor: "bottom", dx: 4, dy: -4,
+          fill: "var(--ink)", stroke: "var(--surface)", strokeWidth: 4,
         }),
         Plot.line(of("thin"), { ...lines, strokeWidth: 1, strokeOpacity: 0.5 }),
         Plot.line(of("running"), { ...lines, strokeWidth: 1.25, strokeDasharray: "2 3" }),

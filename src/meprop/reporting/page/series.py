@@ -22,8 +22,8 @@ OF_RULE = frozenset(
 )
 """The settings that tell sparse runs apart, and leave dense ones as they are."""
 
-_DENSE_COLOR = "#64748B"
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8B6FD6", "#7A8B2A")
+_OF_PAGES = {DENSE: "#64748B", "simplified": "#8B6FD6"}  # calm beside the rules; black is none on dark ground
+COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2", "#8B6FD6", "#7A8B2A", "#56B4E9")
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def _label(source: Source, rule: str, is_ambiguous: bool, taken: Sequence[str]) 
 
 def _color(rule: str, taken: Sequence[str]) -> str:
     """Return the colour of the rule, or the least used one if another series has it."""
-    own = _DENSE_COLOR if rule == DENSE else look(rule.partition(":")[0]).color
-    count = Counter(taken)
-    free = own not in taken and (rule == DENSE or own in (*COLORS, "#000000"))
-    return own if free else min(COLORS, key=lambda color: count[color])
+    own = _OF_PAGES.get(rule) or look(rule.partition(":")[0]).color
+    uses = Counter(taken)
+    is_free = own not in uses and own in (*_OF_PAGES.values(), *COLORS)
+    return own if is_free else min(COLORS, key=lambda color: uses[color])
 
 
 @dataclass(frozen=True)
