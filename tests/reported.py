@@ -15,6 +15,7 @@ from meprop.training import tracking
 from meprop.training.config import TrainingConfig
 from simulated import simulated
 
+MNIST, TRAINING = MnistConfig(), TrainingConfig(epochs=6, noise=0.25)
 MACHINE = {"cpu": "AMD EPYC", "threads": 1, "gpu": None, "keeps_freed_memory": True}
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "meprop": "0.1.0"}
 LAYERS = [
@@ -59,7 +60,7 @@ def runs(seeds=3, rules=("sampled",), **options):
     return [*dense, *(replace(run, rule=rule) for rule in rules for run in sparse)]
 
 
-def config(task=MnistConfig(), training=TrainingConfig(epochs=6, noise=0.25), **others):
+def config(task=MNIST, training=TRAINING, **others):
     plain = {"task": tracking.plain(task), "training": tracking.plain(training)}
     return {**plain, "rule": "sampled", "margin": 0.2, "data": "1a2b3c", "out": "runs/compare", **others}
 

@@ -97,7 +97,7 @@ class Source:
     @property
     def budget(self) -> Budget:
         """What all runs have had the same of. Where no verdict says it, that is epochs if they have the same."""
-        found = "seconds" if len({run.epochs for run in self.runs}) > 1 else "epochs"
+        found: Budget = "seconds" if len({run.epochs for run in self.runs}) > 1 else "epochs"
         return next((each["budget"] for each in self.content.get("verdicts", ())), found)
 
     @cached_property
