@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meprop.machine import write_atomically
 from meprop.reporting.look import PHASE_COLORS
@@ -15,6 +16,9 @@ from meprop.reporting.page.colors import NIGHT, WHITE, legible
 from meprop.reporting.page.differences import differences
 from meprop.reporting.page.series import COLORS, Judged, Series, judged, series_of
 from meprop.reporting.page.sources import Source
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PAGE = "report.html"
 _MARK = b'<meta name="generator" content="meprop report">'
@@ -61,19 +65,26 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def rendered(found: Sequence[Source]) -> str:
     """Return the page about results as HTML."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    scripts = [(_HERE / name).read_text() for name in ("vendor/d3.min.js", "vendor/plot.umd.min.js", "page.js")]
+    template, scripts = _form()
     digests = (base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in scripts)
-    return environment.get_template("page.html").render(
+    return template.render(
         **_content(found),
         style=(_HERE / "page.css").read_text(),
         scripts=scripts,
         allowed=" ".join(f"'sha256-{each}'" for each in digests),
     )
+
+
+@functools.cache
+def _form() -> tuple[Template, list[str]]:
+    """Return the template and the scripts."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    names = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "page.js")
+    return environment.get_template("page.html"), [(_HERE / name).read_text() for name in names]
 
 
 def _content(found: Sequence[Source]) -> dict[str, Any]:

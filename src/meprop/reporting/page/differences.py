@@ -31,7 +31,7 @@ def differences(sources: Sequence[Source]) -> list[Difference]:
         values: dict[str, list[str]] = {}
         for source, each in zip(sources, facts, strict=True):
             if name in each:
-                values.setdefault(each[name], []).append(source.name)
+                values.setdefault(each[name], []).append(f"{source.folder}/{source.name}")
         if len(values) > 1:
             found.append(Difference(name, [(value, _listed(of)) for value, of in values.items()]))
     return found

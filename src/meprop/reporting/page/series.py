@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from meprop.reporting.look import look
 from meprop.reporting.page.sources import Source
@@ -40,23 +39,27 @@ class Series:
     """By ascending seed."""
     running: list[Run]
 
-    @cached_property
-    def setting(self) -> str:
-        """What dense runs must share to be set beside these: a result of several runs is a comparison of its own."""
-        if not self.source.is_single:
-            return str(self.source.path)
-        settings = {name: value for name, value in self.source.settings.items() if name not in OF_RULE}
-        return json.dumps([self.source.task, settings], sort_keys=True)
+
+def _shared(source: Source, rule: str) -> str:
+    """Return what runs of one series share. A result of several runs is a comparison of its own.
+
+    Of dense runs these are the settings that sparse runs beside them have, too.
+    """
+    if not source.is_single:
+        return str(source.path)
+    unused = OF_RULE if rule == DENSE else ()
+    return json.dumps(
+        [source.task, {name: value for name, value in source.settings.items() if name not in unused}], sort_keys=True
+    )
 
 
 def series_of(sources: Sequence[Source]) -> list[Series]:
     """Return the series of results, dense ones first."""
     found: dict[tuple[str, str], list[tuple[Source, Run, bool]]] = {}
     for source in sources:
-        of = json.dumps([source.task, source.settings], sort_keys=True) if source.is_single else str(source.path)
         for runs, finished in ((source.runs, True), (source.running, False)):
             for run in runs:
-                found.setdefault((run.rule, of), []).append((source, run, finished))
+                found.setdefault((run.rule, _shared(source, run.rule)), []).append((source, run, finished))
     ordered = sorted(found.items(), key=lambda item: item[0][0] != DENSE)
     often = Counter(rule for rule, _ in found)
     made: list[Series] = []
@@ -97,12 +100,10 @@ class Judged:
 
 def judged(series: Sequence[Series]) -> list[Judged]:
     """Return the verdict on each series that has dense runs of the same settings, on the seeds that both have."""
-    found: list[Judged] = []
-    for each in (each for each in series if each.rule != DENSE):
-        beside = [dense for dense in series if dense.rule == DENSE and dense.setting == each.setting]
-        pairs = ((dense, _verdict(dense, each)) for dense in beside)
-        found += [Judged(each, dense, verdict) for dense, verdict in pairs if verdict is not None]
-    return found
+    dense = {_shared(each.source, DENSE): each for each in series if each.rule == DENSE}
+    pairs = [(each, dense.get(_shared(each.source, DENSE))) for each in series if each.rule != DENSE]
+    verdicts = ((each, beside, _verdict(beside, each)) for each, beside in pairs if beside is not None)
+    return [Judged(each, beside, verdict) for each, beside, verdict in verdicts if verdict is not None]
 
 
 def _verdict(dense: Series, sparse: Series) -> Verdict | None:

@@ -97,8 +97,9 @@ class Source:
     @property
     def budget(self) -> Budget:
         """What all runs have had the same of. Where no verdict says it, that is epochs if they have the same."""
-        found: Budget = "seconds" if len({run.epochs for run in self.runs}) > 1 else "epochs"
-        return next((each["budget"] for each in self.content.get("verdicts", ())), found)
+        for verdict in self.content.get("verdicts", ()):
+            return verdict["budget"]
+        return "seconds" if len({run.epochs for run in self.runs}) > 1 else "epochs"
 
     @cached_property
     def settings(self) -> dict[str, Any]:
