@@ -8,7 +8,7 @@ MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1
 READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow torture fuzz soak sweep sanitize tsan matrix env lint format clean
+.PHONY: help demo test test-slow test-page torture fuzz soak sweep sanitize tsan matrix env lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ test: env  ## set up .venv and run the tests, but for the slow ones
 
 test-slow: env  ## the slow tests: means of many draws, and long walks over all cases (some minutes)
 	$(PYTEST) -m slow
+
+test-page: env  ## the page of `meprop report` in Chromium: charts, sorting, contrast, three widths (MEPROP_CHROMIUM=)
+	@for name in $$MEPROP_CHROMIUM chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
+	  echo "there is no Chromium: install one, such as the Debian package chromium, or set MEPROP_CHROMIUM to its file"; exit 1
+	$(BIN)/pip install --quiet --disable-pip-version-check 'playwright>=1.45' 'axe-playwright-python>=0.1.4'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reporting/test_page_browser.py
 
 torture: env  ## kill real runs at random moments and calls, resume them, compare the ends (10 minutes; SECONDS=)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),600)

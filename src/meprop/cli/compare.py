@@ -27,7 +27,8 @@ class Compare(Generic[TaskConfig, Training, RuleTexts]):
     task: TaskConfig
     training: Training
     out: Path
-    """Folder for result.json, which has the finished seeds, for curves.png, and for checkpoints of the unfinished."""
+    """Folder for result.json, which has the finished seeds, for curves.png, for the page report.html, and for
+    checkpoints of the unfinished."""
     rule: RuleTexts
     margin: float = MARGIN
     """How much lower the dev score may be for sparse to count as good as dense. The target is dense's, less this."""
@@ -60,6 +61,7 @@ class Compare(Generic[TaskConfig, Training, RuleTexts]):
             quietly: Show nothing but progress.
         """
         from meprop.reporting import figures
+        from meprop.reporting.page import write_report
 
         session, choices = self._session(), self._choices()
         runs: list[Run] = []
@@ -98,8 +100,9 @@ class Compare(Generic[TaskConfig, Training, RuleTexts]):
             finally:
                 if not quietly:
                     show_runs(runs, task, judged(), self.margin)
+            page = write_report([session.out], overwrite=True)
             if not quietly:
-                print(f"written: {self.out / tracking.RESULT}, {self.out / tracking.FIGURE}")
+                print(f"written: {self.out / tracking.RESULT}, {self.out / tracking.FIGURE}, {self.out / page.name}")
         return runs
 
 

@@ -23,6 +23,7 @@ from meprop.cli.common import Command, missing, note
 from meprop.cli.compare import COMPARE, Compare
 from meprop.cli.doctor import DATA, DOCTOR, Doctor
 from meprop.cli.init import INIT
+from meprop.cli.report import REPORT
 from meprop.cli.reproduce import REPRODUCE, Reproduce
 from meprop.cli.simplify import SIMPLIFY, Simplify
 from meprop.cli.stop import Stopped, StopRequest
@@ -34,7 +35,7 @@ from meprop.training.script import ScriptTask
 _TRAINING = ("advise", "train", "compare", "tune", "simplify")
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
 _SCRIPT = re.compile(r".+\.py(:\w*)?")
-_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, TUNE, SIMPLIFY, REPRODUCE, DATA, BENCH, DOCTOR)
+_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, TUNE, SIMPLIFY, REPRODUCE, REPORT, DATA, BENCH, DOCTOR)
 
 
 def main(argv: list[str] | None = None) -> int:

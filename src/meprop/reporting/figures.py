@@ -5,58 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from meprop import rules
 from meprop.machine import write_atomically
+from meprop.reporting.look import PHASE_COLORS, VARIANTS, distinct
 from meprop.training.config import DENSE
 from meprop.training.records import Run
 
-
-class Look(NamedTuple):
-    """What runs of one kind are called and drawn with."""
-
-    label: str
-    color: str
-    marker: str
-
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-_NO_RULES = {DENSE: Look("dense", "#0072B2", "D"), "simplified": Look("simplified", "#000000", "o")}
-_UNKNOWN_COLOR = "#999999"
-# Colours of that palette that are not faint on white, for variants in the order of their experiment.
-_VARIANTS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"]
-
-
-def look(rule: str) -> Look:
-    """Return the look of runs by `Run.rule`: a rule's own, or a grey one of a rule that is no longer there.
-
-    One with settings of its own, such as "topk:k=0.04", has the look of its rule and its whole name.
-    """
-    name, _, own = rule.partition(":")
-    found = rules.named().get(name)
-    known = _NO_RULES.get(name) or (found and Look(found.label, found.color, found.marker))
-    if known is None:
-        return Look(rule, _UNKNOWN_COLOR, "o")
-    return known._replace(label=rule) if own else known
-
-
-def distinct(names: Sequence[str]) -> dict[str, str]:
-    """Return a colour for each of the runs that are shown together: its rule's own, or one that none of them has."""
-    colors = {name: look(name).color for name in names}
-    free = [color for color in _VARIANTS if color not in colors.values()]
-    taken: set[str] = set()
-    for name, color in colors.items():
-        colors[name] = free.pop(0) if color in taken and free else color
-        taken.add(color)
-    return colors
-
-
-PHASE_COLORS = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#999999"}
 _SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
 
 
@@ -116,7 +74,7 @@ def draw_over_time(title: str, pairs: Mapping[str, Sequence[tuple[Run, Run]]], m
     """
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     quality, density = figure.subplots(1, 2, width_ratios=[3, 2])
-    for (name, group), color in zip(pairs.items(), _VARIANTS, strict=False):
+    for (name, group), color in zip(pairs.items(), VARIANTS, strict=False):
         curves = [run.curve for run, _ in group]
         ends = [base.seconds["step"] for _, base in group]
         shares = [[record["seconds"] / end for record in run] for run, end in zip(curves, ends, strict=True)]

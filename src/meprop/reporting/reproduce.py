@@ -14,7 +14,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from meprop.experiments import Experiment, Records, Variant
 from meprop.machine import write_atomically
 from meprop.reporting import pages
-from meprop.reporting.figures import draw_over_time, look
+from meprop.reporting.figures import draw_over_time
+from meprop.reporting.look import look
 from meprop.reporting.terminal import spread
 from meprop.table import text_table
 from meprop.training.config import DENSE
