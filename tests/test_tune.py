@@ -125,3 +125,10 @@ def test_wrong_requests_end_in_one_line(data, capsys, options, message):
     assert message in shown
     assert shown.count("\n") == 1
     assert not Path("runs").exists()
+
+
+def test_a_report_of_a_search_names_its_comparisons(data, capsys):
+    assert tune(data, "--rule", *RULES[:1], "--margin", "90") == 0
+    assert cli.main(["report", "runs/tune-mnist"]) == 1
+    assert "it is of meprop tune: give its folder confirm" in capsys.readouterr().err
+    assert cli.main(["report", "runs/tune-mnist/confirm"]) == 0

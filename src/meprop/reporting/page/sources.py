@@ -99,7 +99,8 @@ class Source:
         """What all runs have had the same of. Where no verdict says it, that is epochs if they have the same."""
         for verdict in self.content.get("verdicts", ()):
             return verdict["budget"]
-        return "seconds" if len({run.epochs for run in self.runs}) > 1 else "epochs"
+        of_seconds = self.settings.get("budget_seconds") is not None or len({run.epochs for run in self.runs}) > 1
+        return "seconds" if of_seconds else "epochs"
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -199,7 +200,8 @@ def _check(source: Source) -> None:
     """Raise an error of `tracking.DAMAGE` where something is missing that a page shows or calculates with."""
     runs = [*source.runs, *source.running]
     if not runs:
-        raise ValueError("it has no runs")
+        is_search = "rounds" in source.content
+        raise ValueError("it is of meprop tune: give its folder confirm, or round-1" if is_search else "it has no runs")
     _check_entries(source.content, _CONTENT)
     _check_entries(source.config, {name: kind for name, kind in _CONFIG.items() if name in source.config})
     for model in source.content.get("models", []):
@@ -214,8 +216,10 @@ def _check(source: Source) -> None:
     for run in source.runs:
         seconds = [run.seconds[phase] for phase in (*PHASE_COLORS, "step")]
         times = [seconds[-1], *(record["seconds"] for record in run.curve)]
-        if run.epochs < 1 or not run.curve or min(seconds) < 0 or min(times) <= 0:
-            raise ValueError(f"the run of seed {run.seed} has {run.epochs} epochs and the seconds {seconds}, {times}")
+        if run.epochs < 1 or not run.curve or min(seconds) < 0 or min(times) <= 0 or (run.steps or 1) < 1:
+            raise ValueError(
+                f"the run of seed {run.seed} has {run.epochs} epochs, {run.steps} steps, the seconds {seconds}, {times}"
+            )
     scores = [score for run in source.runs for score in ([run.dev, run.test] if run.test else [run.dev])]
     scores += [record["dev"] for run in runs for record in run.curve]
     if any(source.metric not in each for each in scores):
