@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
-
 # Timings of one machine differ by 1 to 5% from seed to seed in our records. That a few of them lie closer is chance.
 LEAST_SPEED_SPREAD = 0.03
 
@@ -81,6 +79,8 @@ class Sample:
         Returns:
             A float64 array of the same shape.
         """
+        import numpy as np
+
         special = _special()
         # Beyond 30 the chance is 0 or 1, and so far off the distribution function loses its accuracy.
         far = math.inf if self.mean > bound else -math.inf

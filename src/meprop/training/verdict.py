@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Literal
 
-import numpy as np
-
 from meprop.training.config import DENSE, MARGIN
 from meprop.training.paired import Estimate, Sample
 from meprop.training.records import Run
@@ -240,6 +238,8 @@ class _Evidence:
         """Return the least number of seeds, above the present one, with a chance of 80% or more of another word."""
         if self.quality.count == 1:
             return SEEDS_TO_USE  # there is no spread to calculate with
+        import numpy as np  # here, as in `paired`: the command line can be asked for its version without it
+
         counts = np.arange(max(SEEDS_TO_USE, self.quality.count + 1), MOST_SEEDS + 1)
         if not len(counts):
             return None
@@ -252,6 +252,8 @@ class _Evidence:
 
         Quality and times are taken as independent. The chance of tests together is at least what is returned.
         """
+        import numpy as np
+
         quality, margin, never = self.quality, self.margin, np.zeros(len(counts))
         not_worse = quality.power_above(-margin, _LEVEL, counts)
         equivalent = np.clip(not_worse + quality.power_below(margin, _LEVEL, counts) - 1, 0, 1)
