@@ -64,7 +64,7 @@ def test_each_kind_of_run_has_its_line_label_colour_and_bar(tmp_path, made, runs
         assert all(low < y < high for line in axes.lines for y in line.get_ydata())
         assert axes.get_ylabel().startswith("dev accuracy, %")
     kinds = [label.split(",")[0] for label in labels]
-    assert [text.get_text() for text in bars.get_xticklabels()] == kinds
+    assert [text.get_text() for text in bars.get_yticklabels()] == kinds
     assert [text.get_text() for text in bars.texts] == ["10.0 s"] * len(kinds)  # 2 + 4 + 4
 
 
@@ -87,7 +87,7 @@ def test_the_figure_shows_the_dev_scores_over_epochs_and_over_time_and_the_secon
     by_epoch, by_time, bars = made[0].axes
     assert [line.get_xydata().tolist() for line in by_epoch.lines] == [[[1, 96], [2, 96.5]], [[1, 95], [2, 95.5]]]
     assert [line.get_xydata().tolist() for line in by_time.lines] == [[[7, 96], [14, 96.5]], [[7, 95], [14, 95.5]]]
-    assert [bar.get_height() for bar in bars.patches] == [2, 2, 4, 3, 4, 4]  # each phase of dense, then of top-k
+    assert [bar.get_width() for bar in bars.patches] == [2, 2, 4, 3, 4, 4]  # each phase of dense, then of top-k
 
 
 def test_a_small_difference_is_not_blown_up():
@@ -196,3 +196,16 @@ def test_the_table_shows_each_rule_and_k():
     alone, lines = shown([run("topk")])
     assert "x)" not in alone  # nothing to compare with
     assert lines == []
+
+
+def test_many_kinds_of_runs_have_colours_of_their_own_and_one_legend(tmp_path, made):
+    names = ["dense", "topk", "topk:k=0.1,scope=global", "sampled:noise=0.5", "dense:precision=bf16-mixed"]
+    runs = [replace(run(name), steps=10 * index) for index, name in enumerate(names, start=1)]
+    draw_runs(runs, "accuracy", tmp_path / "curves.png")
+    by_epoch, by_time, bars = made[0].axes
+    assert len({to_hex(line.get_color()) for line in by_epoch.lines}) == len(names)
+    assert by_epoch.get_legend() is by_time.get_legend() is None
+    (legend,) = made[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert bars.get_xlabel() == "milliseconds of a step"  # they have different numbers of them
+    assert [text.get_text() for text in bars.texts] == [f"{1000 / index:.1f} ms" for index in range(1, 6)]

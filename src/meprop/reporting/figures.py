@@ -15,6 +15,7 @@ from meprop.reporting.look import PHASE_COLORS, VARIANTS, distinct
 from meprop.training.config import DENSE
 from meprop.training.records import Run
 
+_MOST_IN_LEGEND = 3  # kinds of runs: more of them would hide the curves
 _SMALLEST_SPAN = 1.0  # percentage points: noise between two good runs shall not look like a gulf
 
 
@@ -34,7 +35,7 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path, target: float | None
     groups = {rule: [run for run in runs if run.rule == rule] for rule in kinds}
 
     colors = distinct(kinds)
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.2 if len(kinds) <= _MOST_IN_LEGEND else 5.2), layout="constrained")
     by_epoch, by_time, bars = figure.subplots(1, 3, width_ratios=[3, 3, 2])
     for rule, group in groups.items():
         _draw_curves(by_epoch, rule, group, metric, "epoch", colors[rule])
@@ -51,7 +52,10 @@ def draw_runs(runs: Sequence[Run], metric: str, path: Path, target: float | None
         axes.set_ylim(*limits)
         axes.set_ylabel(f"dev {metric}{unit}" + ("" if limits[0] == 0 else "  (axis does not start at 0)"))
         axes.grid(alpha=0.3)
-        axes.legend(loc="best")
+        if len(kinds) <= _MOST_IN_LEGEND:
+            axes.legend(loc="best")
+    if len(kinds) > _MOST_IN_LEGEND:
+        figure.legend(*by_epoch.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     by_epoch.set_title("For the same number of epochs")
     by_time.set_title("For the same time")
     _draw_seconds(bars, groups)
@@ -126,16 +130,24 @@ def _value_limits(runs: Sequence[Run], metric: str, target: float | None = None)
 
 
 def _draw_seconds(axes: Axes, groups: dict[str, list[Run]]) -> None:
-    bottom = [0.0] * len(groups)
+    """Draw the parts of training: in all, or of a step where runs have different numbers of them."""
+    steps = {run.steps for group in groups.values() for run in group}
+    of_step = len(steps) > 1 and None not in steps
+    unit = "ms" if of_step else "s"
+    left = [0.0] * len(groups)
     for phase, color in PHASE_COLORS.items():
-        heights = [mean(run.seconds[phase] for run in group) for group in groups.values()]
-        axes.bar(list(groups), heights, bottom=bottom, color=color, width=0.55, label=phase)
-        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
-    for position, total in enumerate(bottom):
-        axes.annotate(f"{total:.1f} s", (position, total), xytext=(0, 4), textcoords="offset points", ha="center")
-    axes.set_ylim(0, max(bottom) * 1.4)  # room for the legend above the bars
-    axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_ylabel("seconds")
+        widths = [
+            mean(run.seconds[phase] * (1000 / (run.steps or 1) if of_step else 1) for run in group)
+            for group in groups.values()
+        ]
+        axes.barh(range(len(groups)), widths, left=left, color=color, height=0.55, label=phase)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    for position, total in enumerate(left):
+        text = f"{total:.1f} {unit}"
+        axes.annotate(text, (total, position), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(groups)), [name.replace(":", ":\n").replace(",", ",\n") for name in groups])
+    axes.set_xlim(0, max(left) * 1.25)  # room for the numbers
+    axes.set_ylim(len(groups) - 0.4, -0.6 - 0.2 * len(groups))  # room for the legend above the bars
+    axes.set_xlabel("milliseconds of a step" if of_step else "seconds")
     axes.set_title("Where the time goes")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="upper right")
+    axes.legend(loc="upper right", ncols=3, columnspacing=1, handlelength=1, fontsize=9)

@@ -117,7 +117,7 @@ def run_table(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict] = ()
     )
     table.add_column("")
     for rule in by_rule:
-        table.add_column(rule, justify="right")
+        table.add_column(rule.replace(":", ":\n").replace(",", ",\n"), justify="right")  # with a line for each setting
     for split in ("dev", "test") if all(run.test for run in runs) else ("dev",):
         scores = (spread([getattr(run, split)[metric] for run in group], 2) for group in by_rule.values())
         table.add_row(f"{split} {metric}{unit}", *scores)
@@ -129,7 +129,10 @@ def run_table(runs: Sequence[Run], metric: str, verdicts: Sequence[Verdict] = ()
         table.add_row(f"{label}, {seconds}", *_times(by_rule, phase, per))
     table.add_section()
     counts = [(rule, group[0].k) for rule, group in by_rule.items()]
-    table.add_row("k", *("all" if rule == DENSE else "by gradient" if k is None else str(k) for rule, k in counts))
+    table.add_row(
+        "k",
+        *("all" if rule.partition(":")[0] == DENSE else "by gradient" if k is None else str(k) for rule, k in counts),
+    )
     densities = [group[0].density for group in by_rule.values()]
     table.add_row("density", *("by gradient" if density is None else f"{density:.1%}" for density in densities))
     return table

@@ -123,7 +123,8 @@ def _judge_pairs(dense: list[Run], sparse: list[Run], metric: str, margin: float
     )
     word = evidence.word()
     needed = evidence.seeds_needed() if word == "UNDECIDED" else None
-    nothing = "; no layer was sparse" if all(run.density == 1 for run in sparse) else ""
+    is_dense = sparse[0].rule.partition(":")[0] == DENSE
+    nothing = "; no layer was sparse" if all(run.density == 1 for run in sparse) and not is_dense else ""
     return Verdict(
         rule=sparse[0].rule,
         word=word,
