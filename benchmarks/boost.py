@@ -1,0 +1,239 @@
+"""Boosted residual blocks on MNIST beside end-to-end training, dense and sparse, at 5, 10 and 25 blocks.
+
+    python benchmarks/boost.py --boost 0                 # boosted blocks with seed 0, dense and sparse
+    python benchmarks/boost.py --end-to-end 0            # the same numbers of updates end to end: hours for 25 blocks
+    python benchmarks/boost.py --page docs/recipes/boost.md
+
+A block is Linear(784, 1024), ReLU, Linear(1024, 784), whose last layer begins with zeros. Each run leaves a JSON file,
+and is made only if that is missing. Runs end to end need the boosted dense run of the seed, which gives their updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import meprop
+from meprop import machine
+from meprop.boost import Residual
+from meprop.edges import exponential_loss
+from meprop.tasks.mnist import Digits, MnistConfig, load
+from meprop.training import tracking
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "boost"
+DEPTHS = (5, 10, 25)
+RULES: dict[str, meprop.Rule | None] = {
+    "dense": None,
+    "top-k 4%": meprop.TopK(0.04),
+    "sampled 4%": meprop.Sampled(0.04),
+}
+SETTINGS: dict[str, Any] = {"steps": 600, "check_every": 25, "batch_size": 100, "gamma": 0.15}
+LEARNING_RATE = 3e-4
+GRADIENT_BATCHES = 10
+EVALUATIONS = 10  # of a run end to end
+
+
+def digits() -> Digits:
+    """MNIST with all 60,000 training images, as nothing is chosen by a development set."""
+    found = load(MnistConfig())
+    images = torch.cat([found.dev_images, found.train_images])
+    return replace(found, train_images=images, train_labels=torch.cat([found.dev_labels, found.train_labels]))
+
+
+def make_block() -> nn.Module:
+    """A block of one hidden layer, which returns zeros."""
+    block = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 784))
+    nn.init.zeros_(block[2].weight)
+    nn.init.zeros_(block[2].bias)
+    return block
+
+
+def convert(model: nn.Module, rule: meprop.Rule | None) -> None:
+    """Lets a model back-propagate by a rule. None leaves it dense."""
+    if rule is not None:
+        meprop.convert(model, rule, when="always")
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer of every run."""
+    return torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images that a model gets right, in percent."""
+    model.eval()
+    found = torch.cat([model(each).argmax(dim=1) for each in images.split(1000)])
+    return 100 * float((found == labels).double().mean())
+
+
+# ---------------------------------------------------------------- what a rule loses of the gradient, over depth
+
+
+def gradient_errors(layers: list[nn.Module], losses: Callable[[], Iterator[Tensor]], rule: meprop.Rule) -> list[float]:
+    """The length of the difference of sparse and dense gradients of each layer, as a share of the dense one's.
+
+    Args:
+        layers: Dense modules.
+        losses: Gives the loss of each batch, anew when called again.
+        rule: What the sparse gradients keep.
+    """
+
+    def gradients() -> Iterator[list[Tensor]]:
+        for loss in losses():
+            found = iter(torch.autograd.grad(loss, [each for layer in layers for each in layer.parameters()]))
+            yield [torch.cat([next(found).flatten() for _ in layer.parameters()]) for layer in layers]
+
+    whole = nn.ModuleList(layers)
+    difference = torch.zeros(len(layers), dtype=torch.float64)
+    length = torch.zeros(len(layers), dtype=torch.float64)
+    dense = list(gradients())
+    convert(whole, rule)
+    for exact, kept in zip(dense, gradients(), strict=True):
+        difference += torch.tensor([float((a - b).square().sum()) for a, b in zip(exact, kept, strict=True)])
+        length += torch.tensor([float(a.square().sum()) for a in exact])
+    meprop.revert(whole)
+    return (difference / length).sqrt().tolist()
+
+
+def errors_end_to_end(model: nn.Sequential, data: Digits, rule: meprop.Rule) -> list[float]:
+    """Of each block of a model, whose loss is the cross entropy of its output."""
+
+    def losses() -> Iterator[Tensor]:
+        for number in range(GRADIENT_BATCHES):
+            part = slice(100 * number, 100 * number + 100)
+            yield nn.functional.cross_entropy(model(data.train_images[part]), data.train_labels[part])
+
+    return gradient_errors(list(model[:-1]), losses, rule)
+
+
+def errors_boosted(boosted: meprop.Boosted, data: Digits, rule: meprop.Rule) -> list[float]:
+    """Of each block alone, whose loss is that of its own head on the features of the blocks before."""
+    found: list[float] = []
+    features = data.train_images[: 100 * GRADIENT_BATCHES]
+    alphas = [1.0, *(each.alpha for each in boosted.blocks)]
+    for residual, head, alpha in zip(boosted.model[:-1], boosted.heads, alphas, strict=False):
+
+        def losses(features=features, residual=residual, head=head, alpha=alpha) -> Iterator[Tensor]:
+            for part, labels in zip(features.split(100), data.train_labels.split(100), strict=False):
+                yield exponential_loss(alpha * head(residual(part)).softmax(dim=1), labels)
+
+        found += gradient_errors([residual], losses, rule)
+        with torch.no_grad():
+            features = residual(features)
+    return found
+
+
+def errors_over_depth(boosted: meprop.Boosted, data: Digits) -> dict[str, dict[str, list[float]]]:
+    """What each rule loses of the gradient of each block of a boosted model, end to end and boosted."""
+    return {
+        name: {
+            "end to end": errors_end_to_end(boosted.model, data, rule),
+            "boosted": errors_boosted(boosted, data, rule),
+        }
+        for name, rule in RULES.items()
+        if rule is not None
+    }
+
+
+# ---------------------------------------------------------------- the runs
+
+
+def file_of(name: str, seed: int) -> Path:
+    """The file of a finished run."""
+    return RESULTS / f"{name.replace(' ', '-').replace('%', '')}-seed{seed}.json"
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Writes a run's record."""
+    settings = {**SETTINGS, "learning_rate": LEARNING_RATE}
+    about = {"machine": machine.describe(), "versions": tracking.versions(), "commit": tracking.commit()}
+    content = json.dumps({**about, "settings": settings, **results}, indent=1).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine.write_atomically(path, lambda file: file.write(content))
+    print(path, flush=True)
+
+
+def run_boosted(name: str, rule: meprop.Rule | None, seed: int, data: Digits) -> None:
+    """Boosts blocks, unless its record is there."""
+    path = file_of(f"boosted {name}", seed)
+    if path.exists():
+        return
+    torch.manual_seed(seed)
+    blocks = nn.ModuleList(make_block() for _ in range(max(DEPTHS)))
+    head = nn.Linear(784, 10)
+    convert(blocks, rule)
+    boosted = meprop.boost(blocks, head, (data.train_images, data.train_labels), optimizer=adam, **SETTINGS)
+    print(boosted, flush=True)
+    depths = range(1, len(boosted.heads) + 1)
+    test = [accuracy(boosted.truncated(each), data.test_images, data.test_labels) for each in depths]
+    results: dict[str, Any] = {"blocks": [asdict(each) for each in boosted.blocks], "stopped": boosted.stopped}
+    results["test"] = test
+    if rule is None:
+        results["gradient_errors"] = errors_over_depth(boosted, data)
+    write(path, results)
+
+
+def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
+    """Trains as many blocks with as many updates as boosting took for them, unless its record is there."""
+    path = file_of(f"end to end {depth}", seed)
+    if path.exists():
+        return
+    updates = sum(each["steps"] for each in record("dense", seed)["blocks"][:depth])
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(Residual(make_block()) for _ in range(depth)), nn.Linear(784, 10))
+    optimizer = adam(model.parameters())
+    curve: list[dict[str, float]] = []
+    order = torch.cat([torch.randperm(len(data.train_labels)) for _ in range(1 + updates // 600)])
+    for update, chosen in enumerate(order.split(SETTINGS["batch_size"])[:updates], 1):
+        loss = nn.functional.cross_entropy(model.train()(data.train_images[chosen]), data.train_labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if update % -(-updates // EVALUATIONS) == 0 or update == updates:
+            test = accuracy(model, data.test_images, data.test_labels)
+            curve.append({"update": update, "test": test})
+            print(f"{depth} blocks end to end, {update} of {updates} updates: test {test:.2f}", flush=True)
+    results: dict[str, Any] = {"updates": updates, "test": curve[-1]["test"], "curve": curve}
+    results["train"] = accuracy(model, data.train_images, data.train_labels)
+    results["gradient_errors"] = {
+        name: errors_end_to_end(model, data, rule) for name, rule in RULES.items() if rule is not None
+    }
+    write(path, results)
+
+
+def record(name: str, seed: int) -> dict[str, Any]:
+    """A boosted run that is finished."""
+    return json.loads(file_of(f"boosted {name}", seed).read_text())
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--boost", type=int, nargs="*", default=[], metavar="SEED")
+    parser.add_argument("--end-to-end", type=int, nargs="*", default=[], metavar="SEED")
+    parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS, help="of the runs end to end")
+    parser.add_argument("--page", type=Path, help="write the tables and pictures into this page")
+    options = parser.parse_args()
+    if not (options.boost or options.end_to_end or options.page):
+        parser.error("nothing to do: give --boost, --end-to-end or --page")
+    torch.set_flush_denormal(True)
+    data = digits()
+    for seed in options.boost:
+        for name, rule in RULES.items():
+            run_boosted(name, rule, seed, data)
+    for seed in options.end_to_end:
+        for depth in options.depths:
+            run_end_to_end(depth, seed, data)
+
+
+if __name__ == "__main__":
+    main()
