@@ -272,9 +272,9 @@ class _How:
             chosen = next(self.order).to(state.target.device)
             outputs_BK = weak.train()(state.features[chosen]).softmax(dim=1)
             loss = exponential_loss(state.alpha * outputs_BK, state.target[chosen])
-            updates.zero_grad()
             loss.backward()
             updates.step()
+            updates.zero_grad()
             recent.append((outputs_BK.detach(), state.costs[chosen]))
             if step == self.steps:
                 break
@@ -340,9 +340,9 @@ def _refine(
     for chosen in order:
         logits_BK = model(inputs[chosen.to(inputs.device)].to(target.device))
         loss = nn.functional.cross_entropy(logits_BK, target[chosen.to(target.device)])
-        updates.zero_grad()
         loss.backward()
         updates.step()
+        updates.zero_grad()
 
 
 def _order(count: int, batch_size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
