@@ -5,7 +5,7 @@
     python benchmarks/boost.py --page docs/recipes/boost.md
 
 A block is Linear(784, 1024), ReLU, Linear(1024, 784), whose last layer begins with zeros. Each run leaves a JSON file,
-and is made only if that is missing. Runs end to end need the boosted dense run of the seed, which gives their updates.
+and is made only if that is missing.
 """
 
 from __future__ import annotations
@@ -35,10 +35,16 @@ RULES: dict[str, meprop.Rule | None] = {
     "top-k 4%": meprop.TopK(0.04),
     "sampled 4%": meprop.Sampled(0.04),
 }
-SETTINGS: dict[str, Any] = {"steps": 600, "check_every": 25, "batch_size": 100, "gamma": 0.15}
+BATCH_SIZE = 100
+STEPS = 200  # of a block that is kept whatever it has gained
+CONDITION: dict[str, Any] = {"steps": 600, "check_every": 25, "gamma": 0.15}
+NO_CONDITION: dict[str, Any] = {"steps": STEPS, "gamma": None}
+BOOSTED: dict[str, tuple[meprop.Rule | None, dict[str, Any]]] = {
+    **{name: (rule, CONDITION) for name, rule in RULES.items()},
+    "every block": (None, NO_CONDITION),
+}
 LEARNING_RATE = 3e-4
 GRADIENT_BATCHES = 10
-EVALUATIONS = 10  # of a run end to end
 
 
 def digits() -> Digits:
@@ -154,65 +160,69 @@ def file_of(name: str, seed: int) -> Path:
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """Writes a run's record."""
-    settings = {**SETTINGS, "learning_rate": LEARNING_RATE}
     about = {"machine": machine.describe(), "versions": tracking.versions(), "commit": tracking.commit()}
-    content = json.dumps({**about, "settings": settings, **results}, indent=1).encode() + b"\n"
+    content = json.dumps({**about, **results}, indent=1).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     machine.write_atomically(path, lambda file: file.write(content))
     print(path, flush=True)
 
 
-def run_boosted(name: str, rule: meprop.Rule | None, seed: int, data: Digits) -> None:
-    """Boosts blocks, unless its record is there."""
+def run_boosted(name: str, seed: int, data: Digits) -> None:
+    """Boosts blocks, unless the record is there."""
     path = file_of(f"boosted {name}", seed)
     if path.exists():
         return
+    rule, condition = BOOSTED[name]
+    settings = {"batch_size": BATCH_SIZE, **condition}
     torch.manual_seed(seed)
     blocks = nn.ModuleList(make_block() for _ in range(max(DEPTHS)))
     head = nn.Linear(784, 10)
     convert(blocks, rule)
-    boosted = meprop.boost(blocks, head, (data.train_images, data.train_labels), optimizer=adam, **SETTINGS)
+    boosted = meprop.boost(blocks, head, (data.train_images, data.train_labels), optimizer=adam, **settings)
     print(boosted, flush=True)
     depths = range(1, len(boosted.heads) + 1)
     test = [accuracy(boosted.truncated(each), data.test_images, data.test_labels) for each in depths]
-    results: dict[str, Any] = {"blocks": [asdict(each) for each in boosted.blocks], "stopped": boosted.stopped}
-    results["test"] = test
-    if rule is None:
+    results: dict[str, Any] = {
+        "settings": {**settings, "learning_rate": LEARNING_RATE},
+        "blocks": [asdict(each) for each in boosted.blocks],
+        "stopped": boosted.stopped,
+        "test": test,
+    }
+    if condition is NO_CONDITION:
         results["gradient_errors"] = errors_over_depth(boosted, data)
     write(path, results)
 
 
 def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
-    """Trains as many blocks with as many updates as boosting took for them, unless its record is there."""
+    """Trains blocks with as many updates as boosting gives them without a condition, unless the record is there."""
     path = file_of(f"end to end {depth}", seed)
     if path.exists():
         return
-    updates = sum(each["steps"] for each in record("dense", seed)["blocks"][:depth])
     torch.manual_seed(seed)
     model = nn.Sequential(*(Residual(make_block()) for _ in range(depth)), nn.Linear(784, 10))
     optimizer = adam(model.parameters())
-    curve: list[dict[str, float]] = []
-    order = torch.cat([torch.randperm(len(data.train_labels)) for _ in range(1 + updates // 600)])
-    for update, chosen in enumerate(order.split(SETTINGS["batch_size"])[:updates], 1):
+    updates, curve = STEPS * depth, list[dict[str, float]]()
+    epochs = -(-updates * BATCH_SIZE // len(data.train_labels))
+    order = torch.cat([torch.randperm(len(data.train_labels)) for _ in range(epochs)])
+    for update, chosen in enumerate(order.split(BATCH_SIZE)[:updates], 1):
         loss = nn.functional.cross_entropy(model.train()(data.train_images[chosen]), data.train_labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if update % -(-updates // EVALUATIONS) == 0 or update == updates:
+        if update % STEPS == 0:
             test = accuracy(model, data.test_images, data.test_labels)
             curve.append({"update": update, "test": test})
             print(f"{depth} blocks end to end, {update} of {updates} updates: test {test:.2f}", flush=True)
-    results: dict[str, Any] = {"updates": updates, "test": curve[-1]["test"], "curve": curve}
-    results["train"] = accuracy(model, data.train_images, data.train_labels)
-    results["gradient_errors"] = {
-        name: errors_end_to_end(model, data, rule) for name, rule in RULES.items() if rule is not None
+    results: dict[str, Any] = {
+        "settings": {"batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "updates": updates},
+        "test": curve[-1]["test"],
+        "train": accuracy(model, data.train_images, data.train_labels),
+        "curve": curve,
+        "gradient_errors": {
+            name: errors_end_to_end(model, data, rule) for name, rule in RULES.items() if rule is not None
+        },
     }
     write(path, results)
-
-
-def record(name: str, seed: int) -> dict[str, Any]:
-    """A boosted run that is finished."""
-    return json.loads(file_of(f"boosted {name}", seed).read_text())
 
 
 def main() -> None:
@@ -228,8 +238,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     data = digits()
     for seed in options.boost:
-        for name, rule in RULES.items():
-            run_boosted(name, rule, seed, data)
+        for name in BOOSTED:
+            run_boosted(name, seed, data)
     for seed in options.end_to_end:
         for depth in options.depths:
             run_end_to_end(depth, seed, data)

@@ -128,7 +128,7 @@ def boost(
     steps: int = 1000,
     check_every: int = 25,
     batch_size: int = 100,
-    gamma: float = 0.1,
+    gamma: float | None = 0.1,
     refine_steps: int = 0,
     generator: torch.Generator | None = None,
 ) -> Boosted:
@@ -157,9 +157,10 @@ def boost(
         optimizer: Makes the optimizer of a list of parameters, once for each block.
         steps: The most updates that a block gets.
         check_every: After how many updates the edge over the examples of these updates is looked at. If it satisfies
-            the condition, the edge over all examples is measured, which decides. With `steps`, each block gets all.
+            the condition, the edge over all examples is measured, which decides.
         batch_size: Examples in an update. Each example comes once before any comes again.
-        gamma: The least gain of a block, from 0 to below 1.
+        gamma: The least gain of a block, from 0 to below 1. None for no such condition: each block gets all its steps,
+            and is kept if its edge is positive.
         refine_steps: Updates of the whole model with cross entropy after boosting, end to end. The records of blocks
             are those of before.
         generator: Draws the order of examples, on the CPU. None for torch's own.
@@ -177,7 +178,7 @@ def boost(
         >>> x = torch.randn(500, 2)
         >>> y = (x.prod(dim=1) > 0).long()  # no linear classifier can tell
         >>> block = torch.nn.Sequential(torch.nn.Linear(2, 256), torch.nn.ReLU(), torch.nn.Linear(256, 2))
-        >>> boosted = meprop.boost([block], torch.nn.Linear(2, 2), (x, y), steps=200, check_every=200)
+        >>> boosted = meprop.boost([block], torch.nn.Linear(2, 2), (x, y), steps=200, gamma=None)
         >>> bool((boosted.model(x).argmax(dim=1) == y).float().mean() > 0.9)
         True
     """
@@ -261,7 +262,7 @@ class _How:
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
     steps: int
     check_every: int
-    gamma: float
+    gamma: float | None
     order: Iterator[Tensor]
 
     def train(self, weak: nn.Sequential, state: _State) -> tuple[BoostedBlock, Tensor]:
@@ -278,7 +279,7 @@ class _How:
             recent.append((outputs_BK.detach(), state.costs[chosen]))
             if step == self.steps:
                 break
-            if step % self.check_every == 0:
+            if self.gamma is not None and step % self.check_every == 0:
                 outputs, costs = zip(*recent, strict=True)
                 recent.clear()
                 if self.accepts(edge_of(torch.cat(outputs), torch.cat(costs)), state.edge):
@@ -289,7 +290,7 @@ class _How:
 
     def accepts(self, edge: float, before: float) -> bool:
         """Whether an edge satisfies the weak-learning condition; NaN does not."""
-        return edge > 0 and gamma_of(edge, before) > self.gamma
+        return edge > 0 and (self.gamma is None or gamma_of(edge, before) > self.gamma)
 
     def _measure(self, weak: nn.Sequential, state: _State, steps: int) -> tuple[BoostedBlock, Tensor]:
         outputs_NK = _outputs(weak, state.features).softmax(dim=1)
@@ -311,7 +312,7 @@ class _How:
         found = f"after {record.steps} steps block {number} has"
         if not record.edge > 0:
             return f"{found} an edge of {record.edge:.4g}, which is not positive"
-        return f"{found} a gamma of {record.gamma:.4g}, which is not above {self.gamma:g}"
+        return f"{found} a gamma of {record.gamma:.4g}, which is not above {self.gamma}"
 
 
 def _optimizer_of(make: Callable[[list[nn.Parameter]], Optimizer], module: nn.Module) -> Optimizer:
@@ -386,14 +387,18 @@ def _check_kinds(blocks: Any, head: Any, optimizer: Any, gamma: Any, generator: 
             callable(optimizer),
             "a function from parameters to an optimizer, such as lambda given: torch.optim.SGD(given, lr=0.1)",
         ),
-        "gamma": (gamma, isinstance(gamma, int | float) and not isinstance(gamma, bool), "a number from 0 to below 1"),
+        "gamma": (
+            gamma,
+            isinstance(gamma, int | float | None) and not isinstance(gamma, bool),
+            "a number from 0 to below 1, or None",
+        ),
         "generator": (generator, isinstance(generator, torch.Generator | None), "a torch.Generator, or None"),
     }
     for name, (value, fits, allowed) in wanted.items():
         if not fits:
             raise TypeError(f"{name} is of type {type(value).__name__}; it must be {allowed}")
-    if not 0 <= gamma < 1:
-        raise ValueError(f"gamma={gamma}; it must be from 0 to below 1")
+    if gamma is not None and not 0 <= gamma < 1:
+        raise ValueError(f"gamma={gamma}; it must be from 0 to below 1, or None")
 
 
 def _check_block(block: Any, number: int, before: nn.Module) -> None:
