@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import meprop
 from meprop import machine
 from meprop.boost import Residual
 from meprop.edges import exponential_loss
+from meprop.reporting.pages import markdown_table, write_sections
 from meprop.tasks.mnist import Digits, MnistConfig, load
 from meprop.training import tracking
 
@@ -45,6 +47,7 @@ BOOSTED: dict[str, tuple[meprop.Rule | None, dict[str, Any]]] = {
 }
 LEARNING_RATE = 3e-4
 GRADIENT_BATCHES = 10
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 def digits() -> Digits:
@@ -225,6 +228,122 @@ def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
     write(path, results)
 
 
+# ---------------------------------------------------------------- the page
+
+
+def finished(name: str, seed: int) -> dict[str, Any] | None:
+    """A run's record, or None if it has not been made."""
+    path = file_of(name, seed)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def kept(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The blocks of a boosted run that are in its model."""
+    return [block for block in run["blocks"] if block["kept"]]
+
+
+def table_of_runs(seed: int) -> str:
+    """Every finished run, boosted and end to end."""
+    rows = [("run", "blocks kept", "updates", "least gamma", "training accuracy, %", "test accuracy, %")]
+    for name in BOOSTED:
+        if run := finished(f"boosted {name}", seed):
+            blocks = kept(run)
+            for depth in sorted({len(blocks), *(each for each in DEPTHS if each < len(blocks))}):
+                updates = sum(block["steps"] for block in blocks[:depth])
+                gamma = min(block["gamma"] for block in blocks[:depth])
+                train = 100 - 100 * blocks[depth - 1]["error"]
+                cells = (f"{depth} of {len(blocks)}", f"{updates}", f"{gamma:.2f}", f"{train:.2f}")
+                rows.append((f"boosted, {name}", *cells, f"{run['test'][depth - 1]:.2f}"))
+    for depth in DEPTHS:
+        if run := finished(f"end to end {depth}", seed):
+            cells = (str(depth), str(run["settings"]["updates"]), "", f"{run['train']:.2f}", f"{run['test']:.2f}")
+            rows.append(("end to end, dense", *cells))
+    return markdown_table(rows)
+
+
+def table_of_errors(seed: int) -> str:
+    """The mean gradient error of the blocks, boosted and end to end, of the run that has them."""
+    run = finished("boosted every block", seed)
+    rows = [("rule", "boosted", "end to end", "boosted / end to end")]
+    for name, errors in (run or {}).get("gradient_errors", {}).items():
+        alone, whole = mean(errors["boosted"]), mean(errors["end to end"])
+        rows.append((name, f"{alone:.2f}", f"{whole:.2f}", f"{alone / whole:.2f}"))
+    return markdown_table(rows)
+
+
+def axes_of(count: int) -> tuple[Any, Any]:
+    """A figure with axes side by side."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(5 * count, 4), layout="constrained")
+    found = figure.subplots(1, count)
+    for axes in found:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, found
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG."""
+    machine.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def draw_edges(path: Path, seed: int) -> None:
+    """Edges, gammas and accuracies over blocks."""
+    figure, (edges, gammas, accuracies) = axes_of(3)
+    for name, color in zip(BOOSTED, COLORS, strict=True):
+        if run := finished(f"boosted {name}", seed):
+            blocks = kept(run)
+            places = range(1, len(blocks) + 1)
+            look = {"color": color, "marker": ".", "label": name}
+            edges.plot(places, [block["edge"] for block in blocks], **look)
+            gammas.plot(places, [block["gamma"] for block in blocks], **look)
+            accuracies.plot(places, run["test"], **look)
+            train = [100 - 100 * block["error"] for block in blocks]
+            accuracies.plot(places, train, color=color, linestyle=":", linewidth=1)
+    for depth in DEPTHS:
+        if run := finished(f"end to end {depth}", seed):
+            label = "end to end" if depth == DEPTHS[0] else None
+            accuracies.plot([depth], [run["test"]], color="black", marker="D", linestyle="", label=label)
+    gammas.axhline(0, color="black", linewidth=0.8)
+    for axes, title in ((edges, "edge"), (gammas, "gamma"), (accuracies, "accuracy, %: test, and training dotted")):
+        axes.set_title(title, fontsize=10)
+    accuracies.set_ylim(85, 100)
+    figure.legend(*accuracies.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=5)
+    save(figure, path)
+
+
+def draw_errors(path: Path, seed: int) -> None:
+    """Gradient errors over depth."""
+    run = finished("boosted every block", seed)
+    found = (run or {}).get("gradient_errors", {})
+    figure, sides = axes_of(len(found))
+    for axes, (name, errors) in zip(sides, found.items(), strict=True):
+        for way, color in zip(("end to end", "boosted"), COLORS, strict=False):
+            axes.plot(range(1, len(errors[way]) + 1), errors[way], color=color, marker=".", label=way)
+        axes.set_title(name, fontsize=10)
+        axes.set_ylim(bottom=0)
+    sides[0].set_ylabel("gradient error, share of the dense gradient")
+    figure.legend(*sides[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=2)
+    save(figure, path)
+
+
+def write_page(page: Path, seed: int) -> None:
+    """Draws the pictures beside a page, and writes tables and pictures into it."""
+    sections = {"boost": table_of_runs(seed), "boost-errors": table_of_errors(seed)}
+    for section, draw, alt in (
+        ("boost", draw_edges, "Edges, gammas and accuracies of boosted residual blocks over blocks"),
+        ("boost-errors", draw_errors, "Gradient error of sparse back-propagation over depth, boosted and end to end"),
+    ):
+        picture = page.with_name(f"{section}.png")
+        draw(picture, seed)
+        sections[section] += f"\n\n![{alt}]({picture.name})"
+    write_sections(page, sections)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,6 +351,7 @@ def main() -> None:
     parser.add_argument("--end-to-end", type=int, nargs="*", default=[], metavar="SEED")
     parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS, help="of the runs end to end")
     parser.add_argument("--page", type=Path, help="write the tables and pictures into this page")
+    parser.add_argument("--page-seed", type=int, default=0, help="the seed that the page shows")
     options = parser.parse_args()
     if not (options.boost or options.end_to_end or options.page):
         parser.error("nothing to do: give --boost, --end-to-end or --page")
@@ -243,6 +363,8 @@ def main() -> None:
     for seed in options.end_to_end:
         for depth in options.depths:
             run_end_to_end(depth, seed, data)
+    if options.page is not None:
+        write_page(options.page, options.page_seed)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,6 +409,18 @@ def test_the_model_can_be_cut_to_any_number_of_blocks(boosted):
     for blocks in (0, 5):
         with pytest.raises(ValueError, match=f"blocks={blocks}; it must be from 1 to 4"):
             boosted.truncated(blocks)
+
+
+def test_the_snippet_of_the_page_runs(capsys):
+    page = Path(__file__).parents[1] / "docs" / "recipes" / "boost.md"
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (300,), generator=generator)
+    images = torch.rand(300, 784, generator=generator) / 2 + F.one_hot(labels, 784)
+    names = {"torch": torch, "meprop": meprop, "images": images, "labels": labels}
+    exec(compile(snippet.replace("range(10)", "range(2)"), str(page), "exec"), names)
+    assert names["model"](images).shape == (300, 10)
+    assert "stopped: all blocks are trained" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- bad input
