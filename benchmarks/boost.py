@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import meprop
 from meprop import machine
 from meprop.boost import Residual
-from meprop.edges import exponential_loss
+from meprop.edges import log_exponential_loss
 from meprop.reporting.pages import markdown_table, write_sections
 from meprop.tasks.mnist import Digits, MnistConfig, load
 from meprop.training import tracking
@@ -37,17 +37,10 @@ RULES: dict[str, meprop.Rule | None] = {
     "top-k 4%": meprop.TopK(0.04),
     "sampled 4%": meprop.Sampled(0.04),
 }
-BATCH_SIZE = 100
-STEPS = 200  # of a block that is kept whatever it has gained
-CONDITION: dict[str, Any] = {"steps": 600, "check_every": 25, "gamma": 0.15}
-NO_CONDITION: dict[str, Any] = {"steps": STEPS, "gamma": None}
-BOOSTED: dict[str, tuple[meprop.Rule | None, dict[str, Any]]] = {
-    **{name: (rule, CONDITION) for name, rule in RULES.items()},
-    "every block": (None, NO_CONDITION),
-}
+SETTINGS: dict[str, Any] = {"steps": 600, "check_every": 200, "batch_size": 100, "gamma": 0.0}
 LEARNING_RATE = 3e-4
 GRADIENT_BATCHES = 10
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 
 def digits() -> Digits:
@@ -128,12 +121,11 @@ def errors_boosted(boosted: meprop.Boosted, data: Digits, rule: meprop.Rule) -> 
     """Of each block alone, whose loss is that of its own head on the features of the blocks before."""
     found: list[float] = []
     features = data.train_images[: 100 * GRADIENT_BATCHES]
-    alphas = [1.0, *(each.alpha for each in boosted.blocks)]
-    for residual, head, alpha in zip(boosted.model[:-1], boosted.heads, alphas, strict=False):
+    for residual, head in zip(boosted.model[:-1], boosted.heads, strict=True):
 
-        def losses(features=features, residual=residual, head=head, alpha=alpha) -> Iterator[Tensor]:
+        def losses(features=features, residual=residual, head=head) -> Iterator[Tensor]:
             for part, labels in zip(features.split(100), data.train_labels.split(100), strict=False):
-                yield exponential_loss(alpha * head(residual(part)).softmax(dim=1), labels)
+                yield log_exponential_loss(head(residual(part)), labels)
 
         found += gradient_errors([residual], losses, rule)
         with torch.no_grad():
@@ -175,49 +167,50 @@ def run_boosted(name: str, seed: int, data: Digits) -> None:
     path = file_of(f"boosted {name}", seed)
     if path.exists():
         return
-    rule, condition = BOOSTED[name]
-    settings = {"batch_size": BATCH_SIZE, **condition}
     torch.manual_seed(seed)
     blocks = nn.ModuleList(make_block() for _ in range(max(DEPTHS)))
     head = nn.Linear(784, 10)
-    convert(blocks, rule)
-    boosted = meprop.boost(blocks, head, (data.train_images, data.train_labels), optimizer=adam, **settings)
+    convert(blocks, RULES[name])
+    boosted = meprop.boost(blocks, head, (data.train_images, data.train_labels), optimizer=adam, **SETTINGS)
     print(boosted, flush=True)
     depths = range(1, len(boosted.heads) + 1)
     test = [accuracy(boosted.truncated(each), data.test_images, data.test_labels) for each in depths]
     results: dict[str, Any] = {
-        "settings": {**settings, "learning_rate": LEARNING_RATE},
+        "settings": {**SETTINGS, "learning_rate": LEARNING_RATE},
         "blocks": [asdict(each) for each in boosted.blocks],
         "stopped": boosted.stopped,
         "test": test,
     }
-    if condition is NO_CONDITION:
+    if RULES[name] is None:
         results["gradient_errors"] = errors_over_depth(boosted, data)
     write(path, results)
 
 
 def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
-    """Trains blocks with as many updates as boosting gives them without a condition, unless the record is there."""
+    """Trains as many blocks with as many updates as boosting took for them, unless the record is there."""
     path = file_of(f"end to end {depth}", seed)
     if path.exists():
         return
     torch.manual_seed(seed)
     model = nn.Sequential(*(Residual(make_block()) for _ in range(depth)), nn.Linear(784, 10))
-    optimizer = adam(model.parameters())
-    updates, curve = STEPS * depth, list[dict[str, float]]()
-    epochs = -(-updates * BATCH_SIZE // len(data.train_labels))
+    optimizer, curve = adam(model.parameters()), list[dict[str, float]]()
+    boosted = finished("boosted dense", seed)
+    if boosted is None:
+        raise SystemExit(f"the boosted run of seed {seed} gives the number of updates: first --boost {seed}")
+    updates = sum(each["steps"] for each in kept(boosted)[:depth])
+    epochs = -(-updates * SETTINGS["batch_size"] // len(data.train_labels))
     order = torch.cat([torch.randperm(len(data.train_labels)) for _ in range(epochs)])
-    for update, chosen in enumerate(order.split(BATCH_SIZE)[:updates], 1):
+    for update, chosen in enumerate(order.split(SETTINGS["batch_size"])[:updates], 1):
         loss = nn.functional.cross_entropy(model.train()(data.train_images[chosen]), data.train_labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if update % STEPS == 0:
+        if update % 200 == 0:
             test = accuracy(model, data.test_images, data.test_labels)
             curve.append({"update": update, "test": test})
             print(f"{depth} blocks end to end, {update} of {updates} updates: test {test:.2f}", flush=True)
     results: dict[str, Any] = {
-        "settings": {"batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "updates": updates},
+        "settings": {"batch_size": SETTINGS["batch_size"], "learning_rate": LEARNING_RATE, "updates": updates},
         "test": curve[-1]["test"],
         "train": accuracy(model, data.train_images, data.train_labels),
         "curve": curve,
@@ -245,7 +238,7 @@ def kept(run: dict[str, Any]) -> list[dict[str, Any]]:
 def table_of_runs(seed: int) -> str:
     """Every finished run, boosted and end to end."""
     rows = [("run", "blocks kept", "updates", "least gamma", "training accuracy, %", "test accuracy, %")]
-    for name in BOOSTED:
+    for name in RULES:
         if run := finished(f"boosted {name}", seed):
             blocks = kept(run)
             for depth in sorted({len(blocks), *(each for each in DEPTHS if each < len(blocks))}):
@@ -263,7 +256,7 @@ def table_of_runs(seed: int) -> str:
 
 def table_of_errors(seed: int) -> str:
     """The mean gradient error of the blocks, boosted and end to end, of the run that has them."""
-    run = finished("boosted every block", seed)
+    run = finished("boosted dense", seed)
     rows = [("rule", "boosted", "end to end", "boosted / end to end")]
     for name, errors in (run or {}).get("gradient_errors", {}).items():
         alone, whole = mean(errors["boosted"]), mean(errors["end to end"])
@@ -294,7 +287,7 @@ def save(figure: Any, path: Path) -> None:
 def draw_edges(path: Path, seed: int) -> None:
     """Edges, gammas and accuracies over blocks."""
     figure, (edges, gammas, accuracies) = axes_of(3)
-    for name, color in zip(BOOSTED, COLORS, strict=True):
+    for name, color in zip(RULES, COLORS, strict=True):
         if run := finished(f"boosted {name}", seed):
             blocks = kept(run)
             places = range(1, len(blocks) + 1)
@@ -318,7 +311,7 @@ def draw_edges(path: Path, seed: int) -> None:
 
 def draw_errors(path: Path, seed: int) -> None:
     """Gradient errors over depth."""
-    run = finished("boosted every block", seed)
+    run = finished("boosted dense", seed)
     found = (run or {}).get("gradient_errors", {})
     figure, sides = axes_of(len(found))
     for axes, (name, errors) in zip(sides, found.items(), strict=True):
@@ -358,7 +351,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     data = digits()
     for seed in options.boost:
-        for name in BOOSTED:
+        for name in RULES:
             run_boosted(name, seed, data)
     for seed in options.end_to_end:
         for depth in options.depths:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -117,6 +119,37 @@ def test_the_sum_of_all_weak_classifiers_telescopes_to_the_output(boosted):
     with torch.no_grad():
         output = boosted.model(x).softmax(dim=1)
     torch.testing.assert_close(total / boosted.blocks[-1].alpha, output, rtol=0, atol=1e-6)
+
+
+def test_training_is_that_of_a_literal_loop_over_whole_models():
+    torch.manual_seed(0)
+    x, y = problem()
+    blocks, head = [make_block(), make_block()], make_head()
+    copies, own_head = copy.deepcopy(blocks), copy.deepcopy(head)
+    generator = torch.Generator().manual_seed(4)
+    settings = {"optimizer": adam, "steps": 13, "batch_size": 50, "gamma": None, "refine_steps": 3}
+    found = meprop.boost(blocks, head, (x, y), generator=generator, **settings)
+    generator.manual_seed(4)
+    order = iter([part for _ in range(6) for part in torch.randperm(len(x), generator=generator).split(50)])
+    alpha = 1.0
+    for depth in (1, 2):
+        optimizer = adam([*copies[depth - 1].parameters(), *own_head.parameters()])
+        model = nn.Sequential(*map(Residual, copies[:depth]), own_head)
+        for _ in range(13):
+            chosen = next(order)
+            optimizer.zero_grad()
+            cross_entropy = F.cross_entropy(alpha * model(x[chosen]).softmax(dim=1), y[chosen], reduction="none")
+            (cross_entropy.exp() - 1).mean().backward()
+            optimizer.step()
+        alpha = found.blocks[depth - 1].alpha
+    optimizer = adam(model.parameters())
+    for _ in range(3):
+        chosen = next(order)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+    for ours, literal in zip(found.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, literal, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("count", "classes"), [(1, 2), (5, 3), (63, 10)])
@@ -307,6 +340,20 @@ def test_without_a_gamma_each_block_gets_all_its_steps_and_is_kept():
     assert len(found.heads) == 2
 
 
+class InTrainingOnly(nn.Linear):
+    """A block that has learned nothing where it is measured."""
+
+    def forward(self, features):
+        return super().forward(features) if self.training else torch.zeros_like(features)
+
+
+def test_all_examples_in_evaluation_mode_decide():
+    torch.manual_seed(0)
+    blocks = [make_block(), InTrainingOnly(FEATURES, FEATURES).double()]
+    found = meprop.boost(blocks, nn.Linear(FEATURES, CLASSES, bias=False).double(), problem(), **SETTINGS)
+    assert found.stopped.startswith("after 60 steps block 2")
+
+
 def test_an_edge_that_is_not_positive_is_refused():
     head = make_head()
     with torch.no_grad():
@@ -404,6 +451,11 @@ def test_images_keep_their_shape():
     assert found.model(x).shape == (30, 2)
 
 
+def test_the_model_is_a_plain_module_that_pickles(boosted):
+    x, _ = problem()
+    assert torch.equal(pickle.loads(pickle.dumps(boosted.model))(x), boosted.model(x))
+
+
 def test_the_model_can_be_cut_to_any_number_of_blocks(boosted):
     assert [len(boosted.truncated(each)) for each in (1, 4)] == [2, 5]
     for blocks in (0, 5):
@@ -433,7 +485,7 @@ BAD = {
     "no blocks": ({"blocks": []}, ValueError, "there are no blocks; give at least one module"),
     "a block of no kind": ({"blocks": [torch.relu]}, TypeError, "block 1 is of type builtin.*; it must be a torch.nn"),
     "a block twice": (
-        {"blocks": [BLOCK, BLOCK], "gamma": 0.0},
+        {"blocks": [BLOCK, BLOCK], "gamma": None},
         ValueError,
         "block 2 has parameters of a block before it.*make a new one",
     ),
@@ -480,6 +532,7 @@ BAD = {
 
 @pytest.mark.parametrize(("changed", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input_says_what_was_got_and_what_is_allowed(changed, error, message):
+    torch.manual_seed(0)
     given = {"blocks": [make_block()], "head": make_head(), "data": (X, Y), "steps": 2, **changed}
     with pytest.raises(error, match=message):
         meprop.boost(**given)

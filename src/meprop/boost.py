@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
+from math import exp
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meprop.edges import alpha_of, cost_matrix, edge_of, exponential_loss, gamma_of
+from meprop.edges import alpha_of, cost_matrix, edge_of, gamma_of, log_exponential_loss
 from meprop.errors import check_counts
 from meprop.table import text_table
 
@@ -57,7 +58,7 @@ class BoostedBlock:
         edge: The edge of its classifier.
         gamma: What it has gained over the block before, see `gamma_of`.
         alpha: The weight of its classifier.
-        loss: `exponential_loss` of alpha o.
+        loss: The mean of exp(cross_entropy) - 1 of the scores alpha o, which bounds `error`.
         error: The share of training examples that its classifier gets wrong.
         kept: Whether it is part of the model.
     """
@@ -126,22 +127,20 @@ def boost(
     *,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.Adam,
     steps: int = 1000,
-    check_every: int = 25,
+    check_every: int = 200,
     batch_size: int = 100,
-    gamma: float | None = 0.1,
+    gamma: float = 0.0,
     refine_steps: int = 0,
     generator: torch.Generator | None = None,
 ) -> Boosted:
     """Trains residual blocks one after another, each on the features of those before it (BoostResNet).
 
-    A block f_t and a classifier on f_t(g_t) + g_t minimise `exponential_loss` of alpha_t o_{t+1}, with alpha 1 for the
-    first block. Blocks before it are not run again: their features are kept, and no gradient reaches them. Memory for
-    activations, gradients and the optimizer's state is that of one block, whatever the depth.
+    A block f_t and a classifier on f_t(g_t) + g_t minimise `meprop.edges.log_exponential_loss` of a batch's logits in
+    each update. Blocks before it are not run again: their features are kept, and no gradient reaches them.
+    Memory for activations, gradients and the optimizer's state is that of one block, whatever the depth.
 
-    The weak-learning condition decides. A block is trained until its `gamma_of` is above `gamma`. If it is not after
-    `steps` updates, or if its edge is not positive, the block is refused and boosting ends. Edges of different blocks
-    are measured under different costs. A block that is trained for long before it is accepted therefore makes the next
-    one's condition hard: see docs/recipes/boost.md.
+    The weak-learning condition decides. A block is trained until its `meprop.edges.gamma_of` is above `gamma`, and its
+    edge is positive. If they are not after `steps` updates, the block is refused and boosting ends.
 
     Blocks are trained in place, on the device of the first one. `meprop.convert` makes them back-propagate sparsely, as
     any module. A block does best that returns zeros at first, as with a last layer of zeros: its classifier then starts
@@ -156,11 +155,9 @@ def boost(
             are read once, into memory. What they draw at random stays as it was drawn.
         optimizer: Makes the optimizer of a list of parameters, once for each block.
         steps: The most updates that a block gets.
-        check_every: After how many updates the edge over the examples of these updates is looked at. If it satisfies
-            the condition, the edge over all examples is measured, which decides.
+        check_every: After how many updates the condition is looked at, on all examples.
         batch_size: Examples in an update. Each example comes once before any comes again.
-        gamma: The least gain of a block, from 0 to below 1. None for no such condition: each block gets all its steps,
-            and is kept if its edge is positive.
+        gamma: What a block's gain must be above, from 0 to below 1.
         refine_steps: Updates of the whole model with cross entropy after boosting, end to end. The records of blocks
             are those of before.
         generator: Draws the order of examples, on the CPU. None for torch's own.
@@ -178,7 +175,7 @@ def boost(
         >>> x = torch.randn(500, 2)
         >>> y = (x.prod(dim=1) > 0).long()  # no linear classifier can tell
         >>> block = torch.nn.Sequential(torch.nn.Linear(2, 256), torch.nn.ReLU(), torch.nn.Linear(256, 2))
-        >>> boosted = meprop.boost([block], torch.nn.Linear(2, 2), (x, y), steps=200, gamma=None)
+        >>> boosted = meprop.boost([block], torch.nn.Linear(2, 2), (x, y), steps=200)
         >>> bool((boosted.model(x).argmax(dim=1) == y).float().mean() > 0.9)
         True
     """
@@ -221,7 +218,6 @@ class _State:
     target: Tensor
     costs: Tensor
     edge: float = 0.0
-    alpha: float = 1.0
 
     @classmethod
     def first(cls, block: nn.Module, head: nn.Module, inputs: Tensor, target: Tensor) -> _State:
@@ -252,7 +248,7 @@ class _State:
             for chunk in self.features.split(_CHUNK):
                 chunk.copy_(residual.eval()(chunk))
         self.costs = cost_matrix(record.alpha * outputs_NK, self.target)
-        self.edge, self.alpha = record.edge, record.alpha
+        self.edge = record.edge
 
 
 @dataclass(frozen=True)
@@ -262,35 +258,29 @@ class _How:
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
     steps: int
     check_every: int
-    gamma: float | None
+    gamma: float
     order: Iterator[Tensor]
 
     def train(self, weak: nn.Sequential, state: _State) -> tuple[BoostedBlock, Tensor]:
         """Trains a block and its head until they are accepted, or out of steps. Returns their outputs o, too."""
         updates = _optimizer_of(self.optimizer, weak)
-        recent: list[tuple[Tensor, Tensor]] = []
-        for step in range(1, self.steps + 1):
-            chosen = next(self.order).to(state.target.device)
-            outputs_BK = weak.train()(state.features[chosen]).softmax(dim=1)
-            loss = exponential_loss(state.alpha * outputs_BK, state.target[chosen])
-            loss.backward()
-            updates.step()
-            updates.zero_grad()
-            recent.append((outputs_BK.detach(), state.costs[chosen]))
-            if step == self.steps:
-                break
-            if self.gamma is not None and step % self.check_every == 0:
-                outputs, costs = zip(*recent, strict=True)
-                recent.clear()
-                if self.accepts(edge_of(torch.cat(outputs), torch.cat(costs)), state.edge):
-                    record, outputs_NK = self._measure(weak, state, step)
-                    if record.kept:
-                        return record, outputs_NK
-        return self._measure(weak, state, self.steps)
+        done = 0
+        while True:
+            more = min(self.check_every, self.steps - done)
+            for chosen in islice(self.order, more):
+                rows = chosen.to(state.target.device)
+                loss = log_exponential_loss(weak.train()(state.features[rows]), state.target[rows])
+                loss.backward()
+                updates.step()
+                updates.zero_grad()
+            done += more
+            record, outputs_NK = self._measure(weak, state, done)
+            if record.kept or done == self.steps:
+                return record, outputs_NK
 
     def accepts(self, edge: float, before: float) -> bool:
         """Whether an edge satisfies the weak-learning condition; NaN does not."""
-        return edge > 0 and (self.gamma is None or gamma_of(edge, before) > self.gamma)
+        return edge > 0 and gamma_of(edge, before) > self.gamma
 
     def _measure(self, weak: nn.Sequential, state: _State, steps: int) -> tuple[BoostedBlock, Tensor]:
         outputs_NK = _outputs(weak, state.features).softmax(dim=1)
@@ -301,7 +291,7 @@ class _How:
             edge=edge,
             gamma=gamma_of(edge, state.edge),
             alpha=alpha,
-            loss=float(exponential_loss(alpha * outputs_NK.double(), state.target)),
+            loss=exp(log_exponential_loss(alpha * outputs_NK.double(), state.target)),
             error=float((outputs_NK.argmax(dim=1) != state.target).double().mean()),
             kept=self.accepts(edge, state.edge),
         )
@@ -370,9 +360,9 @@ def _pair(data: Any) -> tuple[Tensor, Tensor]:
             raise ValueError(f"data has classes of shape {list(target.shape)} and {target.dtype}; give integers [N]")
         if len(inputs) != len(target):
             raise ValueError(f"data has {len(inputs)} inputs for {len(target)} classes; give one class for each input")
-    inputs, target = (torch.cat(each) for each in zip(*batches, strict=True)) if batches else (torch.empty(0),) * 2
-    if not len(target):
+    if not any(len(target) for _, target in batches):
         raise ValueError("data is empty; give at least one example")
+    inputs, target = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*batches, strict=True))
     if int(target.min()) < 0:
         raise ValueError(f"data has the class {int(target.min())}; classes are numbered from 0")
     return inputs.detach(), target.long()
@@ -387,18 +377,14 @@ def _check_kinds(blocks: Any, head: Any, optimizer: Any, gamma: Any, generator: 
             callable(optimizer),
             "a function from parameters to an optimizer, such as lambda given: torch.optim.SGD(given, lr=0.1)",
         ),
-        "gamma": (
-            gamma,
-            isinstance(gamma, int | float | None) and not isinstance(gamma, bool),
-            "a number from 0 to below 1, or None",
-        ),
+        "gamma": (gamma, isinstance(gamma, int | float) and not isinstance(gamma, bool), "a number from 0 to below 1"),
         "generator": (generator, isinstance(generator, torch.Generator | None), "a torch.Generator, or None"),
     }
     for name, (value, fits, allowed) in wanted.items():
         if not fits:
             raise TypeError(f"{name} is of type {type(value).__name__}; it must be {allowed}")
-    if gamma is not None and not 0 <= gamma < 1:
-        raise ValueError(f"gamma={gamma}; it must be from 0 to below 1, or None")
+    if not 0 <= gamma < 1:
+        raise ValueError(f"gamma={gamma}; it must be from 0 to below 1")
 
 
 def _check_block(block: Any, number: int, before: nn.Module) -> None:

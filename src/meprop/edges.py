@@ -6,11 +6,11 @@ arXiv 1706.04964). docs/recipes/boost.md derives the loss.
 
 from __future__ import annotations
 
-from math import copysign, log, sqrt
+from math import copysign, inf, log, sqrt
 
 from torch import Tensor, float32, promote_types
 
-__all__ = ["alpha_of", "cost_matrix", "edge_of", "exponential_loss", "gamma_of"]
+__all__ = ["alpha_of", "cost_matrix", "edge_of", "gamma_of", "log_exponential_loss"]
 
 _LARGEST_EDGE = 1 - 1e-12
 """An edge of 1 would have an infinite alpha. This one has 14.2."""
@@ -67,12 +67,12 @@ def gamma_of(edge: float, before: float) -> float:
     return copysign(sqrt(abs(square)), square)
 
 
-def exponential_loss(scores_NK: Tensor, target_N: Tensor) -> Tensor:
-    """The loss of a block: the mean over examples of the sum over wrong classes l of exp(s(i, l) - s(i, y_i)).
+def log_exponential_loss(scores_NK: Tensor, target_N: Tensor) -> Tensor:
+    """The logarithm of the exponential loss, which is the mean of exp(cross_entropy) - 1.
 
-    It equals the mean of exp(cross_entropy) - 1, and the cost-weighted loss of `h_t`, whose weights cancel. It is at
-    least the share of examples that the scores get wrong. It is formed in float32 or wider. With s = alpha o it is at
-    most (K - 1) exp(alpha), so that it cannot overflow, whatever the logits are.
+    exp(cross_entropy) - 1 of an example i is the sum over wrong classes l of exp(s(i, l) - s(i, y_i)). Its mean is at
+    least the share of examples that the scores get wrong. It overflows where its logarithm does not. The gradient of
+    the logarithm is that of the mean, divided by the mean. It is formed in float32 or wider.
 
     Args:
         scores_NK: Scores, ``[N, K]``.
@@ -80,5 +80,5 @@ def exponential_loss(scores_NK: Tensor, target_N: Tensor) -> Tensor:
     """
     of_target = target_N[:, None]
     scores_NK = scores_NK.to(promote_types(scores_NK.dtype, float32))
-    terms_NK = (scores_NK - scores_NK.gather(1, of_target)).exp()
-    return terms_NK.scatter(1, of_target, 0.0).sum(dim=1).mean()
+    differences_NK = (scores_NK - scores_NK.gather(1, of_target)).scatter(1, of_target, -inf)
+    return differences_NK.flatten().logsumexp(dim=0) - log(len(target_N))
