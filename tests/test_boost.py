@@ -186,10 +186,11 @@ def test_edges_at_their_limits():
     assert edge_of(torch.full((2, 3), 1 / 3), even) == pytest.approx(0, abs=1e-7)
 
 
-def test_alpha_is_finite_for_an_edge_of_one_and_odd():
+def test_alpha_is_odd_and_finite_for_an_edge_of_one():
     assert math.tanh(alpha_of(0.3)) == pytest.approx(0.3)
     assert alpha_of(-0.3) == pytest.approx(-alpha_of(0.3))
-    assert alpha_of(0.999) < alpha_of(1.0) < 15
+    assert alpha_of(0.999) < alpha_of(1.0) == -alpha_of(-1.0) < 15
+    assert math.isnan(alpha_of(math.nan))
 
 
 def test_gamma_is_negative_where_the_edge_shrinks():
@@ -197,6 +198,21 @@ def test_gamma_is_negative_where_the_edge_shrinks():
     assert gamma_of(0.8, 0.6) == pytest.approx(math.sqrt(0.28 / 0.64))
     assert gamma_of(0.6, 0.8) == pytest.approx(-math.sqrt(0.28 / 0.36))
     assert gamma_of(0.6, 0.6) == 0
+    assert gamma_of(1.0, 1.0) == gamma_of(0.9, 1.0) == 0
+
+
+def test_boosting_ends_when_nothing_is_left_to_gain():
+    x = torch.tensor([[-200.0], [200.0]]).repeat(20, 1)
+    y = (x[:, 0] > 0).long()
+    head = nn.Linear(1, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        head.bias.zero_()
+    blocks = [nn.Linear(1, 1) for _ in range(3)]
+    for block in blocks:
+        nn.init.zeros_(block.weight)
+    found = meprop.boost(blocks, head, (x, y), optimizer=lambda p: torch.optim.SGD(p, lr=1e-9), steps=3)
+    assert [(each.edge, each.gamma, each.kept) for each in found.blocks] == [(1, 1, True), (1, 0, False)]
 
 
 def test_the_gradient_is_that_of_the_mean_of_exp_of_the_cross_entropy_divided_by_it():

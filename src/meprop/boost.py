@@ -136,8 +136,8 @@ def boost(
     """Trains residual blocks one after another, each on the features of those before it (BoostResNet).
 
     A block f_t and a classifier on f_t(g_t) + g_t minimise `meprop.edges.log_exponential_loss` of a batch's logits in
-    each update. Blocks before it are not run again: their features are kept, and no gradient reaches them.
-    Memory for activations, gradients and the optimizer's state is that of one block, whatever the depth.
+    each update. Blocks before it are not run again: their features are kept, and no gradient reaches them. Memory for
+    activations, gradients and the optimizer's state is that of one block, whatever the depth.
 
     The weak-learning condition decides. A block is trained until its `meprop.edges.gamma_of` is above `gamma`, and its
     edge is positive. If they are not after `steps` updates, the block is refused and boosting ends.
@@ -157,7 +157,8 @@ def boost(
         steps: The most updates that a block gets.
         check_every: After how many updates the condition is looked at, on all examples.
         batch_size: Examples in an update. Each example comes once before any comes again.
-        gamma: What a block's gain must be above, from 0 to below 1.
+        gamma: What a block's gain must be above, from 0 to below 1. The edges of different blocks are measured under
+            different costs: docs/recipes/boost.md says when gains are hard to make.
         refine_steps: Updates of the whole model with cross entropy after boosting, end to end. The records of blocks
             are those of before.
         generator: Draws the order of examples, on the CPU. None for torch's own.
@@ -244,9 +245,10 @@ class _State:
 
     def advance(self, residual: nn.Module, outputs_NK: Tensor, record: BoostedBlock) -> None:
         """Puts a block's features in the place of those before it, and its costs and edge likewise."""
+        residual.eval()
         with torch.no_grad():
             for chunk in self.features.split(_CHUNK):
-                chunk.copy_(residual.eval()(chunk))
+                chunk.copy_(residual(chunk))
         self.costs = cost_matrix(record.alpha * outputs_NK, self.target)
         self.edge = record.edge
 

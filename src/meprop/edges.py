@@ -48,8 +48,8 @@ def edge_of(outputs_NK: Tensor, cost_NK: Tensor) -> float:
 
 
 def alpha_of(edge: float) -> float:
-    """The weight of a classifier by its edge: ln((1 + edge) / (1 - edge)) / 2, and at most 14.2."""
-    edge = min(edge, _LARGEST_EDGE)
+    """The weight of a classifier by its edge: ln((1 + edge) / (1 - edge)) / 2, from -14.2 to 14.2."""
+    edge = max(min(edge, _LARGEST_EDGE), -_LARGEST_EDGE)  # in this order NaN stays NaN
     return log((1 + edge) / (1 - edge)) / 2
 
 
@@ -58,11 +58,14 @@ def gamma_of(edge: float, before: float) -> float:
 
     Args:
         edge: The edge of the block's classifier.
-        before: That of the classifier before it, below 1 in magnitude.
+        before: That of the classifier before it.
 
     Returns:
-        At most 1. Where the edge is smaller than the one before, minus the root of the magnitude.
+        At most 1. Where the edge is smaller than the one before, minus the root of the magnitude. 0 after an edge of 1,
+        over which nothing can be gained.
     """
+    if before == 1:
+        return 0.0
     square = (edge**2 - before**2) / (1 - before**2)
     return copysign(sqrt(abs(square)), square)
 
