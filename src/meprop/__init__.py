@@ -12,6 +12,7 @@ from typing import Any as _Any
 from torch import distributed as _distributed
 
 from meprop import errors, functional, nn
+from meprop.boost import Boosted, boost
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
@@ -32,6 +33,7 @@ if _TYPE_CHECKING:
 
 __all__ = [
     "Advice",
+    "Boosted",
     "ColumnSelection",
     "CompensatedTopK",
     "ConversionReport",
@@ -52,6 +54,7 @@ __all__ = [
     "advise",
     "anneal",
     "backend_info",
+    "boost",
     "convert",
     "errors",
     "functional",

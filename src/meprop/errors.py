@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 
 __all__ = ["DataError", "MepropError", "NoEffectWarning", "NotSupportedError"]
 
@@ -36,3 +37,12 @@ def did_you_mean(wrong: str, names: Iterable[str]) -> str:
     """Return the end of a message about a wrong name: a question after the nearest name, or nothing."""
     name = nearest(wrong, names)
     return "" if name is None else f"; did you mean {name}?"
+
+
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Checks numbers, each with the least that is allowed."""
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; it is an int")
+        if value < least:
+            raise ValueError(f"{name}={value}; it must be at least {least}")

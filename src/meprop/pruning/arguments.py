@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -48,15 +48,6 @@ def check_bounds(threshold: float | None, of_mean: float | None, max_removal: fl
         raise ValueError(f"of_mean={of_mean}; it is a share of a layer's mean number of hits, from 0 to 1")
     if not 0 < max_removal <= 1:
         raise ValueError(f"max_removal={max_removal}; it is a share of a layer's units, above 0 and at most 1")
-
-
-def check_counts(**counts: tuple[int, int]) -> None:
-    """Checks numbers, each with the least that is allowed."""
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; it is an int")
-        if value < least:
-            raise ValueError(f"{name}={value}; it must be at least {least}")
 
 
 def as_optimizers(optimizer: Any, model: torch.nn.Module) -> Optimizers:

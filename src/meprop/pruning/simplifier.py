@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from meprop.convert import described_layers, plain_copy
-from meprop.errors import NoEffectWarning, NotSupportedError
+from meprop.errors import NoEffectWarning, NotSupportedError, check_counts
 from meprop.nn.base import SparseLayer, layer_descriptor
 from meprop.policy import Activity
 from meprop.pruning.arguments import (
     as_optimizers,
     check_bounds,
-    check_counts,
     check_kinds,
     read_state,
     why_all_would_go,

@@ -1,0 +1,364 @@
+"""Boosted residual blocks on MNIST beside end-to-end training, dense and sparse, at 5, 10 and 25 blocks.
+
+    python benchmarks/boost.py --boost 0                 # boosted blocks with seed 0, dense and sparse
+    python benchmarks/boost.py --end-to-end 0            # the same numbers of updates end to end: hours for 25 blocks
+    python benchmarks/boost.py --page docs/recipes/boost.md
+
+A block is Linear(784, 1024), ReLU, Linear(1024, 784), whose last layer begins with zeros. Each run leaves a JSON file,
+and is made only if that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import meprop
+from meprop import machine
+from meprop.boost import Residual
+from meprop.edges import log_exponential_loss
+from meprop.reporting.pages import markdown_table, write_sections
+from meprop.tasks.mnist import Digits, MnistConfig, load
+from meprop.training import tracking
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "boost"
+DEPTHS = (5, 10, 25)
+RULES: dict[str, meprop.Rule | None] = {
+    "dense": None,
+    "top-k 4%": meprop.TopK(0.04),
+    "sampled 4%": meprop.Sampled(0.04),
+}
+SETTINGS: dict[str, Any] = {"steps": 600, "check_every": 200, "batch_size": 100, "gamma": 0.0}
+LEARNING_RATE = 3e-4
+GRADIENT_BATCHES = 10
+COLORS = ("#0072B2", "#D55E00", "#009E73")
+
+
+def digits() -> Digits:
+    """MNIST with all 60,000 training images, as nothing is chosen by a development set."""
+    found = load(MnistConfig())
+    images = torch.cat([found.dev_images, found.train_images])
+    return replace(found, train_images=images, train_labels=torch.cat([found.dev_labels, found.train_labels]))
+
+
+def make_block() -> nn.Module:
+    """A block of one hidden layer, which returns zeros."""
+    block = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 784))
+    nn.init.zeros_(block[2].weight)
+    nn.init.zeros_(block[2].bias)
+    return block
+
+
+def convert(model: nn.Module, rule: meprop.Rule | None) -> None:
+    """Lets a model back-propagate by a rule. None leaves it dense."""
+    if rule is not None:
+        meprop.convert(model, rule, when="always")
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer of every run."""
+    return torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images that a model gets right, in percent."""
+    model.eval()
+    found = torch.cat([model(each).argmax(dim=1) for each in images.split(1000)])
+    return 100 * float((found == labels).double().mean())
+
+
+# ---------------------------------------------------------------- what a rule loses of the gradient, over depth
+
+
+def gradient_errors(layers: list[nn.Module], losses: Callable[[], Iterator[Tensor]], rule: meprop.Rule) -> list[float]:
+    """The length of the difference of sparse and dense gradients of each layer, as a share of the dense one's.
+
+    Args:
+        layers: Dense modules.
+        losses: Gives the loss of each batch, anew when called again.
+        rule: What the sparse gradients keep.
+    """
+
+    def gradients() -> Iterator[list[Tensor]]:
+        for loss in losses():
+            found = iter(torch.autograd.grad(loss, [each for layer in layers for each in layer.parameters()]))
+            yield [torch.cat([next(found).flatten() for _ in layer.parameters()]) for layer in layers]
+
+    whole = nn.ModuleList(layers)
+    difference = torch.zeros(len(layers), dtype=torch.float64)
+    length = torch.zeros(len(layers), dtype=torch.float64)
+    dense = list(gradients())
+    convert(whole, rule)
+    for exact, kept in zip(dense, gradients(), strict=True):
+        difference += torch.tensor([float((a - b).square().sum()) for a, b in zip(exact, kept, strict=True)])
+        length += torch.tensor([float(a.square().sum()) for a in exact])
+    meprop.revert(whole)
+    return (difference / length).sqrt().tolist()
+
+
+def errors_end_to_end(model: nn.Sequential, data: Digits, rule: meprop.Rule) -> list[float]:
+    """Of each block of a model, whose loss is the cross entropy of its output."""
+
+    def losses() -> Iterator[Tensor]:
+        for number in range(GRADIENT_BATCHES):
+            part = slice(100 * number, 100 * number + 100)
+            yield nn.functional.cross_entropy(model(data.train_images[part]), data.train_labels[part])
+
+    return gradient_errors(list(model[:-1]), losses, rule)
+
+
+def errors_boosted(boosted: meprop.Boosted, data: Digits, rule: meprop.Rule) -> list[float]:
+    """Of each block alone, whose loss is that of its own head on the features of the blocks before."""
+    found: list[float] = []
+    features = data.train_images[: 100 * GRADIENT_BATCHES]
+    for residual, head in zip(boosted.model[:-1], boosted.heads, strict=True):
+
+        def losses(features=features, residual=residual, head=head) -> Iterator[Tensor]:
+            for part, labels in zip(features.split(100), data.train_labels.split(100), strict=False):
+                yield log_exponential_loss(head(residual(part)), labels)
+
+        found += gradient_errors([residual], losses, rule)
+        with torch.no_grad():
+            features = residual(features)
+    return found
+
+
+def errors_over_depth(boosted: meprop.Boosted, data: Digits) -> dict[str, dict[str, list[float]]]:
+    """What each rule loses of the gradient of each block of a boosted model, end to end and boosted."""
+    return {
+        name: {
+            "end to end": errors_end_to_end(boosted.model, data, rule),
+            "boosted": errors_boosted(boosted, data, rule),
+        }
+        for name, rule in RULES.items()
+        if rule is not None
+    }
+
+
+# ---------------------------------------------------------------- the runs
+
+
+def file_of(name: str, seed: int) -> Path:
+    """The file of a finished run."""
+    return RESULTS / f"{name.replace(' ', '-').replace('%', '')}-seed{seed}.json"
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Writes a run's record."""
+    about = {"machine": machine.describe(), "versions": tracking.versions(), "commit": tracking.commit()}
+    content = json.dumps({**about, **results}, indent=1).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine.write_atomically(path, lambda file: file.write(content))
+    print(path, flush=True)
+
+
+def run_boosted(name: str, seed: int, data: Digits) -> None:
+    """Boosts blocks, unless the record is there."""
+    path = file_of(f"boosted {name}", seed)
+    if path.exists():
+        return
+    torch.manual_seed(seed)
+    blocks = nn.ModuleList(make_block() for _ in range(max(DEPTHS)))
+    head = nn.Linear(784, 10)
+    convert(blocks, RULES[name])
+    boosted = meprop.boost(blocks, head, (data.train_images, data.train_labels), optimizer=adam, **SETTINGS)
+    print(boosted, flush=True)
+    depths = range(1, len(boosted.heads) + 1)
+    test = [accuracy(boosted.truncated(each), data.test_images, data.test_labels) for each in depths]
+    results: dict[str, Any] = {
+        "settings": {**SETTINGS, "learning_rate": LEARNING_RATE},
+        "blocks": [asdict(each) for each in boosted.blocks],
+        "stopped": boosted.stopped,
+        "test": test,
+    }
+    if RULES[name] is None:
+        results["gradient_errors"] = errors_over_depth(boosted, data)
+    write(path, results)
+
+
+def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
+    """Trains as many blocks with as many updates as boosting took for them, unless the record is there."""
+    path = file_of(f"end to end {depth}", seed)
+    if path.exists():
+        return
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(Residual(make_block()) for _ in range(depth)), nn.Linear(784, 10))
+    optimizer, curve = adam(model.parameters()), list[dict[str, float]]()
+    boosted = finished("boosted dense", seed)
+    if boosted is None:
+        raise SystemExit(f"the boosted run of seed {seed} gives the number of updates: first --boost {seed}")
+    updates = sum(each["steps"] for each in kept(boosted)[:depth])
+    epochs = -(-updates * SETTINGS["batch_size"] // len(data.train_labels))
+    order = torch.cat([torch.randperm(len(data.train_labels)) for _ in range(epochs)])
+    for update, chosen in enumerate(order.split(SETTINGS["batch_size"])[:updates], 1):
+        loss = nn.functional.cross_entropy(model.train()(data.train_images[chosen]), data.train_labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if update % 200 == 0:
+            test = accuracy(model, data.test_images, data.test_labels)
+            curve.append({"update": update, "test": test})
+            print(f"{depth} blocks end to end, {update} of {updates} updates: test {test:.2f}", flush=True)
+    results: dict[str, Any] = {
+        "settings": {"batch_size": SETTINGS["batch_size"], "learning_rate": LEARNING_RATE, "updates": updates},
+        "test": curve[-1]["test"],
+        "train": accuracy(model, data.train_images, data.train_labels),
+        "curve": curve,
+        "gradient_errors": {
+            name: errors_end_to_end(model, data, rule) for name, rule in RULES.items() if rule is not None
+        },
+    }
+    write(path, results)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def finished(name: str, seed: int) -> dict[str, Any] | None:
+    """A run's record, or None if it has not been made."""
+    path = file_of(name, seed)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def kept(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The blocks of a boosted run that are in its model."""
+    return [block for block in run["blocks"] if block["kept"]]
+
+
+def table_of_runs(seed: int) -> str:
+    """Every finished run, boosted and end to end."""
+    rows = [("run", "blocks kept", "updates", "least gamma", "training accuracy, %", "test accuracy, %")]
+    for name in RULES:
+        if run := finished(f"boosted {name}", seed):
+            blocks = kept(run)
+            for depth in sorted({len(blocks), *(each for each in DEPTHS if each < len(blocks))}):
+                updates = sum(block["steps"] for block in blocks[:depth])
+                gamma = min(block["gamma"] for block in blocks[:depth])
+                train = 100 - 100 * blocks[depth - 1]["error"]
+                cells = (f"{depth} of {len(blocks)}", f"{updates}", f"{gamma:.2f}", f"{train:.2f}")
+                rows.append((f"boosted, {name}", *cells, f"{run['test'][depth - 1]:.2f}"))
+    for depth in DEPTHS:
+        if run := finished(f"end to end {depth}", seed):
+            cells = (str(depth), str(run["settings"]["updates"]), "", f"{run['train']:.2f}", f"{run['test']:.2f}")
+            rows.append(("end to end, dense", *cells))
+    return markdown_table(rows)
+
+
+def table_of_errors(seed: int) -> str:
+    """The mean gradient error of the blocks, boosted and end to end, of the run that has them."""
+    run = finished("boosted dense", seed)
+    rows = [("rule", "boosted", "end to end", "boosted / end to end")]
+    for name, errors in (run or {}).get("gradient_errors", {}).items():
+        alone, whole = mean(errors["boosted"]), mean(errors["end to end"])
+        rows.append((name, f"{alone:.2f}", f"{whole:.2f}", f"{alone / whole:.2f}"))
+    return markdown_table(rows)
+
+
+def axes_of(count: int) -> tuple[Any, Any]:
+    """A figure with axes side by side."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(5 * count, 4), layout="constrained")
+    found = figure.subplots(1, count)
+    for axes in found:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, found
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG."""
+    machine.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def draw_edges(path: Path, seed: int) -> None:
+    """Edges, gammas and accuracies over blocks."""
+    figure, (edges, gammas, accuracies) = axes_of(3)
+    for name, color in zip(RULES, COLORS, strict=True):
+        if run := finished(f"boosted {name}", seed):
+            blocks = kept(run)
+            places = range(1, len(blocks) + 1)
+            look = {"color": color, "marker": ".", "label": name}
+            edges.plot(places, [block["edge"] for block in blocks], **look)
+            gammas.plot(places, [block["gamma"] for block in blocks], **look)
+            accuracies.plot(places, run["test"], **look)
+            train = [100 - 100 * block["error"] for block in blocks]
+            accuracies.plot(places, train, color=color, linestyle=":", linewidth=1)
+    for depth in DEPTHS:
+        if run := finished(f"end to end {depth}", seed):
+            label = "end to end" if depth == DEPTHS[0] else None
+            accuracies.plot([depth], [run["test"]], color="black", marker="D", linestyle="", label=label)
+    gammas.axhline(0, color="black", linewidth=0.8)
+    for axes, title in ((edges, "edge"), (gammas, "gamma"), (accuracies, "accuracy, %: test, and training dotted")):
+        axes.set_title(title, fontsize=10)
+    accuracies.set_ylim(85, 100)
+    figure.legend(*accuracies.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=5)
+    save(figure, path)
+
+
+def draw_errors(path: Path, seed: int) -> None:
+    """Gradient errors over depth."""
+    run = finished("boosted dense", seed)
+    found = (run or {}).get("gradient_errors", {})
+    figure, sides = axes_of(len(found))
+    for axes, (name, errors) in zip(sides, found.items(), strict=True):
+        for way, color in zip(("end to end", "boosted"), COLORS, strict=False):
+            axes.plot(range(1, len(errors[way]) + 1), errors[way], color=color, marker=".", label=way)
+        axes.set_title(name, fontsize=10)
+        axes.set_ylim(bottom=0)
+    sides[0].set_ylabel("gradient error, share of the dense gradient")
+    figure.legend(*sides[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=2)
+    save(figure, path)
+
+
+def write_page(page: Path, seed: int) -> None:
+    """Draws the pictures beside a page, and writes tables and pictures into it."""
+    sections = {"boost": table_of_runs(seed), "boost-errors": table_of_errors(seed)}
+    for section, draw, alt in (
+        ("boost", draw_edges, "Edges, gammas and accuracies of boosted residual blocks over blocks"),
+        ("boost-errors", draw_errors, "Gradient error of sparse back-propagation over depth, boosted and end to end"),
+    ):
+        picture = page.with_name(f"{section}.png")
+        draw(picture, seed)
+        sections[section] += f"\n\n![{alt}]({picture.name})"
+    write_sections(page, sections)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--boost", type=int, nargs="*", default=[], metavar="SEED")
+    parser.add_argument("--end-to-end", type=int, nargs="*", default=[], metavar="SEED")
+    parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS, help="of the runs end to end")
+    parser.add_argument("--page", type=Path, help="write the tables and pictures into this page")
+    parser.add_argument("--page-seed", type=int, default=0, help="the seed that the page shows")
+    options = parser.parse_args()
+    if not (options.boost or options.end_to_end or options.page):
+        parser.error("nothing to do: give --boost, --end-to-end or --page")
+    torch.set_flush_denormal(True)
+    data = digits()
+    for seed in options.boost:
+        for name in RULES:
+            run_boosted(name, seed, data)
+    for seed in options.end_to_end:
+        for depth in options.depths:
+            run_end_to_end(depth, seed, data)
+    if options.page is not None:
+        write_page(options.page, options.page_seed)
+
+
+if __name__ == "__main__":
+    main()
