@@ -37,6 +37,8 @@ def gradients_of_maps(
         norms_NO = ops.map_norms(maps_of)
         kept = policy.rule.select(norms_NO)
         policy.note(kept)
+        if (energy := policy.energy_of(norms_NO)) is not None:
+            energy.add(norms_NO, kept)  # the square of a map's norm is its sum of squares
         if policy.activity is not None:
             policy.activity.count(kept)
         if is_everything(kept):
