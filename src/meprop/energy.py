@@ -24,6 +24,10 @@ class Energy:
     kept: float = 0.0
     whole: float = 0.0
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None in the copy of a model that is being measured: nobody asks for the energy of the copy."""
+        return type(None), ()
+
     def add(self, grad_NO: Tensor, selection: Selection) -> None:
         """Adds an output gradient [N, O] of any floating dtype, and what is kept of it. Sums are formed in float64."""
         squares, indices = grad_NO.detach().double().square(), selection.indices.long()

@@ -97,7 +97,8 @@ class Meter:
         if layers:
             found |= {f"density/{layer.name or 'model'}": layer.density for layer in described}
             found |= {f"energy/{name or 'model'}": _share(e.kept, e.whole) for name, e in energies.items()}
-        self._energies = {}
+        for energy in self._energies.values():
+            energy.kept = energy.whole = 0.0
         self._read = {record: (record.kept, record.seen) for record in records.values()}
         return {name: number for name, number in found.items() if isfinite(number)}
 
