@@ -70,7 +70,7 @@ class Meter:
 
         | name | what |
         |---|---|
-        | "density" | the share of the output gradients that was kept, as `ConversionReport.density`: dense layers count |
+        | "density" | the share of the output gradients that was kept, the mean of `ConversionReport.density` |
         | "k" | how many entries a row kept on average: the mean over the sparse layers |
         | "energy" | the share of the squared output gradients that the kept entries hold, over the sparse layers |
 

@@ -19,12 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 from meprop import row_sparse, speed
 from meprop.energy import Energy
 from meprop.errors import NotSupportedError
-from meprop.ops.registry import PLAIN, in_graph
+from meprop.ops.registry import PLAIN, in_graph, is_proxied
+from meprop.profiles import labelled
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
 
 __all__ = ["Activity", "Policy", "Record", "When"]
 
+
+_is_compiling = torch.compiler.is_compiling
 
 When = Literal["auto", "always"]
 """Whether a layer is always sparse ("always"), or only if that is measured to be faster ("auto")."""
@@ -299,6 +302,13 @@ class Policy:
         elif _is_compiled_autograd():
             self.record.compiled = True
 
+    @labelled("meprop.select")
+    def select(self, rule: Rule, grad_NO: Tensor) -> Selection:
+        """What a rule of this policy keeps of an output gradient [N, O]. It is noted."""
+        selection = rule.select(grad_NO)
+        self.note(selection)
+        return selection
+
     def note(self, selection: Selection) -> None:
         """Notes the density of a backward pass, unless it becomes a graph."""
         if self._notes:
@@ -319,10 +329,9 @@ class Policy:
 
         It counts no graph, and no tensor without contents.
         """
-        if not self._notes or grad.is_meta or type(grad) not in PLAIN:
+        if self.record is None or _is_compiling() or self.record.energy is None:
             return None
-        assert self.record is not None
-        return self.record.energy
+        return None if is_proxied() or grad.is_meta or type(grad) not in PLAIN else self.record.energy
 
     @property
     def _notes(self) -> bool:

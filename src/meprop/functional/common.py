@@ -162,8 +162,7 @@ def _backward_by(
         return gradients
     choice = rule.as_topk(width)
     if choice is None or (activity is not None and positions > 1):  # counting an example once needs a selection
-        choice = rule.select(grad_NO)
-        policy.note(choice)  # of a rule for each product, each of the two counts
+        choice = policy.select(rule, grad_NO)  # of a rule for each product, each of the two counts
     elif policy.rule.differs:
         policy.note_topk(choice, grad_NO)
     if energy is not None:

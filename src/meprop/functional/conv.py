@@ -294,7 +294,7 @@ class _Backward:
         topk = rule.as_topk(grad.shape[1])
         if topk is not None and topk.scope == "batch" and topk.blocks == 1:
             return ops.topk_channels(grad, topk.k)
-        selection = rule.select(_rows(grad))
+        selection = self.policy.select(rule, _rows(grad))
         if isinstance(selection, RowSelection):
             raise NotSupportedError(
                 f"{rule} chooses anew at each position, which goes for pointwise convolutions only; select columns"

@@ -122,14 +122,14 @@ class _Call:
     policy: Policy
     activity: Activity | None
 
-    def select(self, gates_NO: Tensor) -> Selection:
-        """What is kept of the gates of a time step [n, 4H]."""
-        return in_blocks(self.policy.rule.in_steps(), 4).select(gates_NO)
+    @property
+    def rule(self) -> Rule:
+        """The rule for the gates of a time step [n, 4H]."""
+        return in_blocks(self.policy.rule.in_steps(), 4)
 
-    def select_and_note(self, energy: Energy | None, gates_NO: Tensor) -> Selection:
-        """The same. It is noted, and counted in the energy."""
-        selection = self.select(gates_NO)
-        self.policy.note(selection)
+    def select(self, energy: Energy | None, gates_NO: Tensor) -> Selection:
+        """What is kept of the gates of a time step [n, 4H]. It is noted, and counted in the energy if there is one."""
+        selection = self.policy.select(self.rule, gates_NO)
         if energy is not None:
             energy.add(gates_NO, selection)
         return selection
@@ -179,10 +179,10 @@ class _Lstm(torch.autograd.Function):
         kept, energy = torch.zeros_like(batch_sizes), call.policy.energy_of(x)
         walk = (tuple(trace), x, weight_ih, weight_hh, batch_sizes, call.reverse, (grad_output, grad_h, grad_c), choice)
         if energy is not None and choice is not None:  # native code shows nobody what it chooses
-            ops.lstm_backward(*walk, call.select, (False,) * 6, None, None, energy.add)
+            ops.lstm_backward(*walk, call.rule.select, (False,) * 6, None, None, energy.add)
             energy = None
         hits = None if call.activity is None else call.activity.hits
-        results = ops.lstm_backward(*walk, partial(call.select_and_note, energy), needs, hits, kept)
+        results = ops.lstm_backward(*walk, partial(call.select, energy), needs, hits, kept)
         if isinstance(choice, Entries):
             call.policy.note_steps(kept, batch_sizes * len(weight_hh))
         if call.activity is not None:

@@ -45,9 +45,7 @@ class MePropCallback(pl.Callback):
         ``lightning.Trainer(callbacks=[MePropCallback(meprop.TopK(0.05))])``
     """
 
-    def __init__(
-        self, rule: Rule | None = None, *, energy: bool = False, layers: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, rule: Rule | None = None, *, energy: bool = False, layers: bool = False, **options: Any) -> None:
         if rule is None and options:
             raise ValueError(f"{', '.join(options)} without a rule: a module that is converted already has its options")
         check_flag("energy", energy)
