@@ -94,7 +94,7 @@ class MePropCallback(TrainerCallback):
         self._measuring.close()
         self._to_measure = False
 
-    def _add_numbers(self, logs: dict[str, float]) -> None:
+    def add_numbers(self, logs: dict[str, float]) -> None:
         """Adds the numbers since the last log of training steps to this one."""
         if self._meter is not None:
             found = self._meter.read(layers=self.layers)
@@ -125,7 +125,7 @@ def _with_numbers(on_log: Callable[..., Any]) -> Callable[..., Any]:
         if "loss" in logs and ours:  # it is one of training steps
             before = set(logs)
             for callback in ours:
-                callback._add_numbers(logs)
+                callback.add_numbers(logs)
             state.log_history[-1] |= {name: logs[name] for name in logs if name not in before}
         return on_log(handler, args, state, control, logs, **kwargs)
 
