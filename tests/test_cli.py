@@ -120,6 +120,13 @@ def test_random_k_is_compared_and_trained_like_top_k(data, capsys):
     assert "rule was 'random', now 'topk'" in err(capsys)
 
 
+def test_a_logger_that_fails_ends_no_training(data, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_fabric.loggers.TensorBoardLogger.log_metrics", lambda *_: 1 / 0)
+    assert train(data, "--tensorboard", "--out", "one") == 0
+    assert "live curves could not be written: division by zero" in capsys.readouterr().err
+    assert result("one")["runs"][0]["curve"][-1]["live"]["energy"] < 1
+
+
 def test_nothing_is_replaced_unless_asked_for(data, capsys):
     assert compare(data) == 0
     before = Path("runs/compare-mnist/result.json").read_bytes()

@@ -25,6 +25,7 @@ if _TYPE_CHECKING:
     from meprop import pruning as pruning
     from meprop.advice import Advice, advise
     from meprop.budgets import share_noise
+    from meprop.meter import Meter
     from meprop.pruning import Simplifier
     from meprop.schedule import RuleSchedule, anneal
     from meprop.training.task import Setup
@@ -40,6 +41,7 @@ __all__ = [
     "DataError",
     "InBlocks",
     "MepropError",
+    "Meter",
     "NoEffectWarning",
     "NotSupportedError",
     "PerProduct",
@@ -69,6 +71,7 @@ __all__ = [
 # What only few programs need is imported when they ask for it.
 _LATER = {
     "Advice": "meprop.advice",
+    "Meter": "meprop.meter",
     "RuleSchedule": "meprop.schedule",
     "Setup": "meprop.training.task",
     "Simplifier": "meprop.pruning",

@@ -17,13 +17,17 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from meprop import row_sparse, speed
+from meprop.energy import Energy
 from meprop.errors import NotSupportedError
-from meprop.ops.registry import in_graph
+from meprop.ops.registry import PLAIN, in_graph, is_proxied
+from meprop.profiles import labelled
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
 
 __all__ = ["Activity", "Policy", "Record", "When"]
 
+
+_is_compiling = torch.compiler.is_compiling
 
 When = Literal["auto", "always"]
 """Whether a layer is always sparse ("always"), or only if that is measured to be faster ("auto")."""
@@ -98,6 +102,7 @@ class Record:
         got_gradient: Whether a parameter got a gradient since the layer was converted, from wherever it came.
         left_to_torch: Why the last forward pass with gradients that was torch's own, for its tensors, was. None if none
             was.
+        energy: What counts the energy that is kept, while a `meprop.Meter` asks for it. None otherwise.
     """
 
     decision: speed.Decision | None = None
@@ -112,6 +117,7 @@ class Record:
     had_gradient: bool = False
     got_gradient: bool = False
     left_to_torch: str | None = None
+    energy: Energy | None = None
     _rested: int = field(default=0, init=False, repr=False)
 
     @property
@@ -296,6 +302,13 @@ class Policy:
         elif _is_compiled_autograd():
             self.record.compiled = True
 
+    @labelled("meprop.select")
+    def select(self, rule: Rule, grad_NO: Tensor) -> Selection:
+        """What a rule of this policy keeps of an output gradient [N, O]. It is noted."""
+        selection = rule.select(grad_NO)
+        self.note(selection)
+        return selection
+
     def note(self, selection: Selection) -> None:
         """Notes the density of a backward pass, unless it becomes a graph."""
         if self._notes:
@@ -310,6 +323,15 @@ class Policy:
     def note_topk(self, choice: PlainTopK, grad_NO: Tensor) -> None:
         """Notes a top-k of one of two products. That of both is known before, and is not noted."""
         self.note_kept(len(grad_NO) * choice.k * choice.blocks, grad_NO)
+
+    def energy_of(self, grad: Tensor) -> Energy | None:
+        """What counts the energy of this output gradient. None unless a `meprop.Meter` asks for it in this pass.
+
+        It counts no graph, and no tensor without contents.
+        """
+        if self.record is None or _is_compiling() or self.record.energy is None:
+            return None
+        return None if is_proxied() or grad.is_meta or type(grad) not in PLAIN else self.record.energy
 
     @property
     def _notes(self) -> bool:

@@ -26,7 +26,7 @@ def trainer(folder, callback: MePropCallback, **options) -> transformers.Trainer
         max_steps=2,
         per_device_train_batch_size=4,
         logging_steps=1,
-        report_to=[],
+        report_to=options.pop("report_to", []),
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="no",
@@ -51,6 +51,71 @@ def test_training_is_sparse_and_logs_its_density(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "meprop_density" in printed
     assert "4 of 5 layers back-propagate sparsely" in printed
+
+
+class Tracker(transformers.TrainerCallback):
+    """As the Trainer's own ones: it copies what it gets at once."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_trackers_that_are_called_before_see_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.trainer, "get_reporting_integration_callbacks", lambda report_to: [Tracker])
+    model = gpt2()
+    training = trainer(tmp_path, MePropCallback(RULE, when="always", energy=True, layers=True), model=model)
+    callbacks = training.callback_handler.callbacks
+    (tracker,) = (each for each in callbacks if isinstance(each, Tracker))
+    assert callbacks.index(tracker) < [type(each) for each in callbacks].index(MePropCallback)
+    measured = []
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    weight.register_post_accumulate_grad_hook(
+        lambda _: measured.append(model.transformer.h[0].mlp.c_fc.policy.record.energy is not None)
+    )
+    training.train()
+    assert measured == [True, True]
+    *steps, last = tracker.logs
+    history = training.state.log_history
+    for entry, kept in zip(steps, history, strict=False):
+        found = {name: value for name, value in entry.items() if name.startswith("meprop_")}
+        assert found.items() <= kept.items()
+        assert {"meprop_density", "meprop_k", "meprop_energy", "meprop_density/transformer.h.0.mlp.c_fc"} <= set(found)
+        assert found["meprop_density"] == meprop.report(model).density
+        assert found["meprop_k"] == 5
+        assert 0 < found["meprop_energy"] < 1
+    assert len(steps) == 2
+    assert not any(name.startswith("meprop_") for name in last)  # that of the end is not one of steps
+
+
+def test_the_energy_is_that_of_the_first_step_after_a_log(tmp_path):
+    model, measured = gpt2(), []
+    training = trainer(tmp_path, MePropCallback(RULE, when="always", energy=True), model=model)
+    training.args.max_steps, training.args.logging_steps = 4, 2
+    layer = model.transformer.h[0].mlp.c_fc
+    layer.weight.register_post_accumulate_grad_hook(lambda _: measured.append(layer.policy.record.energy is not None))
+    training.train()
+    assert measured == [True, False, True, False]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "curves"))
+    model = gpt2()
+    trainer(tmp_path, MePropCallback(RULE, when="always"), model=model, report_to=["tensorboard"]).train()
+    events = EventAccumulator(str(tmp_path / "curves"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/meprop_k")] == [(1, 5.0), (2, 5.0)]
+    assert "train/meprop_energy" not in events.Tags()["scalars"]  # nobody asked for it
+
+
+def test_a_trainer_without_the_callback_logs_what_it_did(tmp_path):
+    training = trainer(tmp_path, Tracker(), model=gpt2())
+    training.train()
+    assert not any("meprop" in name for entry in training.state.log_history for name in entry)
 
 
 def test_a_model_made_anew_is_refused_or_converted_where_it_is_made(tmp_path):
@@ -138,6 +203,12 @@ def test_clipping_that_would_find_no_gradient_is_refused(tmp_path):
 def test_options_need_a_rule():
     with pytest.raises(ValueError, match="when without a rule"):
         MePropCallback(when="always")
+
+
+@pytest.mark.parametrize("option", ["energy", "layers"])
+def test_flags_are_checked(option):
+    with pytest.raises(TypeError, match=f"{option}=1 is of type int; it is True or False"):
+        MePropCallback(RULE, **{option: 1})
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -60,6 +60,32 @@ def test_a_fit_is_sparse_and_logs_its_density(tmp_path, precision):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_numbers_of_an_epoch_are_logged_and_the_first_pass_is_measured(tmp_path):
+    logged, measured = [], []
+
+    class Watched(Module):
+        def log_dict(self, dictionary, **options):
+            logged.append(dictionary)
+            super().log_dict(dictionary, **options)
+
+    module = Watched()
+    module.model[2].weight.register_hook(
+        lambda _: measured.append(module.model[2].policy.record.energy is not None) or None
+    )
+    fit = trainer(tmp_path, MePropCallback(RULE, when="always", energy=True, layers=True))
+    fit.fit_loop.max_epochs = 2
+    fit.fit(module)
+    assert measured == [True, False] * 2
+    assert [set(each) for each in logged] == 2 * [
+        {"meprop/density", "meprop/k", "meprop/energy"}
+        | {f"meprop/density/model.{layer}" for layer in (0, 2, 4)}
+        | {f"meprop/energy/model.{layer}" for layer in (0, 2)}
+    ]
+    assert [each["meprop/k"] for each in logged] == [10, 10]
+    assert fit.callback_metrics["meprop/energy"].item() == pytest.approx(logged[-1]["meprop/energy"])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_module_that_makes_its_layers_late_converts_them_itself(tmp_path):
     class Late(Module):
         def configure_model(self) -> None:
@@ -107,6 +133,12 @@ def test_an_optimizer_for_dense_gradients_is_refused_in_lightnings_closure(tmp_p
 def test_options_need_a_rule():
     with pytest.raises(ValueError, match="min_features without a rule"):
         MePropCallback(min_features=7)
+
+
+@pytest.mark.parametrize("option", ["energy", "layers"])
+def test_flags_are_checked(option):
+    with pytest.raises(TypeError, match=f"{option}=1 is of type int; it is True or False"):
+        MePropCallback(RULE, **{option: 1})
 
 
 def test_a_wrapped_part_is_refused_before_training(tmp_path):

@@ -76,22 +76,100 @@ def test_a_failed_write_keeps_the_old_result(result, tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_live_curves_hold_every_epoch_once(task, tmp_path):
-    pytest.importorskip("tensorboard")
+def scalars(folder):
+    """The curves in TensorBoard's files: by name, (epoch, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = TrainingConfig(epochs=3, k=5)
-    with tracking.LiveCurves(tmp_path) as curves:
-        fit([Trainer(task, config, None, 4)], curves.update, turn=3)
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "dense-seed4"))
+    events = EventAccumulator(str(folder))
     events.Reload()
-    assert [event.step for event in events.Scalars("dev/accuracy")] == [1, 2, 3]
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_no_curves_unless_asked_for(task, tmp_path):
-    with tracking.LiveCurves(None) as curves:
-        fit([Trainer(task, TrainingConfig(epochs=1), None, 4)], curves.update)
-    assert not list(tmp_path.iterdir())
+OF_LAYERS = {"density", "k", "energy"}
+ALWAYS = {"loss", "dev/accuracy", "dev/loss", "test/accuracy", "test/loss"}
+ALWAYS |= {"density", "milliseconds/forward", "milliseconds/backward", "milliseconds/optimizer"}
+
+
+def test_live_curves_hold_every_epoch_once(task, tmp_path):
+    config = TrainingConfig(epochs=3, k=5)
+    trainers = [Trainer(task, config, None, 4), Trainer(task, config, config.rule(), 4)]
+    with tracking.LiveCurves(trainers, tracking.tensorboard_in(tmp_path)) as curves:
+        fit(trainers, curves.update, turn=3)
+    dense, sparse = (scalars(tmp_path / "tensorboard" / f"{name}-seed4") for name in ("dense", "topk"))
+    assert set(dense) == ALWAYS
+    assert set(sparse) == ALWAYS | OF_LAYERS
+    assert all([step for step, _ in curve] == [1, 2, 3] for curve in (*dense.values(), *sparse.values()))
+    for trainer, found in zip(trainers, (dense, sparse), strict=True):
+        for record in trainer.curve:
+            expected = {"loss": record.loss, "dev/loss": record.dev["loss"], **record.live}
+            assert {name: found[name][record.epoch - 1][1] for name in expected} == pytest.approx(expected)
+    assert {value for _, value in sparse["k"]} == {5.0}
+    assert all(0 < value < 1 for _, value in sparse["energy"])
+
+
+class Collected:
+    """As much of a logger of Fabric as is used."""
+
+    def __init__(self, trainer):
+        self.trainer, self.logged, self.ended = trainer, [], []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.append((step, metrics))
+
+    def save(self):
+        pass
+
+    def finalize(self, status):
+        self.ended.append(status)
+
+
+def test_any_logger_gets_the_milliseconds_of_a_step_and_the_energy_of_one(task, monkeypatch):
+    from meprop.energy import Energy
+
+    measured = []
+    add = Energy.add
+    monkeypatch.setattr(Energy, "add", lambda self, grad, kept: (measured.append(trainer.step), add(self, grad, kept)))
+    config, loggers = TrainingConfig(epochs=2, k=5), []
+    trainer = Trainer(task, config, config.rule(), 0)
+    with tracking.LiveCurves([trainer], lambda of: loggers.append(Collected(of)) or loggers[-1]) as curves:
+        fit([trainer], curves.update)
+    (logger,) = loggers
+    assert logger.trainer is trainer
+    assert logger.ended == ["success"]
+    assert [step for step, _ in logger.logged] == [1, 2]
+    assert measured == [0, 0]  # the first step of each epoch
+    for part in ("forward", "backward", "optimizer"):
+        total = sum(metrics[f"milliseconds/{part}"] for _, metrics in logger.logged) * task.steps_per_epoch / 1000
+        assert total == pytest.approx(getattr(trainer.seconds, part))
+
+
+def test_live_curves_change_no_bit_of_the_training(task):
+    config = TrainingConfig(epochs=2, noise=0.5)
+    plain, live = (Trainer(task, config, config.rule(), 3) for _ in range(2))
+    fit([plain], lambda trainer: None)
+    with tracking.LiveCurves([live], Collected) as curves:
+        fit([live], curves.update)
+    assert all(map(torch.equal, plain.model.state_dict().values(), live.model.state_dict().values()))
+    assert [record.density for record in plain.curve] == [record.density for record in live.curve]
+    assert [record.live for record in plain.curve] == [{}, {}]
+
+
+def test_a_run_goes_live_within_an_epoch(task):
+    config = TrainingConfig(epochs=1, k=5)
+    trainer = Trainer(task, config, config.rule(), 0)
+    trainer.advance(task.steps_per_epoch)
+    trainer.go_live()
+    trainer.advance(1)  # no step is left
+    assert set(trainer.curve[0].live) == {"density", "k"}
+
+
+def test_no_curves_unless_asked_for(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("meprop.energy.Energy.add", lambda *_: pytest.fail("the energy is measured"))
+    config = TrainingConfig(epochs=1, k=5)
+    trainers = [Trainer(task, config, config.rule(), 4)]
+    with tracking.LiveCurves(trainers, None) as curves:
+        fit(trainers, curves.update)
+    assert trainers[0].curve[0].live == {}
 
 
 def test_the_commit_is_read_once_and_is_dirty_if_the_code_is(monkeypatch):

@@ -37,7 +37,7 @@ class Compare(Generic[TaskConfig, Training, RuleTexts]):
     overwrite: bool = False
     """Replace an earlier experiment in --out."""
     tensorboard: bool = False
-    """Write live curves to --out/tensorboard as well."""
+    """Write live curves to --out/tensorboard as well: losses, metrics, density, energy, parts of the step."""
 
     def run(self) -> None:
         """Train, and write and show the result."""

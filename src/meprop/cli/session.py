@@ -184,7 +184,8 @@ def train_in_turns(saver: CheckpointSaver, stop: StopRequest, curves_in: Path | 
     for run in saver.runs:
         run.check_room()
     trainers = [run.trainer for run in saver.runs]
-    with TrainingProgress() as progress, tracking.LiveCurves(curves_in) as curves:
+    logger_of = None if curves_in is None else tracking.tensorboard_in(curves_in)
+    with TrainingProgress() as progress, tracking.LiveCurves(trainers, logger_of) as curves:
 
         def after(trainer: Trainer) -> None:
             saver.update()
@@ -192,7 +193,7 @@ def train_in_turns(saver: CheckpointSaver, stop: StopRequest, curves_in: Path | 
                 progress.update(trainer)
             try:
                 curves.update(trainer)
-            except OSError as error:
+            except Exception as error:  # whatever a logger raises must not end a training
                 note(f"live curves could not be written: {error}")
             if stop() and not all(each.finished for each in trainers):
                 saver.save()

@@ -33,7 +33,7 @@ class Train(Generic[TaskConfig, Training, RuleName]):
     overwrite: bool = False
     """Replace an earlier experiment in --out."""
     tensorboard: bool = False
-    """Write live curves to --out/tensorboard as well."""
+    """Write live curves to --out/tensorboard as well: losses, metrics, density, energy, parts of the step."""
 
     def run(self) -> None:
         """Train, and write the result."""

@@ -15,6 +15,7 @@ from meprop.ops import native
 from meprop.ops.activation import FUNCTIONS, Activation, needs_input
 from meprop.ops.registry import in_graph
 from meprop.policy import is_dual
+from meprop.profiles import labelled
 
 _LEAST_ENTRIES = 8192
 """The size from which one pass is measured to be faster than torch's passes."""
@@ -105,6 +106,7 @@ class _ActivationDropout(torch.autograd.Function):
         return result
 
     @staticmethod
+    @labelled("meprop.activation_dropout.backward")
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, bits) = grad_outputs, ctx.saved_tensors
         if grad.layout is not torch.strided:

@@ -143,11 +143,15 @@ def _backward_by(
             activity.count(everything(grad_NO) if rule is None else rule.select(grad_NO), positions)
         if rule is None and (weight is not None or x_NI is not None):
             policy.note(everything(grad_NO))
+            if (energy := policy.energy_of(grad_NO)) is not None:
+                energy.add(grad_NO, everything(grad_NO))
         return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
-    width, hits = grad_NO.shape[1], None
+    width, hits, energy = grad_NO.shape[1], None, policy.energy_of(grad_NO)
     in_graph = needs_known_shapes(grad_NO)
     needs_no_selection = in_graph or (activity is None and not policy.sparse_grad)
     if needs_no_selection and (entries := rule.as_entries(width, grad_NO.device)) is not None:
+        if energy is not None:
+            energy.add(grad_NO, ops.keep_entries(grad_NO, entries))
         if later is not None:
             choice = ops.keep_entries(grad_NO, entries)
             policy.note(choice)
@@ -158,10 +162,11 @@ def _backward_by(
         return gradients
     choice = rule.as_topk(width)
     if choice is None or (activity is not None and positions > 1):  # counting an example once needs a selection
-        choice = rule.select(grad_NO)
-        policy.note(choice)  # of a rule for each product, each of the two counts
+        choice = policy.select(rule, grad_NO)  # of a rule for each product, each of the two counts
     elif policy.rule.differs:
         policy.note_topk(choice, grad_NO)
+    if energy is not None:
+        energy.add(grad_NO, rule.select(grad_NO) if isinstance(choice, PlainTopK) else choice)
     if activity is not None and positions > 1:
         assert not isinstance(choice, PlainTopK)  # it was selected above
         activity.count(choice, positions)

@@ -25,6 +25,7 @@ from meprop.functional.common import (
 from meprop.functional.geometry import Geometry, Numbers, padded
 from meprop.functional.maps import gradients_of_maps
 from meprop.policy import Policy, needs_gradients, refuse_dtype, refuse_transforms, refuse_transforms_of_backward
+from meprop.profiles import labelled
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, RowSelection, everything
 
@@ -184,6 +185,7 @@ class _Convolution(torch.autograd.Function):
         return output if autocast else output.to(x.dtype)
 
     @staticmethod
+    @labelled("meprop.convolution.backward")
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_transforms_of_backward(*grad_outputs)
         x, weight = ctx.saved_tensors
@@ -270,6 +272,8 @@ class _Backward:
         kept, indices = self._select_channels()
         if self.policy.activity is not None:
             self.policy.activity.count(ColumnSelection(_rows(kept), indices, outputs), self._positions)
+        if (energy := self.policy.energy_of(grad)) is not None:
+            energy.add(_rows(grad), ColumnSelection(_rows(kept), indices, outputs))
         needs_x, needs_weight, needs_bias = self.needs
         if len(indices) > 0:
             needs = (needs_x, needs_weight, False)
@@ -290,7 +294,7 @@ class _Backward:
         topk = rule.as_topk(grad.shape[1])
         if topk is not None and topk.scope == "batch" and topk.blocks == 1:
             return ops.topk_channels(grad, topk.k)
-        selection = rule.select(_rows(grad))
+        selection = self.policy.select(rule, _rows(grad))
         if isinstance(selection, RowSelection):
             raise NotSupportedError(
                 f"{rule} chooses anew at each position, which goes for pointwise convolutions only; select columns"

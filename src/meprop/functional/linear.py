@@ -24,6 +24,7 @@ from meprop.functional.common import (
     sparse_backward,
 )
 from meprop.policy import Policy, needs_gradients, refuse_dtype, refuse_transforms, refuse_transforms_of_backward
+from meprop.profiles import labelled
 from meprop.rules import Rule
 from meprop.selection import everything
 
@@ -129,6 +130,7 @@ class _Linear(torch.autograd.Function):
         return output if autocast or dtype is None else output.to(x.dtype)
 
     @staticmethod
+    @labelled("meprop.linear.backward")
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_transforms_of_backward(*grad_outputs)
         x, weight = ctx.saved_tensors

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meprop import ops
+from meprop.energy import Energy
 from meprop.errors import NotSupportedError
 from meprop.functional.common import as_matrix, cast, check_tensors, is_autocast, no_view
 from meprop.ops.registry import is_proxied
 from meprop.policy import Activity, Policy, refuse_transforms, refuse_transforms_of_backward
+from meprop.profiles import labelled
 from meprop.rules import Rule, in_blocks
 from meprop.selection import Entries, PlainTopK, Selection
 
@@ -119,10 +122,16 @@ class _Call:
     policy: Policy
     activity: Activity | None
 
-    def select(self, gates_NO: Tensor) -> Selection:
-        """What is kept of the gates of a time step [n, 4H]. It is noted."""
-        selection = in_blocks(self.policy.rule.in_steps(), 4).select(gates_NO)
-        self.policy.note(selection)
+    @property
+    def rule(self) -> Rule:
+        """The rule for the gates of a time step [n, 4H]."""
+        return in_blocks(self.policy.rule.in_steps(), 4)
+
+    def select(self, energy: Energy | None, gates_NO: Tensor) -> Selection:
+        """What is kept of the gates of a time step [n, 4H]. It is noted, and counted in the energy if there is one."""
+        selection = self.policy.select(self.rule, gates_NO)
+        if energy is not None:
+            energy.add(gates_NO, selection)
         return selection
 
 
@@ -157,6 +166,7 @@ class _Lstm(torch.autograd.Function):
         return output, h_n, c_n
 
     @staticmethod
+    @labelled("meprop.lstm.backward")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_transforms_of_backward(*grads)
         x, weight_ih, weight_hh, batch_sizes, *trace = ctx.saved_tensors
@@ -166,21 +176,13 @@ class _Lstm(torch.autograd.Function):
         call: _Call = ctx.call
         call.policy.note_sparse_pass()
         choice = chosen_of_gates(call.policy.rule.in_steps(), weight_hh.shape[1], weight_hh.device)
-        kept = torch.zeros_like(batch_sizes)
-        results = ops.lstm_backward(
-            tuple(trace),
-            x,
-            weight_ih,
-            weight_hh,
-            batch_sizes,
-            call.reverse,
-            (grad_output, grad_h, grad_c),
-            choice,
-            call.select,
-            needs,
-            None if call.activity is None else call.activity.hits,
-            kept,
-        )
+        kept, energy = torch.zeros_like(batch_sizes), call.policy.energy_of(x)
+        walk = (tuple(trace), x, weight_ih, weight_hh, batch_sizes, call.reverse, (grad_output, grad_h, grad_c), choice)
+        if energy is not None and choice is not None:  # native code shows nobody what it chooses
+            ops.lstm_backward(*walk, call.rule.select, (False,) * 6, None, None, energy.add)
+            energy = None
+        hits = None if call.activity is None else call.activity.hits
+        results = ops.lstm_backward(*walk, partial(call.select, energy), needs, hits, kept)
         if isinstance(choice, Entries):
             call.policy.note_steps(kept, batch_sizes * len(weight_hh))
         if call.activity is not None:

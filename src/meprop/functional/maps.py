@@ -35,8 +35,9 @@ def gradients_of_maps(
     else:
         maps_of = grad.contiguous()  # both operations want the positions of a map side by side
         norms_NO = ops.map_norms(maps_of)
-        kept = policy.rule.select(norms_NO)
-        policy.note(kept)
+        kept = policy.select(policy.rule, norms_NO)
+        if (energy := policy.energy_of(norms_NO)) is not None:
+            energy.add(norms_NO, kept)  # the square of a map's norm is its sum of squares
         if policy.activity is not None:
             policy.activity.count(kept)
         if is_everything(kept):

@@ -173,6 +173,7 @@ def lstm_backward(
     needs: tuple[bool, ...],
     hits: Tensor | None = None,
     kept: Tensor | None = None,
+    show: Callable[[Tensor, Selection], None] | None = None,
     /,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagation through time, with a selection of the gates' gradients at each time step.
@@ -200,6 +201,8 @@ def lstm_backward(
         hits: A tensor [H], int64, or None. The number of rows that select each unit is added to it. See `count_hits`.
         kept: A tensor [T], int64, or None. With Entries it gets the number of entries that each time step keeps. Else
             it is left as it is.
+        show: A function that is called at each time step with the gates' gradients [n, 4H] and what is propagated of
+            them, or None.
 
     Returns:
         The gradients of x, weight_ih, weight_hh, a bias [4H], h0 and c0. A gradient that is not wanted is None.
@@ -218,6 +221,8 @@ def lstm_backward(
         whole[rows] = torch.cat(of_gates, dim=1)
         selection = _select(whole[rows], choice, select, time, kept)
         propagated[rows] = selection.to_dense()
+        if show is not None:
+            show(whole[rows], selection)
         if hits is not None:
             hits += count_hits_of_blocks(selection, 4)
         forget = gates[rows].chunk(4, dim=1)[1]
@@ -265,7 +270,10 @@ def _native_backward_declines(
     _needs: tuple[bool, ...],
     hits: Tensor | None = None,
     kept: Tensor | None = None,
+    show: Callable[[Tensor, Selection], None] | None = None,
 ) -> str | None:
+    if show is not None:
+        return "native kernels show nobody what they choose"
     if isinstance(choice, PlainTopK) and choice.blocks != 1:
         return "native kernels run an LSTM with top-k without blocks within a gate"
     reason = _native_declines(batch_sizes, x, weight_ih, weight_hh, *gradients)

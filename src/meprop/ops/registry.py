@@ -19,6 +19,8 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 import torch
 from torch import Tensor
 
+from meprop.profiles import is_profiled, labelled
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Run = TypeVar("Run", bound=Callable[..., Any])
@@ -109,6 +111,8 @@ class Operation(Generic[P, R]):
             return self.literally(*args, **kwargs)
         for run, declines, _ in self._served_by:
             if declines is None or declines(*args, **kwargs) is None:
+                if is_profiled():
+                    run = labelled(f"meprop.{self.name}")(run)
                 found = run(*args, **kwargs)
                 return found if self._result is None else self._result(found, *args, **kwargs)
         raise AssertionError("the reference serves every call")

@@ -21,6 +21,7 @@ from meprop.speed import Decision
 from meprop.training.config import DENSE, RunConfig, SimplifyConfig, TrainingConfig
 from meprop.training.density import count_entries, density
 from meprop.training.generators import Generators, generators_of
+from meprop.training.live import Live
 from meprop.training.pace import Pace
 from meprop.training.records import EpochRecord, Run, Seconds
 from meprop.training.task import Evaluate, Task
@@ -125,6 +126,7 @@ class Trainer:
         self.seconds = Seconds()
         self.curve: list[EpochRecord] = []
         self._entries = 0, 0  # kept and seen before this epoch, in layers where the gradient decides
+        self._live: Live | None = None
 
     @property
     def name(self) -> str:
@@ -160,6 +162,10 @@ class Trainer:
     def share(self) -> float:
         """The share of the training that is done, from 0 to 1."""
         return self._pace.share(self.steps_before + self.step, self.seconds.step)
+
+    def go_live(self) -> None:
+        """Read the numbers of `EpochRecord.live` from now on. The energy is measured in the first step of an epoch."""
+        self._live = Live(self.model, self.seconds)
 
     def to_device(self, value: Any) -> Any:
         """Return tensors, also those within tuples, lists and dicts, on the device of this run."""
@@ -222,7 +228,8 @@ class Trainer:
         with self._fabric.autocast():
             loss = self.setup.loss(self.model, batch)
         forward_end = clock()
-        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        with nullcontext() if self._live is None else self._live.step():
+            loss.backward()  # pyright: ignore[reportUnknownMemberType]
         backward_end = clock()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -264,9 +271,9 @@ class Trainer:
                 if not isfinite(value):
                     raise DivergedError(self, f"{split} {metric} became {value} in epoch {self.epoch + 1}")
         widths = {} if self.simplifier is None else self.simplifier.widths
-        kept = self._density_of_epoch()
+        kept, live = self._density_of_epoch(), {} if self._live is None else self._live.read(self.seconds)
         self.curve.append(
-            EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths, kept)
+            EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths, kept, live)
         )
         self.steps_before, self.step, self.loss_sum = self.steps_before + self.step, 0, 0.0
         if self.setup.scheduler is not None and self.setup.scheduler_interval == "epoch":

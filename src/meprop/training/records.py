@@ -35,6 +35,8 @@ class EpochRecord:
     """Units of each set of the model, if it is simplified."""
     density: float | None = None
     """The share of the entries that was propagated in this epoch's sparse steps, if that depends on the gradient."""
+    live: dict[str, float] = field(default_factory=dict[str, float])
+    """What `training.live.Live` read, if live curves were asked for."""
 
 
 @dataclass(frozen=True)

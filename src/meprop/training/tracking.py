@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,7 @@ from meprop.training.loop import Trainer
 from meprop.training.records import Run
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from lightning_fabric.loggers import Logger
     from typing_extensions import Self
 
 RESULT = "result.json"
@@ -193,17 +193,37 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+LoggerOf = Callable[[Trainer], "Logger"]
+"""From a run to the logger of Lightning Fabric that gets its curves: TensorBoard's, or that of wandb or MLflow."""
+
+
+def tensorboard_in(out: Path) -> LoggerOf:
+    """Return the loggers of TensorBoard that write into the folder of an experiment, one folder per run."""
+
+    def logger_of(trainer: Trainer) -> Logger:
+        from lightning_fabric.loggers import TensorBoardLogger
+
+        # A resumed run writes its earlier epochs again, in place of those that are there.
+        run = f"{trainer.name}-seed{trainer.seed}"
+        return TensorBoardLogger(out / TENSORBOARD, name="", version=run, purge_step=1)
+
+    return logger_of
+
+
 class LiveCurves:
-    """TensorBoard curves of loss, dev and test, one series per run, updated after each epoch.
+    """Curves of runs, updated after each epoch: loss, dev and test, and the numbers of `training.live.Live`.
 
     Args:
-        out: The folder of the experiment; None: there are no curves.
+        trainers: The runs, before they train.
+        logger_of: Gives the logger of each run, when its first epoch is done. None: there are no curves.
     """
 
-    def __init__(self, out: Path | None) -> None:
-        self._folder = out and out / TENSORBOARD
-        self._writers: dict[str, SummaryWriter] = {}
-        self._written: dict[str, int] = {}
+    def __init__(self, trainers: Sequence[Trainer], logger_of: LoggerOf | None) -> None:
+        self._logger_of = logger_of
+        self._loggers: dict[Trainer, Logger] = {}
+        self._written: dict[Trainer, int] = {}
+        for trainer in trainers if logger_of is not None else ():
+            trainer.go_live()
 
     def __enter__(self) -> LiveCurves:
         return self
@@ -211,24 +231,20 @@ class LiveCurves:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        for logger in self._loggers.values():
+            logger.finalize("success" if error is None else "failed")
 
     def update(self, trainer: Trainer) -> None:
-        """Write the epochs that are new since the last call."""
-        if self._folder is None:
+        """Write the epochs that are new since the last call. It raises what the logger does."""
+        new = trainer.curve[self._written.get(trainer, 0) :]
+        if self._logger_of is None or not new:
             return
-        run = f"{trainer.name}-seed{trainer.seed}"
-        if run not in self._writers:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # A resumed run writes its earlier epochs again, in place of those that are there.
-            self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=1)
-        writer = self._writers[run]
-        for record in trainer.curve[self._written.get(run, 0) :]:
-            writer.add_scalar("loss", record.loss, record.epoch)
+        if trainer not in self._loggers:
+            self._loggers[trainer] = self._logger_of(trainer)
+        for record in new:
+            found = {"loss": record.loss, **record.live}
             for split, metrics in (("dev", record.dev), ("test", record.test)):
-                for name, value in metrics.items():
-                    writer.add_scalar(f"{split}/{name}", value, record.epoch)
-            writer.flush()
-        self._written[run] = trainer.epoch
+                found |= {f"{split}/{name}": value for name, value in metrics.items()}
+            self._loggers[trainer].log_metrics(found, record.epoch)
+        self._loggers[trainer].save()
+        self._written[trainer] = trainer.epoch
