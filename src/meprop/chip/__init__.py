@@ -1,0 +1,1 @@
+"""On chip: layer-multiplexed back-propagation in fixed point, with top-k."""
