@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from meprop.chip.fixed import Format
 
 MOST_LAYERS, MOST_NEURONS, MOST_ENDS = 127, 60, 64
 FEWEST_BITS, MOST_BITS = 8, 24
-_RATES = (-3, 12)
+_LOWEST_SHIFT, _HIGHEST_SHIFT = -3, 12
 
 
-@dataclass(frozen=True)
-class Design:
-    """A fully connected net of sigmoid units, and how it is trained on the chip.
-
-    Args:
-        inputs: Of the net, from 1 to 64.
-        neurons: Of each hidden layer, from 1 to 60.
-        outputs: Of the net, from 1 to 64.
-        layers: Hidden layers, from 1 to 127.
-        word: Bits of a word, from 8 to 24.
-        weight_fraction: Bits of a weight behind the binary point, from 2 to `word`. None: ``word - 5``, so that weights
-            are in [-16, 16).
-        k: How many entries of each delta vector are propagated. An int is a count, a float a share of the n entries,
-            ``max(1, round(k * n))``. None, or at least n: all.
-        rate: The learning rate, a power of two from 2^-12 to 8, so that it is a shift.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is chosen for a chip, whatever the data.
 
     Raises:
-        ValueError: One of them is out of range.
-        TypeError: One of them is not a number of its kind.
+        ValueError: A field is out of range.
+        TypeError: A field is not a number of its kind.
     """
 
-    inputs: int
-    neurons: int
-    outputs: int
+    neurons: int = 32
+    """Neurons of each hidden layer, from 1 to 60."""
     layers: int = 1
+    """Hidden layers, from 1 to 127."""
     word: int = 18
+    """Bits of a word, from 8 to 24."""
     weight_fraction: int | None = None
+    """Bits of a weight behind the binary point, from 2 to those of a word. None: 5 fewer than a word has, so that
+    weights are in [-16, 16)."""
     k: int | float | None = None
-    rate: float = 0.25
+    """How many entries of each delta vector are propagated: a count (8), or a share of the n entries (0.25), which is
+    max(1, round(k * n)) of them. None, or at least n: all."""
+    rate: float = 0.5
+    """The learning rate, a power of two from 2^-12 to 8, so that it is a shift."""
 
     def __post_init__(self) -> None:
-        _check_count("inputs", self.inputs, 1, MOST_ENDS)
         _check_count("neurons", self.neurons, 1, MOST_NEURONS)
-        _check_count("outputs", self.outputs, 1, MOST_ENDS)
         _check_count("layers", self.layers, 1, MOST_LAYERS)
         _check_count("word", self.word, FEWEST_BITS, MOST_BITS)
         if self.weight_fraction is not None:
@@ -56,10 +48,39 @@ class Design:
                 raise ValueError(f"k={self.k!r}; a share must be above 0 and at most 1, and a count is an int")
         elif self.k is not None:
             _check_count("k", self.k, 1, None)
-        low, high = _RATES
         mantissa, exponent = math.frexp(self.rate)
-        if mantissa != 0.5 or not low <= 1 - exponent <= high:
-            raise ValueError(f"rate={self.rate!r}; it must be a power of two from 2^-{high} to {2**-low}, e.g. 0.25")
+        if mantissa != 0.5 or not _LOWEST_SHIFT <= 1 - exponent <= _HIGHEST_SHIFT:
+            raise ValueError(f"rate={self.rate!r}; it must be a power of two from 2^-12 to 8, e.g. 0.25")
+
+    def of_net(self, inputs: int, outputs: int) -> Design:
+        """The design of a net with so many inputs and outputs.
+
+        Raises:
+            ValueError: One of them is out of range.
+        """
+        settings = {each.name: getattr(self, each.name) for each in fields(Settings)}
+        return Design(inputs=inputs, outputs=outputs, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design(Settings):
+    """A fully connected net of sigmoid units, and how it is trained on the chip.
+
+    Example:
+        >>> design = Design(inputs=4, neurons=16, outputs=3, k=0.25)
+        >>> design.widths, design.kept(16), design.lanes
+        ((4, 16, 3), 4, 16)
+    """
+
+    inputs: int
+    """Inputs of the net, from 1 to 64."""
+    outputs: int
+    """Outputs of the net, from 1 to 64."""
+
+    def __post_init__(self) -> None:
+        _check_count("inputs", self.inputs, 1, MOST_ENDS)
+        _check_count("outputs", self.outputs, 1, MOST_ENDS)
+        super().__post_init__()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -108,7 +129,7 @@ class Design:
     @property
     def sum_bits(self) -> int:
         """Bits that hold any sum of products exactly: of a weight row, of a weight column, of squared errors."""
-        return 2 * self.word + self.lanes.bit_length()
+        return 2 * self.word + max(3, self.lanes.bit_length())
 
     @property
     def rate_shift(self) -> int:
