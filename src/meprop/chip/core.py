@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from amaranth.back import verilog as backend
 from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value, signed
 
 from meprop.chip.design import Design
@@ -57,9 +56,14 @@ class Core(Elaboratable):
 
     def __init__(self, design: Design) -> None:
         self.design = design
-        self.taken, self.taken_valid, self.taken_ready = Signal(signed(design.word)), Signal(), Signal()
-        self.given, self.given_valid, self.given_ready = Signal(signed(design.sum_bits)), Signal(), Signal()
-        self.patience, self.stop = Signal(8, init=20), Signal()
+        self.taken = Signal(signed(design.word))
+        self.taken_valid = Signal()
+        self.taken_ready = Signal()
+        self.given = Signal(signed(design.sum_bits))
+        self.given_valid = Signal()
+        self.given_ready = Signal()
+        self.patience = Signal(8, init=20)
+        self.stop = Signal()
         self.orders = orders = Orders(design)
         self._lanes = [Lane(design, orders, place) for place in range(design.lanes)]
         self._bias = Bias(design, orders)
@@ -68,16 +72,31 @@ class Core(Elaboratable):
         self._selector = Selector([lane.magnitude for lane in self._lanes])
         # Where the control is: the layer, its first row of weights, a row, and a place in a vector.
         self.layer = Signal(range(design.layers + 1))
-        self._base, self._row = Signal(range(design.rows)), Signal(range(design.rows))
-        self._place, self._done = Signal(range(design.lanes + 1)), Signal(range(design.lanes + 1))
+        self._base = Signal(range(design.rows))
+        self._row = Signal(range(design.rows))
+        self._place = Signal(range(design.lanes + 1))
+        self._done = Signal(range(design.lanes + 1))
         self._command = Signal(3)
         # What passes through the pipeline.
-        self._forward, self._picked, self._written, self._copied = Signal(), Signal(), Signal(), Signal()
+        self._forward = Signal()
+        self._picked = Signal()
+        self._written = Signal()
+        self._copied = Signal()
         self._left = Signal(range(max(design.lanes, design.word) + 1))
         self._shown = Signal(signed(design.word))
-        self._error, self._has_error = Signal(design.sum_bits), Signal()
+        self._error = Signal(design.sum_bits)
+        self._has_error = Signal()
         errors = design.sum_bits + self.ERRORS_BITS
-        self._errors, self._best, self._kept, self._since = Signal(errors), Signal(errors), Signal(), Signal(8)
+        self._errors = Signal(errors)
+        self._best = Signal(errors)
+        self._kept = Signal()
+        self._since = Signal(8)
+
+    @property
+    def ports(self) -> list[Signal]:
+        """The ports, without clock and reset."""
+        taken = [self.taken, self.taken_valid, self.taken_ready]
+        return [*taken, self.given, self.given_valid, self.given_ready, self.patience, self.stop]
 
     def elaborate(self, platform: object) -> Module:
         """Return the logic."""
@@ -131,7 +150,8 @@ class Core(Elaboratable):
         m.d.comb += orders.write_best.eq(self._copied & ~orders.restore)
         m.d.sync += [self._forward.eq(0), self._picked.eq(0), self._written.eq(self._picked), self._copied.eq(0)]
 
-        summed, squared = Signal(tree.levels + 1), Signal(tree.levels + 1)
+        summed = Signal(tree.levels + 1)
+        squared = Signal(tree.levels + 1)
         m.d.sync += summed.eq(Cat(orders.product == Product.FORWARD, summed))
         m.d.sync += squared.eq(Cat(orders.product == Product.SQUARE, squared))
         fraction = design.weight.fraction + design.value.fraction
@@ -354,10 +374,3 @@ def any_of(words: list[Signal]) -> Value:
     while len(terms) > 1:
         terms = [terms[place] | terms[-1 - place] for place in range((len(terms) + 1) // 2)]
     return terms[0]
-
-
-def verilog(design: Design) -> str:
-    """Return the core of a design in Verilog, as the module `meprop_core` with the ports that `Core` lists."""
-    core = Core(design)
-    ports = [core.taken, core.taken_valid, core.taken_ready, core.given, core.given_valid, core.given_ready]
-    return backend.convert(core, name="meprop_core", ports=[*ports, core.patience, core.stop])

@@ -74,16 +74,25 @@ class Orders:
 
     def __init__(self, design: Design) -> None:
         rows, vectors = range(design.rows), range(len(design.widths))
-        self.read, self.read_row = Signal(), Signal(rows)
-        self.write, self.restore, self.write_row = Signal(), Signal(), Signal(rows)
+        self.read = Signal()
+        self.read_row = Signal(rows)
+        self.write = Signal()
+        self.restore = Signal()
+        self.write_row = Signal(rows)
         self.write_best = Signal()
-        self.fetch, self.vector = Signal(), Signal(vectors)
+        self.fetch = Signal()
+        self.vector = Signal(vectors)
         self.product = Signal(Product)
-        self.delta, self.word = Signal(signed(design.word)), Signal(signed(design.word))
+        self.delta = Signal(signed(design.word))
+        self.word = Signal(signed(design.word))
         self.chosen = Signal(design.lanes + 1)
-        self.take_weight, self.take_target, self.take_output = Signal(), Signal(), Signal()
-        self.take_activation, self.take_vector = Signal(), Signal(vectors)
-        self.clear, self.shown = Signal(), Signal(Shown)
+        self.take_weight = Signal()
+        self.take_target = Signal()
+        self.take_output = Signal()
+        self.take_activation = Signal()
+        self.take_vector = Signal(vectors)
+        self.clear = Signal()
+        self.shown = Signal(Shown)
 
 
 class Bank(Elaboratable):
@@ -118,7 +127,11 @@ class Bank(Elaboratable):
             writing.en.eq(orders.write | taking),
             writing.addr.eq(orders.write_row),
             writing.data.eq(
-                Mux(orders.take_weight, orders.word, Mux(orders.restore, best_reading.data, saturated(design.weight, changed)))
+                Mux(
+                    orders.take_weight,
+                    orders.word,
+                    Mux(orders.restore, best_reading.data, saturated(design.weight, changed)),
+                )
             ),
             best_writing.en.eq(orders.write_best),
             best_writing.addr.eq(orders.write_row),
@@ -150,7 +163,10 @@ class Lane(Elaboratable):
         m.submodules.activations = activations = block_memory(design.word, len(design.widths))
         fetching, taking = activations.read_port(), activations.write_port()
         chosen = orders.chosen[self._place]
-        activation, error, derivative, delta = Signal(word), Signal(word), Signal(word), Signal(word)
+        activation = Signal(word)
+        error = Signal(word)
+        derivative = Signal(word)
+        delta = Signal(word)
         error_sum = Signal(signed(design.sum_bits))
         finer = design.weight.fraction + design.delta.fraction
         before = Signal(Product)
@@ -165,7 +181,8 @@ class Lane(Elaboratable):
             bank.product.eq(self.product),
             self.magnitude.eq(abs(delta)),
         ]
-        left, right = Signal(word), Signal(word)
+        left = Signal(word)
+        right = Signal(word)
         with m.Switch(orders.product):
             with m.Case(Product.FORWARD):
                 m.d.comb += [left.eq(bank.weight), right.eq(activation)]

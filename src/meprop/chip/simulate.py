@@ -93,19 +93,13 @@ def reply_length(design: Design, command: int) -> int:
 async def _reply(context: Any, core: Core, words: Sequence[int]) -> Reply:
     expected, given, cycles, place = reply_length(core.design, words[0]), list[int](), 0, 0
     while place < len(words) or len(given) < expected:
+        context.set(core.taken_valid, place < len(words))
         if place < len(words):
             context.set(core.taken, words[place])
-        context.set(core.taken_valid, place < len(words))
-        passed, (ready, valid, word) = cycles > 0, _seen(context, core)
-        del passed
+        if context.get(core.given_valid):
+            given.append(context.get(core.given))
+        place += bool(place < len(words) and context.get(core.taken_ready))
         await context.tick()
-        place += ready and place < len(words)
-        if valid:
-            given.append(word)
         cycles += 1
     context.set(core.taken_valid, 0)
     return Reply(given, cycles)
-
-
-def _seen(context: Any, core: Core) -> tuple[int, int, int]:
-    return context.get(core.taken_ready), context.get(core.given_valid), context.get(core.given)

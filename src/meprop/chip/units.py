@@ -66,16 +66,24 @@ class Selector(Elaboratable):
     def __init__(self, magnitudes: Sequence[Value]) -> None:
         self._magnitudes = magnitudes
         lanes = len(magnitudes)
-        self.start, self.all, self.narrow, self.take = Signal(), Signal(), Signal(), Signal()
-        self.candidates, self.count = Signal(lanes), Signal(range(lanes + 1))
-        self.pick, self.index = Signal(lanes), Signal(range(lanes))
+        self.start = Signal()
+        self.all = Signal()
+        self.narrow = Signal()
+        self.take = Signal()
+        self.candidates = Signal(lanes)
+        self.count = Signal(range(lanes + 1))
+        self.pick = Signal(lanes)
+        self.index = Signal(range(lanes))
 
     def elaborate(self, platform: object) -> Module:
         """Return the logic."""
         lanes, word = len(self._magnitudes), len(self._magnitudes[0])
         m = Module()
-        surely, maybe, missing = Signal(lanes), Signal(lanes), Signal(range(lanes + 1))
-        bit, ones = Signal(word), Signal(lanes)
+        surely = Signal(lanes)
+        maybe = Signal(lanes)
+        missing = Signal(range(lanes + 1))
+        bit = Signal(word)
+        ones = Signal(lanes)
         m.d.comb += ones.eq(maybe & Cat(*((each & bit).any() for each in self._magnitudes)))
         found = Signal(range(lanes + 1))
         m.d.comb += found.eq(sum_of_bits(ones))

