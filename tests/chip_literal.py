@@ -1,4 +1,4 @@
-"""The net in fixed point as the page defines it: integers of Python, one at a time. No code is shared with the library."""
+"""The net in fixed point as the page defines it: integers of Python, one at a time. It shares no code with the library."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import chip_literal as literal
 import numpy as np
 import pytest
 
+import chip_literal as literal
 from meprop.chip.fixed import Format, Sigmoid, rounded
 
 

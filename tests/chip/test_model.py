@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import chip_literal as literal
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import chip_literal as literal
 from meprop.chip.design import Design
 from meprop.chip.model import FixedNet, FloatNet, initial_weights, largest
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from meprop.chip.design import Design
 from meprop.chip.simulate import Reply, reply_length
-from meprop.chip.yosys import runtime_folder, run_yosys
+from meprop.chip.yosys import run_yosys, runtime_folder
 from meprop.errors import MepropError
 
 _DRIVER = Path(__file__).with_name("simulator.cc")

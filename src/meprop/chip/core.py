@@ -18,7 +18,7 @@ class Command(IntEnum):
     """What the core does, with the words that it takes and gives then. Any other word is no command and is skipped."""
 
     LOAD = 0
-    """Takes all weights: of each row those of the lanes, and the bias. Places without an input take 0. Gives nothing."""
+    """Takes all weights: of each row those of the lanes, and the bias. Places without an input take 0. Gives none."""
     TRAIN = 1
     """Takes inputs and targets, trains on them, and gives the sum of the squared errors before that."""
     VALIDATE = 2

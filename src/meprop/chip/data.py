@@ -59,7 +59,7 @@ def load(name: DataName, seed: int) -> Split:
     Raises:
         ValueError: There is no such data set.
     """
-    from sklearn import datasets
+    from sklearn import datasets  # pyright: ignore[reportMissingTypeStubs]
 
     names = get_args(DataName)
     if name not in names:
@@ -74,7 +74,7 @@ def load(name: DataName, seed: int) -> Split:
 
 
 def _parts(classes: NDArray[Any], generator: np.random.Generator) -> list[NDArray[np.intp]]:
-    """The indices of the three parts. Of each class, every fifth pattern is for validation, every fifth for the test."""
+    """The indices of the three parts. Of each class every fifth pattern is for validation, every fifth for test."""
     order = generator.permutation(len(classes))
     by_class = order[np.argsort(classes[order], kind="stable")]
     place = np.arange(len(classes)) % 5

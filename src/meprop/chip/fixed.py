@@ -1,21 +1,25 @@
 """Fixed point: formats of words, rounding, saturation, and the sigmoid as a table.
 
-A word is an integer in two's complement that stands for ``integer * 2**-fraction``. Sums of products are exact. They are
-rounded once, half up, and saturated once. Half up is an adder's carry in hardware: ``floor(value + 1/2)``.
+A word is an integer in two's complement that stands for ``integer * 2**-fraction``. Sums of products are exact. They
+are rounded once, half up, and saturated once. Half up is an adder's carry in hardware: ``floor(value + 1/2)``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from amaranth.hdl import Value
+
 Integers = NDArray[np.int64]
 Reals = NDArray[np.float64]
-IntegersT = TypeVar("IntegersT", int, Integers)
+IntegersT = TypeVar("IntegersT", int, Integers, "Value")
+"""Integers, or the logic that computes with them."""
 
 SEGMENTS = 512
 """Of the table of the sigmoid."""

@@ -6,16 +6,16 @@ All lanes do the same at the same time. What they do is in `Orders`, whose signa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 from amaranth.hdl import Elaboratable, Module, Mux, Signal, Value, signed
-from amaranth.lib import enum
 from amaranth.lib.memory import Memory
 
 from meprop.chip.design import Design
 from meprop.chip.fixed import Format, rounded
 
 
-class Product(enum.Enum, shape=3):
+class Product(IntEnum):
     """What the multipliers are used for. A product is there in the next cycle."""
 
     NOTHING = 0
@@ -33,7 +33,7 @@ class Product(enum.Enum, shape=3):
     """The delta that is propagated, and the weight."""
 
 
-class Shown(enum.Enum, shape=2):
+class Shown(IntEnum):
     """What a lane shows to the rest of the core when it is chosen."""
 
     DELTA = 0
@@ -43,7 +43,7 @@ class Shown(enum.Enum, shape=2):
 
 def of_sum(form: Format, total: Value, fraction: int) -> Value:
     """The logic of `Format.of_sum`."""
-    return saturated(form, rounded(total, fraction - form.fraction))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return saturated(form, rounded(total, fraction - form.fraction))
 
 
 def saturated(form: Format, value: Value) -> Value:
@@ -116,7 +116,7 @@ class Bank(Elaboratable):
         m.submodules.best = best = block_memory(design.word, design.rows)
         reading, writing = weights.read_port(), weights.write_port()
         best_reading, best_writing = best.read_port(), best.write_port()
-        changed = self.weight - rounded(self.product, design.update_shift)  # pyright: ignore[reportArgumentType]
+        changed = self.weight - rounded(self.product, design.update_shift)
         taking = orders.take_weight & orders.chosen[self._place]
         m.d.comb += [
             reading.en.eq(orders.read),
@@ -211,14 +211,13 @@ class Lane(Elaboratable):
             m.d.sync += error_sum.eq(-(orders.word << (finer - design.value.fraction)))
         with m.If(chosen & orders.take_output):
             m.d.sync += error_sum.eq(error_sum + (orders.word << (finer - design.value.fraction)))
-        with m.If(chosen):
-            with m.Switch(orders.shown):
-                with m.Case(Shown.DELTA):
-                    m.d.comb += self.shown.eq(delta)
-                with m.Case(Shown.WEIGHT):
-                    m.d.comb += self.shown.eq(bank.weight)
-                with m.Case(Shown.ACTIVATION):
-                    m.d.comb += self.shown.eq(activation)
+        with m.If(chosen), m.Switch(orders.shown):
+            with m.Case(Shown.DELTA):
+                m.d.comb += self.shown.eq(delta)
+            with m.Case(Shown.WEIGHT):
+                m.d.comb += self.shown.eq(bank.weight)
+            with m.Case(Shown.ACTIVATION):
+                m.d.comb += self.shown.eq(activation)
         return m
 
 
@@ -285,5 +284,5 @@ def levels_of(terms: int) -> int:
 
 
 def block_memory(word: int, depth: int) -> Memory:
-    """A memory of signed words in block RAM, even where it is small, so that a net of more layers needs no more logic."""
+    """A memory of signed words in block RAM, even where it is small, so that more layers need no more logic."""
     return Memory(shape=signed(word), depth=depth, init=[], attrs={"ram_style": "block"})

@@ -1,7 +1,7 @@
 """The nets that the core is compared with: in fixed point, bit for bit what the core computes, and in float64.
 
-Both train on-line, one pattern at a time, by gradient descent on half the squared error. All units are sigmoids. Of each
-delta vector the k entries of largest magnitude are propagated, of equals the lower index.
+Both train on-line, one pattern at a time, by gradient descent on half the squared error. All units are sigmoids. Of
+each delta vector the k entries of largest magnitude are propagated, of equals the lower index.
 """
 
 from __future__ import annotations

@@ -113,9 +113,10 @@ class Selector(Elaboratable):
 
 def sum_of_bits(bits: Value) -> Value:
     """How many bits are 1, by a tree of adders."""
-    terms = [bits[place] for place in range(len(bits))]
+    terms: list[Value] = [bits[place] for place in range(len(bits))]
     while len(terms) > 1:
-        terms = [sum(terms[place + 1 : place + 2], terms[place]) for place in range(0, len(terms), 2)]
+        pairs = [terms[place : place + 2] for place in range(0, len(terms), 2)]
+        terms = [pair[0] + pair[1] if len(pair) == 2 else pair[0] for pair in pairs]
     return terms[0]
 
 

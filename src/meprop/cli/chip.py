@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -74,7 +74,7 @@ def _forms() -> Any:
         default = command(**options, out=Path("runs") / f"chip-{name}")
         return Annotated[command, tyro.conf.subcommand(name, description=command.__doc__, default=default)]
 
-    data = Annotated[DataName, tyro.conf.Positional]
+    data: Any = Annotated[DataName, tyro.conf.Positional]
     return forms(
         form(Train[data], "train", data="iris", settings=Settings(k=0.25), training=Training()),
     )
