@@ -1,4 +1,4 @@
-"""The net in fixed point as the page defines it: integers of Python, one at a time. It shares no code with the library."""
+"""The net in fixed point by its definition: integers of Python, one at a time, and no code of the library."""
 
 from __future__ import annotations
 

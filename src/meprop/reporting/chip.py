@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from meprop import machine
 from meprop.chip.explore import Trial
+from meprop.chip.synthesis import Synthesis
 from meprop.table import text_table
 from meprop.training import tracking
 
@@ -46,9 +47,19 @@ def name_of(trial: Trial) -> str:
     return f"{number}, {'all deltas' if trial.k is None else f'k={trial.k:g}'}"
 
 
-def outcome(trial: Trial) -> str:
-    """Return a line about a trial, for those who wait."""
-    return f"{name_of(trial)}: {trial.mean_accuracy:.2f}%"
+def outcome(result: Trial | Synthesis) -> str:
+    """Return a line about a result, for those who wait."""
+    if isinstance(result, Trial):
+        return f"{name_of(result)}: {result.mean_accuracy:.2f}%"
+    return f"{result.family}, {result.design.layers} hidden layers: {result.cells['LUTs']} LUTs"
+
+
+def cell_table(found: Sequence[Synthesis]) -> str:
+    """Return a line for each synthesis."""
+    head = ("family", "hidden layers", *found[0].cells)
+    return text_table(
+        [head, *((each.family, f"{each.design.layers}", *map(str, each.cells.values())) for each in found)]
+    )
 
 
 def trial_table(trials: Sequence[Trial]) -> str:
