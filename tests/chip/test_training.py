@@ -92,7 +92,13 @@ def test_fixed_point_learns_iris(k):
 
 def test_trials_of_several_words_and_ks():
     seen = []
-    found = explore("iris", Settings(neurons=4), [None, 12], [None, 2], Training(splits=2, epochs=2), seen.append)
+    found = explore(
+        "iris",
+        Settings(neurons=4),
+        [(None, None), (None, 2), (12, None), (12, 2)],
+        Training(splits=2, epochs=2),
+        seen.append,
+    )
     assert found == seen
     assert [(each.word, each.k, len(each.accuracy), each.epochs) for each in found] == [
         (None, None, 2, [2, 2]),

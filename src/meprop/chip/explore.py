@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
@@ -61,18 +61,16 @@ class Trial:
 def explore(
     data: DataName,
     settings: Settings,
-    words: Iterable[int | None],
-    ks: Iterable[int | float | None],
+    points: Sequence[tuple[int | None, int | float | None]],
     training: Training,
     after: Callable[[Trial], None],
 ) -> list[Trial]:
-    """Train a net with each word and each k, on the same splits and from the same weights.
+    """Train a net with several words and k, on the same splits and from the same weights.
 
     Args:
         data: The name of the data set.
         settings: The rest of the design.
-        words: Bits of a word; None: float64.
-        ks: As in `Design`.
+        points: Bits of a word, and k as in `Design`. No bits: float64.
         training: How they are trained.
         after: Called with each trial as soon as it is there.
 
@@ -81,9 +79,9 @@ def explore(
     """
     splits = [load(data, split) for split in range(training.splits)]
     design = settings.of_net(splits[0].training.inputs.shape[1], splits[0].training.targets.shape[1])
-    points = [(word, k, replace(design, word=word or design.word, k=k)) for word in words for k in ks]
+    designs = [replace(design, word=word or design.word, k=k) for word, k in points]
     trials: list[Trial] = []
-    for word, k, each in points:
+    for (word, k), each in zip(points, designs, strict=True):
         kind = FloatNet if word is None else FixedNet
         outcomes = [
             train(kind(each, initial_weights(each, seed)), split, seed, training.epochs, training.patience)

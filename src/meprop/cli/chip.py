@@ -40,10 +40,10 @@ class Train(Generic[Name]):
         settings = self.settings
         points = [(None, None), (settings.word, None), *([] if settings.k is None else [(settings.word, settings.k)])]
 
-        def trials(after: Callable[[Trial], None]) -> list[Trial]:
-            return [each for word, k in points for each in explore(data, settings, [word], [k], self.training, after)]
+        def measure(after: Callable[[Trial], None]) -> list[Trial]:
+            return explore(data, settings, points, self.training, after)
 
-        print(report.trial_table(_recorded("train", self, trials)))
+        print(report.trial_table(_recorded("train", self, measure)))
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ class Simulate:
             raise ValueError("--waveforms with --compiled; leave out one of them")
         found = verify.verify(self.design, self.patterns, self.seed, self.compiled, self.waveforms)
         print(f"{self.patterns} patterns, {self.design.rows} neurons: every error, output and weight is the model's")
-        print(
-            f"cycles to train on a pattern: {found.train_cycles}, to validate one: {found.validate_cycles}, as by formula"
-        )
+        print(f"cycles by simulation and by formula: training {found.train_cycles}, validation {found.validate_cycles}")
 
 
 @dataclass(frozen=True)
@@ -139,9 +137,10 @@ class Explore(Generic[Name]):
         if not self.words or not self.ks:
             raise ValueError("--words and --ks need at least one value each")
 
-        def measure(after: Callable[[Any], None]) -> list[Any]:
-            real = explore(data, self.settings, [None], [None], self.training, after)
-            return real + explore(data, self.settings, self.words, self.ks, self.training, after)
+        points = [(None, None), *((word, k) for word in self.words for k in self.ks)]
+
+        def measure(after: Callable[[Trial], None]) -> list[Trial]:
+            return explore(data, self.settings, points, self.training, after)
 
         trials = _recorded("explore", self, measure)
         print(report.trial_table(trials))
