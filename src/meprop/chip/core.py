@@ -69,7 +69,7 @@ class Core(Elaboratable):
         self._bias = Bias(design, orders)
         self._tree = AdderTree([*(lane.product for lane in self._lanes), self._bias.product])
         self._sigmoid = SigmoidUnit(design)
-        self._selector = Selector([lane.magnitude for lane in self._lanes])
+        self.selector = Selector([lane.magnitude for lane in self._lanes])
         # Where the control is: the layer, its first row of weights, a row, and a place in a vector.
         self.layer = Signal(range(design.layers + 1))
         self._base = Signal(range(design.rows))
@@ -101,7 +101,7 @@ class Core(Elaboratable):
     def elaborate(self, platform: object) -> Module:
         """Return the logic."""
         m = Module()
-        m.submodules += [*self._lanes, self._bias, self._tree, self._sigmoid, self._selector]
+        m.submodules += [*self._lanes, self._bias, self._tree, self._sigmoid, self.selector]
         self._wire_pipeline(m)
         with m.FSM(init="COMMAND"):
             self._take_command(m)
@@ -254,7 +254,7 @@ class Core(Elaboratable):
                 m.next = "DERIVATIVE"
 
     def _go_backward(self, m: Module) -> None:
-        design, orders, selector = self.design, self.orders, self._selector
+        design, orders, selector = self.design, self.orders, self.selector
         hidden, last = design.kept(design.neurons), design.kept(design.outputs)
         all_of = self._of_layer(int(hidden == design.neurons), int(last == design.outputs))
         kept = self._of_layer(hidden, last)
