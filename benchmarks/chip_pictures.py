@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ ARROWS = [  # points on the way, and what passes
 
 
 def draw_blocks(path: Path) -> None:
+    """Draw the blocks of the core."""
     figure = Figure(figsize=(12.5, 5.2), layout="constrained")
     axes = figure.subplots()
     axes.add_patch(
@@ -72,9 +74,7 @@ def draw_blocks(path: Path) -> None:
             "", end, way[-1], arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1, "shrinkA": 0, "shrinkB": 0}
         )
         if text:
-            (x0, y0), (x1, y1) = max(
-                zip(points, points[1:], strict=False), key=lambda each: abs(each[0][0] - each[1][0])
-            )
+            (x0, y0), (x1, y1) = max(pairwise(points), key=lambda each: abs(each[0][0] - each[1][0]))
             beside = abs(x0 - x1) < 0.1
             axes.text(
                 (x0 + x1) / 2 + 0.08 * beside,
@@ -139,6 +139,7 @@ def runs_of(values: Sequence[Any]) -> list[tuple[int, int, Any]]:
 
 
 def draw_pattern(path: Path) -> None:
+    """Draw what the core does with one pattern."""
     design = Design(inputs=3, neurons=4, outputs=2, word=8, k=2)
     cycles = watched(design)
     figure = Figure(figsize=(12.5, 4.4), layout="constrained")
