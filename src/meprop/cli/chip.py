@@ -144,12 +144,8 @@ class Explore(Generic[Name]):
 
         trials = _recorded("explore", self, measure)
         print(report.trial_table(trials))
-        report.draw_explored(f"{data}, {self._net}", trials[1:], self._cells(), self.out / report.EXPLORED)
-
-    @property
-    def _net(self) -> str:
-        settings = self.settings
-        return f"{settings.layers} hidden layers of {settings.neurons}; float64 is on the first line of the table"
+        title = f"{data}: {self.settings.layers} hidden layer(s) of {self.settings.neurons}"
+        report.draw_explored(title, trials, self._cells(), self.out / report.EXPLORED)
 
     def _cells(self) -> dict[int, dict[str, int]]:
         """Cells by kind for each word."""

@@ -86,12 +86,13 @@ def draw_explored(title: str, trials: Sequence[Trial], cells: dict[int, dict[str
 
     Args:
         title: The data set and the net.
-        trials: Those in fixed point, each pair of a word and a k once.
+        trials: That in float64, and then those in fixed point, each pair of a word and a k once.
         cells: Of the core with words of so many bits, by kind; empty: the panel is left out.
         path: The file; it is replaced if it exists.
     """
     from matplotlib.figure import Figure
 
+    real, *trials = trials
     words = sorted({trial.word for trial in trials if trial.word is not None})
     ks = list(dict.fromkeys(trial.k for trial in trials))
     found = {(trial.word, trial.k): trial for trial in trials}
@@ -100,7 +101,7 @@ def draw_explored(title: str, trials: Sequence[Trial], cells: dict[int, dict[str
     figure.suptitle(title)
     axes = figure.subplots(1, panels)
     _draw_grid(axes[0], words, ks, [[found[word, k].mean_accuracy for word in words] for k in ks], "{:.1f}", "viridis")
-    axes[0].set_title("test accuracy, %")
+    axes[0].set_title(f"test accuracy, % (float64: {real.mean_accuracy:.1f})")
     cycles = [[float(found[word, k].cycles or 0) for word in words] for k in ks]
     _draw_grid(axes[1], words, ks, cycles, "{:.0f}", "viridis_r")
     axes[1].set_title("cycles to train on a pattern")
