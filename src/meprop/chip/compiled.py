@@ -36,7 +36,7 @@ def run(design: Design, commands: Sequence[Sequence[int]]) -> list[Reply]:
         raise MepropError("there is no C++ compiler; install one, or set CXX to it, or simulate with amaranth")
     asked = (f"{reply_length(design, words[0])} {len(words)} {' '.join(map(str, words))}\n" for words in commands)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "core.h").write_text(run_yosys(design, "write_cxxrtl -g0 OUT"))
+        Path(folder, "core.h").write_text(run_yosys(design, "write_cxxrtl -noflatten -g0 OUT"))
         program = Path(folder, "core")
         include = ["-I", folder, "-I", str(runtime_folder())]
         _call([compiler, "-std=c++17", "-O1", "-DNDEBUG", *include, str(_DRIVER), "-o", str(program)])
