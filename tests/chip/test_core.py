@@ -150,6 +150,35 @@ def test_stop_follows_the_judgements_that_found_nothing_better():
     assert seen == [(0, 0), (1, 0), (2, 1), (3, 1)]
 
 
+def test_no_bank_is_read_where_it_is_written_in_the_same_cycle():
+    """Synthesis relies on it."""
+    design = replace(SHAPES[2], k=2)
+    net = FixedNet(design, initial_weights(design, 0))
+    commands = [simulate.load(design, net.weights)]
+    for command in (Command.TRAIN, Command.VALIDATE):
+        commands += [simulate.pattern(design, command, *patterns(design, 1)[0])]
+    words = list(itertools.chain(*commands, [Command.JUDGE, Command.RESTORE, Command.READ, Command.JUDGE]))
+    core, counts = Core(design), {"rows": 0, "vectors": 0}
+
+    async def host(context):
+        context.set(core.given_ready, 1)
+        context.set(core.taken_valid, 1)
+        orders, place = core.orders, 0
+        while place < len(words):
+            seen = {name: context.get(signal) for name, signal in vars(orders).items()}
+            writes = seen["write"] or seen["write_best"] or seen["take_weight"]
+            assert not (seen["read"] and writes and seen["read_row"] == seen["write_row"])
+            assert not (seen["fetch"] and seen["take_activation"] and seen["vector"] == seen["take_vector"])
+            counts["rows"] += bool(seen["read"] and writes)
+            counts["vectors"] += bool(seen["take_activation"])
+            context.set(core.taken, words[place])
+            place += context.get(core.taken_ready)
+            await context.tick()
+
+    _simulate(core, host)
+    assert min(counts.values()) > 10
+
+
 def test_a_host_that_waits_gets_the_same():
     design = replace(SHAPES[2], k=2)
     net = FixedNet(design, initial_weights(design, 0))

@@ -35,7 +35,9 @@ def synthesise(design: Design, family: Family) -> Synthesis:
     """
     if family not in _SYNTHESIS:
         raise ValueError(f"family={family!r}; it must be one of {', '.join(get_args(Family))}")
-    statistics = run_yosys(design, f"{_SYNTHESIS[family]}; tee -q -o OUT stat -json")
+    # No bank is read where it is written in the same cycle. Block RAM of ECP5 would get logic for that in each lane.
+    apart = f"setparam -set COLLISION_X_MASK 1'1 t:$memrd_v2 r:WIDTH={design.word} %i"
+    statistics = run_yosys(design, f"{apart}; {_SYNTHESIS[family]}; tee -q -o OUT stat -json")
     return Synthesis.of(family, design, json.loads(statistics))
 
 
