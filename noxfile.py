@@ -21,6 +21,7 @@ TESTS = [
 OF_EXTRAS = {
     "tasks": ["tests/tasks", "tests/training", "tests/reporting"],
     "lightning": ["tests/integrations/test_lightning.py"],
+    "chip": ["tests/chip"],
     "hf": ["tests/integrations/test_huggingface.py", "tests/nn/test_huggingface.py"],
 }
 

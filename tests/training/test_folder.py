@@ -24,6 +24,7 @@ OURS = [
     "widths.png",
     "activity.png",
     "performance-step.png",
+    "explore.png",
     "tensorboard/topk-seed0/events.out.tfevents.1.host.2.0",
 ]
 NOT_OURS = [

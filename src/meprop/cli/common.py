@@ -32,6 +32,8 @@ RuleTexts = TypeVar("RuleTexts", bound=tuple[str, ...])
 
 _FOR_DEVELOPERS = ("test", "lint", "sweep")  # extras
 
+_MODULES = {"scikit_learn": "sklearn"}  # of packages with another name than their module
+
 _MOST_THREADS = 1024  # far above what helps, and below what the system refuses to start
 
 
@@ -150,7 +152,8 @@ def extras() -> dict[str, list[str]]:
     for requirement in requires("meprop") or []:
         asked = re.fullmatch(r"([\w.-]+)[^;]*; *extra *== *[\"'](\w+)[\"']", requirement)
         if asked is not None and asked[1] != "meprop" and asked[2] not in _FOR_DEVELOPERS:
-            found.setdefault(asked[2], []).append(asked[1].replace("-", "_"))
+            name = asked[1].replace("-", "_")
+            found.setdefault(asked[2], []).append(_MODULES.get(name, name))
     return found
 
 

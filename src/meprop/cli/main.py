@@ -19,6 +19,7 @@ from meprop import machine
 from meprop.cli import faults
 from meprop.cli.advise import ADVISE, Advise
 from meprop.cli.bench import BENCH
+from meprop.cli.chip import CHIP
 from meprop.cli.common import Command, missing, note
 from meprop.cli.compare import COMPARE, Compare
 from meprop.cli.doctor import DATA, DOCTOR, Doctor
@@ -35,7 +36,7 @@ from meprop.training.script import ScriptTask
 _TRAINING = ("advise", "train", "compare", "tune", "simplify")
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
 _SCRIPT = re.compile(r".+\.py(:\w*)?")
-_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, TUNE, SIMPLIFY, REPRODUCE, REPORT, DATA, BENCH, DOCTOR)
+_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, TUNE, SIMPLIFY, REPRODUCE, REPORT, DATA, BENCH, CHIP, DOCTOR)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from meprop.errors import MepropError
 from meprop.training import tracking
 
 _OURS = re.compile(
-    r"result\.json|report\.html|(curves|widths|activity|performance-step)\.png|compact-seed\d+\.pt"
+    r"result\.json|report\.html|(curves|widths|activity|performance-step|explore)\.png|compact-seed\d+\.pt"
     r"|checkpoint(-[\w:=,.+-]+-seed\d+)?(-before)*\.pt"
 )
 """The files that an experiment may have, of whatever command."""

