@@ -123,7 +123,7 @@ def test_the_noise_is_uniform():
     assert noise.mean() == pytest.approx(0, abs=0.005)
     assert noise.square().mean() == pytest.approx(1 / 3, abs=0.005)
     related = torch.corrcoef(noise[:16].flatten().view(-1, 8).T)  # eight values are of one number drawn
-    torch.testing.assert_close(related, torch.eye(8), rtol=0, atol=0.03)
+    torch.testing.assert_close(related, torch.eye(8), rtol=0, atol=0.06)
 
 
 def test_each_image_is_deformed_in_its_own_way():

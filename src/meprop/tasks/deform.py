@@ -82,8 +82,8 @@ class Deformation:
     def apply(self, images: Tensor, draws: Draws, background: float = -1.0) -> Tensor:
         """Return images ``[N, H, W]``, each deformed by what was drawn for it.
 
-        The pixel at offset p from the centre gets the value at ``S A p + e(p)``. S scales the axes. A rotates or shears.
-        e is alpha times the noise that the Gaussian has smoothed. Values between pixels are interpolated linearly.
+        The pixel at offset p from the centre gets the value at ``S A p + e(p)``. S scales the axes. A rotates or
+        shears. e is alpha times the noise that the Gaussian has smoothed. Values between pixels are linear.
 
         Args:
             images: ``[N, H, W]``, on the CPU, of a floating dtype.
