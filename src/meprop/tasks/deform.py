@@ -142,7 +142,8 @@ def deform(
         )
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels have the shape {[*labels.shape]}: they must be [{len(images)}], one for each image")
-    return strength.apply(images, strength.draw(labels, *images.shape[1:], generator), background)
+    _, height, width = images.shape
+    return strength.apply(images, strength.draw(labels, height, width, generator), background)
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
