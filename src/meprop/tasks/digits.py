@@ -64,8 +64,9 @@ class DigitsConfig:
     """How many of the training images, the first ones, are kept apart as the development set. With 0 it is the training
     images themselves, not deformed, as in the paper."""
     ahead: int = 0
-    """How many batches are deformed ahead on a second thread. It takes time from the steps, which are timed, where no
-    processor is free. With 0 batches are deformed between the steps."""
+    """How many batches are deformed ahead on a second thread.
+    0: Batches are deformed between the steps, which are timed.
+    1 or more: Where no processor is free, the thread takes time from the steps."""
 
     def __post_init__(self) -> None:
         if self.hidden and self.net is not None:

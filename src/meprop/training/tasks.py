@@ -49,7 +49,7 @@ def table() -> dict[str, TaskEntry]:
             digits.DigitsTask,
             mnist.locate,
             digits.load,
-            TrainingConfig(epochs=20, noise=0.25),
+            TrainingConfig(epochs=20, noise=0.25, lr=3e-4),
             "sampled",
         ),
         "tagging": TaskEntry(
