@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import meprop
-from meprop.tasks.mnist import MnistConfig, load
+from meprop.tasks.deform import STRENGTHS, deform
+from meprop.tasks.digits import DigitsConfig, load
 
 RULES: dict[str, meprop.Rule | None] = {
     "dense": None,
@@ -37,52 +38,17 @@ RULES: dict[str, meprop.Rule | None] = {
     "noise-sum-left": meprop.Sampled(noise=0.25, exact_sum=False),
     "noise-1": meprop.Sampled(noise=1.0),
 }
-SIDE = 29
-SIGMA, ALPHA = 6.0, 38.0  # of the elastic field, in pixels
-TURN, NARROW_TURN = 15.0, 7.5  # degrees; the second for digits 1 and 7
-SCALE = 0.15
-
-
-def deformed(digits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Digits [B, 29, 29], each deformed in its own way."""
-    count = len(digits)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator) * 2 - 1
-
-    turn = torch.where((labels == 1) | (labels == 7), NARROW_TURN, TURN) * uniform(count) * math.pi / 180
-    shears = uniform(count) > 0
-    across, down = (1 + SCALE * uniform(count) for _ in range(2))
-    zero = torch.zeros(count)
-    first = torch.stack([torch.where(shears, 1, turn.cos()) * across, -turn.sin() * across, zero], dim=1)
-    second = torch.stack([torch.where(shears, zero, turn.sin()) * down, turn.cos() * down, zero], dim=1)
-    grid = F.affine_grid(torch.stack([first, second], dim=1), [count, 1, SIDE, SIDE], align_corners=False)
-    margin = round(3 * SIGMA)
-    offsets = torch.arange(-margin, margin + 1)
-    kernel = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    kernel = (kernel / kernel.sum())[None, None, :, None]
-    field = uniform(2 * count, 1, SIDE + 2 * margin, SIDE + 2 * margin)
-    field = F.conv2d(F.conv2d(field, kernel), kernel.transpose(2, 3)) * ALPHA * 2 / SIDE
-    grid = grid + field.view(count, 2, SIDE, SIDE).movedim(1, -1)
-    return F.grid_sample(digits[:, None] + 1, grid, align_corners=False)[:, 0] - 1  # outside is background
-
-
-def inputs(images: Tensor) -> Tensor:
-    """Images [B, 784] of 28 x 28 values from 0 to 1 as digits [B, 29, 29] from -1 to 1."""
-    return F.pad(images.view(-1, 28, 28) * 2 - 1, (0, 1, 0, 1), value=-1.0)
-
-
 Data = dict[str, tuple[Tensor, Tensor]]
 
 
 def train(rule: meprop.Rule | None, seed: int, options: argparse.Namespace, data: Data) -> dict[str, float]:
     """Train one net, and return its errors in per cent, its seconds and what was kept."""
     torch.manual_seed(seed)
-    widths = [SIDE * SIDE, *options.hidden, 10]
+    widths = [data["train"][0].shape[1], *options.hidden, 10]
     layers: list[nn.Module] = []
     for width, following in pairwise(widths):
         layers += [nn.Linear(width, following), nn.ReLU()]
-    model = nn.Sequential(nn.Flatten(), *layers[:-1])
+    model = nn.Sequential(*layers[:-1])
     if rule is not None:
         meprop.convert(model, rule, when=options.when)
     optimizer = torch.optim.Adam(model.parameters(), options.lr, fused=True)
@@ -90,7 +56,8 @@ def train(rule: meprop.Rule | None, seed: int, options: argparse.Namespace, data
     (digits, labels), seconds, step, backward = data["train"], 0.0, 0, 0.0
     while (done := step / options.steps if options.seconds is None else seconds / options.seconds) < 1:
         chosen = torch.randint(len(digits), (options.batch,), generator=generator)
-        batch = deformed(digits[chosen], labels[chosen], generator)
+        images = digits[chosen].view(-1, 29, 29)
+        batch = deform(images, labels[chosen], STRENGTHS["paper"], generator).flatten(1)
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = options.lr * (1 + math.cos(math.pi * done)) / 2
@@ -143,11 +110,11 @@ def main() -> None:
     parser.add_argument("--when", choices=["always", "auto"], default="always")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
-    splits = load(MnistConfig(data_dir=options.data))
+    splits = load(DigitsConfig(options.data))
     data = {
-        "train": (inputs(splits.train_images), splits.train_labels),
-        "dev": (inputs(splits.dev_images), splits.dev_labels),
-        "test": (inputs(splits.test_images), splits.test_labels),
+        "train": (splits.train_images, splits.train_labels),
+        "dev": (splits.dev_images, splits.dev_labels),
+        "test": (splits.test_images, splits.test_labels),
     }
     runs: dict[str, list[dict[str, float]]] = {}
     for name in options.rules:

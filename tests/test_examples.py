@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -151,7 +152,7 @@ def test_the_distributed_example_says_how_few_bytes_are_sent():
     assert float(found[1][1]) == pytest.approx(float(found[2][1]), abs=0.01)  # the same gradients
 
 
-def test_deformed_digits_compares_rules(tmp_path, monkeypatch, capsys):
+def write_digits(folder):
     random = np.random.default_rng(0)
     for split, count in (("train", 5100), ("t10k", 20)):
         for kind, array in (
@@ -159,7 +160,20 @@ def test_deformed_digits_compares_rules(tmp_path, monkeypatch, capsys):
             ("labels-idx1", np.arange(count) % 10),
         ):
             header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
-            (tmp_path / f"{split}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+            (folder / f"{split}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def test_deformed_digits_are_drawn_below_their_own(tmp_path, monkeypatch):
+    write_digits(tmp_path)
+    run(monkeypatch, "draw_deformed_digits.py", str(tmp_path / "digits.png"), "--data", str(tmp_path))
+    pixels = pyplot.imread(tmp_path / "digits.png")[..., 0]
+    assert pixels.shape == (7 * 58, 10 * 58)
+    rows = pixels.reshape(7, 58, 10, 58).swapaxes(1, 2)
+    assert len({row.tobytes() for row in rows.reshape(70, -1)}) == 70
+
+
+def test_deformed_digits_compares_rules(tmp_path, monkeypatch, capsys):
+    write_digits(tmp_path)
     results = tmp_path / "results.json"
     options = ("--steps", "2", "--seeds", "0", "1", "--hidden", "150", "--out", str(results))
     run(monkeypatch, "deformed_digits.py", "--data", str(tmp_path), "--rules", "dense", "rows", "noise", *options)
@@ -177,6 +191,7 @@ TESTS = {
     **dict.fromkeys(PRINTING, test_an_example_prints_dense_and_sparse_which_differ_by_what_is_left_out),
     "image_classifier.py": test_the_image_classifier_trains_on_images_of_ones_own,
     "char_gpt.py": test_char_gpt_records_dense_and_sparse,
+    "draw_deformed_digits.py": test_deformed_digits_are_drawn_below_their_own,
     "deformed_digits.py": test_deformed_digits_compares_rules,
     "distributed.py": test_the_distributed_example_says_how_few_bytes_are_sent,
 }

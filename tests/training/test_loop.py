@@ -191,6 +191,15 @@ def test_epochs_are_checked(epochs):
         ({"seeds": (0, 2**64)}, "--seeds"),
         ({"lr": 0.0}, "--lr"),
         ({"lr": float("nan")}, "--lr"),
+        ({"lr_end": 1e-6}, "--lr-end 1e-06 needs --schedule geometric: cosine has its own end"),
+        (
+            {"lr_end": 0.0, "schedule": "geometric"},
+            "--lr-end must be above 0 and at most --lr, which is 0.001, got 0.0",
+        ),
+        (
+            {"lr_end": 0.1, "schedule": "geometric"},
+            "--lr-end must be above 0 and at most --lr, which is 0.001, got 0.1",
+        ),
         ({"k": 0}, "k=0"),
         ({"k": 1.5}, "k=1.5"),
         ({"sparse_rows": "lazy"}, "--sparse-rows lazy needs --scope batch"),
@@ -300,6 +309,17 @@ def test_the_learning_rate_falls_along_half_a_cosine_to_zero(task):
     assert rates[4] - 0.2 == pytest.approx(0.2 / 2**0.5)
     assert 0 < rates[-1] < 0.01
     assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(("lr_end", "share"), [(None, 1e-3), (0.1, 0.25)])
+def test_the_learning_rate_falls_by_the_same_factor_in_each_step(task, lr_end, share):
+    config = TrainingConfig(epochs=2, lr=0.4, schedule="geometric", lr_end=lr_end, accelerator="cpu")
+    trainer = Trainer(task, config, None, 7)
+    (group,) = trainer.optimizer.param_groups
+    rates = []
+    trainer.optimizer.register_step_pre_hook(lambda *_: rates.append(group["lr"]))
+    fit([trainer], ignore)
+    assert [*rates, group["lr"]] == pytest.approx([0.4 * share ** (step / 16) for step in range(17)])
 
 
 def test_the_learning_rate_stays_where_it_is_to_be_constant(task):

@@ -59,7 +59,7 @@ class Rule(ABC):
             ValueError: The rule does not have the setting `noise` or `exact_sum`, or a setting is out of range.
         """
         if noise is not None:
-            raise ValueError(f"noise={noise!r} is no setting of the rule {cls.name!r}")
+            raise ValueError(f"noise={noise!r} is no setting of the rule {cls.name!r}; give it k, and None as noise")
         options = {} if exact_sum is None else {"exact_sum": exact_sum}
         try:
             return cls(k, scope=scope, **options)  # pyright: ignore[reportCallIssue]  (a rule with a name takes these)

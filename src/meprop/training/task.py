@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 
 from meprop import optim
 from meprop.nn.base import SparseLayer
+from meprop.schedule import anneal
 from meprop.training.config import TrainingConfig
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -267,6 +268,8 @@ def _scheduler(
 
     def factor(step: int) -> float:
         epochs = step // steps_per_epoch + step % steps_per_epoch / steps_per_epoch
-        return (1 + cos(pi * epochs / config.epochs)) / 2
+        if config.schedule == "cosine":
+            return (1 + cos(pi * epochs / config.epochs)) / 2
+        return anneal(1.0, 1e-3 if config.lr_end is None else config.lr_end / config.lr, epochs / config.epochs)
 
     return lr_scheduler.LambdaLR(optimizer, factor)

@@ -38,11 +38,19 @@ SCRIPT = TaskEntry(ScriptConfig, ScriptTask, _nowhere, str, ScriptTraining(), "s
 
 def table() -> dict[str, TaskEntry]:
     """Return all tasks of ours by name."""
-    from meprop.tasks import mnist, parsing, tagging
+    from meprop.tasks import digits, mnist, parsing, tagging
 
     return {
         "mnist": TaskEntry(
             mnist.MnistConfig, mnist.MnistTask, mnist.locate, mnist.load, TrainingConfig(epochs=10, k=20)
+        ),
+        "digits": TaskEntry(
+            digits.DigitsConfig,
+            digits.DigitsTask,
+            mnist.locate,
+            digits.load,
+            TrainingConfig(epochs=20, noise=0.25, lr=3e-4),
+            "sampled",
         ),
         "tagging": TaskEntry(
             tagging.TaggingConfig,
