@@ -138,15 +138,16 @@ def _backward_by(
     later: Later | None = None,
 ) -> ops.Gradients:
     """The backward pass with what this rule keeps. None keeps everything."""
+    energy = policy.energy_of(grad_NO)
     if rule is None or (weight is None and x_NI is None):
         if activity is not None:
             activity.count(everything(grad_NO) if rule is None else rule.select(grad_NO), positions)
         if rule is None and (weight is not None or x_NI is not None):
             policy.note(everything(grad_NO))
-            if (energy := policy.energy_of(grad_NO)) is not None:
+            if energy is not None:
                 energy.add(grad_NO, everything(grad_NO))
         return ops.dense_backward(grad_NO, weight, x_NI, needs_bias)
-    width, hits, energy = grad_NO.shape[1], None, policy.energy_of(grad_NO)
+    width, hits = grad_NO.shape[1], None
     in_graph = needs_known_shapes(grad_NO)
     needs_no_selection = in_graph or (activity is None and not policy.sparse_grad)
     if needs_no_selection and (entries := rule.as_entries(width, grad_NO.device)) is not None:

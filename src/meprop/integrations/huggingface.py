@@ -123,10 +123,9 @@ def _with_numbers(on_log: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         ours = [callback for callback in handler.callbacks if isinstance(callback, MePropCallback)]
         if "loss" in logs and ours:  # it is one of training steps
-            before = set(logs)
             for callback in ours:
                 callback.add_numbers(logs)
-            state.log_history[-1] |= {name: logs[name] for name in logs if name not in before}
+            state.log_history[-1] |= logs
         return on_log(handler, args, state, control, logs, **kwargs)
 
     return call
