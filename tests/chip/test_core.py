@@ -71,7 +71,7 @@ def test_the_core_is_the_net_for_shapes_words_and_k_that_are_drawn(design, seed,
     [
         Design(inputs=4, neurons=16, outputs=3),
         Design(inputs=13, neurons=7, outputs=3, layers=3, word=12),
-        Design(inputs=64, neurons=20, outputs=10, word=16),
+        Design(inputs=17, neurons=12, outputs=10, word=16),
     ],
 )
 def test_the_compiled_core_is_the_net_after_200_patterns(design, k):
