@@ -166,8 +166,10 @@ def run_boosted(name: str, seed: int, data: Digits) -> None:
     convert(blocks, RULES[name])
     boosted = meprop.boost(blocks, head, (data.train_images, data.train_labels), optimizer=adam, **SETTINGS)
     print(boosted, flush=True)
-    depths = range(1, len(boosted.heads) + 1)
-    test = [accuracy(boosted.truncated(each), data.test_images, data.test_labels) for each in depths]
+    test, features = list[float](), data.test_images
+    for residual, own_head in zip(boosted.model[:-1], boosted.heads, strict=True):
+        features = torch.cat([residual(each).detach() for each in features.split(1000)])
+        test.append(accuracy(own_head, features, data.test_labels))
     results: dict[str, Any] = {
         "settings": {**SETTINGS, "learning_rate": LEARNING_RATE},
         "blocks": [asdict(each) for each in boosted.blocks],
