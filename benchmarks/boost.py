@@ -1,6 +1,7 @@
 """Boosted residual blocks on MNIST beside end-to-end training, dense and sparse, at 5, 10 and 25 blocks.
 
     python benchmarks/boost.py --boost 0                 # boosted blocks with seed 0, dense and sparse
+    python benchmarks/boost.py --gradients 0             # what sparse gradients lose over depth: minutes
     python benchmarks/boost.py --end-to-end 0            # the same numbers of updates end to end: hours for 25 blocks
     python benchmarks/boost.py --page docs/recipes/boost.md
 
@@ -39,6 +40,8 @@ RULES: dict[str, meprop.Rule | None] = {
 }
 SETTINGS: dict[str, Any] = {"steps": 600, "check_every": 200, "batch_size": 100, "gamma": 0.0}
 LEARNING_RATE = 3e-4
+GRADIENT_SETTINGS: dict[str, Any] = {"steps": 500, "check_every": 50, "batch_size": 100, "gamma": 0.0}
+GRADIENT_IMAGES = 10_000  # that the blocks are trained on whose gradients are compared
 GRADIENT_BATCHES = 10
 COLORS = ("#0072B2", "#D55E00", "#009E73")
 
@@ -106,13 +109,15 @@ def gradient_errors(layers: list[nn.Module], losses: Callable[[], Iterator[Tenso
     return (difference / length).sqrt().tolist()
 
 
-def errors_end_to_end(model: nn.Sequential, data: Digits, rule: meprop.Rule) -> list[float]:
-    """Of each block of a model, whose loss is the cross entropy of its output."""
+def errors_end_to_end(
+    model: nn.Sequential, data: Digits, rule: meprop.Rule, loss: Callable[[Tensor, Tensor], Tensor]
+) -> list[float]:
+    """Of each block of a model, whose loss is that of its output."""
 
     def losses() -> Iterator[Tensor]:
         for number in range(GRADIENT_BATCHES):
             part = slice(100 * number, 100 * number + 100)
-            yield nn.functional.cross_entropy(model(data.train_images[part]), data.train_labels[part])
+            yield loss(model(data.train_images[part]), data.train_labels[part])
 
     return gradient_errors(list(model[:-1]), losses, rule)
 
@@ -131,18 +136,6 @@ def errors_boosted(boosted: meprop.Boosted, data: Digits, rule: meprop.Rule) -> 
         with torch.no_grad():
             features = residual(features)
     return found
-
-
-def errors_over_depth(boosted: meprop.Boosted, data: Digits) -> dict[str, dict[str, list[float]]]:
-    """What each rule loses of the gradient of each block of a boosted model, end to end and boosted."""
-    return {
-        name: {
-            "end to end": errors_end_to_end(boosted.model, data, rule),
-            "boosted": errors_boosted(boosted, data, rule),
-        }
-        for name, rule in RULES.items()
-        if rule is not None
-    }
 
 
 # ---------------------------------------------------------------- the runs
@@ -173,17 +166,40 @@ def run_boosted(name: str, seed: int, data: Digits) -> None:
     convert(blocks, RULES[name])
     boosted = meprop.boost(blocks, head, (data.train_images, data.train_labels), optimizer=adam, **SETTINGS)
     print(boosted, flush=True)
-    depths = range(1, len(boosted.heads) + 1)
-    test = [accuracy(boosted.truncated(each), data.test_images, data.test_labels) for each in depths]
+    test, features = list[float](), data.test_images
+    for residual, own_head in zip(boosted.model[:-1], boosted.heads, strict=True):
+        features = torch.cat([residual(each).detach() for each in features.split(1000)])
+        test.append(accuracy(own_head, features, data.test_labels))
     results: dict[str, Any] = {
         "settings": {**SETTINGS, "learning_rate": LEARNING_RATE},
         "blocks": [asdict(each) for each in boosted.blocks],
         "stopped": boosted.stopped,
         "test": test,
     }
-    if RULES[name] is None:
-        results["gradient_errors"] = errors_over_depth(boosted, data)
     write(path, results)
+
+
+def run_gradients(seed: int, data: Digits) -> None:
+    """Compares sparse and dense gradients of each of 25 blocks, unless the record is there."""
+    path = file_of("gradients", seed)
+    if path.exists():
+        return
+    torch.manual_seed(seed)
+    blocks = [make_block() for _ in range(max(DEPTHS))]
+    part = (data.train_images[:GRADIENT_IMAGES], data.train_labels[:GRADIENT_IMAGES])
+    boosted = meprop.boost(blocks, nn.Linear(784, 10), part, optimizer=adam, **GRADIENT_SETTINGS)
+    print(boosted, flush=True)
+    errors = {
+        name: {
+            "boosted": errors_boosted(boosted, data, rule),
+            "end to end": errors_end_to_end(boosted.model, data, rule, log_exponential_loss),
+            "end to end, cross entropy": errors_end_to_end(boosted.model, data, rule, nn.functional.cross_entropy),
+        }
+        for name, rule in RULES.items()
+        if rule is not None
+    }
+    settings = {**GRADIENT_SETTINGS, "learning_rate": LEARNING_RATE, "images": GRADIENT_IMAGES}
+    write(path, {"settings": settings, "blocks": [asdict(each) for each in boosted.blocks], "errors": errors})
 
 
 def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
@@ -214,9 +230,6 @@ def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
         "test": curve[-1]["test"],
         "train": accuracy(model, data.train_images, data.train_labels),
         "curve": curve,
-        "gradient_errors": {
-            name: errors_end_to_end(model, data, rule) for name, rule in RULES.items() if rule is not None
-        },
     }
     write(path, results)
 
@@ -254,13 +267,11 @@ def table_of_runs(seed: int) -> str:
     return markdown_table(rows)
 
 
-def table_of_errors(seed: int) -> str:
-    """The mean gradient error of the blocks, boosted and end to end, of the run that has them."""
-    run = finished("boosted dense", seed)
-    rows = [("rule", "boosted", "end to end", "boosted / end to end")]
-    for name, errors in (run or {}).get("gradient_errors", {}).items():
-        alone, whole = mean(errors["boosted"]), mean(errors["end to end"])
-        rows.append((name, f"{alone:.2f}", f"{whole:.2f}", f"{alone / whole:.2f}"))
+def table_of_errors(errors: dict[str, dict[str, list[float]]]) -> str:
+    """The mean gradient error of the blocks, in each way."""
+    ways = list(next(iter(errors.values())))
+    rows = [("rule", *ways)]
+    rows += [(name, *(f"{mean(of[way]):.2f}" for way in ways)) for name, of in errors.items()]
     return markdown_table(rows)
 
 
@@ -302,38 +313,39 @@ def draw_edges(path: Path, seed: int) -> None:
             label = "end to end" if depth == DEPTHS[0] else None
             accuracies.plot([depth], [run["test"]], color="black", marker="D", linestyle="", label=label)
     gammas.axhline(0, color="black", linewidth=0.8)
-    for axes, title in ((edges, "edge"), (gammas, "gamma"), (accuracies, "accuracy, %: test, and training dotted")):
+    for axes, title in (
+        (edges, "edge"),
+        (gammas, "gamma"),
+        (accuracies, "accuracy from 85%: test, and training dotted"),
+    ):
         axes.set_title(title, fontsize=10)
     accuracies.set_ylim(85, 100)
     figure.legend(*accuracies.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=5)
     save(figure, path)
 
 
-def draw_errors(path: Path, seed: int) -> None:
+def draw_errors(path: Path, errors: dict[str, dict[str, list[float]]]) -> None:
     """Gradient errors over depth."""
-    run = finished("boosted dense", seed)
-    found = (run or {}).get("gradient_errors", {})
-    figure, sides = axes_of(len(found))
-    for axes, (name, errors) in zip(sides, found.items(), strict=True):
-        for way, color in zip(("end to end", "boosted"), COLORS, strict=False):
-            axes.plot(range(1, len(errors[way]) + 1), errors[way], color=color, marker=".", label=way)
+    figure, sides = axes_of(len(errors))
+    for axes, (name, of) in zip(sides, errors.items(), strict=True):
+        for (way, values), color in zip(of.items(), COLORS, strict=True):
+            axes.plot(range(1, len(values) + 1), values, color=color, marker=".", label=way)
         axes.set_title(name, fontsize=10)
         axes.set_ylim(bottom=0)
     sides[0].set_ylabel("gradient error, share of the dense gradient")
-    figure.legend(*sides[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=2)
+    figure.legend(*sides[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
     save(figure, path)
 
 
 def write_page(page: Path, seed: int) -> None:
-    """Draws the pictures beside a page, and writes tables and pictures into it."""
-    sections = {"boost": table_of_runs(seed), "boost-errors": table_of_errors(seed)}
-    for section, draw, alt in (
-        ("boost", draw_edges, "Edges, gammas and accuracies of boosted residual blocks over blocks"),
-        ("boost-errors", draw_errors, "Gradient error of sparse back-propagation over depth, boosted and end to end"),
-    ):
-        picture = page.with_name(f"{section}.png")
-        draw(picture, seed)
-        sections[section] += f"\n\n![{alt}]({picture.name})"
+    """Draws the pictures beside a page, and writes tables and pictures of the finished runs into it."""
+    draw_edges(page.with_name("boost.png"), seed)
+    alt = "Edges, gammas and accuracies of boosted residual blocks over blocks"
+    sections = {"boost": f"{table_of_runs(seed)}\n\n![{alt}](boost.png)"}
+    if run := finished("gradients", seed):
+        draw_errors(page.with_name("boost-errors.png"), run["errors"])
+        alt = "Gradient error of sparse back-propagation over depth, boosted and end to end"
+        sections["boost-errors"] = f"{table_of_errors(run['errors'])}\n\n![{alt}](boost-errors.png)"
     write_sections(page, sections)
 
 
@@ -342,17 +354,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boost", type=int, nargs="*", default=[], metavar="SEED")
     parser.add_argument("--end-to-end", type=int, nargs="*", default=[], metavar="SEED")
+    parser.add_argument("--gradients", type=int, nargs="*", default=[], metavar="SEED")
     parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS, help="of the runs end to end")
     parser.add_argument("--page", type=Path, help="write the tables and pictures into this page")
     parser.add_argument("--page-seed", type=int, default=0, help="the seed that the page shows")
     options = parser.parse_args()
-    if not (options.boost or options.end_to_end or options.page):
-        parser.error("nothing to do: give --boost, --end-to-end or --page")
+    if not (options.boost or options.gradients or options.end_to_end or options.page):
+        parser.error("nothing to do: give --boost, --gradients, --end-to-end or --page")
     torch.set_flush_denormal(True)
     data = digits()
     for seed in options.boost:
         for name in RULES:
             run_boosted(name, seed, data)
+    for seed in options.gradients:
+        run_gradients(seed, data)
     for seed in options.end_to_end:
         for depth in options.depths:
             run_end_to_end(depth, seed, data)
