@@ -275,7 +275,7 @@ def live_bytes() -> int:
     storages = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
         for each in gc.get_objects()
-        if type(each) in (torch.Tensor, nn.Parameter)
+        if type(each) in (torch.Tensor, nn.Parameter) and each.layout is torch.strided
     }
     return sum(storages.values())
 

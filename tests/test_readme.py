@@ -33,7 +33,10 @@ def test_the_snippets_of_the_readme_run(capsys: pytest.CaptureFixture[str]):
 RULES = {"the page's": None, "README's, of a share": "meprop.TopK(0.04)", "README's, of a count": "meprop.TopK(20)"}
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(rule, id=name, marks=[pytest.mark.slow] if "count" in name else []) for name, rule in RULES.items()],
+)
 def test_the_snippet_of_the_simplifier_keeps_accuracy_or_warns_with_the_numbers(rule):
     torch.manual_seed(0)
     x = torch.randn(3000, 64)

@@ -107,7 +107,9 @@ MAKES = {
 }
 
 
-@pytest.mark.parametrize("made", MAKES)
+@pytest.mark.parametrize(
+    "made", ["converted", *(pytest.param(each, marks=pytest.mark.slow) for each in MAKES if each != "converted")]
+)
 def test_torch_is_changed_by_the_first_layer_of_ours_and_by_no_import(made):
     program = f"""
 import pickle, sys

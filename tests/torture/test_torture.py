@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 from meprop import machine
-from meprop.training.loop import Trainer
+from meprop.training.generators import Generators
 from torture import torture
 
 
@@ -32,6 +32,6 @@ def test_the_harness_finds_what_is_broken(monkeypatch, broken):
     if broken == "files":
         monkeypatch.setattr(machine, "_UNFINISHED", machine.re.compile("nothing"))
     else:
-        monkeypatch.setattr(Trainer, "_set_random_state", lambda trainer, state: None)
+        monkeypatch.setattr(Generators, "set_state", lambda generators, state: None)
     with pytest.raises(AssertionError):
         torture.torture(60, 0, ("train",))

@@ -11,7 +11,7 @@ from meprop import machine
 from meprop.chip.data import DataName
 from meprop.chip.design import Design, Settings
 from meprop.chip.explore import Training, Trial, explore
-from meprop.cli.common import Command, forms, note
+from meprop.cli.common import forms, note
 from meprop.cli.stop import StopRequest
 from meprop.training import folder, tracking
 
@@ -180,7 +180,8 @@ def _recorded(name: str, command: Any, measure: Callable[[Callable[[Any], None]]
     return results
 
 
-def _forms() -> Any:
+def options() -> Any:
+    """Return the union of its forms, for `tyro`."""
     import tyro
 
     def form(command: Any, name: str, default: Any) -> Any:
@@ -194,6 +195,3 @@ def _forms() -> Any:
         form(Synthesise, "synthesise", Synthesise(replace(design, layers=127), runs / "chip-synthesise")),
         form(Explore[data], "explore", Explore("iris", settings, Training(splits=3), runs / "chip-explore")),
     )
-
-
-CHIP = Command("chip", "Train in fixed point on one physical layer that serves for all: models, and a core.", _forms)

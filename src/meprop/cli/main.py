@@ -19,7 +19,6 @@ from meprop import machine
 from meprop.cli import faults
 from meprop.cli.advise import ADVISE, Advise
 from meprop.cli.bench import BENCH
-from meprop.cli.chip import CHIP
 from meprop.cli.common import Command, missing, note
 from meprop.cli.compare import COMPARE, Compare
 from meprop.cli.doctor import DATA, DOCTOR, Doctor
@@ -36,7 +35,16 @@ from meprop.training.script import ScriptTask
 _TRAINING = ("advise", "train", "compare", "tune", "simplify")
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
 _SCRIPT = re.compile(r".+\.py(:\w*)?")
-_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, TUNE, SIMPLIFY, REPRODUCE, REPORT, DATA, BENCH, CHIP, DOCTOR)
+
+
+def _chip() -> Any:
+    from meprop.cli import chip  # it imports numpy
+
+    return chip.options()
+
+
+_CHIP = Command("chip", "Train in fixed point on one physical layer that serves for all: models, and a core.", _chip)
+_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, TUNE, SIMPLIFY, REPRODUCE, REPORT, DATA, BENCH, _CHIP, DOCTOR)
 
 
 def main(argv: list[str] | None = None) -> int:
