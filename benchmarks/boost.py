@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import meprop
 from meprop import machine
-from meprop.boost import Residual
+from meprop.boosting import Residual
 from meprop.edges import log_exponential_loss
 from meprop.reporting.pages import markdown_table, write_sections
 from meprop.tasks.mnist import Digits, MnistConfig, load

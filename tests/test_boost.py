@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import meprop
-from meprop.boost import Residual
+from meprop.boosting import Residual
 from meprop.edges import alpha_of, cost_matrix, edge_of, gamma_of, log_exponential_loss
 
 CLASSES, FEATURES = 3, 5

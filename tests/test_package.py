@@ -75,14 +75,18 @@ BUSY = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
 
 @pytest.mark.skipif(BUSY, reason="the machine is too busy with other work for a test by the clock")
 def test_import_takes_under_50_ms_beside_torch():
-    code = "import time, torch; start = time.perf_counter(); import meprop; print(time.perf_counter() - start)"
-    seconds: list[float] = []
+    code = (
+        "import time; begin = time.perf_counter(); import torch; start = time.perf_counter(); import meprop; "
+        "print(time.perf_counter() - start, start - begin)"
+    )
+    excess: list[float] = []
     for _ in range(10):  # the fastest counts: what else runs on the machine makes it slower, never faster
         # As a user has it: the first run leaves the modules compiled, unless the environment forbids that.
-        seconds.append(float(python(code, PYTHONDONTWRITEBYTECODE="")))
-        if seconds[-1] < 0.05:
+        ours, torchs = map(float, python(code, PYTHONDONTWRITEBYTECODE="").split())
+        excess.append(ours - max(0.05, 0.04 * torchs))  # of a machine on which torch takes longer than 1.25 s, 4%
+        if excess[-1] < 0:
             break
-    assert min(seconds) < 0.05
+    assert min(excess) < 0
 
 
 def test_converting_imports_no_library_that_the_model_does_not_come_from():

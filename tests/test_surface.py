@@ -30,7 +30,7 @@ HOW_TO_ACCEPT = "If the change is meant: MEPROP_UPDATE_SURFACE=1 pytest tests/te
 MODULES = [
     "meprop",
     "meprop.advice",
-    "meprop.boost",
+    "meprop.boosting",
     "meprop.distributed",
     "meprop.edges",
     "meprop.errors",

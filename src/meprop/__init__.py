@@ -12,7 +12,6 @@ from typing import Any as _Any
 from torch import distributed as _distributed
 
 from meprop import errors, functional, nn
-from meprop.boost import Boosted, boost
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
@@ -24,6 +23,7 @@ if _TYPE_CHECKING:
     from meprop import optim
     from meprop import pruning as pruning
     from meprop.advice import Advice, advise
+    from meprop.boosting import Boosted, boost
     from meprop.budgets import share_noise
     from meprop.meter import Meter
     from meprop.pruning import Simplifier
@@ -71,12 +71,14 @@ __all__ = [
 # What only few programs need is imported when they ask for it.
 _LATER = {
     "Advice": "meprop.advice",
+    "Boosted": "meprop.boosting",
     "Meter": "meprop.meter",
     "RuleSchedule": "meprop.schedule",
     "Setup": "meprop.training.task",
     "Simplifier": "meprop.pruning",
     "advise": "meprop.advice",
     "anneal": "meprop.schedule",
+    "boost": "meprop.boosting",
     "share_noise": "meprop.budgets",
 }
 _MODULES_LATER = ("optim", "pruning", *(("distributed",) if _distributed.is_available() else ()))
