@@ -8,7 +8,7 @@ MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1
 READY := .venv/.ready-$(MODULES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-page torture fuzz soak sweep sanitize tsan matrix env lint format clean
+.PHONY: help demo test test-slow test-page test-kernels test-gpu torture fuzz soak sweep sanitize tsan matrix env lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,17 @@ test-page: env  ## the page of `meprop report` in Chromium: charts, sorting, con
 	  echo "there is no Chromium: install one, such as the Debian package chromium, or set MEPROP_CHROMIUM to its file"; exit 1
 	$(BIN)/pip install --quiet --disable-pip-version-check 'playwright>=1.45' 'axe-playwright-python>=0.1.4'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reporting/test_page_browser.py
+
+# Beside the environment, not in it: torch on a CPU has no use for Triton.
+build/triton: Makefile | env
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.7.1
+	touch $@
+
+test-kernels: build/triton  ## the GPU's kernels on a CPU, through Triton's interpreter (some minutes)
+	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(PYTEST) tests/gpu
+
+test-gpu:  ## the tests of kernels and of steps on a GPU, in the Python that is there (PYTHON=)
+	$(PYTHON) -m pytest tests/gpu
 
 torture: env  ## kill real runs at random moments and calls, resume them, compare the ends (10 minutes; SECONDS=)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),600)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from meprop.selection import ColumnSelection, Selection
+from meprop.selection import ColumnSelection, Selection, WholeRows
 
 __all__ = ["Energy"]
 
@@ -30,7 +30,11 @@ class Energy:
 
     def add(self, grad_NO: Tensor, selection: Selection) -> None:
         """Adds an output gradient [N, O] of any floating dtype, and what is kept of it. Sums are formed in float64."""
-        squares, indices = grad_NO.detach().double().square(), selection.indices.long()
-        rows = slice(None) if isinstance(selection, ColumnSelection) else selection.row_numbers()
-        self.kept += squares[rows, indices].sum().item()
+        squares = grad_NO.detach().double().square()
+        if isinstance(selection, WholeRows):
+            kept = squares[selection.numbers]
+        else:
+            rows = slice(None) if isinstance(selection, ColumnSelection) else selection.row_numbers()
+            kept = squares[rows, selection.indices.long()]
+        self.kept += kept.sum().item()
         self.whole += squares.sum().item()

@@ -22,7 +22,7 @@ from meprop.errors import NotSupportedError
 from meprop.ops.registry import PLAIN, in_graph, is_proxied
 from meprop.profiles import labelled
 from meprop.rules import Rule, in_blocks
-from meprop.selection import ColumnSelection, PlainTopK, Selection, is_everything
+from meprop.selection import ColumnSelection, PlainTopK, Selection, WholeRows, is_everything
 
 __all__ = ["Activity", "Policy", "Record", "When"]
 
@@ -60,6 +60,10 @@ class Activity:
         """
         self.examples += selection.rows // positions
         hit = selection.values != 0
+        if isinstance(selection, WholeRows):
+            hit_NO = (selection.to_dense() != 0).unflatten(0, (-1, positions))
+            self.hits += hit_NO.any(dim=1).sum(dim=0)
+            return
         if isinstance(selection, ColumnSelection):
             hit = hit.unflatten(0, (-1, positions)).any(dim=1)
             self.hits.index_add_(0, selection.indices, hit.sum(dim=0))

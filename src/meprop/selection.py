@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "RowSelection",
     "Scope",
     "Selection",
+    "WholeRows",
     "everything",
     "is_everything",
     "one_after_another",
@@ -27,11 +28,11 @@ __all__ = [
 ]
 
 
-Scope = Literal["example", "batch", "global"]
-"""Among what a rule chooses.
+Scope = Literal["example", "batch", "global", "rows"]
+"""What a rule chooses, and among what.
 
 "example" is for entries of each row, "batch" for the same columns for all rows (unified top-k), "global" for entries of
-the whole output gradient, whatever row they are in.
+the whole output gradient, whatever row they are in, "rows" for whole rows.
 """
 
 
@@ -140,7 +141,49 @@ class ColumnSelection:
         return dense_NO if self.shared is None else dense_NO.add_(self.shared)
 
 
-Selection = RowSelection | ColumnSelection
+@dataclass(frozen=True, eq=False)
+class WholeRows:
+    """M whole rows of an output gradient [N, O]: examples, or tokens.
+
+    Attributes:
+        values: The kept rows [M, O], in the gradient's dtype. A rule may have scaled them.
+        numbers: The numbers of the rows [M], int32, ascending.
+        rows: N, the number of rows of the output gradient.
+
+    Raises:
+        ValueError: The shapes or devices do not fit, the numbers are not int32, or `rows` is no number of rows.
+        TypeError: One of them is not a tensor.
+    """
+
+    values: Tensor
+    numbers: Tensor
+    rows: int
+
+    shared: ClassVar[None] = None
+    """Nothing is given to all rows in addition."""
+
+    def __post_init__(self) -> None:
+        _check_type("values", self.values)
+        _check_type("numbers", self.numbers)
+        _check_size("rows", "N, the number of rows", self.rows)
+        _check(self.values, self.numbers, 2, self.values.shape[:1], "[M, O] with int32 numbers of rows [M]")
+
+    @property
+    def width(self) -> int:
+        """O, the number of output features."""
+        return self.values.shape[1]
+
+    @property
+    def density(self) -> float:
+        """The share of the gradient that is kept, M / N. Without rows it is 0."""
+        return len(self.values) / max(1, self.rows)
+
+    def to_dense(self) -> Tensor:
+        """The kept rows among zeros: [N, O], in the dtype of `values`."""
+        return self.values.new_zeros(self.rows, self.width).index_copy_(0, self.numbers.long(), self.values)
+
+
+Selection = RowSelection | ColumnSelection | WholeRows
 """What a rule returns."""
 
 
@@ -197,11 +240,18 @@ def side_by_side(parts: Sequence[Selection]) -> Selection:
 
     Raises:
         ValueError: There are no parts, or their numbers of rows differ.
-        TypeError: A part is no selection.
+        TypeError: A part is neither a RowSelection nor a ColumnSelection.
     """
-    for part in parts:
-        if not isinstance(part, RowSelection | ColumnSelection):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a selection side by side is a {type(part).__name__}; it is a Row- or a ColumnSelection")
+    return _side_by_side([_part(each) for each in parts])
+
+
+def _part(selection: Selection) -> RowSelection | ColumnSelection:
+    if not isinstance(selection, RowSelection | ColumnSelection):
+        raise TypeError(f"a selection side by side is a {type(selection).__name__}; it is a Row- or a ColumnSelection")
+    return selection
+
+
+def _side_by_side(parts: Sequence[RowSelection | ColumnSelection]) -> RowSelection | ColumnSelection:
     if len({part.rows for part in parts}) != 1:
         found = ", ".join(f"{type(part).__name__} of {part.rows} rows" for part in parts)
         raise ValueError(f"selections side by side are of the same rows, not {found or 'none'}")
@@ -227,7 +277,7 @@ def side_by_side(parts: Sequence[Selection]) -> Selection:
     return RowSelection(values, torch.cat([each.flatten() for each in indices])[order], firsts[-1], shared, starts)
 
 
-def _by_row(selection: Selection) -> RowSelection:
+def _by_row(selection: RowSelection | ColumnSelection) -> RowSelection:
     if isinstance(selection, RowSelection):
         return selection
     indices = selection.indices.expand(selection.values.shape)
@@ -251,13 +301,23 @@ def shared_or_zeros(part: Selection) -> Tensor:
     return part.values.new_zeros(part.width) if part.shared is None else part.shared
 
 
-def _check_types(selection: Selection, **tensors: Tensor | None) -> None:
-    width = selection.width
-    if not isinstance(width, int | torch.SymInt) or isinstance(width, bool) or width < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"width={width!r}; it is O, the number of output features")
-    for name, tensor in {"values": selection.values, "indices": selection.indices, **tensors}.items():
-        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("values", "indices")):
-            raise TypeError(f"{name} is of type {type(tensor).__name__}; it is a torch.Tensor")
+def _check_types(selection: RowSelection | ColumnSelection, **tensors: Tensor | None) -> None:
+    _check_size("width", "O, the number of output features", selection.width)
+    _check_type("values", selection.values)
+    _check_type("indices", selection.indices)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_type(name, tensor)
+
+
+def _check_size(name: str, meaning: str, size: int) -> None:
+    if not isinstance(size, int | torch.SymInt) or isinstance(size, bool) or size < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"{name}={size!r}; it is {meaning}")
+
+
+def _check_type(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{name} is of type {type(tensor).__name__}; it is a torch.Tensor")
 
 
 def _check(values: Tensor, indices: Tensor, dims: int, shape: torch.Size, form: str) -> None:

@@ -27,7 +27,7 @@ from meprop.functional.maps import gradients_of_maps
 from meprop.policy import Policy, needs_gradients, refuse_dtype, refuse_transforms, refuse_transforms_of_backward
 from meprop.profiles import labelled
 from meprop.rules import Rule
-from meprop.selection import ColumnSelection, RowSelection, everything
+from meprop.selection import ColumnSelection, WholeRows, everything
 
 
 def conv1d(
@@ -74,6 +74,8 @@ def conv2d(
     norms of the maps [N, O] as if they were entries. A map that it keeps as it is stays as it is. A map whose norm it
     changes is scaled to that norm. So `Sampled` draws maps without bias, under its budget of noise. With `exact_sum`
     all examples get in addition the batch's mean of what is left out.
+
+    With scope "rows" whole examples are drawn, and the gradients are those of the same convolution of these.
 
     With scope "example" k entries are kept at each position. This is for pointwise convolutions, which have kernel 1,
     stride 1 and no padding. Scope "global" keeps entries of all positions in these.
@@ -221,6 +223,8 @@ class _Backward:
         rows = len(self.grad) * self._positions
         if self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
             self.policy.note_sparse_pass()
+            if self.policy.rule.scope == "rows":
+                return self._of_examples()
             if self.geometry.is_pointwise(self.weight):
                 return self._of_entries()
             if self.policy.rule.scope == "global":
@@ -266,6 +270,31 @@ class _Backward:
             grad_weight = grad_weight.reshape(weight.shape)
         return grad_x, grad_weight, grad_bias
 
+    def _of_examples(self) -> ops.Gradients:
+        """The sparse gradients, computed by the same convolution of the kept examples."""
+        grad, x, policy = self.grad, self.x, self.policy
+        last = ops.memory_format(grad) == torch.channels_last
+        selection = policy.select(policy.rule, (grad.movedim(1, -1) if last else grad).flatten(1))
+        if not isinstance(selection, WholeRows):  # a batch without examples
+            return self.geometry.gradients(grad, x, self.weight, self.needs)
+        numbers = selection.numbers
+        kept = selection.values.reshape(-1, *grad.shape[2:], grad.shape[1]).movedim(-1, 1) if last else None
+        kept = selection.values.reshape(-1, *grad.shape[1:]) if kept is None else kept
+        energy = policy.energy_of(grad)
+        if policy.activity is not None or energy is not None:
+            places = numbers[:, None] * self._positions + torch.arange(self._positions, device=numbers.device)
+            of_positions = WholeRows(_rows(kept), places.flatten().int(), len(grad) * self._positions)
+            if policy.activity is not None:
+                policy.activity.count(of_positions, self._positions)
+            if energy is not None:
+                energy.add(_rows(grad), of_positions)
+        needs_x, needs_weight, needs_bias = self.needs
+        needs = (needs_x, needs_weight, False)
+        grad_x, grad_weight, _ = self.geometry.gradients(kept, x.index_select(0, numbers), self.weight, needs)
+        if grad_x is not None:
+            grad_x = torch.zeros_like(x).index_copy_(0, numbers.long(), grad_x)
+        return grad_x, grad_weight, grad.sum(dim=[0, *range(2, grad.dim())]) if needs_bias else None
+
     def _of_channels(self) -> ops.Gradients:
         """The sparse gradients, computed by the smaller convolution that has only the kept channels."""
         grad, weight, outputs = self.grad, self.weight, len(self.weight)
@@ -295,7 +324,7 @@ class _Backward:
         if topk is not None and topk.scope == "batch" and topk.blocks == 1:
             return ops.topk_channels(grad, topk.k)
         selection = self.policy.select(rule, _rows(grad))
-        if isinstance(selection, RowSelection):
+        if not isinstance(selection, ColumnSelection):
             raise NotSupportedError(
                 f"{rule} chooses anew at each position, which goes for pointwise convolutions only; select columns"
             )

@@ -214,10 +214,15 @@ def lstm_policy(policy: Policy) -> Policy:
     """The policy itself, after a check that an LSTM can have it.
 
     Raises:
-        NotSupportedError: Several processes choose together by the rule, or it has a rule for each product.
+        NotSupportedError: Several processes choose together by the rule, it has a rule for each product, or it draws
+            whole rows.
     """
     if policy.rule.differs:
         raise NotSupportedError(f"{policy.rule} of an LSTM, whose gates serve several products; use one rule for all")
+    if policy.rule.scope == "rows":
+        raise NotSupportedError(
+            f"{policy.rule} of an LSTM, whose time steps would each draw other sequences; use scope 'global' for it"
+        )
     if policy.rule.communicates:
         raise NotSupportedError(
             f"{policy.rule} of an LSTM would have to wait for other processes at each time step; use meprop.TopK for it"

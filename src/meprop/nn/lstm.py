@@ -226,6 +226,8 @@ class LstmDescriptor(Descriptor[torch.nn.LSTM]):
             return "sparse_grad: an LSTM chooses anew at each time step"
         if policy.rule.differs:
             return "its gates serve several products, for which the rule differs"
+        if policy.rule.scope == "rows":
+            return "its time steps would each draw other sequences (scope 'rows')"
         if policy.rule.communicates:
             return "the rule would have to wait for other processes at each time step"
         return None

@@ -23,6 +23,7 @@ from meprop.ops.products import (
     row_sparse_tensor,
 )
 from meprop.ops.registry import Backend, backend, backend_info, reference, register, remove
+from meprop.ops.rows import draw_whole_rows, spread_rows, whole_rows_backward
 from meprop.ops.topk import column_scores, memory_format, topk_channels, topk_columns, topk_rows
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "dense_backward",
     "draw_columns",
     "draw_rows",
+    "draw_whole_rows",
     "entries_backward",
     "entries_of_maps_backward",
     "grad_input",
@@ -65,7 +67,9 @@ __all__ = [
     "remove",
     "row_sparse_tensor",
     "sgd_rows",
+    "spread_rows",
     "topk_channels",
     "topk_columns",
     "topk_rows",
+    "whole_rows_backward",
 ]

@@ -178,13 +178,7 @@ def draw_rows(grad: Tensor, k: int, key: Tensor) -> RowSelection:
     # What is not finite stands above all that is, so that it is kept for certain.
     above_all = magnitudes.nan_to_num(0.0, 0.0).sum(dim=1, keepdim=True) + 1
     magnitudes = torch.where(magnitudes.isfinite(), magnitudes, above_all)
-    most = magnitudes.topk(k, dim=1).values  # those of which some are kept for certain
-    certain = torch.arange(k, device=grad.device)
-    below = magnitudes.sum(dim=1, keepdim=True) - (most.cumsum(dim=1) - most)
-    threshold = below / (k - certain)  # if the largest `certain` entries are kept for certain
-    fits = (most <= threshold) | (certain == k - 1)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    threshold = threshold.gather(1, first).clamp(max=torch.finfo(grad.dtype).max)
+    threshold = threshold_of_counts(magnitudes, k).clamp(max=torch.finfo(grad.dtype).max)
     share = (magnitudes / threshold * ONE).nan_to_num(0.0).round().long()
     probabilities = torch.where(magnitudes >= threshold, ONE, share)
     probabilities[magnitudes == 0] = 0
@@ -199,6 +193,19 @@ def draw_rows(grad: Tensor, k: int, key: Tensor) -> RowSelection:
     ends = torch.zeros(rows + 1, dtype=torch.int64, device=grad.device)
     ends[1:] = drawn.sum(dim=1).cumsum(0)
     return RowSelection(values, (places % width).int(), width, starts=ends)
+
+
+def threshold_of_counts(magnitudes: Tensor, k: int) -> Tensor:
+    """The threshold t of each row [N, 1] for which the probabilities of magnitudes [N, O] add up to k.
+
+    A probability is the magnitude over t, and at most 1. Magnitudes are finite and not negative.
+    """
+    ordered = magnitudes.sort(dim=1, descending=True).values
+    below = ordered.flip(1).cumsum(dim=1).flip(1)[:, :k]  # from the smallest on: what is next to nothing counts
+    certain = torch.arange(k, device=magnitudes.device)
+    thresholds = below / (k - certain)  # if the largest `certain` entries are kept for certain
+    fits = (ordered[:, :k] <= thresholds) | (certain == k - 1)
+    return thresholds.gather(1, fits.int().argmax(dim=1, keepdim=True))
 
 
 def draw_columns(grad: Tensor, k: int, key: Tensor) -> ColumnSelection:

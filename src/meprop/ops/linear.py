@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meprop.ops import native
+from meprop.ops import native, triton
 from meprop.ops.entries import keep_entries
 from meprop.ops.products import (
     Choice,
@@ -29,8 +29,18 @@ from meprop.ops.products import (
     row_sparse_tensor,
 )
 from meprop.ops.registry import Operation, Operator, in_graph, operation
-from meprop.ops.topk import topk_columns, topk_rows
-from meprop.selection import Entries, PlainTopK, RowSelection, Selection, is_everything, side_by_side
+from meprop.ops.rows import whole_rows_backward
+from meprop.ops.topk import topk_columns, topk_rows, triton_columns_and_sums
+from meprop.selection import (
+    ColumnSelection,
+    Entries,
+    PlainTopK,
+    RowSelection,
+    Selection,
+    WholeRows,
+    is_everything,
+    side_by_side,
+)
 
 
 def _consist_of(
@@ -133,6 +143,33 @@ def _native_declines(
 
 
 native.backend.implements(linear_backward, _native_declines)(native_products)
+
+
+def _triton_declines(choice: Choice, grad: Tensor, weight: Tensor | None, x: Tensor | None, *_: object) -> str | None:
+    values = None if isinstance(choice, PlainTopK) else choice.values
+    return triton.declines(grad, weight, x, values)
+
+
+@triton.backend.implements(linear_backward, _triton_declines)
+def _triton_linear_backward(
+    choice: Choice,
+    grad: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    needs_bias: bool,
+    row_sparse: bool,
+    hits: Tensor | None = None,
+) -> Gradients:
+    """The same operations as the reference's, but the bias's gradient comes from the pass that scores columns."""
+    sums = None
+    if isinstance(choice, PlainTopK) and choice.scope == "batch" and choice.blocks == 1:
+        values, indices, sums = triton_columns_and_sums(grad, choice.k, with_sums=needs_bias)
+        choice = ColumnSelection(values, indices, grad.shape[1])
+    selection = _selected(_call, choice, grad)
+    check_fits(selection, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
+    needs_sum = needs_bias and sums is None
+    of_input, of_weight, of_bias = _consist_of(_call, selection, grad, weight, x, needs_sum, row_sparse, hits)
+    return of_input, of_weight, of_bias if sums is None else sums.to(grad.dtype)
 
 
 # ---------------------------------------------------------------- entries of the whole gradient
@@ -239,8 +276,16 @@ def backward_with(
 ) -> Gradients:
     """`linear_backward`, or `dense_backward` if everything is kept. Under `torch.compile` it is always the former.
 
-    With `row_sparse` and entries by row, the weight's gradient has the rows that got an entry.
+    With `row_sparse` and entries by row, the weight's gradient has the rows that got an entry. The products with whole
+    rows are dense ones of fewer rows.
     """
+    if isinstance(choice, WholeRows):
+        check_fits(choice, {"output gradient": grad, "input": x, "hits": hits})
+        if row_sparse:
+            refuse_row_sparse(choice)
+        if hits is not None:
+            hits += count_hits([choice])
+        return whole_rows_backward(choice, grad, weight, x, needs_bias)
     if row_sparse and isinstance(choice, RowSelection) and x is not None and not is_everything(choice):
         if choice.shared is not None:
             refuse_row_sparse(choice)

@@ -16,7 +16,7 @@ from meprop.ops.entries import keep_entries
 from meprop.ops.products import check_order
 from meprop.ops.registry import Operator, operation
 from meprop.ops.topk import memory_format
-from meprop.selection import Entries, RowSelection, Selection, is_everything
+from meprop.selection import Entries, RowSelection, Selection, WholeRows, is_everything
 
 Moves = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Stride, padding and dilation of a convolution, each with a number for each spatial dimension."""
@@ -75,6 +75,8 @@ def kept_maps(kept: Selection, norms: Tensor) -> Maps:
     Raises:
         ValueError: The selection is not one of such norms.
     """
+    if isinstance(kept, WholeRows):
+        raise ValueError("whole rows of the norms of maps; a rule that chooses these has scope 'rows'")
     if norms.shape != (kept.rows, kept.width):
         raise ValueError(f"a selection of [{kept.rows}, {kept.width}] norms does not go with norms {list(norms.shape)}")
     starts = kept.starts if isinstance(kept, RowSelection) else None

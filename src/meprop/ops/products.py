@@ -7,13 +7,14 @@ Products are summed in float32, or in float64 for float64 tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from meprop.ops import native
+from meprop.ops import native, triton
 from meprop.ops.registry import Operator, operation
-from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection, Selection
+from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection, Selection, WholeRows
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """The gradients of input, weight and bias. A gradient that is not wanted is None."""
@@ -56,7 +57,7 @@ def check_fits(selection: Selection, tensors: dict[str, Tensor | None]) -> None:
     lengths = {"output gradient": rows, "weight": width, "input": rows, "hits": width}
     if any(each is not None and len(each) != lengths[name] for name, each in tensors.items()):
         raise _misfit(rows, width, tensors)
-    if selection.indices.is_cpu:  # of a GPU, asking would be a wait for it
+    if not isinstance(selection, WholeRows) and selection.indices.is_cpu:  # of a GPU, asking would be a wait for it
         check_order(selection)
 
 
@@ -222,6 +223,8 @@ def count_hits_of_blocks(selection: Selection, blocks: int) -> Tensor:
 
 def _hit(selection: Selection) -> Tensor:
     """Which units each row hits [N, O]."""
+    if isinstance(selection, WholeRows):
+        return selection.to_dense() != 0
     hit_NO = torch.zeros(selection.rows, selection.width, dtype=torch.bool, device=selection.values.device)
     if isinstance(selection, RowSelection):
         hit_NO[selection.row_numbers(), selection.indices.long()] = selection.values != 0
@@ -266,12 +269,59 @@ def _native_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
     return _native_grad_weight(ColumnSelection(values, torch.arange(k, dtype=torch.int32), k), x)
 
 
+# ---------------------------------------------------------------- those of a GPU
+
+
+def _triton_declines(selection: Selection, other: Tensor) -> str | None:
+    return triton.declines(selection.values, selection.shared, other)
+
+
+@triton.backend.implements(grad_input, _triton_declines)
+def _triton_grad_input(selection: Selection, weight: Tensor) -> Tensor:
+    """Of columns, the dense product of what is gathered. Of entries by row, that of the gradient with zeros."""
+    values, shared = selection.values.to(weight.dtype), selection.shared
+    if isinstance(selection, ColumnSelection):
+        result = values @ weight.index_select(0, selection.indices)
+    else:
+        result = _masked(selection, weight.dtype) @ weight
+    return result if shared is None else result.add_(shared.to(weight.dtype) @ weight)
+
+
+@triton.backend.implements(grad_weight, _triton_declines)
+def _triton_grad_weight(selection: Selection, x: Tensor) -> Tensor:
+    shared = selection.shared
+    if isinstance(selection, ColumnSelection):
+        rows = selection.values.to(x.dtype).t() @ x
+        result = x.new_zeros(selection.width, x.shape[1]).index_copy_(0, selection.indices.long(), rows)
+    else:
+        result = _masked(selection, x.dtype).t() @ x
+    return result if shared is None else result.addr_(shared.to(x.dtype), x.sum(dim=0))
+
+
+@triton.backend.implements(grad_weight_rows, triton.declines)
+def _triton_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
+    return values.t() @ x
+
+
+def _masked(selection: Selection, dtype: torch.dtype) -> Tensor:
+    """The kept entries among zeros [N, O], without what all rows share."""
+    return replace(selection, shared=None).to_dense().to(dtype)
+
+
+# ---------------------------------------------------------------- both together
+
+
 def refuse_row_sparse(choice: Choice) -> None:
     """Raises a ValueError for a choice whose weight gradient has more than the selected rows."""
     if not isinstance(choice, PlainTopK) and choice.shared is not None:
         raise ValueError(
             "what all rows share gives each row of the weight a gradient, which is not row-sparse then: share nothing, "
             "or leave out sparse_grad"
+        )
+    if isinstance(choice, WholeRows):
+        raise ValueError(
+            "whole rows are of every row of the weight, whose gradient is not row-sparse then: select columns, or "
+            "leave out sparse_grad"
         )
     if isinstance(choice, RowSelection) or (isinstance(choice, PlainTopK) and choice.scope == "example"):
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from meprop.ops import native
+from meprop.ops import native, triton
 from meprop.ops.registry import Operator, operation
 from meprop.selection import ColumnSelection, RowSelection
 
@@ -78,6 +78,12 @@ def _native_column_scores(grad: Tensor) -> Tensor:
     return scores
 
 
+@triton.backend.implements(column_scores, triton.declines)
+def _triton_column_scores(grad: Tensor) -> Tensor:
+    scores, _ = triton.kernels().column_sums(triton.matrix(grad), with_sums=False)
+    return scores
+
+
 def _fake_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return grad.new_empty(grad.shape[0], k), grad.new_empty(k, dtype=torch.int32)
 
@@ -101,6 +107,22 @@ def topk_columns(grad: Tensor, k: int, /) -> tuple[Tensor, Tensor]:
 @native.backend.implements(topk_columns, _native_declines)
 def _native_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _native_topk("batch", grad, k, (k,))
+
+
+@triton.backend.implements(topk_columns, lambda grad, _k: triton.declines(grad))
+def _triton_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices, _ = triton_columns_and_sums(grad, k, with_sums=False)
+    return values, indices
+
+
+def triton_columns_and_sums(grad: Tensor, k: int, *, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values and indices of `topk_columns`, and the sums of all columns [O] in float32, of one pass over grad."""
+    _check(grad, k)
+    kernels, grad = triton.kernels(), triton.matrix(grad)
+    scores, sums = kernels.column_sums(grad, with_sums)
+    indices = kernels.largest(scores, k)
+    indices = largest(scores, k).int() if indices is None else indices
+    return kernels.gather_columns(grad, indices), indices, sums
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Rule(ABC):
         color: The color of its lines in figures, in a form that matplotlib takes.
         marker: The marker of its points in figures.
         scope: "example" for entries of each row, "batch" for the same columns for all rows (unified top-k), "global"
-            for entries of the whole gradient. None means that the rule does not say. Code that needs a scope then looks
+            for entries of the whole gradient, "rows" for whole rows. None means that the rule does not say. Code that needs a scope then looks
             at each selection.
         exact_sum: Whether each row also gets the batch's mean of what is left out. None means that the layer decides.
     """
@@ -175,7 +175,7 @@ class KeepK(Rule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", checked_k(self.k))
-        if self.scope not in get_args(Scope):
+        if self.scope not in ("example", "batch", "global"):
             raise ValueError(f"scope={self.scope!r}; the scope is 'example', 'batch' or 'global'")
         check_flag("exact_sum", self.exact_sum)
         if self.exact_sum and self.scope == "batch":

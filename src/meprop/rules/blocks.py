@@ -14,10 +14,12 @@ from meprop.selection import PlainTopK, Scope, Selection, side_by_side
 
 def in_blocks(rule: Rule, blocks: int) -> Rule:
     """The rule within each of several equal blocks of the output features. The errors are those of `InBlocks`."""
-    if not isinstance(rule, Rule) or not rule.differs:  # pyright: ignore[reportUnnecessaryIsInstance]  (it refuses others)
+    if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]  (InBlocks refuses others)
         return InBlocks(rule, blocks)
-    of_input, of_weight = (None if each is None else InBlocks(each, blocks) for each in rule.products())
-    return PerProduct(input=of_input, weight=of_weight)
+    if rule.differs:
+        of_input, of_weight = (None if each is None else in_blocks(each, blocks) for each in rule.products())
+        return PerProduct(input=of_input, weight=of_weight)
+    return rule if rule.scope == "rows" else InBlocks(rule, blocks)  # whole rows are the same in all blocks
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class InBlocks(Rule):
 
     Raises:
         TypeError: `rule` is not a Rule, or `blocks` is not an int.
-        ValueError: `blocks` is below 1. When the rule is used: `blocks` does not divide the number of output features.
+        ValueError: `blocks` is below 1, or the rule chooses whole rows. When the rule is used: `blocks` does not divide the number of output features.
 
     Example:
         >>> import torch
@@ -51,6 +53,8 @@ class InBlocks(Rule):
             raise TypeError(f"rule={self.rule!r} is of type {type(self.rule).__name__}; it is a rule of each block")
         if self.rule.differs:
             raise TypeError(f"rule={self.rule!r} is no single rule; give each of its rules InBlocks")
+        if self.rule.scope == "rows":
+            raise ValueError(f"rule={self.rule!r} chooses whole rows, which are the same in all blocks; use it alone")
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, Integral):
             raise TypeError(f"blocks={self.blocks!r} is of type {type(self.blocks).__name__}; it is an int")
         if self.blocks < 1:

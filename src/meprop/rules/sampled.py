@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -38,8 +38,10 @@ class Sampled(Rule):
     Args:
         k: An int is a count, a float is a share of the output features, as with `TopK`. Exactly k N entries of N rows
             are drawn, or all that are not zero. None: `noise` decides.
-        scope: "global" draws from the whole gradient. "example" draws k entries of each row, "batch" k columns by their
-            norms. Both need k. They are for comparison, and slower.
+        scope: "global" draws from the whole gradient. "rows" draws whole rows by their norms, where k is a share of the
+            rows. Its products are dense ones of fewer rows, which need no kernels: this is the scope for GPUs.
+            "example" draws k entries of each row, "batch" k columns by their norms. These two are for comparison, and
+            slower. All but "global" need k.
         noise: The budget r of added variance, above 0. It is 0.25 if neither k nor noise is given.
         exact_sum: Give each row in addition the batch's mean of what is missing, so that the batch's sum is exact. None
             does so in all layers but LSTMs. The batch of an LSTM is the sequences of a time step, where the exact sum
@@ -50,7 +52,7 @@ class Sampled(Rule):
 
     Raises:
         ValueError: k, scope, noise, floor or ceiling is out of range, k and noise are given together, a scope needs k,
-            or `exact_sum` is used with scope "batch".
+            `exact_sum` is used with scope "batch" or "rows", or k is a count with scope "rows".
         TypeError: One of them is not a number.
 
     Example:
@@ -73,13 +75,15 @@ class Sampled(Rule):
     ceiling: float = field(default=CEILING, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.scope not in ("example", "batch", "global"):
-            raise ValueError(f"scope={self.scope!r}; the scope is 'example', 'batch' or 'global'")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope={self.scope!r}; the scope is 'example', 'batch', 'global' or 'rows'")
         if self.k is not None:
             if self.noise is not None or self.floor != 0 or self.ceiling != CEILING:
                 others = f"noise={self.noise!r}, floor={self.floor!r}, ceiling={self.ceiling!r}"
                 raise ValueError(f"k={self.k!r} with {others}; k fixes the density")
             object.__setattr__(self, "k", checked_k(self.k))
+            if self.scope == "rows" and isinstance(self.k, int):
+                raise ValueError(f"k={self.k!r} with scope='rows'; it is a share of the rows there, such as 0.25")
         elif self.scope != "global":
             raise ValueError(f"scope={self.scope!r} needs k; noise is for scope 'global'")
         else:
@@ -92,8 +96,8 @@ class Sampled(Rule):
         if not self.floor < self.ceiling:
             raise ValueError(f"floor={self.floor!r} is not below ceiling={self.ceiling!r}")
         check_flag("exact_sum", self.exact_sum)
-        if self.exact_sum and self.scope == "batch":
-            raise ValueError("exact_sum=True with scope='batch': it would fill up the columns that are left out")
+        if self.exact_sum and self.scope in ("batch", "rows"):
+            raise ValueError(f"exact_sum=True with scope={self.scope!r}: it would fill up what is left out")
 
     def __repr__(self) -> str:
         parts = [f"noise={self.noise!r}" if self.k is None else f"k={self.k!r}"]
@@ -117,11 +121,15 @@ class Sampled(Rule):
         return True
 
     def count(self, features: int) -> int | None:
-        """How many of `features` output features each row keeps, on average. None with `noise`."""
-        if self.k is None:
-            return None
+        """How many of `features` output features each row keeps, on average. None with `noise`, and of whole rows."""
+        if self.k is None or self.scope == "rows":
+            return features if self.k == 1.0 else None
         k = self.k if isinstance(self.k, int) else max(1, round(self.k * features))
         return min(k, features)
+
+    def density(self, features: int) -> float | None:
+        """The share that is kept. None with `noise`."""
+        return self.k if self.scope == "rows" and isinstance(self.k, float) else super().density(features)
 
     def typical(self) -> Rule:
         """Itself with a k, and 4% in place of a noise, which most layers have after some hundred steps."""
@@ -156,12 +164,22 @@ class Sampled(Rule):
         entries = self.as_entries(features, device)
         if entries is not None:
             return ops.keep_entries(grad_output_NO, entries)
+        if self.scope == "rows":
+            return self._draw_rows(grad_output_NO)
         k = self.count(features)
         assert k is not None  # because of the scope
         if self.scope == "batch":
             return ops.draw_columns(grad_output_NO, k, _new_key(device))
         kept = ops.draw_rows(grad_output_NO, k, _new_key(device))
         return kept if self.exact_sum is False else with_exact_sum(kept, grad_output_NO)
+
+    def _draw_rows(self, grad_NO: Tensor) -> Selection:
+        rows, device = len(grad_NO), grad_NO.device
+        assert self.k is not None  # because of the scope
+        if rows == 0:
+            return everything(grad_NO)
+        start = torch.randint(0, 1 << 24, (), dtype=torch.int64, device=device)
+        return ops.draw_whole_rows(grad_NO, max(1, round(self.k * rows)), start)
 
 
 def _new_key(device: torch.device) -> Tensor:
