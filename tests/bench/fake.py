@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import ClassVar
 
+import torch
+
+import meprop
 from meprop.bench import cuda
 from meprop.bench.measure import Times
+from meprop.selection import RowSelection
 
 
 def fixed(monkeypatch, module, seconds):
@@ -65,3 +69,26 @@ class FakeCard(cuda.Card):
         finally:
             FakeCard.capturing = False
         return lambda: call()
+
+
+class FakeRows(meprop.Sampled):
+    """A rule that draws a share of the rows, each as likely as another, and scales them up."""
+
+    def __init__(self, share):
+        super().__init__(share)
+
+    def count(self, features):
+        return None
+
+    def as_entries(self, features, device):
+        return None
+
+    def select(self, grad_output_NO):
+        rows, width = grad_output_NO.shape
+        k = round(self.k * rows)
+        kept = torch.randperm(rows)[:k].sort().values
+        starts = torch.zeros(rows + 1, dtype=torch.int64)
+        starts[kept + 1] = width
+        indices = torch.arange(width, dtype=torch.int32).repeat(k)
+        values = (grad_output_NO[kept] * (rows / k)).flatten()
+        return RowSelection(values, indices, width, starts=starts.cumsum(0))

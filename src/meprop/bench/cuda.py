@@ -151,15 +151,24 @@ class Card:
         """Return the times of the sides; see `events.interleaved`."""
         return interleaved(sides, seconds, self.event)
 
-    def time_both(self, sides: Mapping[str, Sequence[Call]], seconds: float) -> tuple[dict[str, Times], dict[str, str]]:
+    def time_both(
+        self, sides: Mapping[str, Sequence[Call]], seconds: float, refused: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, Times], dict[str, str]]:
         """Time each side as it is and as a graph, all in turns.
+
+        Args:
+            sides: By name, calls on copies of the operands.
+            seconds: To spend on all of them together.
+            refused: Why sides are not to be captured, by their names.
 
         Returns:
             The times, by the names "SIDE eager" and "SIDE graph", and why a side has no graph, by its name.
         """
         modes: dict[str, Sequence[Call]] = {f"{name} eager": calls for name, calls in sides.items()}
-        uncaptured: dict[str, str] = {}
+        uncaptured = dict(refused or {})
         for name, calls in sides.items():
+            if name in uncaptured:
+                continue
             for call in calls:
                 call()
             try:
@@ -203,6 +212,10 @@ class Limits:
     """What the card reaches: multiply-adds per second by dtype, those of "fp32" in TF32."""
 
     multiply_adds: dict[str, float]
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate / 1e12:.0f} ({dtype})" for dtype, rate in self.multiply_adds.items())
+        return f"{rates} T multiply-adds/s"
 
 
 def measure_limits(card: Card) -> Limits:

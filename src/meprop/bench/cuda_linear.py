@@ -19,7 +19,7 @@ from meprop.bench.cases import run_each
 from meprop.bench.cuda import Card, CardRecord, Limits, mode_of
 from meprop.bench.events import Call
 from meprop.bench.linear import BYTES, Case
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times
+from meprop.bench.measure import DisturbanceMeter, Ratio, Times, milliseconds
 from meprop.bench.problem import DTYPES, Dtype, Problem
 from meprop.bench.record import Record
 from meprop.bench.roofline import Roofline, Work
@@ -163,7 +163,7 @@ def _backward_sides(case: Case, copies: int, card: Card) -> Sides | str:
     sides = {"sparse": [problem.sparse(each, rule, sparse_grad=case.kind == "batch") for each in own]}
     if case.kind == "batch":
         sides["sparse_dense_form"] = [problem.sparse(each, rule, sparse_grad=False) for each in own]
-    wrong = _differ({name: calls[0] for name, calls in sides.items()}, case, own[0])
+    wrong = _differ({name: calls[0] for name, calls in sides.items()}, case, own[0], card)
     if wrong is not None:
         return wrong
     return {**sides, **{_DENSE[dtype]: [problem.dense(each) for each in found] for dtype, found in problems.items()}}
@@ -172,9 +172,9 @@ def _backward_sides(case: Case, copies: int, card: Card) -> Sides | str:
 # ---------------------------------------------------------------- is it right?
 
 
-def _differ(sides: Mapping[str, problem.Backward], case: Case, own: Problem) -> str | None:
+def _differ(sides: Mapping[str, problem.Backward], case: Case, own: Problem, card: Card) -> str | None:
     grad, rule = own.grad_output, case.rule
-    with torch.random.fork_rng([grad.device] if grad.is_cuda else []):
+    with problem.forked_random(card.device):
         if case.kind == "rows":
             torch.manual_seed(_SEED)
             expected = rule.select(grad)
@@ -225,10 +225,6 @@ def work_of(case: Case) -> Work:
 # ---------------------------------------------------------------- the command
 
 
-def _ms(times: Times) -> str:
-    return f"{1e3 * times.p20:.3g} / {1e3 * times.p50:.3g}"
-
-
 def _ratio(name: str) -> Callable[[CaseResult], str]:
     return lambda result: f"{result.ratios[name].p20:.2f}x" if name in result.ratios else ""
 
@@ -241,14 +237,14 @@ def _first_ratio(result: CaseResult) -> str:
 _COLUMNS: dict[str, Callable[[CaseResult], str]] = {
     "case": lambda result: result.name,
     "kept": lambda result: f"{result.case.density:.1%}",
-    "dense, ms": lambda result: _ms(result.shown(baseline(result.case))),
-    "sparse, ms": lambda result: _ms(result.shown("sparse")),
+    "dense, ms": lambda result: milliseconds(result.shown(baseline(result.case))),
+    "sparse, ms": lambda result: milliseconds(result.shown("sparse")),
     "ratio": lambda result: "WRONG" if result.wrong is not None else _first_ratio(result),
     "of medians": lambda result: f"{result.ratios['dense'].p50:.2f}x",
     "other dtype's dense": _ratio("other_dtype"),
     "dense dW": _ratio("dense_form"),
-    "dense eager, ms": lambda result: _ms(result.times[f"{baseline(result.case)} eager"]),
-    "sparse eager, ms": lambda result: _ms(result.times["sparse eager"]),
+    "dense eager, ms": lambda result: milliseconds(result.times[f"{baseline(result.case)} eager"]),
+    "sparse eager, ms": lambda result: milliseconds(result.times["sparse eager"]),
     "ratio eager": _ratio("eager"),
     "bound": lambda result: result.roofline.bound if result.roofline else "",
     "reached": lambda result: f"{result.share:.0%}" if result.share is not None else "",
@@ -301,8 +297,7 @@ class CudaLinear(cases.CasesBench[Case, CaseResult]):
     def about(self, record: Record) -> str:
         """Return the circumstances, and the card's limits."""
         assert isinstance(record, LinearOnCard)
-        rates = ", ".join(f"{rate / 1e12:.0f} ({dtype})" for dtype, rate in record.limits.multiply_adds.items())
-        return f"{record.circumstances} Limits reached: {rates} T multiply-adds/s."
+        return f"{record.circumstances} Limits reached: {record.limits}."
 
     def table(self, results: Sequence[CaseResult]) -> str:
         """Return a line per result, and below them why some are wrong, and some have no graph."""

@@ -99,7 +99,7 @@ class Case(cases.Case):
     def rule(self) -> Rule:
         """What selects."""
         if self.kind == "rows":
-            return meprop.Sampled(self.density, scope="rows")  # pyright: ignore[reportArgumentType]
+            return problem.rule_of_rows(self.density)
         return meprop.TopK(self.k, scope="batch" if self.kind == "batch" else "example")
 
 

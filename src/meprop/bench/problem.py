@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,6 +94,16 @@ def differs(name: str, side: Backward, selection: Selection, problem: Problem) -
     found = oracle.gradients_differ(gradients, selection, problem.grad_output, problem.x, problem.weight)
     found = found or oracle.varies(named, gradients)
     return found and f"{name}: {found}"
+
+
+def rule_of_rows(share: float) -> Rule:
+    """Return the rule that draws this share of the whole rows."""
+    return meprop.Sampled(share, scope="rows")  # pyright: ignore[reportArgumentType]
+
+
+def forked_random(device: Device) -> AbstractContextManager[None]:
+    """Leave torch's random numbers of the CPU, and of a device, as they were before."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else [])
 
 
 def normal(seed: int, dtype: Dtype, *size: int, device: Device = "cpu") -> Tensor:

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import cycle
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,28 @@ def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = Fals
     return found
 
 
+class Steps(Protocol):
+    """What is checked of a way of doing the step."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def way(self) -> Way:
+        """It."""
+        ...
+
+    def loss(self, x: Tensor, classes: Tensor) -> Tensor:
+        """Return the loss of a batch."""
+        ...
+
+
+def kept_share(network: nn.Module) -> float:
+    """Return the share of the hidden layers' output gradients that was kept, on average."""
+    hidden = meprop.report(network).layers[:-1]
+    return sum(layer.density * layer.out_features for layer in hidden) / sum(layer.out_features for layer in hidden)
+
+
 class Stepper:
     """One way of doing the step, again and again.
 
@@ -129,6 +151,7 @@ class Stepper:
     ) -> None:
         self.way = way
         self.network = deepcopy(network)
+        self.optimizer: torch.optim.Optimizer
         self.phases: list[tuple[float, ...]] = []
         self._optimizer_name: OptimizerName = optimizer
         self._rows = len(batches[0][0])
@@ -153,8 +176,7 @@ class Stepper:
     @property
     def kept(self) -> float:
         """The share of the hidden layers' output gradients that was kept, on average."""
-        hidden = meprop.report(self.network).layers[:-1]
-        return sum(layer.density * layer.out_features for layer in hidden) / sum(layer.out_features for layer in hidden)
+        return kept_share(self.network)
 
     @property
     def least_bytes(self) -> dict[str, int]:
@@ -211,7 +233,7 @@ def what_is_wrong(way: Way, network: nn.Module, optimizer: OptimizerName, batch:
     step must leave the same weights as one that does both after each other.
     """
     separate = replace(way, in_backward=False)
-    wrong = _differs(Stepper(separate, without_dropout(deepcopy(network)), optimizer, [batch]), batch, expected)
+    wrong = differs(Stepper(separate, without_dropout(deepcopy(network)), optimizer, [batch]), batch, expected)
     if wrong is not None or not way.in_backward:
         return wrong
     moved: list[list[Tensor]] = []
@@ -225,7 +247,8 @@ def what_is_wrong(way: Way, network: nn.Module, optimizer: OptimizerName, batch:
     return None
 
 
-def _differs(stepper: Stepper, batch: Batch, expected: Oracle) -> str | None:
+def differs(stepper: Steps, batch: Batch, expected: Oracle) -> str | None:
+    """Return in words how loss and gradients differ from the oracle's; None if they do not. Dropout has to be off."""
     (exact, gradients), way = expected, stepper.way
     relative, absolute = (0.05, 1e-3) if way.bf16 else (1e-5, 1e-6)
     if not torch.allclose(stepper.loss(*batch).double(), exact, relative, absolute):
@@ -249,7 +272,7 @@ def _differs(stepper: Stepper, batch: Batch, expected: Oracle) -> str | None:
     return None
 
 
-def _gradients(stepper: Stepper, batch: Batch, passes: int) -> list[Tensor]:
+def _gradients(stepper: Steps, batch: Batch, passes: int) -> list[Tensor]:
     """The mean of the gradients of some passes."""
     for _ in range(passes):
         stepper.loss(*batch).backward()  # pyright: ignore[reportUnknownMemberType]
