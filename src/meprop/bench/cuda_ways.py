@@ -42,6 +42,16 @@ class CardWay(Way):
 
     precision: Precision = "tf32"
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether products have fewer bits than those of float32: all on a card, with TF32 too."""
+        return True
+
+    @property
+    def chooses_otherwise(self) -> bool:
+        """Whether other columns than the oracle's may be chosen: output gradients are in bfloat16 too."""
+        return self.sparse_rows is not None
+
 
 def ways(k: int | float) -> list[CardWay]:
     """Return the baselines, then the sparse ways, with weights in bfloat16 and under autocast.

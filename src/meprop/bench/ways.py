@@ -31,7 +31,7 @@ _SEED = 0
 _LR = 1e-3  # of the steps that are compared
 # Of gradients, to their norm. In bfloat16 other entries are kept of nearly equal ones, and, per example, more in each
 # layer on the way back: by the first of seven 0.6, while what is unrelated differs by more than 1.
-_TOLERANCE, _BF16_TOLERANCE, _BF16_TOLERANCE_PER_EXAMPLE = 0.01, 0.3, 0.8
+_TOLERANCE, _NARROW_TOLERANCE, _TOLERANCE_OF_OTHERS = 0.01, 0.3, 0.8
 _DRAWS, _NOISE_TOLERANCE = 32, 2.0  # of a mean of so many draws, to the noise that is left in it
 
 
@@ -84,6 +84,16 @@ class Way:
         gradient.
         """
         return None if isinstance(self.rule, meprop.Sampled) else self.rule
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether products have fewer bits than those of float32."""
+        return self.bf16
+
+    @property
+    def chooses_otherwise(self) -> bool:
+        """Whether other entries than the oracle's may be chosen, because those that compete are rounded."""
+        return self.bf16 and self.rule is not None and self.rule.scope == "example"
 
 
 def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = False) -> list[Way]:
@@ -250,7 +260,7 @@ def what_is_wrong(way: Way, network: nn.Module, optimizer: OptimizerName, batch:
 def differs(stepper: Steps, batch: Batch, expected: Oracle) -> str | None:
     """Return in words how loss and gradients differ from the oracle's; None if they do not. Dropout has to be off."""
     (exact, gradients), way = expected, stepper.way
-    relative, absolute = (0.05, 1e-3) if way.bf16 else (1e-5, 1e-6)
+    relative, absolute = (0.05, 1e-3) if way.is_narrow else (1e-5, 1e-6)
     if not torch.allclose(stepper.loss(*batch).double(), exact, relative, absolute):
         return "its loss differs from the oracle's"
     torch.manual_seed(_SEED)
@@ -261,10 +271,9 @@ def differs(stepper: Steps, batch: Batch, expected: Oracle) -> str | None:
         halves = [_gradients(stepper, batch, _DRAWS // 2) for _ in range(2)]
         found = [(one + other) / 2 for one, other in zip(*halves, strict=True)]
         noise = [float((one - other).norm()) / 2 for one, other in zip(*halves, strict=True)]  # that of the mean
-    tolerance = _TOLERANCE
-    if way.bf16:
-        per_example = way.rule is not None and way.rule.scope == "example"
-        tolerance = _BF16_TOLERANCE_PER_EXAMPLE if per_example else _BF16_TOLERANCE
+    tolerance = _NARROW_TOLERANCE if way.is_narrow else _TOLERANCE
+    if way.chooses_otherwise:
+        tolerance = _TOLERANCE_OF_OTHERS
     names = [name for name, _ in stepper.network.named_parameters()]
     for name, grad, right, left in zip(names, found, gradients, noise, strict=True):
         if not (grad - right).norm() <= tolerance * right.norm() + _NOISE_TOLERANCE * left:
