@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import subprocess
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -202,6 +202,18 @@ def _end_failed_capture() -> None:
 def mode_of(times: Mapping[str, Times], *sides: str) -> Mode:
     """Return how sides are compared: as graphs if all have one."""
     return "graph" if all(f"{side} graph" in times for side in sides) else "eager"
+
+
+def without_graph(reasons: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each reason why something has no graph.
+
+    Args:
+        reasons: (what it is, why) of each.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        by_reason.setdefault(reason, []).append(name)
+    return [f"no graph of {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 # ---------------------------------------------------------------- what bounds a case

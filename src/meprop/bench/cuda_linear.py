@@ -310,8 +310,6 @@ class CudaLinear(cases.CasesBench[Case, CaseResult]):
 
 
 def _reasons(results: Sequence[CaseResult]) -> list[str]:
-    return [
-        f"{result.name}, {side}, has no graph: {reason}"
-        for result in results
-        for side, reason in result.uncaptured.items()
-    ]
+    return cuda.without_graph(
+        (f"{result.name} ({side})", reason) for result in results for side, reason in result.uncaptured.items()
+    )

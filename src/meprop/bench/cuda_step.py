@@ -283,4 +283,4 @@ def _cells(result: WayResult) -> list[str]:
 
 
 def _reasons(case: CaseResult) -> list[str]:
-    return [f"{result.name} has no graph: {result.uncaptured}" for result in case.ways if result.uncaptured]
+    return cuda.without_graph((result.name, result.uncaptured) for result in case.ways if result.uncaptured)
