@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from time import perf_counter
 
 
@@ -37,13 +37,10 @@ def interleaved(
         >>> {name: len(calls) for name, calls in spent.items()}
         {'add': 5, 'power': 5}
     """
-    shuffle = random.Random(0).shuffle
     for run in sides.values():
         run()
     spent: dict[str, list[float]] = {name: [] for name in sides}
-    order, rounds, end = list(sides), 0, perf_counter() + seconds
-    while rounds < least or (perf_counter() < end and (most is None or rounds < most)):
-        shuffle(order)
+    for order in rounds(sides, seconds, least=least, most=most):
         for name in order:
             run = sides[name]
             synchronize()
@@ -52,5 +49,23 @@ def interleaved(
             synchronize()
             spent[name].append(perf_counter() - start)
             del result
-        rounds += 1
     return spent
+
+
+def rounds(names: Iterable[str], seconds: float, *, least: int, most: int | None = None) -> Generator[list[str]]:
+    """Yields the names, each time in a new order, until the time is spent. What is timed happens in between.
+
+    The orders are those of a generator of its own. They are the same on every run.
+
+    Args:
+        names: Of the sides.
+        seconds: To spend on all rounds together.
+        least: Rounds that are made in any case, however long they take.
+        most: Rounds after which the time need not be spent; None: there is no such number.
+    """
+    shuffle = random.Random(0).shuffle
+    order, made, end = list(names), 0, perf_counter() + seconds
+    while made < least or (perf_counter() < end and (most is None or made < most)):
+        shuffle(order)
+        yield list(order)
+        made += 1

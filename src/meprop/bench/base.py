@@ -45,6 +45,10 @@ class Bench(ABC, Generic[ResultT, RecordT]):
         """The name of a page's section for the results."""
         return f"bench {self.name}"
 
+    def on_device(self) -> Bench[Any, Any]:
+        """Return itself, or the benchmark of the same thing on the device that its options name."""
+        return self
+
     @abstractmethod
     def prepare(self) -> Measure[ResultT, RecordT]:
         """Check the options, read what is needed, and return what measures.

@@ -1,4 +1,4 @@
-"""The backward pass of one linear layer, sparse against dense, over shapes and densities.
+"""The backward pass of one linear layer on a CPU, sparse against dense, over shapes and densities.
 
 A case is checked against the oracle first; one that is wrong is not timed. Timed is autograd's backward pass alone, for
 the gradients of input, weight and bias, selection and autograd's own cost included, on random normal data; the graph is
@@ -22,15 +22,16 @@ import meprop
 from meprop.bench import cases, oracle, problem
 from meprop.bench.cases import run_each
 from meprop.bench.measure import Disturbance, DisturbanceMeter, Ratio, Times, interleaved
-from meprop.bench.problem import DTYPES, Dtype, Problem
+from meprop.bench.problem import DTYPES, Device, Dtype, Problem
 from meprop.bench.record import Record
 from meprop.bench.roofline import Limits, Roofline, Work, measure_limits, roofline
+from meprop.rules import Rule
 from meprop.selection import Selection
 from meprop.training import tracking
 
-Kind = Literal["example", "batch", "topk"]
+Kind = Literal["example", "batch", "rows", "topk"]
 
-_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
+BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
 
 
 # ---------------------------------------------------------------- cases
@@ -41,18 +42,19 @@ class Case(cases.Case):
     """One row of the table.
 
     Attributes:
-        kind: The backward pass with a selection in each "example" or for the whole "batch", or the row "topk" alone.
+        kind: The backward pass with a selection in each "example", for the whole "batch" or of whole "rows", or the
+            selection "topk" in each row alone.
         dtype: Of all tensors.
         rows: N.
         inputs: I; 0 for "topk".
         outputs: O.
-        k: How many of the O are kept.
+        k: How many of the O are kept; of "rows" how many of the N.
 
     Raises:
         ValueError: A size is out of range.
     """
 
-    pattern = re.compile(r"(example|batch|topk)-(fp32|bf16)-(\d+)x(?:(\d+)x)?(\d+)-k(\d+)")
+    pattern = re.compile(r"(example|batch|rows|topk)-(fp32|bf16)-(\d+)x(?:(\d+)x)?(\d+)-k(\d+)")
 
     kind: Kind
     dtype: Dtype
@@ -62,10 +64,10 @@ class Case(cases.Case):
     k: int
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.outputs) < 1 or not 1 <= self.k <= self.outputs:
-            raise ValueError(f"case {self.name}: sizes must be at least 1, and k at most {self.outputs}")
+        if min(self.rows, self.outputs) < 1 or not 1 <= self.k <= self._every:
+            raise ValueError(f"case {self.name}: sizes must be at least 1, and k at most {self._every}")
         if (self.inputs > 0) != (self.kind != "topk"):
-            raise ValueError(f"case {self.name}: example and batch are N x I x O, topk is N x O")
+            raise ValueError(f"case {self.name}: example, batch and rows are N x I x O, topk is N x O")
 
     @classmethod
     def from_groups(cls, groups: Sequence[Any]) -> Case:
@@ -85,12 +87,19 @@ class Case(cases.Case):
 
     @property
     def density(self) -> float:
-        """The share of the output gradient that is kept, k / O."""
-        return self.k / self.outputs
+        """The share of the output gradient that is kept: k / O, or k / N of "rows"."""
+        return self.k / self._every
 
     @property
-    def rule(self) -> meprop.TopK:
+    def _every(self) -> int:
+        """Of how many k are kept."""
+        return self.rows if self.kind == "rows" else self.outputs
+
+    @property
+    def rule(self) -> Rule:
         """What selects."""
+        if self.kind == "rows":
+            return problem.rule_of_rows(self.density)
         return meprop.TopK(self.k, scope="batch" if self.kind == "batch" else "example")
 
 
@@ -182,7 +191,7 @@ def _run_topk(case: Case, seconds: float, limits: Limits) -> CaseResult:
     sides = {"torch": lambda: torch.topk(grad.abs(), case.k), "sparse": lambda: case.rule.select(grad)}
     meter = DisturbanceMeter()
     times = interleaved(sides, seconds)
-    size = _BYTES[case.dtype]
+    size = BYTES[case.dtype]
     work = Work(0, 0, case.rows * (case.outputs * size + case.k * (size + 4)))  # indices are int32
     bound = roofline(work, case.dtype, limits)
     ratios = {"dense": Ratio.of(times["torch"], times["sparse"])}
@@ -225,7 +234,7 @@ def _run_backward(case: Case, seconds: float, limits: Limits) -> CaseResult:
 
 def _backward_work(case: Case, selection: Selection) -> Work:
     """Counts both products; of the memory, each operand that is needed and each result once."""
-    size = _BYTES[case.dtype]
+    size = BYTES[case.dtype]
     multiply_adds = 2 * case.rows * case.k * case.inputs
     weight_rows = int(selection.indices.unique().numel())  # read for the input's gradient
     grad_weight_rows = case.k if case.kind == "batch" else case.outputs
@@ -289,6 +298,25 @@ class Linear(cases.CasesBench[Case, CaseResult]):
     cases: tuple[str, ...] = ("*",)
     """Patterns of the default cases, such as 'batch-*', or names of others in any size, such as
     example-fp32-64x512x512-k20."""
+    device: Device = "cpu"
+    """Where to measure. A CUDA device has default cases and a table of its own (docs/gpu.md)."""
+
+    def on_device(self) -> cases.CasesBench[Any, Any]:
+        """Return itself, or the benchmark of the same layer on a CUDA device."""
+        from meprop.bench.cuda_linear import CudaLinear
+
+        return self if self.device == "cpu" else CudaLinear(cases=self.cases, seconds=self.seconds)
+
+    def prepare(self) -> cases.Measure[CaseResult, Record]:
+        """Choose the cases.
+
+        Raises:
+            ValueError: One of them is for a CUDA device only.
+        """
+        for case in self.choose(self.cases):
+            if case.kind == "rows":
+                raise ValueError(f"--cases {case.name}: whole rows are timed with --device cuda only")
+        return super().prepare()
 
     @classmethod
     def example_names(cls) -> list[str]:

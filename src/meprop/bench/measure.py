@@ -36,6 +36,11 @@ class Times:
         return cls(min(seconds), tenths[1], tenths[4], tenths[7], len(seconds))
 
 
+def milliseconds(times: Times) -> str:
+    """Return the 20th percentile and the median as text, for devices whose times hardly vary."""
+    return f"{1e3 * times.p20:.3g} / {1e3 * times.p50:.3g}"
+
+
 @dataclass(frozen=True)
 class Ratio:
     """Dense time / sparse time: above 1, sparse is faster. Of the 20th percentiles and of the medians."""

@@ -17,6 +17,8 @@ Gradients = Mapping[str, Tensor]
 
 _CHECKED_COLUMNS = 64  # of each product, all its rows: enough to meet every panel of it by chance, and quick
 _REPEATS = 4
+_TF32 = 2.0**-10  # its epsilon
+_ROUNDINGS = 4
 
 
 def select(rule: Rule, grad_NO: Tensor) -> Selection:
@@ -48,7 +50,7 @@ def selection_differs(rule: Rule, grad_NO: Tensor, expected: Selection) -> str |
 
 
 def gradients_differ(
-    gradients: Gradients, expected: Selection, grad_NO: Tensor, x_NI: Tensor, weight: Tensor
+    gradients: Gradients, expected: Selection, grad_NO: Tensor, x_NI: Tensor, weight: Tensor, *, on_card: bool = False
 ) -> str | None:
     """Compare with the exact products of what the oracle selected, on columns that are drawn at random.
 
@@ -58,6 +60,8 @@ def gradients_differ(
         grad_NO: The whole output gradient.
         x_NI: The layer's input.
         weight: Its weight [O, I].
+        on_card: Whether products may be those of a GPU, whose partial sums are rounded to the dtype, and whose factors
+            of float32 are rounded to TF32.
 
     Returns:
         In words how they differ; None if they do not.
@@ -65,12 +69,13 @@ def gradients_differ(
     x, weight, selected_NO = x_NI.detach(), weight.detach(), expected.to_dense()
     columns = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:_CHECKED_COLUMNS]
     products = {"input": (selected_NO, weight[:, columns]), "weight": (selected_NO.t(), x[:, columns])}
+    is_within = _within_bound_of_a_card if on_card else _within_bound
     for name, gradient in gradients.items():
         dense = gradient.to_dense()
         if name == "bias":
-            right = _within_bound(dense[None], torch.ones(1, len(grad_NO)), grad_NO)
+            right = is_within(dense[None], grad_NO.new_ones(1, len(grad_NO)), grad_NO)
         else:
-            right = bool(dense.isfinite().all()) and _within_bound(dense[:, columns], *products[name])
+            right = bool(dense.isfinite().all()) and is_within(dense[:, columns], *products[name])
         if not right:
             return f"the gradient of the {name} differs from the oracle's"
     return None
@@ -95,3 +100,15 @@ def _within_bound(result: Tensor, left: Tensor, right: Tensor) -> bool:
     terms = (left != 0).sum(dim=1, keepdim=True) + 1
     bound = terms * torch.finfo(torch.float32).eps * (left.abs() @ right.abs())
     return bool(((result.double() - exact).abs() <= bound + torch.finfo(result.dtype).eps * exact.abs()).all())
+
+
+def _within_bound_of_a_card(result: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Whether result can be left @ right of tensor cores.
+
+    The roundings of factors and of partial sums are independent. Together they are as a few roundings of the root of
+    the sum of the squared terms, which is the size of a typical sum. Then comes one of the result.
+    """
+    left, right = left.double(), right.double()
+    exact, typical = left @ right, (left.square() @ right.square()).sqrt()
+    unit = max(torch.finfo(result.dtype).eps, _TF32)
+    return bool(((result.double() - exact).abs() <= unit * (exact.abs() + _ROUNDINGS * typical)).all())

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meprop.bench.problem import Device, forked_random
+
 Batch = tuple[Tensor, Tensor]
 """Inputs [N, I] and classes [N]."""
 
@@ -94,22 +96,23 @@ class Start:
             return max(self.batches, key=lambda batch: float(F.cross_entropy(self.network(batch[0]), batch[1])))
 
 
-def start(model: Model, train_steps: int) -> Start:
-    """Return weights and batches, the same each time.
+def start(model: Model, train_steps: int, device: Device = "cpu") -> Start:
+    """Return weights and batches on a device, the same each time.
 
     With training they are of MNIST, where it is found and the model has enough inputs and outputs for it. Inputs beyond
     an image's pixels are 0. Otherwise they are of points around centres that are drawn at random. Without training they
     are random normal, with random classes.
     """
-    with torch.random.fork_rng(devices=[]):
+    with forked_random(device):
         torch.manual_seed(0)
-        network = model.build()
+        network = model.build().to(device)
         if train_steps == 0:
-            data, batches = "random data", _noise(model)
+            data, batches = "random data", _noise(model, device)
         elif (digits := _digits(model)) is not None:
             data, batches = "MNIST", digits
         else:
-            data, batches = "points around random centres", _points(model)
+            data, batches = "points around random centres", _points(model, device)
+        batches = ((x.to(device), classes.to(device)) for x, classes in batches)  # images are read on a CPU
         _train(network, islice(batches, train_steps))
         return Start(network, list(islice(batches, _BATCHES)), data)
 
@@ -122,9 +125,14 @@ def _train(network: nn.Module, batches: Iterator[Batch]) -> None:
         optimizer.zero_grad()
 
 
-def _noise(model: Model) -> Iterator[Batch]:
+def _noise(model: Model, device: Device) -> Iterator[Batch]:
+    inputs, outputs = model.widths[0], model.widths[-1]
     while True:
-        yield torch.randn(model.batch, model.widths[0]), torch.randint(0, model.widths[-1], (model.batch,))
+        x, classes = (
+            torch.randn(model.batch, inputs, device=device),
+            torch.randint(outputs, (model.batch,), device=device),
+        )
+        yield x, classes
 
 
 def _digits(model: Model) -> Iterator[Batch] | None:
@@ -148,9 +156,9 @@ def _digits(model: Model) -> Iterator[Batch] | None:
     return batches()
 
 
-def _points(model: Model) -> Iterator[Batch]:
+def _points(model: Model, device: Device = "cpu") -> Iterator[Batch]:
     inputs, outputs = model.widths[0], model.widths[-1]
-    centres = torch.randn(outputs, inputs) * _DISTANCE / (2 * inputs) ** 0.5
+    centres = torch.randn(outputs, inputs, device=device) * _DISTANCE / (2 * inputs) ** 0.5
     while True:
-        classes = torch.randint(0, outputs, (model.batch,))
-        yield centres[classes] + torch.randn(model.batch, inputs), classes
+        classes = torch.randint(0, outputs, (model.batch,), device=device)
+        yield centres[classes] + torch.randn(model.batch, inputs, device=device), classes

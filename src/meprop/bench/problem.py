@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +16,10 @@ import meprop
 from meprop import functional
 from meprop.bench import oracle
 from meprop.errors import NoEffectWarning
+from meprop.rules import Rule
 from meprop.selection import Selection
 
+Device = Literal["cpu", "cuda"]
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,11 +34,13 @@ class Problem:
     grad_output: Tensor
 
     @classmethod
-    def random(cls, dtype: Dtype, rows: int, inputs: int, outputs: int) -> Problem:
-        """Return one of random normal numbers, the same on every run."""
+    def random(cls, dtype: Dtype, rows: int, inputs: int, outputs: int, device: Device = "cpu") -> Problem:
+        """Return one of random normal numbers, the same on every run, but other ones on another kind of device."""
         sizes = ((rows, inputs), (outputs, inputs), (outputs,))
-        x, weight, bias = (normal(seed, dtype, *size).requires_grad_() for seed, size in enumerate(sizes, start=1))
-        return cls(x, weight, bias, normal(0, dtype, rows, outputs))
+        x, weight, bias = (
+            normal(seed, dtype, *size, device=device).requires_grad_() for seed, size in enumerate(sizes, start=1)
+        )
+        return cls(x, weight, bias, normal(0, dtype, rows, outputs, device=device))
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +62,7 @@ def dense(problem: Problem) -> Backward:
     return _backward(lambda x: F.linear(x, problem.weight, problem.bias), problem, problem.leaves)
 
 
-def sparse(problem: Problem, rule: meprop.TopK, *, sparse_grad: bool) -> Backward:
+def sparse(problem: Problem, rule: Rule, *, sparse_grad: bool) -> Backward:
     """The backward pass of ours."""
 
     def forward(x: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def sparse(problem: Problem, rule: meprop.TopK, *, sparse_grad: bool) -> Backwar
     return _backward(forward, problem, problem.leaves)
 
 
-def converted(problem: Problem, rule: meprop.TopK) -> tuple[Backward, str]:
+def converted(problem: Problem, rule: Rule) -> tuple[Backward, str]:
     """The backward pass of a layer after plain `meprop.convert`, once it has decided, and what it decided."""
     layer = torch.nn.Linear(problem.x.shape[1], problem.weight.shape[0], device="meta")
     layer.weight, layer.bias = torch.nn.Parameter(problem.weight.detach()), torch.nn.Parameter(problem.bias.detach())
@@ -91,6 +96,17 @@ def differs(name: str, side: Backward, selection: Selection, problem: Problem) -
     return found and f"{name}: {found}"
 
 
-def normal(seed: int, dtype: Dtype, *size: int) -> Tensor:
-    """Random normal numbers, the same for the same seed."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DTYPES[dtype])
+def rule_of_rows(share: float) -> Rule:
+    """Return the rule that draws this share of the whole rows."""
+    return meprop.Sampled(share, scope="rows")  # pyright: ignore[reportArgumentType]
+
+
+def forked_random(device: Device) -> AbstractContextManager[None]:
+    """Leave torch's random numbers of the CPU, and of a device, as they were before."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else [])
+
+
+def normal(seed: int, dtype: Dtype, *size: int, device: Device = "cpu") -> Tensor:
+    """Random normal numbers, the same for the same seed and kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(size, generator=generator, device=device).to(DTYPES[dtype])

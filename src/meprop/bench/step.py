@@ -25,6 +25,7 @@ from meprop.bench.base import Bench, Measure, keep_freed_memory, table_of
 from meprop.bench.cases import run_each
 from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, interleaved
 from meprop.bench.perceptron import Model, start
+from meprop.bench.problem import Device
 from meprop.bench.record import Record
 from meprop.bench.roofline import copy_seconds
 from meprop.bench.ways import BASELINES, PHASES, OptimizerName, Stepper, Way, oracle, ways, what_is_wrong
@@ -33,6 +34,9 @@ from meprop.reporting import pages
 from meprop.rules.sampled import NOISE
 
 FIGURE = "performance-step.png"
+
+_MODELS = ("841-2500-2000-1500-1000-500-10@100", "784-500-500-10@100", "784-500-500-10@10")
+_SECONDS = 3.0  # for each way
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,8 @@ class Step(Bench[CaseResult, StepBench]):
     figure = FIGURE
     figure_title = "Parts of the step"
 
-    models: tuple[str, ...] = ("841-2500-2000-1500-1000-500-10@100", "784-500-500-10@100", "784-500-500-10@10")
-    """The models: widths and batch of each."""
+    models: tuple[str, ...] | None = None
+    """The models: widths and batch of each, such as 784-500-500-10@100. None: three, which depend on the device."""
     dropout: float = 0.0
     """The probability to drop a hidden unit, behind each ReLU. Above 0 there are more ways, with convert(fuse=True)."""
     optimizers: tuple[OptimizerName, ...] = ("adam",)
@@ -181,14 +185,35 @@ class Step(Bench[CaseResult, StepBench]):
     """How many entries of each hidden layer's output gradient top-k keeps: a count (20), or a share of the features."""
     noise: float = NOISE
     """The budget of noise of the ways that draw entries (meprop.Sampled)."""
-    seconds: float = 3.0
-    """Seconds to spend on each way of doing the step. A slow one takes longer, for 9 rounds."""
+    seconds: float | None = None
+    """Seconds to spend on each way of doing the step. A slow one takes longer, for 9 rounds. None: 3, or 0.3 on a CUDA
+    device."""
     keep_memory: bool = False
     """Let the C library keep freed memory, as training from the command line does. Dense gains more than sparse."""
+    device: Device = "cpu"
+    """Where to measure. A CUDA device has models, ways and a table of its own (docs/gpu.md). They are with Adam, and
+    without dropout."""
+
+    def on_device(self) -> Bench[Any, Any]:
+        """Return itself, or the benchmark of the same steps on a CUDA device.
+
+        Raises:
+            ValueError: An option is for a CPU only.
+        """
+        from meprop.bench.cuda_step import MODELS, SECONDS, CudaStep
+
+        if self.device == "cpu":
+            return self
+        for name in ("dropout", "optimizers", "compiled", "noise", "keep_memory"):
+            if getattr(self, name) != getattr(Step, name):
+                raise ValueError(f"--{name.replace('_', '-')}: it is for a CPU; leave it out with --device cuda")
+        models = MODELS if self.models is None else self.models
+        return CudaStep(models, self.ways, self.train_steps, self.k, SECONDS if self.seconds is None else self.seconds)
 
     def prepare(self) -> Measure[CaseResult, StepBench]:
         """Read the names of models and ways."""
-        check_seconds(self.seconds)
+        seconds = _SECONDS if self.seconds is None else self.seconds
+        check_seconds(seconds)
         keep_freed_memory(self.keep_memory)
         if self.train_steps < 0:
             raise ValueError(f"--train-steps must be 0 or more, got {self.train_steps}")
@@ -198,7 +223,7 @@ class Step(Bench[CaseResult, StepBench]):
                 f"--compiled: torch.compile needs a C++ compiler, and {compiler} is not there; install it, name "
                 "another one in CXX, or leave --compiled out"
             )
-        models = [Model.parse(name, self.dropout) for name in self.models]
+        models = [Model.parse(name, self.dropout) for name in (_MODELS if self.models is None else self.models)]
         if not models or not self.optimizers:
             raise ValueError("--models and --optimizers: there must be at least one of each")
         which = self.chosen()
@@ -207,7 +232,7 @@ class Step(Bench[CaseResult, StepBench]):
             meter = DisturbanceMeter()
             cases = run_each(
                 product(models, self.optimizers),
-                lambda case: run_case(*case, which, self.train_steps, self.seconds),
+                lambda case: run_case(*case, which, self.train_steps, seconds),
                 after,
             )
             return StepBench.of("bench-step", dict(config), meter, cases)

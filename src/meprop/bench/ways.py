@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import cycle
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ _SEED = 0
 _LR = 1e-3  # of the steps that are compared
 # Of gradients, to their norm. In bfloat16 other entries are kept of nearly equal ones, and, per example, more in each
 # layer on the way back: by the first of seven 0.6, while what is unrelated differs by more than 1.
-_TOLERANCE, _BF16_TOLERANCE, _BF16_TOLERANCE_PER_EXAMPLE = 0.01, 0.3, 0.8
+_TOLERANCE, _NARROW_TOLERANCE, _TOLERANCE_OF_OTHERS = 0.01, 0.3, 0.8
 _DRAWS, _NOISE_TOLERANCE = 32, 2.0  # of a mean of so many draws, to the noise that is left in it
 
 
@@ -85,6 +85,16 @@ class Way:
         """
         return None if isinstance(self.rule, meprop.Sampled) else self.rule
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether products have fewer bits than those of float32."""
+        return self.bf16
+
+    @property
+    def chooses_otherwise(self) -> bool:
+        """Whether other entries than the oracle's may be chosen, because those that compete are rounded."""
+        return self.bf16 and self.rule is not None and self.rule.scope == "example"
+
 
 def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = False) -> list[Way]:
     """Return the baselines, then the sparse ways, each in fp32 and bf16.
@@ -113,6 +123,28 @@ def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = Fals
     return found
 
 
+class Steps(Protocol):
+    """What is checked of a way of doing the step."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def way(self) -> Way:
+        """It."""
+        ...
+
+    def loss(self, x: Tensor, classes: Tensor) -> Tensor:
+        """Return the loss of a batch."""
+        ...
+
+
+def kept_share(network: nn.Module) -> float:
+    """Return the share of the hidden layers' output gradients that was kept, on average."""
+    hidden = meprop.report(network).layers[:-1]
+    return sum(layer.density * layer.out_features for layer in hidden) / sum(layer.out_features for layer in hidden)
+
+
 class Stepper:
     """One way of doing the step, again and again.
 
@@ -129,6 +161,7 @@ class Stepper:
     ) -> None:
         self.way = way
         self.network = deepcopy(network)
+        self.optimizer: torch.optim.Optimizer
         self.phases: list[tuple[float, ...]] = []
         self._optimizer_name: OptimizerName = optimizer
         self._rows = len(batches[0][0])
@@ -153,8 +186,7 @@ class Stepper:
     @property
     def kept(self) -> float:
         """The share of the hidden layers' output gradients that was kept, on average."""
-        hidden = meprop.report(self.network).layers[:-1]
-        return sum(layer.density * layer.out_features for layer in hidden) / sum(layer.out_features for layer in hidden)
+        return kept_share(self.network)
 
     @property
     def least_bytes(self) -> dict[str, int]:
@@ -211,7 +243,7 @@ def what_is_wrong(way: Way, network: nn.Module, optimizer: OptimizerName, batch:
     step must leave the same weights as one that does both after each other.
     """
     separate = replace(way, in_backward=False)
-    wrong = _differs(Stepper(separate, without_dropout(deepcopy(network)), optimizer, [batch]), batch, expected)
+    wrong = differs(Stepper(separate, without_dropout(deepcopy(network)), optimizer, [batch]), batch, expected)
     if wrong is not None or not way.in_backward:
         return wrong
     moved: list[list[Tensor]] = []
@@ -225,9 +257,10 @@ def what_is_wrong(way: Way, network: nn.Module, optimizer: OptimizerName, batch:
     return None
 
 
-def _differs(stepper: Stepper, batch: Batch, expected: Oracle) -> str | None:
+def differs(stepper: Steps, batch: Batch, expected: Oracle) -> str | None:
+    """Return in words how loss and gradients differ from the oracle's; None if they do not. Dropout has to be off."""
     (exact, gradients), way = expected, stepper.way
-    relative, absolute = (0.05, 1e-3) if way.bf16 else (1e-5, 1e-6)
+    relative, absolute = (0.05, 1e-3) if way.is_narrow else (1e-5, 1e-6)
     if not torch.allclose(stepper.loss(*batch).double(), exact, relative, absolute):
         return "its loss differs from the oracle's"
     torch.manual_seed(_SEED)
@@ -238,10 +271,9 @@ def _differs(stepper: Stepper, batch: Batch, expected: Oracle) -> str | None:
         halves = [_gradients(stepper, batch, _DRAWS // 2) for _ in range(2)]
         found = [(one + other) / 2 for one, other in zip(*halves, strict=True)]
         noise = [float((one - other).norm()) / 2 for one, other in zip(*halves, strict=True)]  # that of the mean
-    tolerance = _TOLERANCE
-    if way.bf16:
-        per_example = way.rule is not None and way.rule.scope == "example"
-        tolerance = _BF16_TOLERANCE_PER_EXAMPLE if per_example else _BF16_TOLERANCE
+    tolerance = _NARROW_TOLERANCE if way.is_narrow else _TOLERANCE
+    if way.chooses_otherwise:
+        tolerance = _TOLERANCE_OF_OTHERS
     names = [name for name, _ in stepper.network.named_parameters()]
     for name, grad, right, left in zip(names, found, gradients, noise, strict=True):
         if not (grad - right).norm() <= tolerance * right.norm() + _NOISE_TOLERANCE * left:
@@ -249,7 +281,7 @@ def _differs(stepper: Stepper, batch: Batch, expected: Oracle) -> str | None:
     return None
 
 
-def _gradients(stepper: Stepper, batch: Batch, passes: int) -> list[Tensor]:
+def _gradients(stepper: Steps, batch: Batch, passes: int) -> list[Tensor]:
     """The mean of the gradients of some passes."""
     for _ in range(passes):
         stepper.loss(*batch).backward()  # pyright: ignore[reportUnknownMemberType]

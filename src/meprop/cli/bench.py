@@ -46,7 +46,7 @@ class RunBench(Generic[BenchT]):
         """
         from meprop.reporting import pages
 
-        bench = self.bench
+        bench = self.bench.on_device()
         measure = bench.prepare()
         if self.page is not None:
             pages.check_section(self.page, bench.section)
