@@ -14,13 +14,13 @@ pytest.importorskip("tyro")
 import meprop
 from bench.fake import FakeCard, FakeRows
 from meprop import cli, ops
-from meprop.bench import cuda, cuda_linear, problem
+from meprop.bench import cuda, cuda_linear, oracle, problem
 from meprop.bench.cuda_linear import CudaLinear
 from meprop.bench.linear import Case
 from meprop.bench.measure import Times
 from meprop.bench.roofline import Work
 from meprop.reporting import pages
-from meprop.selection import RowSelection
+from meprop.selection import ColumnSelection, RowSelection
 
 TINY = [
     *(f"{kind}-{dtype}-8x16x40-k4" for kind in ("example", "batch") for dtype in ("fp32", "bf16")),
@@ -208,6 +208,19 @@ def test_a_wrong_product_is_not_timed(monkeypatch, card, case, position, name):
     found = run_case(case, card)
     assert f"the gradient of the {name} differs" in found.wrong
     assert not found.times
+
+
+def test_partial_sums_may_be_rounded_and_no_term_may_be_missing():
+    torch.manual_seed(0)
+    grad, x, weight = (torch.randn(size).bfloat16() for size in ((256, 328), (256, 64), (328, 64)))
+    expected = ColumnSelection(grad, torch.arange(328, dtype=torch.int32), 328)
+
+    def differ(columns):
+        parts = [grad[:, part] @ weight[part] for part in torch.arange(columns).chunk(4)]  # each in bfloat16
+        return oracle.gradients_differ({"input": sum(parts)}, expected, grad, x, weight, on_card=True)
+
+    assert differ(328) is None
+    assert differ(327) == "the gradient of the input differs from the oracle's"
 
 
 @pytest.mark.parametrize("case", ["topk-bf16-8x40-k3", "example-bf16-8x16x40-k3"])

@@ -124,19 +124,18 @@ def run_case(
     card.release()
     sides: dict[str, Sequence[Call]] = {name: [stepper.run] for name, (stepper, _) in steppers.items()}
     refused = {name: reason for name, (_, reason) in steppers.items() if reason is not None}
-    times, uncaptured = card.time_both(sides, seconds * max(1, len(sides)), refused) if sides else ({}, {})
-    results: list[WayResult] = []
-    for way in which:
+    times, uncaptured = card.time_both(sides, seconds * len(sides), refused) if sides else ({}, {})
+
+    def result(way: CardWay) -> WayResult:
         if way.name in wrong:
-            results.append(WayResult(way, wrong[way.name]))
-            continue
-        bound = cuda.roofline(work_of(way, model), _dtype(way), limits, card)
-        share = bound.floor / times[f"{way.name} {mode_of(times, way.name)}"].p20
+            return WayResult(way, wrong[way.name])
         own = {mode: times[f"{way.name} {mode}"] for mode in ("eager", "graph") if f"{way.name} {mode}" in times}
+        bound = cuda.roofline(work_of(way, model), _dtype(way), limits, card)
+        share = bound.floor / own[mode_of(times, way.name)].p20
         kept = kept_share(steppers[way.name][0].network)
-        found = WayResult(way, None, own, uncaptured.get(way.name), _ratios(way, times), kept, bound, share)
-        results.append(found)
-    return CaseResult(model, begin.data, results)
+        return WayResult(way, None, own, uncaptured.get(way.name), _ratios(way, times), kept, bound, share)
+
+    return CaseResult(model, begin.data, [result(way) for way in which])
 
 
 def _checked(

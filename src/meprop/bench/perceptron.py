@@ -128,11 +128,8 @@ def _train(network: nn.Module, batches: Iterator[Batch]) -> None:
 def _noise(model: Model, device: Device) -> Iterator[Batch]:
     inputs, outputs = model.widths[0], model.widths[-1]
     while True:
-        x, classes = (
-            torch.randn(model.batch, inputs, device=device),
-            torch.randint(outputs, (model.batch,), device=device),
-        )
-        yield x, classes
+        x = torch.randn(model.batch, inputs, device=device)
+        yield x, torch.randint(0, outputs, (model.batch,), device=device)
 
 
 def _digits(model: Model) -> Iterator[Batch] | None:
