@@ -8,6 +8,7 @@ from cases import GRADIENTS, LAYOUTS, SELECTIONS, bits, gradient
 from meprop import ops
 from meprop.ops import triton
 from meprop.ops.rows import choose_rows
+from meprop.ops.topk import largest
 from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,6 +38,18 @@ def test_the_largest_columns_are_the_references(rows, width, k, kind, dtype, dev
     assert torch.equal(bits(found.values.cpu()), bits(expected.values))
     scores = ops.column_scores.literally(grad)
     torch.testing.assert_close(ops.column_scores(there).cpu(), scores, rtol=1e-13, atol=0, equal_nan=True)
+
+
+def test_scores_that_are_nearly_equal(device):
+    """They differ in any of the digits of float64."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(40):
+        count = int(torch.randint(1, 3000, (), generator=generator))
+        k = int(torch.randint(1, count + 1, (), generator=generator))
+        steps = torch.randint(0, 1 << (number % 8 + 1), (count,), generator=generator).double()
+        scores = 1 + steps * 2.0 ** -(number % 6 * 10 + 2)
+        found = triton.kernels().largest(scores.to(device), k)
+        assert found.tolist() == largest(scores, k).tolist()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -148,7 +148,7 @@ def test_a_step_does_not_wait_for_the_host(rule, sparse_grad, device):
 def test_a_whole_step_is_captured(rule, device):
     model = network(device)
     meprop.convert(model, rule, min_features=8, when="always")
-    optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True, capturable=True)
     x, classes = batch(device)
 
     def step() -> Tensor:

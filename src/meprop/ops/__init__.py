@@ -7,7 +7,7 @@ Each file holds one family of operations. Every operation has a contract, a lite
 from meprop.ops import native as native  # isort: skip  (backends register in this order)
 from meprop.ops import triton as triton
 from meprop.ops.activation import activation_dropout, activation_dropout_gradient
-from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_entries
+from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_entries, sums_of_the_rest
 from meprop.ops.gradients import Gradient, GradientProduct, GradientRows
 from meprop.ops.linear import backward_with, dense_backward, entries_backward, linear_backward
 from meprop.ops.lstm import lstm_backward, lstm_forward
@@ -68,6 +68,7 @@ __all__ = [
     "row_sparse_tensor",
     "sgd_rows",
     "spread_rows",
+    "sums_of_the_rest",
     "topk_channels",
     "topk_columns",
     "topk_rows",

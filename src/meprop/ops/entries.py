@@ -8,6 +8,8 @@ one key, which is above infinity's. They are kept whatever else is, as infinity 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -119,10 +121,20 @@ def choose_entries(grad: Tensor, entries: Entries, /) -> _Found:
     starts[1:] = torch.bincount(places // width, minlength=rows).cumsum(0)
     shared = grad.new_empty(0)
     if entries.exact_sum:
-        left_out = grad.double().sum(dim=0)
-        left_out.index_add_(0, places % width, values.double(), alpha=-1)
-        shared = (left_out / max(1, rows)).to(grad.dtype)
+        kept = RowSelection(values, (places % width).int(), width, starts=starts)
+        shared = (sums_of_the_rest(kept, grad.double()) / max(1, rows)).to(grad.dtype)
     return values, (places % width).int(), starts, shared
+
+
+def sums_of_the_rest(kept: RowSelection, grad: Tensor) -> Tensor:
+    """The sum of each column [O] of what is left out of grad [N, O], in its dtype, always the same for the same input.
+
+    A GPU adds entries in any order, but whole columns in one.
+    """
+    values = kept.values.to(grad.dtype)
+    if not grad.is_cpu:
+        return (grad - replace(kept, values=values, shared=None).to_dense()).sum(dim=0)
+    return grad.sum(dim=0).index_add_(0, kept.indices.flatten(), values.flatten(), alpha=-1)
 
 
 def _native_declines(grad: Tensor, _entries: Entries) -> str | None:

@@ -16,77 +16,134 @@ from torch import Tensor
 _MOST_IN_ONE = 1 << 15
 """The largest number of scores or rows from which one program chooses."""
 
-# ---------------------------------------------------------------- sums of columns
+# ---------------------------------------------------------------- one pass over a matrix
 
 
 @triton.jit
-def _column_sums(
-    grad, scores, sums, rows, width, stride, share, WITH_SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _pass(
+    matrix,
+    magnitudes,
+    sums,
+    squares,
+    rows,
+    width,
+    stride,
+    share,
+    MAGNITUDES: tl.constexpr,
+    SUMS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Sums of |g|, and of g, over a share of the rows: one program for some columns of one share."""
+    """Sums of |g| and of g over a share of the rows, and of g^2 over some columns. One program for each such part."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, rows)
     inside = columns < width
-    score = tl.zeros((ROWS, COLUMNS), tl.float64)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if MAGNITUDES:
+        magnitude = tl.zeros((ROWS, COLUMNS), tl.float64)
+    if SUMS:
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(first, last, ROWS):
         at = start + tl.arange(0, ROWS)
         mask = (at < last)[:, None] & inside[None, :]
-        entries = tl.load(grad + at.to(tl.int64)[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)
-        score += tl.abs(entries).to(tl.float64)
-        if WITH_SUMS:
+        entries = tl.load(matrix + at.to(tl.int64)[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)
+        if MAGNITUDES:
+            magnitude += tl.abs(entries).to(tl.float64)
+        if SUMS:
             total += entries
+        if SQUARES:
+            exact = entries.to(tl.float64)
+            tl.store(squares + tl.program_id(0).to(tl.int64) * rows + at, tl.sum(exact * exact, axis=1), at < last)
     to = tl.program_id(1) * width + columns
-    tl.store(scores + to, tl.sum(score, axis=0), inside)
-    if WITH_SUMS:
+    if MAGNITUDES:
+        tl.store(magnitudes + to, tl.sum(magnitude, axis=0), inside)
+    if SUMS:
         tl.store(sums + to, tl.sum(total, axis=0), inside)
 
 
+@triton.jit
+def _finish(parts, to, count, length, ROOT: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of parts [count, length], or their square roots."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(parts + at, at < length, 0.0)
+    for part in range(1, count):
+        total += tl.load(parts + part * length + at, at < length, 0.0)
+    tl.store(to + at, (tl.sqrt(total) if ROOT else total).to(to.dtype.element_ty), at < length)
+
+
+def _finished(parts: Tensor, dtype: torch.dtype, *, root: bool = False) -> Tensor:
+    count, length = parts.shape
+    to = parts.new_empty(length, dtype=dtype)
+    _finish[(triton.cdiv(length, 256),)](parts, to, count, length, root, 256)
+    return to
+
+
+PROGRAMS, TILE, WARPS = 1024, (16, 128), 4
+"""Of a pass: how many programs there are at least, if there are so many rows, their tile, and the warps of each."""
+
+
+def _parts(matrix: Tensor, magnitudes: bool, sums: bool, squares: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, width), (tile_rows, tile_columns) = matrix.shape, TILE
+    blocks = triton.cdiv(width, tile_columns)
+    share = max(1, triton.cdiv(rows * blocks, PROGRAMS))
+    share = triton.cdiv(share, tile_rows) * tile_rows
+    shares = max(1, triton.cdiv(rows, share))
+    wanted = (magnitudes, shares, width, torch.float64), (sums, shares, width, torch.float32)
+    wanted = *wanted, (squares, blocks, rows, torch.float64)
+    parts = [matrix.new_empty((one, other) if is_wanted else (0, 0), dtype=d) for is_wanted, one, other, d in wanted]
+    flags = magnitudes, sums, squares
+    arguments: Any = (matrix, *parts, rows, width, matrix.stride(0), share, *flags, *TILE)
+    _pass[(blocks, shares)](*arguments, num_warps=WARPS)
+    return parts[0], parts[1], parts[2]
+
+
 def column_sums(grad: Tensor, with_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """The sums of |g| of each column of grad [N, O] in float64, and those of g in float32 or None."""
-    rows, width = grad.shape
-    columns = triton.cdiv(width, 128)
-    shares = max(1, min(triton.cdiv(rows, 32), triton.cdiv(1024, columns)))
-    share = triton.cdiv(triton.cdiv(rows, shares), 16) * 16
-    shares = max(1, triton.cdiv(rows, share)) if share > 0 else 1
-    scores = grad.new_empty((shares, width), dtype=torch.float64)
-    sums = grad.new_empty((shares, width) if with_sums else (0,), dtype=torch.float32)
-    _column_sums[(columns, shares)](grad, scores, sums, rows, width, grad.stride(0), share, with_sums, 16, 128)
-    return scores.sum(dim=0), sums.sum(dim=0) if with_sums else None
+    """The sums of |g| of each column of grad [N, O] in float64, and those of g in its dtype or None, in one pass."""
+    magnitudes, sums, _ = _parts(grad, True, with_sums, False)
+    return _finished(magnitudes, torch.float64), _finished(sums, grad.dtype) if with_sums else None
+
+
+def row_norms(matrix: Tensor, with_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """The Euclidean norms of the rows of a matrix [N, C] in float64, and its columns' sums or None, in one pass."""
+    _, sums, squares = _parts(matrix, False, with_sums, True)
+    return _finished(squares, torch.float64, root=True), _finished(sums, matrix.dtype) if with_sums else None
 
 
 # ---------------------------------------------------------------- the largest scores
 
 
-@triton.jit
-def _keys(scores):
-    """Integers in the order of scores that are not negative. All NaN have the largest one."""
-    bits = scores.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    return tl.where(bits > 0x7FF0000000000000, 0x7FF8000000000000, bits)
+@triton.jit(do_not_specialize=["k"])
+def _largest(scores, places, count, k, BLOCK: tl.constexpr):
+    """The places of the k largest scores, none of which is negative. One program finds the smallest one by its digits.
 
-
-@triton.jit
-def _rank(scores, ranks, count, OWN: tl.constexpr, OTHERS: tl.constexpr):
-    """How many scores are before each one: larger ones, and equal ones of a lower place."""
-    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
-    key = _keys(tl.load(scores + own, own < count, 0.0))
-    before = tl.zeros((OWN, OTHERS), tl.int32)
-    for start in range(0, count, OTHERS):
-        others = start + tl.arange(0, OTHERS)
-        other = tl.where(others < count, _keys(tl.load(scores + others, others < count, 0.0)), -1)
-        is_before = (other[None, :] > key[:, None]) | (
-            (other[None, :] == key[:, None]) & (others[None, :] < own[:, None])
-        )
-        before += is_before.to(tl.int32)
-    tl.store(ranks + own, tl.sum(before, axis=1), own < count)
-
-
-@triton.jit
-def _compact(ranks, places, count, k, BLOCK: tl.constexpr):
-    """The places of the ranks below k, ascending. One program does it."""
+    The bits of such scores are in the order of the scores. All NaN have the largest ones.
+    """
     at = tl.arange(0, BLOCK)
-    kept = (at < count) & (tl.load(ranks + at, at < count, 0) < k)
+    inside = at < count
+    bits = tl.load(scores + at, inside, 0.0).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    bits = tl.where(bits > 0x7FF0000000000000, 0x7FF8000000000000, bits)
+    digits = tl.arange(0, 512)  # 256 and more stand for scores that are out
+    missing = k + 0
+    smallest = tl.zeros((), tl.int64)
+    shift = 56
+    found = 0
+    while (shift >= 0) & (found != missing):
+        candidate = inside & ((bits >> shift) >> 8 == (smallest >> shift) >> 8)
+        digit = tl.where(candidate, (bits >> shift) & 0xFF, 256).to(tl.int32)
+        counts = tl.where(digits < 256, tl.histogram(digit, 512), 0)
+        reached = tl.sum(counts, axis=0) - tl.cumsum(counts, 0) + counts  # of this digit and of larger ones
+        own = tl.max(tl.where((reached >= missing) & (digits < 256), digits, 0), axis=0)
+        missing -= tl.sum(tl.where(digits > own, counts, 0), axis=0)
+        found = tl.sum(tl.where(digits == own, counts, 0), axis=0)
+        smallest = smallest | (own.to(tl.int64) << shift)
+        shift -= 8
+    shift += 8  # the digits from here on are those of `smallest`
+    own_bits = bits >> shift
+    level = own_bits == (smallest >> shift)
+    kept = inside & (
+        (own_bits > (smallest >> shift)) | (level & (tl.cumsum((level & inside).to(tl.int32), 0) <= missing))
+    )
     to = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(places + to, at, kept)
 
@@ -96,11 +153,14 @@ def largest(scores: Tensor, k: int) -> Tensor | None:
     count = len(scores)
     if count > _MOST_IN_ONE:
         return None
-    ranks = scores.new_empty(count, dtype=torch.int32)
     places = scores.new_empty(k, dtype=torch.int32)
-    _rank[(triton.cdiv(count, 32),)](scores, ranks, count, 32, 256)
-    _compact[(1,)](ranks, places, count, k, triton.next_power_of_2(count), num_warps=16)
+    _largest[(1,)](scores, places, count, k, triton.next_power_of_2(count), num_warps=_warps(count))
     return places
+
+
+def _warps(count: int) -> int:
+    """Of one program that holds so many numbers."""
+    return max(4, min(32, triton.next_power_of_2(count) // 256))
 
 
 # ---------------------------------------------------------------- gathers
@@ -168,37 +228,30 @@ def _spread_rows(source, places, to, width, COLUMNS: tl.constexpr):
         tl.store(to + row.to(tl.int64) * width + at, entries, at < width)
 
 
+@triton.jit
+def _places(numbers, places, slots, count, BLOCK: tl.constexpr):
+    """The place of each row among ascending numbers, or -1. Each slot writes from its number to the next one."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) - 1  # the first one is for the rows before all numbers
+    row = tl.load(numbers + slot, (slot >= 0) & (slot < slots), -1)
+    end = tl.load(numbers + slot + 1, slot + 1 < slots, count)
+    end = tl.where(slot < slots, end, 0)
+    tl.store(places + row, slot, (slot >= 0) & (slot < slots))
+    row += 1
+    while tl.max(end - row, axis=0) > 0:
+        tl.store(places + row, -1, row < end)
+        row += 1
+
+
 def spread_rows(source: Tensor, numbers: Tensor, count: int) -> Tensor:
-    """Rows [M, C] at these numbers [M], int32, among zeros: [count, C]."""
+    """Rows [M, C] at these ascending numbers [M], int32, among zeros: [count, C]."""
     slots, width = source.shape
-    places = torch.full((count,), -1, dtype=torch.int32, device=source.device)
-    places.index_copy_(0, numbers.long(), torch.arange(slots, dtype=torch.int32, device=source.device))
-    to = source.new_empty(count, width)
+    places, to = numbers.new_empty(count), source.new_empty(count, width)
+    _places[(triton.cdiv(slots + 1, 128),)](numbers, places, slots, count, 128)
     _spread_rows[(count,)](source, places, to, width, min(4096, triton.next_power_of_2(width)))
     return to
 
 
 # ---------------------------------------------------------------- drawn rows
-
-
-@triton.jit
-def _row_norms(matrix, norms, width, stride, COLUMNS: tl.constexpr):
-    """One program for one row."""
-    row = tl.program_id(0)
-    squares = tl.zeros((COLUMNS,), tl.float64)
-    for start in range(0, width, COLUMNS):
-        at = start + tl.arange(0, COLUMNS)
-        entries = tl.load(matrix + row.to(tl.int64) * stride + at, at < width, 0.0).to(tl.float64)
-        squares += entries * entries
-    tl.store(norms + row, tl.sqrt(tl.sum(squares, axis=0)))
-
-
-def row_norms(matrix: Tensor) -> Tensor:
-    """The Euclidean norms of the rows of a matrix [N, C], float64."""
-    norms = matrix.new_empty(len(matrix), dtype=torch.float64)
-    columns = min(2048, triton.next_power_of_2(matrix.shape[1]))
-    _row_norms[(len(matrix),)](matrix, norms, matrix.shape[1], matrix.stride(0), columns)
-    return norms
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -242,5 +295,81 @@ def choose_rows(norms: Tensor, k: int, start: Tensor) -> tuple[Tensor, Tensor] |
     numbers = norms.new_empty(k, dtype=torch.int32)
     factors = norms.new_empty(k, dtype=torch.float32)
     block = triton.next_power_of_2(count)
-    _choose_rows[(1,)](norms, start, numbers, factors, count, k, block, num_warps=max(4, min(32, block // 512)))
+    _choose_rows[(1,)](norms, start, numbers, factors, count, k, block, num_warps=_warps(count))
     return numbers, factors
+
+
+# ---------------------------------------------------------------- Adam
+
+
+@triton.jit
+def _adam_rows(
+    weight,
+    first,
+    second,
+    rows,
+    grads,
+    decays_first,
+    decays_second,
+    decays_weight,
+    width,
+    beta1,
+    beta2,
+    keep_weight,
+    weight_decay,
+    rate,
+    root_scale,
+    eps,
+    OWN_FIRST: tl.constexpr,
+    OWN_SECOND: tl.constexpr,
+    OWN_WEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program for some columns of one row."""
+    slot = tl.program_id(0)
+    row = tl.load(rows + slot)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = at < width
+    place = row * width + at
+    w = tl.load(weight + place, inside, 0.0).to(tl.float32)
+    m = tl.load(first + place, inside, 0.0).to(tl.float32)
+    v = tl.load(second + place, inside, 0.0).to(tl.float32)
+    g = tl.load(grads + slot.to(tl.int64) * width + at, inside, 0.0).to(tl.float32)
+    w *= tl.load(decays_weight + row).to(tl.float32) if OWN_WEIGHT else keep_weight
+    g += weight_decay * w
+    m = m * (tl.load(decays_first + row).to(tl.float32) if OWN_FIRST else beta1) + (1 - beta1) * g
+    v = v * (tl.load(decays_second + row).to(tl.float32) if OWN_SECOND else beta2) + (1 - beta2) * g * g
+    m, v = m.to(first.dtype.element_ty), v.to(second.dtype.element_ty)
+    tl.store(first + place, m, inside)
+    tl.store(second + place, v, inside)
+    root = tl.sqrt_rn(v.to(tl.float32)) * root_scale + eps
+    tl.store(weight + place, (w - rate * (m.to(tl.float32) / root)).to(weight.dtype.element_ty), inside)
+
+
+def adam_rows(
+    weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    decays: tuple[Tensor | None, Tensor | None, Tensor | None],
+    numbers: tuple[float, ...],
+) -> None:
+    """Adam's step for some rows [k], int64, of a parameter [O, *] and its moments, in place.
+
+    Args:
+        weight: The parameter.
+        first: The first moment.
+        second: The second moment.
+        rows: Which rows.
+        grads: Their gradients [k, *].
+        decays: By what each row of the moments and of the parameter is multiplied [O], or None.
+        numbers: Both betas, what the parameter is multiplied by, the weight decay that is added to the gradient, the
+            learning rate with its correction, the correction of the second moment's root, and eps.
+    """
+    width = weight.numel() // max(1, len(weight))
+    columns = min(1024, triton.next_power_of_2(width))
+    own = [decay is not None for decay in decays]
+    tensors = [weight if decay is None else decay for decay in decays]
+    arguments: Any = (weight, first, second, rows, grads, *tensors, width, *numbers, *own, columns)
+    _adam_rows[(len(rows), triton.cdiv(width, columns))](*arguments)

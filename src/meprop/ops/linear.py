@@ -169,7 +169,7 @@ def _triton_linear_backward(
     check_fits(selection, {"output gradient": grad, "weight": weight, "input": x, "hits": hits})
     needs_sum = needs_bias and sums is None
     of_input, of_weight, of_bias = _consist_of(_call, selection, grad, weight, x, needs_sum, row_sparse, hits)
-    return of_input, of_weight, of_bias if sums is None else sums.to(grad.dtype)
+    return of_input, of_weight, of_bias if sums is None else sums
 
 
 # ---------------------------------------------------------------- entries of the whole gradient

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meprop.ops import native
-from meprop.ops.gradients import PARAMETER, Gradient, GradientProduct
+from meprop.ops import native, triton
+from meprop.ops.gradients import PARAMETER, Gradient, GradientProduct, GradientRows
 from meprop.ops.products import described, grad_weight
 from meprop.ops.registry import operation
 from meprop.ops.rounding import Places, stochastic
@@ -291,6 +291,54 @@ def _native_adam_rows(
     decays = _own_decays(rows, "exp_avg", "exp_avg_sq", PARAMETER)
     _call("adam_rows", weight, rows, *state, *decays, decoupled, _code(key), step, lr, *betas, eps, weight_decay)
     native.written(weight, exp_avg, exp_avg_sq)
+
+
+def _triton_adam_declines(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    rows: Gradient,
+    _step: float,
+    **options: Any,
+) -> str | None:
+    if max_exp_avg_sq is not None or options.get("key") is not None:
+        return "kernels have neither AMSGrad nor states that are rounded at random"
+    if isinstance(rows, GradientProduct) or rows.indices is None or rows.every_row or len(rows.indices) == 0:
+        return "kernels are for gradients of some rows"
+    tensors = weight, exp_avg, exp_avg_sq, rows.values
+    if not all(each.is_contiguous() for each in tensors):
+        return "kernels take contiguous tensors here"
+    return triton.declines(*tensors)
+
+
+@triton.backend.implements(adam_rows, _triton_adam_declines)
+def _triton_adam_rows(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    _max_exp_avg_sq: None,
+    rows: GradientRows,
+    step: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    key: None = None,
+) -> None:
+    del key
+    rows.check(weight, exp_avg, exp_avg_sq)
+    decays = (
+        rows.decays.get("exp_avg"),
+        rows.decays.get("exp_avg_sq"),
+        rows.decays.get(PARAMETER) if decoupled else None,
+    )
+    keep = 1 - lr * weight_decay if decoupled else 1.0
+    rate, root = lr / (1 - betas[0] ** step), 1 / sqrt(1 - betas[1] ** step)
+    numbers = *betas, keep, 0.0 if decoupled else weight_decay, rate, root, eps
+    triton.kernels().adam_rows(weight, exp_avg, exp_avg_sq, rows.indices, rows.values, decays, numbers)
 
 
 # ---------------------------------------------------------------- Adagrad

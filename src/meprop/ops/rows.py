@@ -57,11 +57,15 @@ def draw_whole_rows(grad: Tensor, k: int, start: Tensor, /) -> tuple[Tensor, Ten
     return torch.where(factors[:, None] == 0, 0.0, values).to(grad.dtype), kept.int()
 
 
-@triton.backend.implements(draw_whole_rows, lambda grad, _k, _start: triton.declines(grad))
+def _triton_declines_draw(grad: Tensor, _k: int, _start: Tensor) -> str | None:
+    return triton.declines(grad)
+
+
+@triton.backend.implements(draw_whole_rows, _triton_declines_draw)
 def _triton_draw_whole_rows(grad: Tensor, k: int, start: Tensor) -> tuple[Tensor, Tensor]:
     check_draw(grad, k)
     kernels, grad = triton.kernels(), triton.matrix(grad)
-    norms = kernels.row_norms(grad)
+    norms, _ = kernels.row_norms(grad, with_sums=False)
     found = kernels.choose_rows(norms, k, start)
     if found is None:
         kept, factors = choose_rows(norms, k, start)
@@ -112,7 +116,11 @@ def spread_rows(rows: Tensor, numbers: Tensor, count: int, /) -> Tensor:
     return rows.new_zeros(count, rows.shape[1]).index_copy_(0, numbers.long(), rows)
 
 
-@triton.backend.implements(spread_rows, lambda rows, _numbers, _count: triton.declines(rows))
+def _triton_declines_spread(rows: Tensor, _numbers: Tensor, _count: int) -> str | None:
+    return triton.declines(rows)
+
+
+@triton.backend.implements(spread_rows, _triton_declines_spread)
 def _triton_spread_rows(rows: Tensor, numbers: Tensor, count: int) -> Tensor:
     return triton.kernels().spread_rows(rows.contiguous(), numbers, count)
 

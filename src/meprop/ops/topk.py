@@ -109,14 +109,18 @@ def _native_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _native_topk("batch", grad, k, (k,))
 
 
-@triton.backend.implements(topk_columns, lambda grad, _k: triton.declines(grad))
+def _triton_declines(grad: Tensor, _k: int) -> str | None:
+    return triton.declines(grad)
+
+
+@triton.backend.implements(topk_columns, _triton_declines)
 def _triton_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices, _ = triton_columns_and_sums(grad, k, with_sums=False)
     return values, indices
 
 
 def triton_columns_and_sums(grad: Tensor, k: int, *, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values and indices of `topk_columns`, and the sums of all columns [O] in float32, of one pass over grad."""
+    """Values and indices of `topk_columns`, and the sums of all columns [O] in the dtype of grad or None, of one pass over it."""
     _check(grad, k)
     kernels, grad = triton.kernels(), triton.matrix(grad)
     scores, sums = kernels.column_sums(grad, with_sums)

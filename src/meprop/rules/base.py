@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from meprop import ops
 from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection, Scope, Selection
 
 
@@ -285,7 +286,6 @@ def check_output_gradient(grad_output_NO: Tensor) -> None:
 
 def with_exact_sum(kept: RowSelection, grad_NO: Tensor) -> RowSelection:
     """The same entries, and for all rows the mean over the rows of what is left out of grad_NO [N, O]."""
-    left_out = grad_NO.sum(dim=0, dtype=torch.promote_types(grad_NO.dtype, torch.float32))
-    left_out.index_add_(0, kept.indices.flatten(), kept.values.flatten().to(left_out.dtype), alpha=-1)
+    left_out = ops.sums_of_the_rest(kept, grad_NO.to(torch.promote_types(grad_NO.dtype, torch.float32)))
     shared = (left_out / max(1, kept.rows)).to(grad_NO.dtype)
     return RowSelection(kept.values, kept.indices, kept.width, shared, kept.starts)
