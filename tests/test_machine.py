@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import commands
 from meprop import machine
 
 
@@ -71,8 +72,8 @@ pwd.getpwuid = nobody
 """
 
 
-def python(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
 def test_without_a_home_directory_layers_are_measured_without_the_cache():
@@ -92,11 +93,10 @@ def test_without_a_home_directory_the_cache_is_named_with_the_remedy():
     assert "MepropError: there is no folder for the cache" in done.stderr
     assert "set MEPROP_CACHE" in done.stderr
     pytest.importorskip("tyro")
-    command = NO_HOME + "import sys; from meprop.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = python(command, "doctor")
+    done = commands.run("doctor", before=NO_HOME)
     assert (done.returncode, done.stderr) == (0, "")
     assert "set MEPROP_CACHE" in done.stdout
-    done = python(command, "data", "mnist")
+    done = commands.run("data", "mnist", before=NO_HOME)
     assert done.returncode == 1
     assert "set MEPROP_CACHE" in done.stderr
     assert done.stderr.count("\n") == 1
