@@ -23,6 +23,7 @@ from meprop.cli.session import Session
 from meprop.errors import DataError
 from meprop.training import checkpoint, tracking
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
 SLOW = pytest.mark.slow  # of a kind of which another case is run always
 COMMANDS = {
