@@ -212,7 +212,7 @@ def paper_sized(steps: int = 6, batch: int = 33) -> tuple[Tensor, list[Tensor], 
 @pytest.mark.parametrize("scope", ["example", "batch"])
 @pytest.mark.parametrize("batch", [1, 7, 130])
 def test_the_number_of_threads_changes_no_bit(level, threads, scope, batch):
-    x, weights, grad = paper_sized(batch=batch)
+    x, weights, grad = paper_sized(steps=3, batch=batch)
     weights = [weight.detach() for weight in weights]
     rows = x.detach().flatten(0, 1)
     sizes = torch.full((len(x),), batch)
