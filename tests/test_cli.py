@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, no_drawing):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEPROP_DATA", raising=False)
 

@@ -99,6 +99,7 @@ for _ in range(2):
             with pytest.raises(MepropError, match="another meprop command"), folder.owned(tmp_path):
                 pass
         assert other() == "owned\n"
+    assert process.returncode == 0
 
 
 def test_the_remains_of_killed_writers_are_removed_and_nothing_else(tmp_path):
