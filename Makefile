@@ -1,8 +1,9 @@
 # The two commands that set everything up: `make demo` and `make test`. The others are for working on meprop.
 PYTHON ?= python3
 BIN := .venv/bin
-# The tests run in two processes. With more threads in each they would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# The tests run in two processes. With more threads in each they would wait for one another. What is compiled is kept:
+# where the environment forbids that, each process compiles all modules and all tests again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 # An editable install knows the modules that there were: another list of them is another environment.
 MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 READY := .venv/.ready-$(MODULES)

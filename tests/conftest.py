@@ -49,6 +49,14 @@ def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files in place of pictures. Drawing takes longer than a small run; what is drawn is tested in tests/reporting."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a picture"))
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restores the number of threads that a test changes."""
     before = torch.get_num_threads()

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
+import commands
 import meprop
 from interrupted import write_mnist
 from meprop import cli, machine
@@ -40,7 +42,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, no_drawing):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEPROP_DATA", raising=False)
 
@@ -291,8 +293,7 @@ def test_doctor_downloads_nothing_and_finds_the_data(data, monkeypatch, tmp_path
 
 
 def test_a_missing_extra_is_named_with_the_remedy():
-    code = "import sys; sys.modules['tyro'] = None; from meprop.cli import main; sys.exit(main(['data']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = commands.run("data", without=["tyro"])
     assert done.returncode == 1
     assert done.stderr == "meprop: error: tyro is not installed: pip install 'meprop[tasks]'\n"
 
@@ -307,16 +308,20 @@ def test_help_does_not_wait_for_what_it_does_not_need():
     assert done.stdout.splitlines()[-1] == "help: True []"
 
 
-def test_python_m_is_the_same_command():
-    def shown(*command):
-        done = subprocess.run([sys.executable, *command, "train", "mnits"], capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout, done.stderr
+def test_python_m_is_the_same_command(monkeypatch, capsys):
+    """That a process starts by each of them: test_signals.py."""
 
-    code = "import sys; from meprop.cli import main; sys.exit(main())"  # what the script `meprop` does
-    script = shown("-c", code)
+    def shown(start):
+        monkeypatch.setattr(sys, "argv", ["meprop", "train", "mnits"])
+        with pytest.raises(SystemExit) as ended:
+            start()
+        return ended.value.code, *capsys.readouterr()
+
+    script = shown(lambda: sys.exit(cli.main()))
     assert script[0] == 2
     assert "mnits" in script[2]
-    assert shown("-m", "meprop") == shown("-m", "meprop.cli") == script
+    for module in ("meprop", "meprop.cli"):
+        assert shown(lambda name=module: runpy.run_module(name, run_name="__main__", alter_sys=True)) == script
 
 
 def test_every_benchmark_is_a_command_with_its_own_help(capsys):
@@ -399,21 +404,16 @@ def test_what_is_like_no_name_is_answered_with_none(capsys, arguments):
 EXTRA_MODULES = sorted({name for names in common.extras().values() for name in names})
 
 
-def without(modules, *arguments):
-    code = f"import sys; sys.modules.update(dict.fromkeys({modules})); from meprop.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-
-
 def test_the_extras_are_those_of_the_package():
     assert common.extras()["hf"] == ["accelerate", "transformers"]
     assert {"tyro", "rich", "lightning_fabric"} < set(common.extras()["tasks"])
 
 
 def test_version_and_doctor_need_no_extras():
-    done = without(EXTRA_MODULES, "--version")
-    assert (done.returncode, done.stdout) == (0, f"meprop {meprop.__version__}\n")
-    done = without(EXTRA_MODULES, "doctor")
+    first = "from meprop.cli import main; print(main(['--version']))"
+    done = commands.run("doctor", without=EXTRA_MODULES, before=first)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"meprop {meprop.__version__}\n0\n")
     for text in ("native:", "torch: ", "pip install 'meprop[tasks]'", "pip install 'meprop[hf]'", "not looked for"):
         assert text in done.stdout
 
@@ -427,19 +427,12 @@ def test_version_and_doctor_need_no_extras():
 )
 def test_a_missing_module_of_an_extra_is_named_with_the_remedy(module, data):
     command = "reproduce table-5" if module == "typeguard" else f"compare mnist --data-dir {data} --epochs 1"
-    done = without([module], *command.split(), *([] if module == "typeguard" else SMALL))
+    done = commands.run(*command.split(), *([] if module == "typeguard" else SMALL), without=[module])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"meprop: error: {module} is not installed: pip install 'meprop[tasks]'"
 
 
 # ---------------------------------------------------------------- the terminal, the home directory, faults
-
-
-def command_line(*arguments, encoding):
-    code = "import sys; from meprop.cli import main; sys.exit(main())"
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +445,8 @@ def command_line(*arguments, encoding):
 )
 def test_what_a_terminal_cannot_show_does_not_end_a_command(data, encoding, out):
     options = ["--data-dir", str(data), *SMALL, "--epochs", "1", "--seeds", "0", "1", "--out", os.fsdecode(out)]
-    done = command_line("compare", "mnist", *options, encoding=encoding)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = commands.run("compare", "mnist", *options, errors="replace", env=environment)
     assert done.returncode == 0, done.stderr
     assert "written: " in done.stdout
     assert Path(os.fsdecode(out), "result.json").exists()
@@ -463,9 +457,7 @@ def test_progress_shows_on_every_terminal(data, term):
     import pty
 
     master, slave = pty.openpty()
-    code = "import sys; from meprop.cli import main; sys.exit(main())"
-    options = ["--data-dir", str(data), *SMALL, "--epochs", "3"]
-    command = [sys.executable, "-c", code, "train", "mnist", *options]
+    command = commands.command("train", "mnist", "--data-dir", str(data), *SMALL, "--epochs", "3")
     environment = {**os.environ, "TERM": term}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env=environment) as process:
         os.close(slave)
@@ -531,10 +523,9 @@ def test_an_interrupt_while_it_imports_shows_no_traceback():
         "def late(name, *rest):\n"
         "    if name == 'meprop.cli.bench': raise KeyboardInterrupt\n"
         "    return original(name, *rest)\n"
-        "builtins.__import__ = late\n"
-        "import sys; from meprop.cli import main; sys.exit(main())"
+        "builtins.__import__ = late"
     )
-    done = subprocess.run([sys.executable, "-c", interrupt, "doctor"], capture_output=True, text=True, check=False)
+    done = commands.run("doctor", before=interrupt)
     assert (done.returncode, done.stderr) == (130, "")
 
 

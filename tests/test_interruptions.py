@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,12 +16,14 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("lightning_fabric")
 
+import commands
 from interrupted import Stop
 from meprop import cli
 from meprop.cli.session import Session
 from meprop.errors import DataError
 from meprop.training import checkpoint, tracking
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
 SLOW = pytest.mark.slow  # of a kind of which another case is run always
 COMMANDS = {
@@ -217,9 +218,8 @@ MANY_STEPS = ["--batch-size", "1", "--epochs", "15", "--seeds", "0"]
 
 def started(command, data, *options, out="out"):
     """The command in a process of its own, when it trains."""
-    code = "import sys; from meprop.cli import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments(command, data, *MANY_STEPS, *options, out=out)],
+        commands.command(*arguments(command, data, *MANY_STEPS, *options, out=out)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -253,12 +253,8 @@ def test_a_stopped_process_saves_its_steps_and_ends_as_an_undisturbed_one(small_
 
 def limited(command, data, size, *options):
     """The command where no file can be larger than so many bytes."""
-    code = "import sys; from meprop.cli import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments(command, data, *options)],
-        capture_output=True,
-        text=True,
-        check=False,
+    return commands.run(
+        *arguments(command, data, *options),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )
 
@@ -319,8 +315,7 @@ def test_a_terminal_that_goes_away_does_not_end_a_training(small_mnist):
     import pty
 
     master, slave = pty.openpty()
-    code = "import sys; from meprop.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, *arguments("train", small_mnist, "--epochs", "5", "--batch-size", "1")]
+    command = commands.command(*arguments("train", small_mnist, "--epochs", "5", "--batch-size", "1"))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "dumb"}) as run:
         os.close(slave)
         os.read(master, 100)  # of the first epoch

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import commands
 from meprop import machine
 
 
@@ -71,32 +72,27 @@ pwd.getpwuid = nobody
 """
 
 
-def python(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_without_a_home_directory_layers_are_measured_without_the_cache():
-    done = python(
+def test_without_a_home_directory_layers_are_measured_without_the_cache_which_is_named_with_the_remedy():
+    code = (
         NO_HOME + "import torch, meprop\n"
         "model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 4))\n"
         "meprop.convert(model, meprop.TopK(0.1))\n"
         "model(torch.randn(8, 64)).sum().backward()\n"
-        "print(model[0].decision)"
+        "print(model[0].decision)\n"
+        "meprop.machine.cache_folder()"
     )
-    assert done.returncode == 0, done.stderr
-    assert "measured" in done.stdout
-
-
-def test_without_a_home_directory_the_cache_is_named_with_the_remedy():
-    done = python(NO_HOME + "from meprop import machine\nmachine.cache_folder()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "measured" in done.stdout, done.stderr
     assert "MepropError: there is no folder for the cache" in done.stderr
     assert "set MEPROP_CACHE" in done.stderr
+
+
+def test_without_a_home_directory_the_doctor_and_who_asks_for_data_are_told_the_remedy():
     pytest.importorskip("tyro")
-    command = NO_HOME + "import sys; from meprop.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = python(command, "doctor")
-    assert (done.returncode, done.stderr) == (0, "")
+    doctor = "from meprop.cli import main; print('exit', main(['doctor']))"
+    done = commands.run("data", "mnist", before=f"{NO_HOME}\n{doctor}")
+    assert "exit 0\n" in done.stdout
     assert "set MEPROP_CACHE" in done.stdout
-    done = python(command, "data", "mnist")
     assert done.returncode == 1
     assert "set MEPROP_CACHE" in done.stderr
     assert done.stderr.count("\n") == 1

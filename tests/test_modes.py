@@ -207,8 +207,20 @@ LEFT_OUT = [
     ("drawn", accumulated),  # each part of the loss draws anew
     ("MultiheadAttention", "global", autocast_bf16),  # rounding decides which of two nearly equal entries is kept
 ]
+
+
+def is_slow(layer: str, rule: str, mode: Callable[..., object]) -> bool:
+    """Whether it is compiled by parts, though a whole graph is compiled too, or another rule by the same parts."""
+    refused = rule == "row-sparse" or (LAYERS[layer].not_compiled and rule == LAYERS[layer].rules[0])
+    return mode is compiled and not refused
+
+
 COMBINATIONS = [
-    pytest.param(layer, rule, mode, id=f"{layer}-{rule}-{mode.__name__}")
+    pytest.param(
+        *(layer, rule, mode),
+        id=f"{layer}-{rule}-{mode.__name__}",
+        marks=[pytest.mark.slow] * is_slow(layer, rule, mode),
+    )
     for layer, case in LAYERS.items()
     for rule in case.rules
     for mode in MODES

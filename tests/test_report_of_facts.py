@@ -177,7 +177,14 @@ def test_a_compiled_layer_is_known_to_be_sparse():
     assert status_of(layer)[""] == ("sparse", "always")
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "kind",
+    # A pointwise convolution, a parametrized layer, and the projections of attention are linear products.
+    [
+        *("linear", "conv1d", "lstm"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("pointwise", "attention", "weight_norm")),
+    ],
+)
 def test_a_layer_whose_backward_pass_alone_is_compiled_is_known_to_be_sparse(kind):
     torch.compiler.reset()
     make, shape = LAYERS[kind]

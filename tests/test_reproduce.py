@@ -21,6 +21,7 @@ from meprop.training import checkpoint, tasks, tracking
 from meprop.training.config import TrainingConfig
 from tiny import TinyConfig, TinyTask
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 TEXT = """
 title = "A small one"
 seeds = [0, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from meprop.training import checkpoint
 from meprop.training.loop import Trainer
 from test_interruptions import outcome, run
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -95,10 +97,22 @@ def test_while_data_are_read(small_mnist, monkeypatch, capsys, command, signum, 
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
+@pytest.fixture(scope="module")
+def undisturbed(small_mnist, tmp_path_factory):
+    """What each command comes to."""
+
+    @functools.cache
+    def outcome_of(command):
+        out = tmp_path_factory.mktemp(command) / "out"
+        assert run(command, small_mnist, "--seeds", "0", out=str(out)) == 0
+        return outcome(out)
+
+    return outcome_of
+
+
 @pytest.mark.parametrize("step", [1, 5, 11, 12, 13])  # an epoch has 10 steps, and two runs take turns
 @pytest.mark.parametrize(("command", "signum"), [("train", signal.SIGTERM), ("compare", signal.SIGINT)])
-def test_while_training(small_mnist, monkeypatch, capsys, command, signum, step):
-    assert run(command, small_mnist, "--seeds", "0", out="whole") == 0
+def test_while_training(small_mnist, undisturbed, monkeypatch, capsys, command, signum, step):
     with monkeypatch.context() as patch:
         at_call(patch, Trainer, "_train_step", {step: signum})
         assert run(command, small_mnist, "--seeds", "0") == 128 + signum
@@ -106,7 +120,7 @@ def test_while_training(small_mnist, monkeypatch, capsys, command, signum, step)
     assert "continue with --resume" in said
     assert "Traceback" not in said
     assert run(command, small_mnist, "--seeds", "0", "--resume") == 0
-    assert outcome("out") == outcome("whole")
+    assert outcome("out") == undisturbed(command)
 
 
 def test_a_second_time_while_the_step_is_saved(small_mnist, monkeypatch, capsys):

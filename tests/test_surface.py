@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -255,6 +256,7 @@ def is_described(cls: type, attribute: str) -> bool:
     return any(f" {attribute}: " in (vars(base).get("__doc__") or "") for base in cls.__mro__)
 
 
+@functools.cache
 def names_with_a_text_below() -> set[str]:
     """The constants and types of the library that have a string after their assignment."""
     found: set[str] = set()

@@ -14,6 +14,7 @@ from interrupted import Stop, write_mnist
 from meprop import cli
 from meprop.training import loop
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 RULES = ["topk:k=5", "topk:k=100", "random:k=1", "sampled:noise=0.5"]
 
 

@@ -100,8 +100,19 @@ def test_operations_in_place_give_the_gradients_of_torch(case, autocast, operati
     assert layer.policy.record.sparse_passes > 0
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("case", ["linear 3-D", "conv1d", "attention"])
+def is_slow(case: str, operation: str) -> bool:
+    """Each operation follows one layer always, and one operation each of the others."""
+    return case != "linear 3-D" and operation != "masked assignment"
+
+
+@pytest.mark.parametrize(
+    ("case", "operation"),
+    [
+        pytest.param(case, operation, marks=[pytest.mark.slow] * is_slow(case, operation))
+        for case in ("linear 3-D", "conv1d", "attention")
+        for operation in OPERATIONS
+    ],
+)
 def test_operations_in_place_may_follow_under_compile(case, operation):
     torch.compiler.reset()
     make, shape = LAYERS[case]

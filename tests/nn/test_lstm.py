@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import literal
 import meprop
+from grids import covering
 from literal import KeepAll, KeepOfGradient
 from meprop import functional, speed
 from meprop.functional.lstm import lstm_with_policy
@@ -29,6 +30,9 @@ LENGTHS = [5, 7, 1, 7, 3]  # not sorted, with equals
 class KeepAllByTopK(KeepAll):
     def as_topk(self, features: int) -> PlainTopK:
         return PlainTopK(features, "example")
+
+
+EVERYTHING = {"select": KeepAll(), "top-k": KeepAllByTopK()}
 
 
 def make(dtype: torch.dtype = torch.float64, rule: Rule | None = None, **options) -> meprop.nn.LSTM:
@@ -74,19 +78,20 @@ def run(layer: torch.nn.LSTM, x: Tensor | PackedSequence, hx: tuple[Tensor, Tens
     return [rows, *states, *torch.autograd.grad(loss, wanted)]
 
 
-@pytest.mark.parametrize("rule", [KeepAll(), KeepAllByTopK()], ids=["select", "top-k"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("given_states", [False, True], ids=["zeros", "hx"])
-@pytest.mark.parametrize("form", ["padded", "packed", "unbatched"])
 @pytest.mark.parametrize(
-    ("num_layers", "bidirectional", "batch_first", "bias"),
-    [*itertools.product([1, 2], [False, True], [False, True], [True]), (2, True, False, False)],
+    ("num_layers", "bidirectional", "batch_first", "bias", "form", "given_states", "dtype", "rule"),
+    covering(
+        *([1, 2], [False, True], [False, True], [True, False], ["padded", "packed", "unbatched"], [False, True]),
+        *([torch.float64, torch.float32], EVERYTHING),
+        strength=3,
+    ),
+    ids=str,
 )
 def test_with_everything_kept_it_is_torchs(
     num_layers, bidirectional, batch_first, bias, form, given_states, dtype, rule, poisoned
 ):
     options = {"num_layers": num_layers, "bidirectional": bidirectional, "batch_first": batch_first, "bias": bias}
-    layer = make(dtype, rule, **options)
+    layer = make(dtype, EVERYTHING[rule], **options)
     x = random_input(form, batch_first, dtype)
     hx = random_states(layer, form) if given_states else None
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
@@ -148,19 +153,14 @@ RULES = [
 WIDTHS = [(INPUTS, UNITS), (70, 131)]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("inputs", "units"), WIDTHS)
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_sparse_gradients_are_those_of_a_literal_lstm(level, poisoned, sizes, inputs, units, reverse, rule):
-    check_against_step_by_step(sizes, inputs, units, reverse, rule, torch.float32)
+@pytest.mark.parametrize(("sizes", "widths", "reverse", "rule"), covering(SIZES, WIDTHS, [False, True], RULES), ids=str)
+def test_sparse_gradients_are_those_of_a_literal_lstm(level, poisoned, sizes, widths, reverse, rule):
+    check_against_step_by_step(SIZES[sizes], *widths, reverse, rule, torch.float32)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("sizes", "reverse", "rule"), covering(SIZES, [False, True], RULES), ids=str)
 def test_the_oracle_is_a_literal_lstm(poisoned, sizes, reverse, rule):
-    check_against_step_by_step(sizes, INPUTS, UNITS, reverse, rule, torch.float64)
+    check_against_step_by_step(SIZES[sizes], INPUTS, UNITS, reverse, rule, torch.float64)
 
 
 @pytest.mark.parametrize("scope", ["example", "batch"])
@@ -212,7 +212,7 @@ def paper_sized(steps: int = 6, batch: int = 33) -> tuple[Tensor, list[Tensor], 
 @pytest.mark.parametrize("scope", ["example", "batch"])
 @pytest.mark.parametrize("batch", [1, 7, 130])
 def test_the_number_of_threads_changes_no_bit(level, threads, scope, batch):
-    x, weights, grad = paper_sized(batch=batch)
+    x, weights, grad = paper_sized(steps=3, batch=batch)
     weights = [weight.detach() for weight in weights]
     rows = x.detach().flatten(0, 1)
     sizes = torch.full((len(x),), batch)
@@ -627,13 +627,16 @@ def count_hits(
     return activity, kept.view(4, units, -1)
 
 
-# What all rows share is not selected.
-@pytest.mark.parametrize("rule", [*(rule for rule in RULES if not rule.exact_sum), meprop.TopK(1.0)], ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("units", [UNITS, 131])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_a_unit_is_hit_where_any_of_its_gates_is(level, threads, sizes, units, dtype, reverse, rule):
+SELECTED = [*(rule for rule in RULES if not rule.exact_sum), meprop.TopK(1.0)]  # what all rows share is not
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "dtype", "reverse", "rule"),
+    covering(SIZES, [UNITS, 131], [torch.float64, torch.float32], [False, True], SELECTED),
+    ids=str,
+)
+def test_a_unit_is_hit_where_any_of_its_gates_is(level, threads, name, units, dtype, reverse, rule):
+    sizes = SIZES[name]
     rows = sum(sizes)
     grad = torch.randn(rows, units, generator=torch.Generator().manual_seed(1), dtype=dtype)
     grad[::3] = 0  # a last time step without a gradient selects zeros

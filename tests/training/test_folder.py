@@ -81,19 +81,25 @@ def test_a_folder_has_one_owner_at_a_time(tmp_path):
     code = f"""
 from meprop.training import folder
 from pathlib import Path
-try:
-    with folder.owned(Path({str(tmp_path)!r})): print("owned")
-except Exception as error: print(type(error).__name__, error)
+for _ in range(2):
+    input()
+    try:
+        with folder.owned(Path({str(tmp_path)!r})): print("owned", flush=True)
+    except Exception as error: print(type(error).__name__, error, flush=True)
 """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True, bufsize=1) as process:
 
-    def other():
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        def other():
+            process.stdin.write("\n")
+            return process.stdout.readline()
 
-    with folder.owned(tmp_path):
-        assert f"MepropError {tmp_path}: another meprop command is at work there" in other()
-        with pytest.raises(MepropError, match="another meprop command"), folder.owned(tmp_path):
-            pass
-    assert other() == "owned\n"
+        with folder.owned(tmp_path):
+            assert f"MepropError {tmp_path}: another meprop command is at work there" in other()
+            with pytest.raises(MepropError, match="another meprop command"), folder.owned(tmp_path):
+                pass
+        assert other() == "owned\n"
+    assert process.returncode == 0
 
 
 def test_the_remains_of_killed_writers_are_removed_and_nothing_else(tmp_path):
