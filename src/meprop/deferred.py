@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from meprop import ops
 from meprop.ops import Choice, GradientProduct, native
 from meprop.ops.optimizer import takes_whole
-from meprop.selection import PlainTopK, RowSelection, is_everything
+from meprop.selection import PlainTopK, RowSelection, WholeRows, is_everything
 
 _Node = Any  # of autograd's graph
 
@@ -92,7 +92,7 @@ class Later:
         except RuntimeError:  # torch.autograd.grad asks for the gradient of this weight
             return None
 
-    def keeps(self, choice: Choice, grad_NO: Tensor) -> RowSelection | None:
+    def keeps(self, choice: Choice | WholeRows, grad_NO: Tensor) -> RowSelection | None:
         """The selection whose product is kept. None if the layer has to form the gradient."""
         if isinstance(choice, PlainTopK) and choice.scope == "example" and choice.blocks == 1:
             choice = ops.topk_rows(grad_NO, choice.k)

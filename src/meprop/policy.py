@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meprop import row_sparse, speed
 from meprop.energy import Energy
 from meprop.errors import NotSupportedError
-from meprop.ops.registry import PLAIN, in_graph, is_proxied
+from meprop.ops.registry import PLAIN, in_graph, is_exporting, is_proxied
 from meprop.profiles import labelled
 from meprop.rules import Rule, in_blocks
 from meprop.selection import ColumnSelection, PlainTopK, Selection, WholeRows, is_everything
@@ -422,7 +422,7 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether a backward pass of ours may follow. In a graph of torch.jit.trace or torch.export it is torch's own."""
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
-            return torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+            return torch.is_grad_enabled() and not torch.jit.is_tracing() and not is_exporting()
     return False
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "ColumnSelection",
     "Entries",
+    "FeatureSelection",
     "PlainTopK",
     "RowSelection",
     "Scope",
@@ -149,6 +150,7 @@ class WholeRows:
         values: The kept rows [M, O], in the gradient's dtype. A rule may have scaled them.
         numbers: The numbers of the rows [M], int32, ascending.
         rows: N, the number of rows of the output gradient.
+        sums: The sums of the columns of the whole output gradient [O], where the choice has made them, else None.
 
     Raises:
         ValueError: The shapes or devices do not fit, the numbers are not int32, or `rows` is no number of rows.
@@ -158,6 +160,7 @@ class WholeRows:
     values: Tensor
     numbers: Tensor
     rows: int
+    sums: Tensor | None = None
 
     shared: ClassVar[None] = None
     """Nothing is given to all rows in addition."""
@@ -166,6 +169,10 @@ class WholeRows:
         _check_type("values", self.values)
         _check_type("numbers", self.numbers)
         _check_size("rows", "N, the number of rows", self.rows)
+        if self.sums is not None:
+            _check_type("sums", self.sums)
+            if self.sums.shape != self.values.shape[1:]:
+                raise ValueError(f"sums is [O] = {list(self.values.shape[1:])}, not {list(self.sums.shape)}")
         _check(self.values, self.numbers, 2, self.values.shape[:1], "[M, O] with int32 numbers of rows [M]")
 
     @property
@@ -183,7 +190,10 @@ class WholeRows:
         return self.values.new_zeros(self.rows, self.width).index_copy_(0, self.numbers.long(), self.values)
 
 
-Selection = RowSelection | ColumnSelection | WholeRows
+FeatureSelection = RowSelection | ColumnSelection
+"""Some output features, of each row or of all."""
+
+Selection = FeatureSelection | WholeRows
 """What a rule returns."""
 
 
@@ -233,7 +243,7 @@ def is_everything(selection: Selection) -> bool:
     return isinstance(selection, ColumnSelection) and len(selection.indices) == selection.width
 
 
-def side_by_side(parts: Sequence[Selection]) -> Selection:
+def side_by_side(parts: Sequence[Selection]) -> FeatureSelection:
     """One selection of the features of all parts, one part after the other.
 
     Columns beside entries of rows become entries of rows.
@@ -245,13 +255,13 @@ def side_by_side(parts: Sequence[Selection]) -> Selection:
     return _side_by_side([_part(each) for each in parts])
 
 
-def _part(selection: Selection) -> RowSelection | ColumnSelection:
+def _part(selection: Selection) -> FeatureSelection:
     if not isinstance(selection, RowSelection | ColumnSelection):
         raise TypeError(f"a selection side by side is a {type(selection).__name__}; it is a Row- or a ColumnSelection")
     return selection
 
 
-def _side_by_side(parts: Sequence[RowSelection | ColumnSelection]) -> RowSelection | ColumnSelection:
+def _side_by_side(parts: Sequence[FeatureSelection]) -> FeatureSelection:
     if len({part.rows for part in parts}) != 1:
         found = ", ".join(f"{type(part).__name__} of {part.rows} rows" for part in parts)
         raise ValueError(f"selections side by side are of the same rows, not {found or 'none'}")
@@ -277,7 +287,7 @@ def _side_by_side(parts: Sequence[RowSelection | ColumnSelection]) -> RowSelecti
     return RowSelection(values, torch.cat([each.flatten() for each in indices])[order], firsts[-1], shared, starts)
 
 
-def _by_row(selection: RowSelection | ColumnSelection) -> RowSelection:
+def _by_row(selection: FeatureSelection) -> RowSelection:
     if isinstance(selection, RowSelection):
         return selection
     indices = selection.indices.expand(selection.values.shape)
@@ -301,7 +311,7 @@ def shared_or_zeros(part: Selection) -> Tensor:
     return part.values.new_zeros(part.width) if part.shared is None else part.shared
 
 
-def _check_types(selection: RowSelection | ColumnSelection, **tensors: Tensor | None) -> None:
+def _check_types(selection: FeatureSelection, **tensors: Tensor | None) -> None:
     _check_size("width", "O, the number of output features", selection.width)
     _check_type("values", selection.values)
     _check_type("indices", selection.indices)

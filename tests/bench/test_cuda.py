@@ -132,13 +132,3 @@ def test_what_is_copied_is_as_many_bytes_beyond_the_cache(monkeypatch):
     monkeypatch.setattr(FakeCard, "time", time)
     assert cuda.copy_seconds(1000, FakeCard()) == 2.0
     assert copied == [512] * 5  # read and written, of copies that are more than four caches of 1 KiB
-
-
-def test_sides_that_are_refused_are_not_captured(monkeypatch):
-    captured = []
-    monkeypatch.setattr(FakeCard, "capture", lambda self, call: captured.append(call) or call)
-    one, other = (lambda: None), (lambda: None)
-    times, uncaptured = FakeCard().time_both({"a": [one], "b": [other]}, 0.0, {"b": "it counts on the host"})
-    assert captured == [one]
-    assert set(times) == {"a eager", "a graph", "b eager"}
-    assert uncaptured == {"b": "it counts on the host"}

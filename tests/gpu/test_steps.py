@@ -175,6 +175,42 @@ def test_a_whole_step_is_captured(rule, device):
 
 
 @on_a_card
+@pytest.mark.parametrize("sparse_rows", ["exact", "decay", "lazy"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_a_captured_step_of_row_sparse_gradients_counts_on(name, sparse_rows, device):
+    """The corrections of Adam's moments follow the number of the step, which a graph reads on the card."""
+    after = []
+    for captured in (False, True):
+        model, (x, classes) = network(device), batch(device)
+        meprop.convert(model, COLUMNS, min_features=8, when="always", sparse_grad=True)
+        options = {"lr": 0.01, "sparse_rows": sparse_rows, "capturable": captured}
+        optimizer = getattr(optim, name)(model.parameters(), **options)
+
+        def step(model=model, optimizer=optimizer, x=x, classes=classes) -> None:
+            F.cross_entropy(model(x), classes).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            for _ in range(9):
+                graph.replay()
+        else:
+            for _ in range(9):
+                step()
+        after.append(model[0].weight.detach().clone())
+    torch.testing.assert_close(*after, rtol=1e-3, atol=1e-4)
+
+
+@on_a_card
 def test_what_is_captured_is_what_runs(device):
     model, (x, classes) = network(device), batch(device)
     meprop.convert(model, COLUMNS, min_features=8, when="always")

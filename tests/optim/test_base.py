@@ -298,13 +298,27 @@ def test_values_of_any_memory_layout():
     torch.testing.assert_close(ours[0], theirs[0])
 
 
-@pytest.mark.parametrize("options", [{"differentiable": True}, {"capturable": True}, {}])
+@pytest.mark.parametrize("options", [{"differentiable": True}, {}])
 def test_what_is_not_for_row_sparse_gradients_is_refused(options):
     dtype = torch.float32 if options else torch.complex64
     parameter = torch.nn.Parameter(torch.ones(3, 2, dtype=dtype))
     parameter.grad = sparse(torch.ones(1, 2, dtype=dtype), [1], 3)
     with pytest.raises(NotSupportedError, match="sparse_grad=False"):
         optim.Adam([parameter], **options).step()
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_the_number_of_a_captured_step_is_a_tensor(name):
+    """It is for a GPU, but means the same on a CPU."""
+    after = []
+    for capturable in (False, True):
+        params = parameters(torch.float32)[:1]
+        optimizer = getattr(optim, name)(params, lr=0.1, capturable=capturable, sparse_rows="lazy")
+        for number in range(4):
+            params[0].grad = sparse(torch.ones(3, WIDTH) * (number - 1), [2, 5, 9])
+            optimizer.step()
+        after.append(params[0])
+    torch.testing.assert_close(*after)
 
 
 def test_entries_instead_of_rows_are_refused():

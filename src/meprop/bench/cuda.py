@@ -151,24 +151,19 @@ class Card:
         """Return the times of the sides; see `events.interleaved`."""
         return interleaved(sides, seconds, self.event)
 
-    def time_both(
-        self, sides: Mapping[str, Sequence[Call]], seconds: float, refused: Mapping[str, str] | None = None
-    ) -> tuple[dict[str, Times], dict[str, str]]:
+    def time_both(self, sides: Mapping[str, Sequence[Call]], seconds: float) -> tuple[dict[str, Times], dict[str, str]]:
         """Time each side as it is and as a graph, all in turns.
 
         Args:
             sides: By name, calls on copies of the operands.
             seconds: To spend on all of them together.
-            refused: Why sides are not to be captured, by their names.
 
         Returns:
             The times, by the names "SIDE eager" and "SIDE graph", and why a side has no graph, by its name.
         """
         modes: dict[str, Sequence[Call]] = {f"{name} eager": calls for name, calls in sides.items()}
-        uncaptured = dict(refused or {})
+        uncaptured: dict[str, str] = {}
         for name, calls in sides.items():
-            if name in uncaptured:
-                continue
             for call in calls:
                 call()
             try:

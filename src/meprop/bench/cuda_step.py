@@ -122,9 +122,8 @@ def run_case(
     with forked_random(card.device):
         wrong, steppers = _checked(which, begin)
     card.release()
-    sides: dict[str, Sequence[Call]] = {name: [stepper.run] for name, (stepper, _) in steppers.items()}
-    refused = {name: reason for name, (_, reason) in steppers.items() if reason is not None}
-    times, uncaptured = card.time_both(sides, seconds * len(sides), refused) if sides else ({}, {})
+    sides: dict[str, Sequence[Call]] = {name: [stepper.run] for name, stepper in steppers.items()}
+    times, uncaptured = card.time_both(sides, seconds * len(sides)) if sides else ({}, {})
 
     def result(way: CardWay) -> WayResult:
         if way.name in wrong:
@@ -132,15 +131,13 @@ def run_case(
         own = {mode: times[f"{way.name} {mode}"] for mode in ("eager", "graph") if f"{way.name} {mode}" in times}
         bound = cuda.roofline(work_of(way, model), _dtype(way), limits, card)
         share = bound.floor / own[mode_of(times, way.name)].p20
-        kept = kept_share(steppers[way.name][0].network)
+        kept = kept_share(steppers[way.name].network)
         return WayResult(way, None, own, uncaptured.get(way.name), _ratios(way, times), kept, bound, share)
 
     return CaseResult(model, begin.data, [result(way) for way in which])
 
 
-def _checked(
-    which: Sequence[CardWay], begin: Start
-) -> tuple[dict[str, str], dict[str, tuple[CardStepper, str | None]]]:
+def _checked(which: Sequence[CardWay], begin: Start) -> tuple[dict[str, str], dict[str, CardStepper]]:
     """What is wrong with ways, and the steppers of the others, by their names.
 
     A way that raises an error is wrong, so that the others keep their results.
@@ -148,18 +145,19 @@ def _checked(
     batch = begin.hardest()
     oracles: dict[Any, Oracle] = {}
     wrong: dict[str, str] = {}
-    steppers: dict[str, tuple[CardStepper, str | None]] = {}
+    steppers: dict[str, CardStepper] = {}
     for way in which:
         try:
             if way.oracle_rule not in oracles:
                 oracles[way.oracle_rule] = oracle(begin.network, way.oracle_rule, batch)
-            stepper, refused = CardStepper.of(way, begin.network, batch)
+            stepper = CardStepper(way, begin.network, batch)
+            stepper.run()
             found = differs(stepper, batch, oracles[way.oracle_rule])
         except Exception as error:
             found = f"{type(error).__name__}: {error}"
         else:
             if found is None:
-                steppers[way.name] = stepper, refused
+                steppers[way.name] = stepper
                 continue
         wrong[way.name] = found
     return wrong, steppers

@@ -19,7 +19,6 @@ from meprop.bench.perceptron import Batch, Model
 from meprop.bench.problem import rule_of_rows
 from meprop.bench.roofline import Work
 from meprop.bench.ways import Way
-from meprop.errors import NotSupportedError
 
 Precision = Literal["bf16", "autocast", "tf32"]
 """Weights in bfloat16; float32 weights under autocast to bfloat16; float32 weights with products in TF32."""
@@ -78,10 +77,9 @@ class CardStepper:
         way: It.
         network: A dense network of float32 on the device; the steps are those of a copy.
         batch: On the device.
-        capturable: Whether the optimizer is one that can be captured.
     """
 
-    def __init__(self, way: CardWay, network: nn.Module, batch: Batch, *, capturable: bool) -> None:
+    def __init__(self, way: CardWay, network: nn.Module, batch: Batch) -> None:
         self.way = way
         self.network = deepcopy(network)
         self._batch = batch
@@ -90,23 +88,12 @@ class CardStepper:
         if way.rule is not None:
             meprop.convert(self.network, way.rule, sparse_grad=way.sparse_rows is not None, when="always")
         self.optimizer: torch.optim.Optimizer
-        parameters, mode = self.network.parameters(), way.sparse_rows
+        parameters, mode = list(self.network.parameters()), way.sparse_rows
+        capturable = parameters[0].is_cuda
         if mode is None:
             self.optimizer = torch.optim.Adam(parameters, lr=0.0, capturable=capturable, fused=True)
         else:
             self.optimizer = optim.Adam(parameters, lr=0.0, capturable=capturable, sparse_rows=mode)
-
-    @classmethod
-    def of(cls, way: CardWay, network: nn.Module, batch: Batch) -> tuple[CardStepper, str | None]:
-        """Return the stepper after a step, and why its optimizer cannot be captured; None if it can."""
-        stepper = cls(way, network, batch, capturable=True)
-        try:
-            stepper.run()
-        except NotSupportedError as error:
-            stepper = cls(way, network, batch, capturable=False)
-            stepper.run()
-            return stepper, str(error)
-        return stepper, None
 
     def loss(self, x: Tensor, classes: Tensor) -> Tensor:
         """Return the loss of a batch, whose inputs are float32."""

@@ -26,7 +26,7 @@ from meprop.bench.problem import DTYPES, Device, Dtype, Problem
 from meprop.bench.record import Record
 from meprop.bench.roofline import Limits, Roofline, Work, measure_limits, roofline
 from meprop.rules import Rule
-from meprop.selection import Selection
+from meprop.selection import FeatureSelection
 from meprop.training import tracking
 
 Kind = Literal["example", "batch", "rows", "topk"]
@@ -232,7 +232,7 @@ def _run_backward(case: Case, seconds: float, limits: Limits) -> CaseResult:
     return CaseResult(case.name, case, None, times, ratios, bound, share, converted, meter.read())
 
 
-def _backward_work(case: Case, selection: Selection) -> Work:
+def _backward_work(case: Case, selection: FeatureSelection) -> Work:
     """Counts both products; of the memory, each operand that is needed and each result once."""
     size = BYTES[case.dtype]
     multiply_adds = 2 * case.rows * case.k * case.inputs

@@ -98,7 +98,7 @@ def differs(name: str, side: Backward, selection: Selection, problem: Problem) -
 
 def rule_of_rows(share: float) -> Rule:
     """Return the rule that draws this share of the whole rows."""
-    return meprop.Sampled(share, scope="rows")  # pyright: ignore[reportArgumentType]
+    return meprop.Sampled(share, scope="rows")
 
 
 def forked_random(device: Device) -> AbstractContextManager[None]:

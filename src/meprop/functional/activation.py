@@ -13,7 +13,7 @@ from meprop import ops
 from meprop.errors import did_you_mean
 from meprop.ops import native
 from meprop.ops.activation import FUNCTIONS, Activation, needs_input
-from meprop.ops.registry import in_graph
+from meprop.ops.registry import in_graph, is_exporting
 from meprop.policy import is_dual
 from meprop.profiles import labelled
 
@@ -84,7 +84,7 @@ def is_one_pass(x: Any, p: float, training: bool) -> bool:
     """Whether the native pass serves this input. Torch's own functions do otherwise."""
     if not training or not 0 < p < 1 or in_graph() or x is None or native.declines(x) is not None:
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or is_dual(x):
+    if torch.jit.is_tracing() or is_exporting() or is_dual(x):
         return False
     return x.numel() >= _LEAST_ENTRIES
 

@@ -12,7 +12,7 @@ from meprop.deferred import Later
 from meprop.ops.registry import PLAIN, in_graph
 from meprop.policy import Activity, Policy
 from meprop.rules import Rule
-from meprop.selection import PlainTopK, everything
+from meprop.selection import PlainTopK, WholeRows, everything
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -179,7 +179,7 @@ def _backward_by(
 
 
 def _products(
-    choice: ops.Choice,
+    choice: ops.Choice | WholeRows,
     grad_NO: Tensor,
     weight: Tensor | None,
     x_NI: Tensor | None,

@@ -34,9 +34,9 @@ from meprop.ops.topk import topk_columns, topk_rows, triton_columns_and_sums
 from meprop.selection import (
     ColumnSelection,
     Entries,
+    FeatureSelection,
     PlainTopK,
     RowSelection,
-    Selection,
     WholeRows,
     is_everything,
     side_by_side,
@@ -72,7 +72,7 @@ def _consist_of(
     )
 
 
-def _selected(call: Callable[..., Any], choice: Choice, grad: Tensor) -> Selection:
+def _selected(call: Callable[..., Any], choice: Choice, grad: Tensor) -> FeatureSelection:
     if not isinstance(choice, PlainTopK):
         return choice
     k, scope, blocks = choice
@@ -266,7 +266,7 @@ def _native_entries_backward(
 
 
 def backward_with(
-    choice: Choice,
+    choice: Choice | WholeRows,
     grad: Tensor,
     weight: Tensor | None,
     x: Tensor | None,

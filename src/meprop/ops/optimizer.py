@@ -206,7 +206,7 @@ def adam_rows(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     rows: Gradient,
-    step: float,
+    step: float | Tensor,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -223,7 +223,8 @@ def adam_rows(
         exp_avg_sq: The second moment [O, *]. Its name in `rows.decays` is this one.
         max_exp_avg_sq: The largest second moment so far [O, *] with AMSGrad, else None.
         rows: The gradient.
-        step: The number of this step, counted from 1.
+        step: The number of this step, counted from 1. A tensor [] is not read on the host, so that a captured graph
+            counts on.
         lr: The same as torch's.
         betas: The same as torch's.
         eps: The same as torch's.
@@ -252,6 +253,11 @@ def adam_rows(
     if max_exp_avg_sq is not None:
         second = torch.maximum(max_exp_avg_sq[at], second)
         _store(max_exp_avg_sq, at, second)
+    if isinstance(step, Tensor):
+        rate, scale = ((1 - beta ** step.double()).to(second.dtype) for beta in betas)
+        root = _root(second) / scale.sqrt() + eps
+        _store(weight, at, w - lr / rate * (first / root))
+        return
     root = _root(second) * (1 / sqrt(1 - betas[1] ** step)) + eps
     _store(weight, at, w - lr / (1 - betas[0] ** step) * (first / root))
 
@@ -262,11 +268,13 @@ def _native_adam_declines(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     rows: Gradient,
-    _step: float,
+    step: float | Tensor,
     **options: Any,
 ) -> str | None:
     if max_exp_avg_sq is not None:
         return "native kernels have no AMSGrad"
+    if isinstance(step, Tensor):
+        return "native kernels take the number of a step, not a tensor"
     return _declines(rows, options.get("key"), weight, exp_avg, exp_avg_sq)
 
 
@@ -299,7 +307,7 @@ def _triton_adam_declines(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     rows: Gradient,
-    _step: float,
+    _step: float | Tensor,
     **options: Any,
 ) -> str | None:
     if max_exp_avg_sq is not None or options.get("key") is not None:
@@ -318,8 +326,8 @@ def _triton_adam_rows(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     _max_exp_avg_sq: None,
-    rows: GradientRows,
-    step: float,
+    rows: Gradient,
+    step: float | Tensor,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -329,16 +337,20 @@ def _triton_adam_rows(
     key: None = None,
 ) -> None:
     del key
+    assert isinstance(rows, GradientRows)  # others are declined
+    assert rows.indices is not None
     rows.check(weight, exp_avg, exp_avg_sq)
-    decays = (
-        rows.decays.get("exp_avg"),
-        rows.decays.get("exp_avg_sq"),
-        rows.decays.get(PARAMETER) if decoupled else None,
+    decays = rows.decays.get("exp_avg"), rows.decays.get("exp_avg_sq"), rows.decays.get(PARAMETER)
+    triton.kernels().adam_rows(
+        *(weight, exp_avg, exp_avg_sq, rows.indices, rows.values),
+        decays if decoupled else (*decays[:2], None),
+        step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        keep_weight=1 - lr * weight_decay if decoupled else 1.0,
+        weight_decay=0.0 if decoupled else weight_decay,
     )
-    keep = 1 - lr * weight_decay if decoupled else 1.0
-    rate, root = lr / (1 - betas[0] ** step), 1 / sqrt(1 - betas[1] ** step)
-    numbers = *betas, keep, 0.0 if decoupled else weight_decay, rate, root, eps
-    triton.kernels().adam_rows(weight, exp_avg, exp_avg_sq, rows.indices, rows.values, decays, numbers)
 
 
 # ---------------------------------------------------------------- Adagrad

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from meprop.ops import native, triton
 from meprop.ops.registry import Operator, operation
-from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection, Selection, WholeRows
+from meprop.selection import ColumnSelection, Entries, FeatureSelection, PlainTopK, RowSelection, Selection, WholeRows
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """The gradients of input, weight and bias. A gradient that is not wanted is None."""
 
-Choice = Selection | PlainTopK
+Choice = FeatureSelection | PlainTopK
 """What is kept of an output gradient. It is a selection, or a top-k that has not been made yet."""
 
 
@@ -27,11 +27,13 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _starts(selection: Selection) -> Tensor | None:
+def _starts(selection: FeatureSelection) -> Tensor | None:
     return selection.starts if isinstance(selection, RowSelection) else None
 
 
-def _selection(values: Tensor, indices: Tensor, width: int, starts: Tensor | None, shared: Tensor | None) -> Selection:
+def _selection(
+    values: Tensor, indices: Tensor, width: int, starts: Tensor | None, shared: Tensor | None
+) -> FeatureSelection:
     """The selection that an operator has got in parts. Their shapes are checked."""
     if indices.dim() == 1 and starts is None:
         return ColumnSelection(values, indices, width, shared)
@@ -61,7 +63,7 @@ def check_fits(selection: Selection, tensors: dict[str, Tensor | None]) -> None:
         check_order(selection)
 
 
-def check_order(selection: Selection) -> None:
+def check_order(selection: FeatureSelection) -> None:
     """Raises an IndexError for indices or starts that no selection has."""
     indices, starts = selection.indices, _starts(selection)
     valid = bool(((indices >= 0) & (indices < selection.width)).all())
@@ -90,13 +92,13 @@ def _fake_grad_input(
     return weight.new_empty(values.shape[0] if starts is None else starts.shape[0] - 1, weight.shape[1])
 
 
-def _flat_grad_input(selection: Selection, weight: Tensor) -> tuple[Tensor | None, ...]:
+def _flat_grad_input(selection: FeatureSelection, weight: Tensor) -> tuple[Tensor | None, ...]:
     return selection.values, selection.indices, weight, _starts(selection), selection.shared
 
 
 def _whole_grad_input(
     values: Tensor, indices: Tensor, weight: Tensor, starts: Tensor | None = None, shared: Tensor | None = None
-) -> tuple[Selection, Tensor]:
+) -> tuple[FeatureSelection, Tensor]:
     return _selection(values, indices, weight.shape[0], starts, shared), weight
 
 
@@ -109,7 +111,7 @@ _grad_input_operator = Operator(
 
 
 @operation(operator=_grad_input_operator, tensor_at=1)
-def grad_input(selection: Selection, weight: Tensor, /) -> Tensor:
+def grad_input(selection: FeatureSelection, weight: Tensor, /) -> Tensor:
     """The product of a selection [N, O] and a weight [O, I], which is the input's gradient dx.
 
     dx[n] is shared W plus the sum of value * weight[o] over the entries of row n.
@@ -144,7 +146,7 @@ def _fake_grad_weight(
     return x.new_empty(width, x.shape[1])
 
 
-def _flat_grad_weight(selection: Selection, x: Tensor) -> tuple[Tensor | int | None, ...]:
+def _flat_grad_weight(selection: FeatureSelection, x: Tensor) -> tuple[Tensor | int | None, ...]:
     return selection.values, selection.indices, x, selection.width, _starts(selection), selection.shared
 
 
@@ -155,7 +157,7 @@ def _whole_grad_weight(
     width: int,
     starts: Tensor | None = None,
     shared: Tensor | None = None,
-) -> tuple[Selection, Tensor]:
+) -> tuple[FeatureSelection, Tensor]:
     return _selection(values, indices, width, starts, shared), x
 
 
@@ -168,7 +170,7 @@ _grad_weight_operator = Operator(
 
 
 @operation(operator=_grad_weight_operator, tensor_at=1)
-def grad_weight(selection: Selection, x: Tensor, /) -> Tensor:
+def grad_weight(selection: FeatureSelection, x: Tensor, /) -> Tensor:
     """The product of a transposed selection [N, O] and x [N, I], which is the weight's gradient dW.
 
     dW[o] is the sum of value * x[n] over the entries of feature o. A shared part adds shared[o] times the sum of all
@@ -236,7 +238,7 @@ def _hit(selection: Selection) -> Tensor:
 # ---------------------------------------------------------------- the native call of all of them
 
 
-def native_declines_selection(selection: Selection) -> str | None:
+def native_declines_selection(selection: FeatureSelection) -> str | None:
     """Why native code cannot read this selection. None if it can."""
     reason = native.declines(selection.values, selection.shared)
     if reason is None:
@@ -245,19 +247,19 @@ def native_declines_selection(selection: Selection) -> str | None:
     return native.declines(starts, dtypes=native.INT64) if reason is None and starts is not None else reason
 
 
-def _native_declines(selection: Selection, other: Tensor) -> str | None:
+def _native_declines(selection: FeatureSelection, other: Tensor) -> str | None:
     return native.declines(other) or native_declines_selection(selection)
 
 
 @native.backend.implements(grad_input, _native_declines)
-def _native_grad_input(selection: Selection, weight: Tensor) -> Tensor:
+def _native_grad_input(selection: FeatureSelection, weight: Tensor) -> Tensor:
     result, *_ = native_products(selection, None, weight, None)
     assert result is not None
     return result
 
 
 @native.backend.implements(grad_weight, _native_declines)
-def _native_grad_weight(selection: Selection, x: Tensor) -> Tensor:
+def _native_grad_weight(selection: FeatureSelection, x: Tensor) -> Tensor:
     _, result, _ = native_products(selection, None, None, x)
     assert result is not None
     return result
@@ -272,12 +274,12 @@ def _native_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- those of a GPU
 
 
-def _triton_declines(selection: Selection, other: Tensor) -> str | None:
+def _triton_declines(selection: FeatureSelection, other: Tensor) -> str | None:
     return triton.declines(selection.values, selection.shared, other)
 
 
 @triton.backend.implements(grad_input, _triton_declines)
-def _triton_grad_input(selection: Selection, weight: Tensor) -> Tensor:
+def _triton_grad_input(selection: FeatureSelection, weight: Tensor) -> Tensor:
     """Of columns, the dense product of what is gathered. Of entries by row, that of the gradient with zeros."""
     values, shared = selection.values.to(weight.dtype), selection.shared
     if isinstance(selection, ColumnSelection):
@@ -288,7 +290,7 @@ def _triton_grad_input(selection: Selection, weight: Tensor) -> Tensor:
 
 
 @triton.backend.implements(grad_weight, _triton_declines)
-def _triton_grad_weight(selection: Selection, x: Tensor) -> Tensor:
+def _triton_grad_weight(selection: FeatureSelection, x: Tensor) -> Tensor:
     shared = selection.shared
     if isinstance(selection, ColumnSelection):
         rows = selection.values.to(x.dtype).t() @ x
@@ -303,7 +305,7 @@ def _triton_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
     return values.t() @ x
 
 
-def _masked(selection: Selection, dtype: torch.dtype) -> Tensor:
+def _masked(selection: RowSelection, dtype: torch.dtype) -> Tensor:
     """The kept entries among zeros [N, O], without what all rows share."""
     return replace(selection, shared=None).to_dense().to(dtype)
 
@@ -311,7 +313,7 @@ def _masked(selection: Selection, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------- both together
 
 
-def refuse_row_sparse(choice: Choice) -> None:
+def refuse_row_sparse(choice: Choice | WholeRows) -> None:
     """Raises a ValueError for a choice whose weight gradient has more than the selected rows."""
     if not isinstance(choice, PlainTopK) and choice.shared is not None:
         raise ValueError(
@@ -444,7 +446,7 @@ def _of_topk(topk: PlainTopK, grad: Tensor, needs_indices: bool) -> _Described:
     return rows, width, dtype, (native.SCOPE_CODES[scope], k, blocks, 1, *addresses), (values, indices)
 
 
-def described(selection: Selection) -> _Described:
+def described(selection: FeatureSelection) -> _Described:
     """Describes a given selection."""
     values, indices = selection.values.resolve_neg().contiguous(), selection.indices.contiguous()
     shared, starts = selection.shared, _starts(selection)

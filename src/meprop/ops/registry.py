@@ -50,6 +50,14 @@ def in_graph() -> bool:
     return _is_compiling() or is_proxied()
 
 
+def is_exporting() -> bool:
+    """Whether what runs becomes a graph of torch.export.
+
+    Up to torch 2.12, torch.compile takes torch's own function of this name for True in every graph.
+    """
+    return torch.compiler._is_exporting_flag  # pyright: ignore[reportPrivateUsage]
+
+
 _library = torch.library.Library("meprop", "DEF")
 
 

@@ -17,16 +17,25 @@ from meprop.selection import WholeRows
 # ---------------------------------------------------------------- the choice
 
 
-def _fake_draw(grad: Tensor, k: int, _start: Tensor) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(k, grad.shape[1]), grad.new_empty(k, dtype=torch.int32)
+_Found = tuple[Tensor, Tensor, Tensor]
+"""Values [k, O] and numbers [k] of the kept rows, and the sums of all columns [O]."""
 
 
-def _whole_rows(found: tuple[Tensor, Tensor], grad: Tensor, _k: int, _start: Tensor) -> WholeRows:
-    return WholeRows(*found, len(grad))
+def _fake_draw(grad: Tensor, k: int, _start: Tensor) -> _Found:
+    width = grad.shape[1]
+    return grad.new_empty(k, width), grad.new_empty(k, dtype=torch.int32), grad.new_empty(width)
 
 
-@operation(operator=Operator("(Tensor grad, int k, Tensor start) -> (Tensor, Tensor)", _fake_draw), result=_whole_rows)
-def draw_whole_rows(grad: Tensor, k: int, start: Tensor, /) -> tuple[Tensor, Tensor]:
+def _whole_rows(found: _Found, grad: Tensor, _k: int, _start: Tensor) -> WholeRows:
+    values, numbers, sums = found
+    return WholeRows(values, numbers, len(grad), sums)
+
+
+_operator = Operator("(Tensor grad, int k, Tensor start) -> (Tensor, Tensor, Tensor)", _fake_draw)
+
+
+@operation(operator=_operator, result=_whole_rows)
+def draw_whole_rows(grad: Tensor, k: int, start: Tensor, /) -> _Found:
     """k rows of grad [N, O], drawn by their norms so that the mean over all draws is grad, where 1 <= k <= N.
 
     A threshold t is found for which k rows are kept on average. A row of norm t or more is kept as it is. A smaller one
@@ -43,7 +52,8 @@ def draw_whole_rows(grad: Tensor, k: int, start: Tensor, /) -> tuple[Tensor, Ten
         start: Where the sampling starts, a random number from 0 to 2^24 - 1, int64 [].
 
     Returns:
-        WholeRows. An implementation returns its values [k, O] and numbers [k].
+        WholeRows, with the sums of all columns, which are the bias's gradient. An implementation returns its values
+        [k, O], its numbers [k] and the sums [O].
 
     Raises:
         ValueError: k is out of range.
@@ -54,7 +64,7 @@ def draw_whole_rows(grad: Tensor, k: int, start: Tensor, /) -> tuple[Tensor, Ten
     most = torch.finfo(grad.dtype).max
     values = grad.index_select(0, kept).double() * factors[:, None]
     values = torch.where(values.isfinite(), values.clamp(-most, most), values)
-    return torch.where(factors[:, None] == 0, 0.0, values).to(grad.dtype), kept.int()
+    return torch.where(factors[:, None] == 0, 0.0, values).to(grad.dtype), kept.int(), grad.sum(dim=0)
 
 
 def _triton_declines_draw(grad: Tensor, _k: int, _start: Tensor) -> str | None:
@@ -62,16 +72,16 @@ def _triton_declines_draw(grad: Tensor, _k: int, _start: Tensor) -> str | None:
 
 
 @triton.backend.implements(draw_whole_rows, _triton_declines_draw)
-def _triton_draw_whole_rows(grad: Tensor, k: int, start: Tensor) -> tuple[Tensor, Tensor]:
+def _triton_draw_whole_rows(grad: Tensor, k: int, start: Tensor) -> _Found:
     check_draw(grad, k)
     kernels, grad = triton.kernels(), triton.matrix(grad)
-    norms, _ = kernels.row_norms(grad, with_sums=False)
+    norms, sums = kernels.row_norms(grad)
     found = kernels.choose_rows(norms, k, start)
     if found is None:
         kept, factors = choose_rows(norms, k, start)
         found = kept.int(), factors.float()
     numbers, factors = found
-    return kernels.gather_rows(grad, numbers, factors), numbers
+    return kernels.gather_rows(grad, numbers, factors), numbers, sums
 
 
 def check_draw(grad: Tensor, k: int) -> None:
@@ -146,5 +156,5 @@ def whole_rows_backward(
     return (
         None if weight is None else spread_rows(values @ weight, numbers, selection.rows),
         None if x is None else values.t() @ x.index_select(0, numbers),
-        grad.sum(dim=0) if needs_bias else None,
+        None if not needs_bias else grad.sum(dim=0) if selection.sums is None else selection.sums,
     )

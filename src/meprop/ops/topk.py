@@ -116,7 +116,7 @@ def _triton_declines(grad: Tensor, _k: int) -> str | None:
 @triton.backend.implements(topk_columns, _triton_declines)
 def _triton_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices, _ = triton_columns_and_sums(grad, k, with_sums=False)
-    return values, indices
+    return values.contiguous(), indices  # as a graph of torch.compile expects it
 
 
 def triton_columns_and_sums(grad: Tensor, k: int, *, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -101,7 +101,7 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         weight_decay = float(group["weight_decay"])
         return {"sum": weight_decay**2} if weight_decay != 0 else {}
 
-    def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         weight_decay, eps = group["weight_decay"], group["eps"]
         key = self._next_key(parameter)

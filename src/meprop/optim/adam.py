@@ -25,7 +25,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         amsgrad: Whether the largest second moment so far is used (AMSGrad).
         foreach: Whether torch's for-each implementation takes dense gradients; None: it is left open.
         maximize: Whether the step goes up the gradient instead of down.
-        capturable: Whether the step may be captured in a CUDA graph. It is for dense gradients only.
+        capturable: Whether the step may be captured in a CUDA graph. The graph keeps the learning rate of its capture.
         differentiable: Whether autograd may go through the step. It is for dense gradients only.
         fused: Whether torch's fused implementation takes dense gradients; None: where it takes them, if they are not
             large (`meprop.optim`).
@@ -40,7 +40,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
         ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
             torch raises it for.
-        NotSupportedError: `step` meets a sparse gradient, and capturable or differentiable is True, the parameter is
+        NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is
             complex, the gradient is sparse in more than its rows, or torch.compile compiles the step. Or
             `state_dtype` is torch.bfloat16, and a parameter is not a plain one of float32, torch.compile compiles the
             step, or foreach, fused, capturable, amsgrad or differentiable is True.
@@ -113,7 +113,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         beta1, beta2 = map(float, group["betas"])
         return {"exp_avg": (1 - beta1) * weight_decay, "exp_avg_sq": (1 - beta2) * weight_decay**2}
 
-    def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         beta1, beta2 = group["betas"]
         ops.adam_rows(

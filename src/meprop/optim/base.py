@@ -66,14 +66,15 @@ class RowSparseOptimizer(MissedSteps):
         """
 
     @abstractmethod
-    def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
         """Does the dense optimizer's step, in place, for some rows of a parameter.
 
         Args:
             parameter: The parameter [O, *].
             rows: Which rows are updated, with what gradient, and how far their state decays. `group["maximize"]` is
                 already applied to the gradient. It is a product, or that of all rows, only if `_takes_whole`.
-            step: The number of this step, the first being 1. It is always 1 where the state has no `step`.
+            step: The number of this step, the first being 1. It is always 1 where the state has no `step`, and a tensor
+                [] if the group is capturable.
             group: Its group.
         """
 
@@ -226,7 +227,7 @@ class RowSparseOptimizer(MissedSteps):
 
     def _whole_step(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
         self._init_state(parameter, group)
-        self._update(parameter, gradient, self._count_step(parameter), group)
+        self._update(parameter, gradient, self._count_step(parameter, group), group)
 
     def _fits_native(self, parameter: Tensor, grad: Tensor | None, group: dict[str, Any]) -> bool:
         """Whether a dense gradient's step is not torch's, but ours. An implementation that the user chooses does it.
@@ -282,7 +283,7 @@ class RowSparseOptimizer(MissedSteps):
         changes = self._zero_gradient_moves_weights(group) or bool(self._decays(group))
         every_row = self.sparse_rows == "exact" and changes
         rows = GradientRows(indices, -values if group["maximize"] else values, every_row, decays)
-        self._update(parameter, rows, self._count_step(parameter), group)
+        self._update(parameter, rows, self._count_step(parameter, group), group)
         for decay in decays.values():
             decay.index_fill_(0, indices, 1)
 
@@ -292,16 +293,18 @@ class RowSparseOptimizer(MissedSteps):
                 f"{type(self).__name__}.step with row-sparse gradients under torch.compile; call it outside, or use "
                 "sparse_grad=False"
             )
-        if group["differentiable"] or group.get("capturable") or parameter.is_complex():
+        if group["differentiable"] or parameter.is_complex():
             raise NotSupportedError(
-                f"{type(self).__name__} with row-sparse gradients is neither differentiable nor capturable, nor for "
-                "complex parameters; use sparse_grad=False there"
+                f"{type(self).__name__} with row-sparse gradients is not differentiable, nor for complex parameters; "
+                "use sparse_grad=False there"
             )
 
-    def _count_step(self, parameter: Tensor) -> float:
-        """The number of the step that begins, where the state counts steps; else 1."""
+    def _count_step(self, parameter: Tensor, group: dict[str, Any]) -> float | Tensor:
+        """The number of the step that begins, where the state counts steps; else 1. A captured graph counts itself."""
         step: Tensor | None = self.state.get(parameter, {}).get("step")
-        return 1.0 if step is None else float(step.add_(1))
+        if step is None:
+            return 1.0
+        return step.add_(1) if group.get("capturable") else float(step.add_(1))
 
     # ---- what torch does not know of
 
@@ -373,7 +376,8 @@ class RowSparseOptimizer(MissedSteps):
 
 def no_steps(parameter: Tensor, group: dict[str, Any]) -> Tensor:
     """A count of steps at zero, on the device on which torch's implementation for the group looks for it."""
-    return torch.zeros((), dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")
+    at_hand = group.get("fused") or group.get("capturable")
+    return torch.zeros((), dtype=torch.float32, device=parameter.device if at_hand else "cpu")
 
 
 def _tensors(state: dict[str, Any]) -> list[Tensor]:

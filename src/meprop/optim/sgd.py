@@ -96,7 +96,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         dampening = 0.0 if is_first else float(group["dampening"])
         return {"momentum_buffer": (1 - dampening) * float(group["weight_decay"])}
 
-    def _update(self, parameter: Tensor, rows: Gradient, step: float, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
         buffer, dampening = None, float(group["dampening"])
         if group["momentum"] != 0:
             state = self.state[parameter]
