@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import meprop
 from meprop import row_sparse
+from meprop.ops import products
 from optimizer_cases import ROWS, WIDTH, sparse
 
 RULE = meprop.TopK(5, scope="batch")
@@ -342,3 +343,17 @@ def test_what_makes_a_dense_gradient_of_a_sparse_one_is_refused(act):
     row_sparse.support()
     with pytest.raises(meprop.NotSupportedError, match=r"of a sparse gradient, .*Take grad\.to_dense"):
         act(GRADS["rows"])
+
+
+def test_indices_that_are_known_to_ascend_are_known_by_their_memory():
+    indices = torch.tensor([[1, 4, 6]])
+    products._note_in_order(indices)
+    grad = torch.sparse_coo_tensor(indices, torch.ones(3, 2), (9, 2), is_coalesced=True)
+    assert products.is_in_order(grad._indices())
+    assert not products.is_in_order((grad + grad)._indices())
+    assert not products.is_in_order(indices.clone())
+    for _ in range(1200):
+        products._note_in_order(torch.tensor([[0]]))  # its memory is freed at once
+    assert products.is_in_order(grad._indices())
+    assert len(products._in_order) < 1100
+    assert not any(products.is_in_order(torch.tensor([[5, 2]])) for _ in range(100))

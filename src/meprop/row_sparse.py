@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from meprop.errors import NotSupportedError
 from meprop.ops import ascending
+from meprop.ops.products import is_in_order
 
 _OURS = ("SGD", "Adagrad", "Adam", "AdamW")
 # The modules of optimizers that take no sparse gradient, whatever their options. AdamW's step is Adam's.
@@ -81,7 +82,7 @@ def distinct(grad: Tensor) -> Tensor:
         IndexError: An index is not within the gradient's shape.
     """
     if not grad.is_cpu:
-        return grad.coalesce()
+        return grad if is_in_order(grad._indices()) else grad.coalesce()
     indices, sizes = grad._indices(), grad._indices().new_tensor(grad.shape[: grad.sparse_dim()])[:, None]
     if grad.sparse_dim() == 1 and ascending(indices[0].contiguous(), len(grad)):
         return grad

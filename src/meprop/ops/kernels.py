@@ -67,19 +67,22 @@ def _pass(
 
 
 @triton.jit
-def _finish(parts, to, count, length, ROOT: tl.constexpr, BLOCK: tl.constexpr):
+def _finish(parts, to, count, length, ROOT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The sums of parts [count, length], or their square roots."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(parts + at, at < length, 0.0)
-    for part in range(1, count):
-        total += tl.load(parts + part * length + at, at < length, 0.0)
+    sums = tl.zeros((PARTS, BLOCK), parts.dtype.element_ty)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < count)[:, None] & (at < length)[None, :]
+        sums += tl.load(parts + part[:, None] * length + at[None, :], mask, 0.0)
+    total = tl.sum(sums, axis=0)
     tl.store(to + at, (tl.sqrt(total) if ROOT else total).to(to.dtype.element_ty), at < length)
 
 
 def _finished(parts: Tensor, dtype: torch.dtype, *, root: bool = False) -> Tensor:
     count, length = parts.shape
     to = parts.new_empty(length, dtype=dtype)
-    _finish[(triton.cdiv(length, 256),)](parts, to, count, length, root, 256)
+    _finish[(triton.cdiv(length, 64),)](parts, to, count, length, root, 16, 64)
     return to
 
 
@@ -158,7 +161,7 @@ def largest(scores: Tensor, k: int) -> Tensor | None:
     if count > _MOST_IN_ONE:
         return None
     ranks, places = scores.new_empty(count, dtype=torch.int32), scores.new_empty(k, dtype=torch.int32)
-    _rank[(triton.cdiv(count, 32),)](scores, ranks, count, 32, 256)
+    _rank[(triton.cdiv(count, 16),)](scores, ranks, count, 16, 1024, num_warps=8)
     _compact[(1,)](ranks, places, count, k, triton.next_power_of_2(count), num_warps=_warps(count))
     return places
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from meprop.ops import native, triton
-from meprop.ops.registry import Operator, operation
+from meprop.ops.registry import Operator, in_graph, operation
 from meprop.selection import ColumnSelection, Entries, FeatureSelection, PlainTopK, RowSelection, Selection, WholeRows
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -205,8 +206,31 @@ def grad_weight_rows(values: Tensor, x: Tensor, /) -> Tensor:
 
 def row_sparse_tensor(indices: Tensor, rows: Tensor, width: int) -> Tensor:
     """The coalesced sparse COO tensor [width, *] with these rows [k, *] at these ascending indices [k]."""
-    shape = (width, *rows.shape[1:])
-    return torch.sparse_coo_tensor(indices.long()[None], rows, shape, is_coalesced=True, check_invariants=False)
+    shape, at = (width, *rows.shape[1:]), indices.long()[None]
+    if at.is_cuda and not in_graph():
+        _note_in_order(at)
+    return torch.sparse_coo_tensor(at, rows, shape, is_coalesced=True, check_invariants=False)
+
+
+_in_order: dict[int, StorageWeakRef] = {}
+"""The memory of the ascending indices that sparse tensors of ours have on a GPU, where to look would be to wait."""
+
+
+def _note_in_order(indices: Tensor) -> None:
+    if len(_in_order) > 1000:
+        for key in [key for key, memory in _in_order.items() if memory.expired()]:
+            del _in_order[key]
+    memory = StorageWeakRef(indices.untyped_storage())
+    _in_order[memory.cdata] = memory  # no other memory has this number as long as the reference is there
+
+
+def is_in_order(indices: Tensor) -> bool:
+    """Whether the indices of a sparse tensor are those of a tensor of `row_sparse_tensor` on a GPU.
+
+    Autograd makes another tensor of the same memory, and forgets that it is coalesced.
+    """
+    memory = _in_order.get(StorageWeakRef(indices.untyped_storage()).cdata)
+    return memory is not None and not memory.expired()
 
 
 def count_hits(selections: Sequence[Selection]) -> Tensor:
