@@ -16,7 +16,7 @@ from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
 from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK
-from meprop.selection import ColumnSelection, RowSelection
+from meprop.selection import ColumnSelection, RowSelection, WholeRows
 
 if _TYPE_CHECKING:
     from meprop import distributed as distributed
@@ -53,6 +53,7 @@ __all__ = [
     "Setup",
     "Simplifier",
     "TopK",
+    "WholeRows",
     "advise",
     "anneal",
     "backend_info",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,9 +162,6 @@ class WholeRows:
     rows: int
     sums: Tensor | None = None
 
-    shared: ClassVar[None] = None
-    """Nothing is given to all rows in addition."""
-
     def __post_init__(self) -> None:
         _check_type("values", self.values)
         _check_type("numbers", self.numbers)
@@ -306,7 +303,7 @@ def one_after_another(parts: Sequence[RowSelection]) -> RowSelection:
     return RowSelection(values, indices, parts[0].width, starts=starts)
 
 
-def shared_or_zeros(part: Selection) -> Tensor:
+def shared_or_zeros(part: FeatureSelection) -> Tensor:
     """What all rows share [O], or zeros."""
     return part.values.new_zeros(part.width) if part.shared is None else part.shared
 

@@ -66,7 +66,11 @@ AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
 
 def in_dtype(tensor: AnyTensor, dtype: torch.dtype | None) -> AnyTensor:
     """The tensor, if there is one, in `dtype`. A cast that changes nothing would take a microsecond."""
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+    if tensor is None or tensor.dtype == dtype:
+        return tensor
+    if tensor.layout is torch.sparse_coo:  # torch's own cast copies the indices, which are then not known to ascend
+        return ops.row_sparse_tensor(tensor._indices()[0], tensor._values().to(dtype), len(tensor))
+    return tensor.to(dtype)
 
 
 def in_dtypes(gradients: ops.Gradients, dtypes: Dtypes) -> ops.Gradients:

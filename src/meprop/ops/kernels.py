@@ -112,7 +112,7 @@ def column_sums(grad: Tensor, with_sums: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def row_norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The Euclidean norms of the rows of a matrix [N, C] in float64, and its columns' sums in its dtype, in one pass."""
+    """The Euclidean norms of the rows of a matrix [N, C] in float64, and its columns' sums in its dtype. One pass."""
     _, sums, squares = _parts(matrix, False, True, True)
     return _finished(squares, torch.float64, root=True), _finished(sums, matrix.dtype)
 
@@ -168,7 +168,7 @@ def largest(scores: Tensor, k: int) -> Tensor | None:
 
 def _warps(count: int) -> int:
     """Of one program that holds so many numbers."""
-    return max(4, min(32, triton.next_power_of_2(count) // 256))
+    return max(4, min(32, triton.next_power_of_2(count) // 512))
 
 
 # ---------------------------------------------------------------- gathers

@@ -339,15 +339,15 @@ def _masked(selection: RowSelection, dtype: torch.dtype) -> Tensor:
 
 def refuse_row_sparse(choice: Choice | WholeRows) -> None:
     """Raises a ValueError for a choice whose weight gradient has more than the selected rows."""
-    if not isinstance(choice, PlainTopK) and choice.shared is not None:
-        raise ValueError(
-            "what all rows share gives each row of the weight a gradient, which is not row-sparse then: share nothing, "
-            "or leave out sparse_grad"
-        )
     if isinstance(choice, WholeRows):
         raise ValueError(
             "whole rows are of every row of the weight, whose gradient is not row-sparse then: select columns, or "
             "leave out sparse_grad"
+        )
+    if not isinstance(choice, PlainTopK) and choice.shared is not None:
+        raise ValueError(
+            "what all rows share gives each row of the weight a gradient, which is not row-sparse then: share nothing, "
+            "or leave out sparse_grad"
         )
     if isinstance(choice, RowSelection) or (isinstance(choice, PlainTopK) and choice.scope == "example"):
         raise ValueError(

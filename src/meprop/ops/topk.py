@@ -120,7 +120,7 @@ def _triton_topk_columns(grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def triton_columns_and_sums(grad: Tensor, k: int, *, with_sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values and indices of `topk_columns`, and the sums of all columns [O] in the dtype of grad or None, of one pass over it."""
+    """Values and indices of `topk_columns`, and of the same pass the sums of all columns [O] or None."""
     _check(grad, k)
     kernels, grad = triton.kernels(), triton.matrix(grad)
     scores, sums = kernels.column_sums(grad, with_sums)

@@ -30,8 +30,8 @@ class Rule(ABC):
         color: The color of its lines in figures, in a form that matplotlib takes.
         marker: The marker of its points in figures.
         scope: "example" for entries of each row, "batch" for the same columns for all rows (unified top-k), "global"
-            for entries of the whole gradient, "rows" for whole rows. None means that the rule does not say. Code that needs a scope then looks
-            at each selection.
+            for entries of the whole gradient, "rows" for whole rows. None means that the rule does not say. Code that
+            needs a scope then looks at each selection.
         exact_sum: Whether each row also gets the batch's mean of what is left out. None means that the layer decides.
     """
 

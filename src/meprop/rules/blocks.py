@@ -35,7 +35,8 @@ class InBlocks(Rule):
 
     Raises:
         TypeError: `rule` is not a Rule, or `blocks` is not an int.
-        ValueError: `blocks` is below 1, or the rule chooses whole rows. When the rule is used: `blocks` does not divide the number of output features.
+        ValueError: `blocks` is below 1, or the rule chooses whole rows. When the rule is used: `blocks` does not divide
+            the number of output features.
 
     Example:
         >>> import torch

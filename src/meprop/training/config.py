@@ -52,11 +52,12 @@ class RunConfig:
     """Seeds of the initial weights, the order of the data and dropout. Each is a run of its own."""
     k: int | float = 20
     """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
-    scope: Literal["example", "batch", "global"] = "example"
-    """Among what entries are chosen.
+    scope: Literal["example", "batch", "global", "rows"] = "example"
+    """What is chosen, and among what.
     example: k entries of each example, as in the paper.
     batch: The same k features for the whole batch (unified top-k).
-    global: k entries of each example on average, of the whole gradient."""
+    global: k entries of each example on average, of the whole gradient.
+    rows: Whole examples (sampled), where k is a share of the examples."""
     noise: float | None = None
     """The budget of added variance of the rule sampled, as a share of the squared gradient. It decides how many entries
     are kept, so that k and scope have no meaning with it. None: k entries are drawn."""
