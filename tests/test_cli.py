@@ -310,6 +310,7 @@ def test_help_does_not_wait_for_what_it_does_not_need():
 
 def test_python_m_is_the_same_command(monkeypatch, capsys):
     """That a process starts by each of them: test_signals.py."""
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)  # it would be that of later tests
 
     def shown(start):
         monkeypatch.setattr(sys, "argv", ["meprop", "train", "mnits"])

@@ -106,7 +106,7 @@ def test_what_is_compared_is_trained_in_turns(experiment):
         (
             "epochs = 2",
             "scope = 'row'",
-            r"\[training\] scope is 'row'; it must be Literal\['example', 'batch', 'global'\]",
+            r"\[training\] scope is 'row'; it must be Literal\['example', 'batch', 'global', 'rows'\]",
         ),
         ("dropout = 0.1", "drop = 0.1", r"\[task\] drop: there is no such key; there are hidden, dropout"),
         ("dropout = 0.1", "dropout = 1.5", r"\[variants\.dense\] dropout is 1\.5"),

@@ -159,3 +159,12 @@ def test_all_rows_are_the_dense_layer_and_none_are_none():
     assert not layer.weight.grad.any()
     assert DRAWN.density(10) == 0.3
     assert DRAWN.count(10) is None
+
+
+def test_a_graph_of_any_number_of_rows():
+    layer = meprop.nn.Linear(8, 6, rule=DRAWN)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (40, 33, 12):
+        layer.weight.grad = None
+        compiled(torch.randn(rows, 8)).square().sum().backward()
+        assert layer.weight.grad.any()

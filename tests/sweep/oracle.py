@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 import literal
 import meprop
 from meprop.selection import Scope
+
+SCOPES: tuple[Scope, ...] = ("example", "batch", "global")
+"""The scopes of top-k."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def examine(plain: nn.Module, inputs: Mapping[str, Tensor], dtypes: Iterable[tor
         plain = plain.to(dtype)
         inputs = {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
         expected = step(copy.deepcopy(plain), inputs)
-        for scope in get_args(Scope):
+        for scope in SCOPES:
             model, names = _converted(plain, meprop.TopK(SHARE, scope=scope))
             if scope == "batch":
                 result.layers, result.sparse = len(meprop.report(model).layers), len(names)

@@ -31,7 +31,7 @@ def _whole_rows(found: _Found, grad: Tensor, _k: int, _start: Tensor) -> WholeRo
     return WholeRows(values, numbers, len(grad), sums)
 
 
-_operator = Operator("(Tensor grad, int k, Tensor start) -> (Tensor, Tensor, Tensor)", _fake_draw)
+_operator = Operator("(Tensor grad, SymInt k, Tensor start) -> (Tensor, Tensor, Tensor)", _fake_draw)
 
 
 @operation(operator=_operator, result=_whole_rows)
