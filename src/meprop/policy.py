@@ -59,11 +59,11 @@ class Activity:
         The part that all rows share counts as not selected.
         """
         self.examples += selection.rows // positions
-        hit = selection.values != 0
         if isinstance(selection, WholeRows):
             hit_NO = (selection.to_dense() != 0).unflatten(0, (-1, positions))
             self.hits += hit_NO.any(dim=1).sum(dim=0)
             return
+        hit = selection.values != 0
         if isinstance(selection, ColumnSelection):
             hit = hit.unflatten(0, (-1, positions)).any(dim=1)
             self.hits.index_add_(0, selection.indices, hit.sum(dim=0))

@@ -168,3 +168,32 @@ def test_a_graph_of_any_number_of_rows():
         layer.weight.grad = None
         compiled(torch.randn(rows, 8)).square().sum().backward()
         assert layer.weight.grad.any()
+
+
+def test_numbers_that_are_no_rows_are_refused():
+    grad, weight, x = torch.ones(4, 3), torch.ones(3, 2), torch.ones(4, 2)
+    for numbers in ([1, 1], [3, 2], [-1, 0], [2, 4]):
+        kept = WholeRows(grad[:2], torch.tensor(numbers).int(), 4)
+        with pytest.raises(IndexError, match="within the 4 rows"):
+            ops.backward_with(kept, grad, weight, x)
+
+
+def test_a_rule_for_each_product_of_a_pointwise_convolution():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 1))
+    meprop.convert(model, meprop.PerProduct(input=None, weight=DRAWN), min_features=4, when="always")
+    model(torch.randn(5, 4, 3, 3)).square().sum().backward()
+    assert model[0].weight.grad.any()
+
+
+def test_a_symbolic_trace_is_of_any_number_of_rows():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def backward(grad, weight, x):
+        return ops.backward_with(DRAWN.select(grad), grad, weight, x, True)
+
+    weight = torch.randn(3, 2)
+    traced = make_fx(backward, tracing_mode="symbolic")(torch.randn(8, 3), weight, torch.randn(8, 2))
+    of_x, of_weight, of_bias = traced(torch.randn(11, 3), weight, torch.randn(11, 2))
+    assert of_x.shape == (11, 2)
+    assert of_weight.shape == (3, 2)
+    assert of_bias.shape == (3,)

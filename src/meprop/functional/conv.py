@@ -75,7 +75,8 @@ def conv2d(
     changes is scaled to that norm. So `Sampled` draws maps without bias, under its budget of noise. With `exact_sum`
     all examples get in addition the batch's mean of what is left out.
 
-    With scope "rows" whole examples are drawn, and the gradients are those of the same convolution of these.
+    With scope "rows" whole examples are drawn, and the gradients are those of the same convolution of these. Within a
+    `PerProduct` positions are drawn.
 
     With scope "example" k entries are kept at each position. This is for pointwise convolutions, which have kernel 1,
     stride 1 and no padding. Scope "global" keeps entries of all positions in these.
@@ -223,7 +224,7 @@ class _Backward:
         rows = len(self.grad) * self._positions
         if self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
             self.policy.note_sparse_pass()
-            if self.policy.rule.scope == "rows":
+            if self.policy.rule.scope == "rows" and not self.policy.rule.differs:
                 return self._of_examples()
             if self.geometry.is_pointwise(self.weight):
                 return self._of_entries()

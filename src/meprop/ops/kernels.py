@@ -241,23 +241,17 @@ def _spread_rows(source, places, to, width, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _places(numbers, places, slots, count, BLOCK: tl.constexpr):
-    """The place of each row among ascending numbers, or -1. Each slot writes from its number to the next one."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) - 1  # the first one is for the rows before all numbers
-    row = tl.load(numbers + slot, (slot >= 0) & (slot < slots), -1)
-    end = tl.load(numbers + slot + 1, slot + 1 < slots, count)
-    end = tl.where(slot < slots, end, 0)
-    tl.store(places + row, slot, (slot >= 0) & (slot < slots))
-    row += 1
-    while tl.max(end - row, axis=0) > 0:
-        tl.store(places + row, -1, row < end)
-        row += 1
+    """Writes the slot of each number to its row."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(numbers + slot, slot < slots, -1)
+    tl.store(places + row, slot, (row >= 0) & (row < count))
 
 
 def spread_rows(source: Tensor, numbers: Tensor, count: int) -> Tensor:
-    """Rows [M, C] at these ascending numbers [M], int32, among zeros: [count, C]."""
+    """Rows [M, C] at these numbers [M], int32, among zeros: [count, C]."""
     slots, width = source.shape
-    places, to = numbers.new_empty(count), source.new_empty(count, width)
-    _places[(triton.cdiv(slots + 1, 128),)](numbers, places, slots, count, 128)
+    places, to = numbers.new_full((count,), -1), source.new_empty(count, width)
+    _places[(triton.cdiv(slots, 128),)](numbers, places, slots, count, 128)
     _spread_rows[(count,)](source, places, to, width, min(4096, triton.next_power_of_2(width)))
     return to
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from meprop.ops import native, triton
-from meprop.ops.registry import Operator, in_graph, operation
+from meprop.ops.registry import PLAIN, Operator, in_graph, operation
 from meprop.selection import ColumnSelection, Entries, FeatureSelection, PlainTopK, RowSelection, Selection, WholeRows
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -58,10 +58,21 @@ def check_fits(selection: Selection, tensors: dict[str, Tensor | None]) -> None:
     """Raises the errors of `linear_backward` that concern a given selection and what it is to be multiplied with."""
     rows, width = selection.rows, selection.width
     lengths = {"output gradient": rows, "weight": width, "input": rows, "hits": width}
-    if any(each is not None and len(each) != lengths[name] for name, each in tensors.items()):
+    if any(each is not None and each.shape[0] != lengths[name] for name, each in tensors.items()):
         raise _misfit(rows, width, tensors)
-    if not isinstance(selection, WholeRows) and selection.indices.is_cpu:  # of a GPU, asking would be a wait for it
+    if isinstance(selection, WholeRows):
+        _check_numbers(selection)
+    elif selection.indices.is_cpu:  # of a GPU, asking would be a wait for it
         check_order(selection)
+
+
+def _check_numbers(selection: WholeRows) -> None:
+    """Raises an IndexError for numbers of rows on the CPU that no selection has."""
+    numbers = selection.numbers
+    if in_graph() or not numbers.is_cpu or type(numbers) not in PLAIN:
+        return
+    if not ((numbers.diff() > 0).all() and (numbers >= 0).all() and (numbers < selection.rows).all()):
+        raise IndexError(f"the numbers of whole rows must ascend, and lie within the {selection.rows} rows there are")
 
 
 def check_order(selection: FeatureSelection) -> None:
@@ -218,8 +229,8 @@ _in_order: dict[int, StorageWeakRef] = {}
 
 def _note_in_order(indices: Tensor) -> None:
     if len(_in_order) > 1000:
-        for key in [key for key, memory in _in_order.items() if memory.expired()]:
-            del _in_order[key]
+        for key in [key for key, memory in list(_in_order.items()) if memory.expired()]:
+            _in_order.pop(key, None)  # another thread may have done it
     memory = StorageWeakRef(indices.untyped_storage())
     _in_order[memory.cdata] = memory  # no other memory has this number as long as the reference is there
 

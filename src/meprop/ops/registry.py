@@ -312,8 +312,8 @@ def backend_info() -> dict[str, Any]:
     Returns:
         A dict. "native" is whether the compiled kernels are in use, "isa" is their instruction-set level or None,
         "levels" are the levels that run on this machine, "forced" is the value of MEPROP_ISA or None, "threads" is the
-        number of threads, "triton" is False because there are no GPU kernels yet, and "reasons" says for each backend
-        that is not in use why it is not. A backend that a user has registered has an entry under its name.
+        number of threads, "triton" is whether the GPU's kernels are in use, and "reasons" says for each backend that is
+        not in use why it is not. A backend that a user has registered has an entry under its name.
     """
     info: dict[str, Any] = {}
     reasons: dict[str, str] = {}

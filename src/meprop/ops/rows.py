@@ -28,7 +28,7 @@ def _fake_draw(grad: Tensor, k: int, _start: Tensor) -> _Found:
 
 def _whole_rows(found: _Found, grad: Tensor, _k: int, _start: Tensor) -> WholeRows:
     values, numbers, sums = found
-    return WholeRows(values, numbers, len(grad), sums)
+    return WholeRows(values, numbers, grad.shape[0], sums)
 
 
 _operator = Operator("(Tensor grad, SymInt k, Tensor start) -> (Tensor, Tensor, Tensor)", _fake_draw)
@@ -41,8 +41,8 @@ def draw_whole_rows(grad: Tensor, k: int, start: Tensor, /) -> _Found:
     A threshold t is found for which k rows are kept on average. A row of norm t or more is kept as it is. A smaller one
     is drawn with a probability p, its norm / t, and divided by p. No other choice of k rows without bias has less
     variance. Rows are sampled systematically (Madow 1949), which keeps exactly k of them. Probabilities are multiples
-    of 2^-24. Rows that are not finite are kept for certain. If fewer than k rows have a norm above 0, these are kept as
-    they are, and further rows with zeros.
+    of 2^-24. Rows that are not finite are kept for certain, if they are fewer than k. If fewer than k rows have a norm
+    above 0, these are kept as they are, and further rows with zeros.
 
     Nothing waits for the host, and all sizes are known before.
 

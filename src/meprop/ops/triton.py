@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from meprop.ops.registry import PLAIN, Backend, register
+from meprop.ops.registry import Backend, is_plain, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,10 +45,12 @@ def declines(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN or tensor.is_neg():
-            return f"kernels read memory, which a {type(tensor).__name__} may not have"
+        if not is_plain(tensor):
+            return f"kernels read memory, which this {type(tensor).__name__} may not have, or not as it says"
         if not tensor.is_cuda and not INTERPRETS:
             return f"kernels run on a GPU, not on {tensor.device}"
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            return f"kernels run on the current device, not on {tensor.device}; call torch.cuda.set_device before"
         if tensor.dtype not in DTYPES:
             return f"kernels are for float32, bfloat16 and float16, not for {tensor.dtype}"
     return None

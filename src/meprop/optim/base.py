@@ -293,6 +293,11 @@ class RowSparseOptimizer(MissedSteps):
                 f"{type(self).__name__}.step with row-sparse gradients under torch.compile; call it outside, or use "
                 "sparse_grad=False"
             )
+        if group.get("capturable") and isinstance(group["lr"], Tensor):
+            raise NotSupportedError(
+                f"{type(self).__name__} with row-sparse gradients and capturable=True takes the learning rate as a "
+                "number, which a graph keeps; capture a graph for each learning rate"
+            )
         if group["differentiable"] or parameter.is_complex():
             raise NotSupportedError(
                 f"{type(self).__name__} with row-sparse gradients is not differentiable, nor for complex parameters; "
@@ -304,7 +309,7 @@ class RowSparseOptimizer(MissedSteps):
         step: Tensor | None = self.state.get(parameter, {}).get("step")
         if step is None:
             return 1.0
-        return step.add_(1) if group.get("capturable") else float(step.add_(1))
+        return step.add_(1) if group.get("capturable") and step.is_cuda else float(step.add_(1))
 
     # ---- what torch does not know of
 

@@ -174,7 +174,7 @@ class Sampled(Rule):
         return kept if self.exact_sum is False else with_exact_sum(kept, grad_output_NO)
 
     def _draw_rows(self, grad_NO: Tensor) -> Selection:
-        rows, device = len(grad_NO), grad_NO.device
+        rows, device = grad_NO.shape[0], grad_NO.device
         assert self.k is not None  # because of the scope
         if rows == 0:
             return everything(grad_NO)
