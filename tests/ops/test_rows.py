@@ -109,6 +109,7 @@ def test_attention_and_its_blocks_draw_the_same_rows():
 
 
 def test_a_compiled_layer_draws_rows():
+    torch._dynamo.reset()
     layer = meprop.nn.Linear(8, 6, rule=DRAWN)
     x = torch.randn(40, 8)
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
@@ -162,6 +163,7 @@ def test_all_rows_are_the_dense_layer_and_none_are_none():
 
 
 def test_a_graph_of_any_number_of_rows():
+    torch._dynamo.reset()
     layer = meprop.nn.Linear(8, 6, rule=DRAWN)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (40, 33, 12):

@@ -274,13 +274,13 @@ class _Backward:
     def _of_examples(self) -> ops.Gradients:
         """The sparse gradients, computed by the same convolution of the kept examples."""
         grad, x, policy = self.grad, self.x, self.policy
-        last = ops.memory_format(grad) == torch.channels_last
-        selection = policy.select(policy.rule, (grad.movedim(1, -1) if last else grad).flatten(1))
+        in_memory = grad.movedim(1, -1) if ops.memory_format(grad) == torch.channels_last else grad
+        selection = policy.select(policy.rule, in_memory.flatten(1))
         if not isinstance(selection, WholeRows):  # a batch without examples
             return self.geometry.gradients(grad, x, self.weight, self.needs)
         numbers = selection.numbers
-        kept = selection.values.reshape(-1, *grad.shape[2:], grad.shape[1]).movedim(-1, 1) if last else None
-        kept = selection.values.reshape(-1, *grad.shape[1:]) if kept is None else kept
+        kept = selection.values.reshape(-1, *in_memory.shape[1:])
+        kept = kept if in_memory is grad else kept.movedim(-1, 1)
         energy = policy.energy_of(grad)
         if policy.activity is not None or energy is not None:
             places = numbers[:, None] * self._positions + torch.arange(self._positions, device=numbers.device)

@@ -53,7 +53,7 @@ def in_graph() -> bool:
 def is_exporting() -> bool:
     """Whether what runs becomes a graph of torch.export.
 
-    Up to torch 2.12, torch.compile takes torch's own function of this name for True in every graph.
+    In torch 2.11, torch.compile takes torch's own function of this name for True in every graph. In 2.13 it does not.
     """
     return torch.compiler._is_exporting_flag  # pyright: ignore[reportPrivateUsage]
 
