@@ -8,8 +8,8 @@ namespace meprop {
 namespace {
 
 constexpr uint64_t kOne = uint64_t{1} << 24;  // the probability 1
-constexpr int64_t kLowerHalves = int64_t{1} << 16, kMostUppers = 0x7f90;
-constexpr int64_t kTable = std::max(2 * kMostUppers, kLowerHalves);  // counts of a thread
+constexpr int64_t kTable = 2 * 0x7f90;  // counts of a thread
+constexpr int kPlaceBits = 13;          // the places of a table in which a key is looked for, which fits into L1
 constexpr int64_t kFinite = 0x7f80;  // the upper halves below are of finite magnitudes
 
 // Philox 4x32-10: the four random words of a counter.
@@ -168,9 +168,10 @@ void set_threshold(Entries<T>* all, float threshold) {
 
 // Groups of a matrix, from everywhere in it, one after the other. A matrix of few groups is copied whole.
 constexpr int64_t kSampled = 256;  // groups, at most twice as many
+constexpr int64_t kMostSampled = 2 * kSampled * kGroup;
 template <class T>
 struct Sample {
-  T* entries;  // [2 * kSampled * kGroup]
+  T* entries;  // [kMostSampled]
   int64_t size = 0;   // of all groups, with the zeros that fill them up
   double share = 0;   // of the matrix's entries
   uint32_t most = 0;  // the largest key of a finite entry
@@ -221,157 +222,182 @@ bool valid(const Entries<T>& of) {
 }  // namespace
 
 template <class T>
-EntriesPass<T>::EntriesPass(const TypedKernels<T>& kernels, int64_t rows, int64_t outputs, int sums, int threads)
-    : kernels_(kernels),
+EntriesPass<T>::EntriesPass(const Kernels& kernels, Keep keep, int64_t rows, int64_t outputs, int sums, int threads)
+    : kernels_(typed<T>(kernels)),
+      of_keys_(kernels.f32),
       outputs_(outputs),
       tables_(kKeyCounts, threads * kTable),
+      keys_(kKeys, keep == Keep::kLargest ? std::max(rows * outputs, kMostSampled) + threads * kScratchPad : 0),
+      found_(kFound, threads),
       parts_(kParts, 2 * (kRowBlocks + 1)),
-      samples_(kSamples, threads * 2 * kSampled * kGroup),
-      ranges_(kKeyRanges, threads),
-      candidates_(kCandidates, threads * (outputs + kScratchPad)),
+      samples_(kSamples, threads * kMostSampled),
+      candidates_(kCandidates, threads * scratch_words()),
       blocks_(std::min(rows / kLeastRowsPerBlock, kRowBlocks) + 1),
       sums_(kLeftOut, sums * blocks_ * outputs) {}
 
 template <class T>
 void EntriesPass<T>::plan(Team team, Entries<T>* all) {
-  if (team.id == 0) all->starts[0] = ties_ = 0;
-  if (draws(*all)) {
+  if (team.id == 0) all->starts[0] = 0;
+  if (all->keep == Keep::kLargest)
+    find_largest(team, all);
+  else if (all->keep == Keep::kEnergy)
+    find_energy(team, all);
+  else
     draw_rows(team, all);
-  } else {
-    find_range(team, *all);
-    if (all->keep == Keep::kLargest)
-      find_largest(team, all);
-    else
-      count_upper_halves(team, all);
-    count_rows(team, all);
-  }
   team.wait();
 }
 
-// Finds the cut by the upper half of its key first, and then by the lower half.
+// Looks for the cut among the keys that are not below what a sample says of it.
 template <class T>
 void EntriesPass<T>::find_largest(Team team, Entries<T>* all) {
-  const uint32_t least = first_;
+  if (team.id == 0) least_ = least_of_sample(*all);
   team.wait();
-  if (team.id == 0) leave_out_small_ones(*all);
-  team.wait();
-  count_upper_halves(team, all);
-  if (place_.half == 0 && first_ > least) {  // too many were left out
+  Found found = collect_keys(team, *all, least_);
+  if (found.keys < all->count) {  // the sample is misleading
     team.wait();
-    if (team.id == 0) begin_table_with(least);
-    team.wait();
-    count_upper_halves(team, all);
+    found = collect_keys(team, *all, 0);
   }
-  count(team, *all, kLowerHalves, [&](const T* row, uint32_t* counts) {
-    kernels_.count_lower_halves(row, outputs_, static_cast<uint32_t>(place_.half), counts);
+  const uint32_t* keys = keys_of(team, all->rows);
+  const int64_t own = found_.get()[team.id].keys;
+  const Cut cut = find_cut(team, keys, own, found.range, all->count, 0);
+  keep_rows(team, all, cut, [&](int64_t row) {
+    const int64_t of_row = all->starts[row + 1];
+    keys += of_row;
+    return of_keys_.count_keys(as_floats(keys - of_row), of_row, cut.key);
   });
-  if (team.id == 0) {
-    const Place lower = place_of(tables_.get(), kLowerHalves, place_.rest);
-    all->cut = static_cast<uint32_t>(place_.half << 16 | lower.half);
-    ties_ = lower.rest;
-  }
-  team.wait();
 }
 
+// A key that the `count`-th largest one is hardly below. A sample has it, with some entries to spare.
 template <class T>
-typename EntriesPass<T>::Place EntriesPass<T>::place_of(const uint32_t* counts, int64_t halves, int64_t count) {
-  int64_t half = halves - 1;
-  for (; half > 0 && counts[half] < count; --half) count -= counts[half];
-  return {half, count};
-}
-
-// Which upper halves there are: the tables have places for these only.
-template <class T>
-void EntriesPass<T>::find_range(Team team, const Entries<T>& all) {
-  KeyRange own = {0, 0};
-  const Range rows = team.part(all.rows);
-  for (int64_t row = rows.begin; row < rows.end; ++row) kernels_.widen_range(row_of(all, row), outputs_, &own);
-  ranges_.get()[team.id] = own;
-  team.wait();
-  if (team.id == 0) {
-    for (int thread = 1; thread < team.size; ++thread) {
-      own.least = std::min(own.least - 1, ranges_.get()[thread].least - 1) + 1;  // that of 0 is the largest number
-      own.most = std::max(own.most, ranges_.get()[thread].most);
-    }
-    most_ = own.most;
-    begin_table_with(std::max(own.least >> 16, 1u));
-  }
-  team.wait();
-}
-
-// The tables begin with this upper half.
-template <class T>
-void EntriesPass<T>::begin_table_with(uint32_t first) {
-  first_ = first;
-  table_ = std::max<int64_t>((most_ >> 16) - int64_t{first_} + 2, 2);
-}
-
-// The upper halves below that of the entry that is the `count`-th largest need not be counted. A sample has it with some
-// entries to spare.
-template <class T>
-void EntriesPass<T>::leave_out_small_ones(const Entries<T>& all) {
+uint32_t EntriesPass<T>::least_of_sample(const Entries<T>& all) {
   const Sample<T> sample(all, samples_.get());
-  if (sample.share > 0.5) return;
-  uint32_t* counts = tables_.get();
-  std::memset(counts, 0, static_cast<size_t>(2 * table_) * sizeof(uint32_t));
-  kernels_.count_upper_halves(sample.entries, sample.size, first_, table_, counts);
-  for (int64_t place = 0; place < table_; ++place) counts[place] += counts[table_ + place];
+  uint32_t* keys = keys_.get();
+  kernels_.keys_from(sample.entries, sample.size, 0, keys);
+  KeyRange range = {0, 0};
+  of_keys_.widen_range(as_floats(keys), sample.size, &range);
   const double wanted = static_cast<double>(all.count) * sample.share;
-  const Place place = place_of(counts, table_, static_cast<int64_t>(wanted * 1.25 + 4 * std::sqrt(wanted) + 8));
-  if (place.half > 0) begin_table_with(first_ + static_cast<uint32_t>(place.half) - 1);
+  const int64_t count = static_cast<int64_t>(wanted + (sample.share < 1 ? wanted / 4 + 4 * std::sqrt(wanted) + 8 : 0));
+  if (count >= sample.size) return 0;
+  return find_cut(Team{0, 1}, keys, sample.size, {0, range.most}, count, 16).key;
 }
 
+// Collects the keys that are at least `least`, row after row. Until the cut is known, all.starts[row + 1] is their number
+// in the row.
 template <class T>
-void EntriesPass<T>::count_upper_halves(Team team, Entries<T>* all) {
-  count(team, *all, 2 * table_, [&](const T* row, uint32_t* counts) {
-    kernels_.count_upper_halves(row, outputs_, first_, table_, counts);
-  });
-  if (team.id == 0) read_distribution(all);
+typename EntriesPass<T>::Found EntriesPass<T>::collect_keys(Team team, const Entries<T>& all, uint32_t least) {
+  const Range rows = team.part(all.rows);
+  uint32_t* keys = keys_of(team, all.rows);
+  Found own = {0, {least, least}};
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t of_row = kernels_.keys_from(row_of(all, row), outputs_, least, keys + own.keys);
+    of_keys_.widen_range(as_floats(keys + own.keys), of_row, &own.range);
+    own.keys += of_row;
+    all.starts[row + 1] = of_row;
+  }
+  found_.get()[team.id] = own;
   team.wait();
+  Found found = {0, {least, least}};
+  for (int thread = 0; thread < team.size; ++thread) {
+    found.keys += found_.get()[thread].keys;
+    found.range.most = std::max(found.range.most, found_.get()[thread].range.most);
+  }
+  return found;
 }
 
-// Counts all rows in the first table, which has so many places.
+// The `count` largest of all threads' keys are those above the cut and so many of those equal to it. Keys outside the
+// range are not looked at. So many of the lower bits of the cut are left out.
+template <class T>
+typename EntriesPass<T>::Cut EntriesPass<T>::find_cut(Team team, const uint32_t* keys, int64_t size, KeyRange range,
+                                                      int64_t count, int left_out) {
+  uint32_t least = range.least;
+  int bits = range.most > least ? 32 - __builtin_clz(range.most - least) : 0;
+  while (bits > left_out) {
+    const int shift = std::max(bits - kPlaceBits, 0);
+    const uint32_t places = 1u << (bits - shift);
+    const uint32_t* counts = this->count(team, places, [&](uint32_t* own) {
+      for (int64_t i = 0; i < size; ++i) {
+        const uint32_t place = (keys[i] - least) >> shift;
+        if (place < places) ++own[place];
+      }
+    });
+    uint32_t place = places - 1;
+    for (; place > 0 && counts[place] < count; --place) count -= counts[place];
+    team.wait();
+    least += place << shift;
+    bits = shift;
+  }
+  return {least, count};
+}
+
+// Counts in a table of so many places for each thread, and adds up the tables. The sums are valid until the next call,
+// which has to come after a wait.
 template <class T>
 template <class Count>
-void EntriesPass<T>::count(Team team, const Entries<T>& all, int64_t size, Count count) {
+uint32_t* EntriesPass<T>::count(Team team, int64_t size, Count count) {
   uint32_t* own = tables_.get() + team.id * kTable;
   std::memset(own, 0, static_cast<size_t>(size) * sizeof(uint32_t));
-  const Range rows = team.part(all.rows);
-  for (int64_t row = rows.begin; row < rows.end; ++row) count(row_of(all, row), own);
+  count(own);
   team.wait();
   const Range part = team.part(size, 16);
   for (int thread = 1; thread < team.size; ++thread)
     for (int64_t i = part.begin; i < part.end; ++i) tables_.get()[i] += tables_.get()[thread * kTable + i];
   team.wait();
+  return tables_.get();
 }
 
+// Counts the entries by the upper halves of their keys, for which the tables have places from the least one on.
 template <class T>
-void EntriesPass<T>::read_distribution(Entries<T>* all) {
-  uint32_t* counts = tables_.get();
-  for (int64_t place = 0; place < table_; ++place) counts[place] += counts[table_ + place];
-  if (all->keep == Keep::kLargest) {
-    place_ = place_of(counts, table_, all->count);
-    place_.half += place_.half > 0 ? first_ - 1 : 0;
-    return;
+void EntriesPass<T>::find_energy(Team team, Entries<T>* all) {
+  const KeyRange range = find_range(team, *all);
+  const uint32_t first = std::max(range.least >> 16, 1u);
+  const int64_t table = std::max<int64_t>((range.most >> 16) - int64_t{first} + 2, 2);
+  uint32_t* counts = count(team, 2 * table, [&](uint32_t* own) {
+    const Range rows = team.part(all->rows);
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      kernels_.count_upper_halves(row_of(*all, row), outputs_, first, table, own);
+  });
+  if (team.id == 0) {
+    for (int64_t place = 0; place < table; ++place) counts[place] += counts[table + place];
+    const int64_t end = std::min<int64_t>(first + table - 1, kFinite);
+    all->cut = cut_for_energy({counts + 1, first, end, sizeof(T) == sizeof(Bf16) ? 0.0 : 1.0}, all->share);
   }
-  const int64_t end = std::min<int64_t>(first_ + table_ - 1, kFinite);
-  all->cut = cut_for_energy({counts + 1, first_, end, sizeof(T) == sizeof(Bf16) ? 0.0 : 1.0}, all->share);
+  team.wait();
+  keep_rows(team, all, {all->cut, 0}, [&](int64_t row) {
+    return kernels_.count_keys(row_of(*all, row), outputs_, all->cut);
+  });
 }
 
-// How many of the largest entries each row keeps.
 template <class T>
-void EntriesPass<T>::count_rows(Team team, Entries<T>* all) {
+KeyRange EntriesPass<T>::find_range(Team team, const Entries<T>& all) {
+  KeyRange range = {0, 0};
+  const Range rows = team.part(all.rows);
+  for (int64_t row = rows.begin; row < rows.end; ++row) kernels_.widen_range(row_of(all, row), outputs_, &range);
+  found_.get()[team.id].range = range;
+  team.wait();
+  for (int thread = 0; thread < team.size; ++thread) {
+    const KeyRange& other = found_.get()[thread].range;
+    range.least = std::min(range.least - 1, other.least - 1) + 1;  // that of 0 is the largest number
+    range.most = std::max(range.most, other.most);
+  }
+  return range;
+}
+
+// What a cut makes of the rows. `count` returns how many keys of a row are above it and equal to it.
+template <class T>
+template <class Count>
+void EntriesPass<T>::keep_rows(Team team, Entries<T>* all, Cut cut, Count count) {
   const Range rows = team.part(all->rows);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const KeyCounts counts = kernels_.count_keys(row_of(*all, row), outputs_, all->cut);
+    const KeyCounts counts = count(row);
     all->starts[row + 1] = counts.above;
     all->states[row] = static_cast<int32_t>(counts.equal);
   }
   team.wait();
   if (team.id != 0) return;
+  all->cut = cut.key;
   for (int64_t row = 0; row < all->rows; ++row) {
-    const int64_t equal = std::min<int64_t>(all->states[row], ties_);
-    ties_ -= equal;
+    const int64_t equal = std::min<int64_t>(all->states[row], cut.ties);
+    cut.ties -= equal;
     all->states[row] = static_cast<int32_t>(equal);
     all->starts[row + 1] += equal + all->starts[row];
   }
@@ -380,7 +406,7 @@ void EntriesPass<T>::count_rows(Team team, Entries<T>* all) {
 // The threshold that is right for a sample. 0 if the sample has only zeros and what is not finite.
 template <class T>
 float EntriesPass<T>::first_threshold(Team team, const Entries<T>& all) const {
-  const Sample<T> sample(all, samples_.get() + team.id * 2 * kSampled * kGroup);
+  const Sample<T> sample(all, samples_.get() + team.id * kMostSampled);
   if (sample.most == 0) return 0;
   const double noise = all.keep == Keep::kNoise ? all.share : HUGE_VAL;
   ThresholdSearch search(noise, static_cast<double>(all.count) * sample.share);
@@ -427,8 +453,8 @@ void EntriesPass<T>::draw_rows(Team team, Entries<T>* all) {
   Entries<T> own = *all;  // every thread goes the same way
   set_threshold(&own, first_threshold(team, *all));
   if (own.threshold == 0) {
-    find_range(team, *all);
-    if (most_ > 0) set_threshold(&own, of_upper(std::clamp<int64_t>(most_ >> 16, kLeastUpper, kFinite - 1)));
+    const uint32_t most = find_range(team, *all).most;
+    if (most > 0) set_threshold(&own, of_upper(std::clamp<int64_t>(most >> 16, kLeastUpper, kFinite - 1)));
   }
   int64_t certain = -1;
   // A thread may sum up the next time while another one reads the last sums. So there are two places for them.
@@ -489,7 +515,7 @@ template <class T>
 void EntriesPass<T>::write(Team team, const Entries<T>& all, T* values, int32_t* indices, T* left_out,
                            T* column_sums) const {
   const int64_t block = rows_per_block(all.rows);
-  uint32_t* scratch = candidates_.get() + team.id * (outputs_ + kScratchPad);
+  uint32_t* scratch = candidates_.get() + team.id * scratch_words();
   double* of_columns = column_sums != nullptr ? sums_.get() + blocks_ * outputs_ : nullptr;
   const Range part = team.row_part(all.rows);
   for (int64_t begin = part.begin; begin < part.end; begin += block) {
@@ -511,7 +537,7 @@ Status plan_entries(const Kernels& kernels, Entries<T>* entries) {
   const TrimAtEnd trim;
   if (!valid(*entries)) return Status::kBadSize;
   const int threads = team_size(entries->threads, entries->rows * entries->outputs, 0);
-  EntriesPass<T> pass(typed<T>(kernels), entries->rows, entries->outputs, 0, threads);
+  EntriesPass<T> pass(kernels, entries->keep, entries->rows, entries->outputs, 0, threads);
   if (!pass) return Status::kNoMemory;
   run_team(threads, [&](Team team) { pass.plan(team, entries); });
   return Status::kOk;
@@ -522,7 +548,7 @@ Status write_entries(const Kernels& kernels, const Entries<T>& entries, T* value
   const TrimAtEnd trim;
   if (!valid(entries)) return Status::kBadSize;
   const int threads = team_size(entries.threads, entries.rows * entries.outputs, 0);
-  const EntriesPass<T> pass(typed<T>(kernels), entries.rows, entries.outputs, left_out != nullptr, threads);
+  const EntriesPass<T> pass(kernels, entries.keep, entries.rows, entries.outputs, left_out != nullptr, threads);
   if (!pass) return Status::kNoMemory;
   run_team(threads, [&](Team team) { pass.write(team, entries, values, indices, left_out); });
   return Status::kOk;
@@ -540,7 +566,7 @@ Status entries_backward(const Kernels& kernels, Entries<T> entries, bool exact_s
   const Scratch<int32_t> states(kEntryStates, rows);
   const Scratch<uint32_t> groups(kEntryGroups, draws(entries) ? rows * groups_of(outputs) : 0);
   const Scratch<T> shared(kEntryShared, exact_sum ? outputs : 0);
-  EntriesPass<T> pass(typed<T>(kernels), rows, outputs, exact_sum ? 2 : 0, threads);
+  EntriesPass<T> pass(kernels, entries.keep, rows, outputs, exact_sum ? 2 : 0, threads);
   if (!starts || !states || !groups || !shared || !pass) return Status::kNoMemory;
   entries.starts = starts.get(), entries.states = states.get(), entries.groups = groups.get();
   run_team(threads, [&](Team team) { pass.plan(team, &entries); });

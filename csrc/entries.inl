@@ -47,15 +47,16 @@ void count_upper_halves(const T* row, int64_t width, uint32_t first, int64_t tab
 }
 
 template <class T>
-void count_lower_halves(const T* row, int64_t width, uint32_t upper, uint32_t* counts) {
-  uint32_t keys[kLanes];
+int64_t keys_from(const T* row, int64_t width, uint32_t least, uint32_t* keys) {
+  const U32 bound = splat(least);
+  int64_t count = 0;
   for_vectors(row, width, [&](U32 bits, uint32_t valid) {
     const U32 all = magnitude_key(bits);
-    uint32_t wanted = is_equal(down_16(all), splat(upper)) & valid;
-    if (wanted == 0) return;
-    store_words(keys, all);
-    for (; wanted != 0; wanted &= wanted - 1) ++counts[keys[__builtin_ctz(wanted)] & 0xffffu];
+    const uint32_t mask = ~is_greater(bound, all) & valid;
+    store_chosen(keys + count, all, mask);
+    count += __builtin_popcount(mask);
   });
+  return count;
 }
 
 template <class T>
@@ -70,36 +71,48 @@ KeyCounts count_keys(const T* row, int64_t width, uint32_t cut) {
   return counts;
 }
 
-// Writes the entries whose indices are in scratch.
-template <class T, class Value>
-inline void write_entries(const T* row, const uint32_t* chosen, int64_t count, T* values, int32_t* indices, Value value) {
-  __builtin_memcpy(indices, chosen, static_cast<size_t>(count) * sizeof(int32_t));
-  for (int64_t i = 0; i < count; ++i) values[i] = value(row[chosen[i]]);
-}
+// Entries of a row that are kept, in scratch of 2 * (width + kScratchPad) words. No branch depends on which they are.
+class Kept {
+ public:
+  Kept(uint32_t* scratch, int64_t width) : indices_(scratch), bits_(scratch + width + kScratchPad) {}
+
+  void add(U32 at, U32 bits, uint32_t mask) {
+    store_chosen(indices_ + count_, at, mask);
+    store_chosen(bits_ + count_, bits, mask);
+    count_ += __builtin_popcount(mask);
+  }
+
+  void write(float* values, int32_t* indices) const {
+    __builtin_memcpy(values, bits_, static_cast<size_t>(count_) * sizeof(uint32_t));
+    __builtin_memcpy(indices, indices_, static_cast<size_t>(count_) * sizeof(uint32_t));
+  }
+  void write(Bf16* values, int32_t* indices) const {
+    for (int64_t i = 0; i < count_; ++i) values[i].bits = static_cast<uint16_t>(bits_[i] >> 16);
+    __builtin_memcpy(indices, indices_, static_cast<size_t>(count_) * sizeof(uint32_t));
+  }
+
+ private:
+  uint32_t* indices_;
+  uint32_t* bits_;
+  int64_t count_ = 0;
+};
 
 template <class T>
 void largest_entries(const T* row, int64_t width, uint32_t cut, int64_t ties, T* values, int32_t* indices,
                      uint32_t* scratch) {
   const U32 key = splat(cut), step = splat(kLanes);
   U32 at = lane_numbers();
-  int64_t count = 0;
+  Kept kept(scratch, width);
   for_vectors(row, width, [&](U32 bits, uint32_t valid) {
     const U32 keys = magnitude_key(bits);
     uint32_t mask = is_greater(keys, key);
     if (ties > 0)
       for (uint32_t equal = is_equal(keys, key) & valid; equal != 0 && ties > 0; equal &= equal - 1, --ties)
         mask |= equal & -equal;
-    store_chosen(scratch + count, at, mask);
-    count += __builtin_popcount(mask);
+    kept.add(at, bits, mask);
     at = plus(at, step);
   });
-  write_entries(row, scratch, count, values, indices, [](T value) { return value; });
-}
-
-// The probability of each entry, in units of 2^-24.
-inline U32 probabilities(U32 bits, const Probability& of) {
-  const U32 keys = magnitude_key(bits);
-  return where_less(keys, splat(of.cut), to_integer(multiply(as_float(keys), broadcast(of.scale))), splat(1u << 24));
+  kept.write(values, indices);
 }
 
 // Calls body(entries) for each group of the row. The last group is filled up with zeros.
@@ -152,31 +165,47 @@ uint64_t sum_row(const T* row, int64_t width, Probability of, uint32_t* groups, 
   return total;
 }
 
-inline float with_sign_of(float magnitude, float of) { return __builtin_copysignf(magnitude, of); }
-inline Bf16 with_sign_of(Bf16 magnitude, Bf16 of) {
-  return {static_cast<uint16_t>(magnitude.bits | (of.bits & 0x8000u))};
+// The lanes that an integer lies before: the sum up to the lane has passed one that the sum before it had not.
+inline uint32_t reaches_integer(U32 from, U32 to) { return ~is_equal(down_24(to), down_24(from)) & kAllLanes; }
+
+// Writes the numbers of the groups from which an entry is drawn, and the sums before them. Returns how many there are.
+inline int64_t drawn_groups(const uint32_t* groups, int64_t count, uint32_t start, uint32_t* numbers, uint32_t* sums) {
+  U32 before = splat(start), at = lane_numbers();
+  int64_t drawn = 0;
+  for_vectors(reinterpret_cast<const float*>(groups), count, [&](U32 own, uint32_t) {
+    const U32 to = plus(before, sums_so_far(own)), from = minus(to, own);
+    const uint32_t mask = reaches_integer(from, to);
+    store_chosen(numbers + drawn, at, mask);
+    store_chosen(sums + drawn, from, mask);
+    drawn += __builtin_popcount(mask);
+    at = plus(at, splat(kLanes));
+    before = last_lane(to);
+  });
+  return drawn;
 }
 
 template <class T>
 void drawn_entries(const T* row, int64_t width, Probability of, T threshold, uint32_t start, const uint32_t* groups,
                    T* values, int32_t* indices, uint32_t* scratch) {
-  uint32_t sum = start;
-  int64_t count = 0;
-  for (int64_t begin = 0; begin < width; begin += kGroup) {
-    const uint32_t before_group = sum;
-    sum += *groups++;
-    if ((sum ^ before_group) >> 24 == 0) continue;  // nothing is drawn of this group
-    U32 before = splat(before_group), at = plus(splat(static_cast<uint32_t>(begin)), lane_numbers());
-    for_vectors(row + begin, width - begin < kGroup ? width - begin : kGroup, [&](U32 bits, uint32_t) {
-      const U32 own = probabilities(bits, of), to = plus(before, sums_so_far(own)), from = minus(to, own);
-      const uint32_t mask = ~is_equal(down_24(to), down_24(from)) & kAllLanes;
-      store_chosen(scratch + count, at, mask);
-      count += __builtin_popcount(mask);
-      at = plus(at, splat(kLanes));
-      before = last_lane(to);
+  const U32 cut = splat(of.cut), sign = splat(0x80000000u), drawn = splat(entry_bits(&threshold));
+  const F32 scale = broadcast(of.scale);
+  Kept kept(scratch, width);
+  uint32_t* numbers = scratch + 2 * (width + kScratchPad);
+  uint32_t* sums = numbers + width + kScratchPad;
+  const int64_t count = drawn_groups(groups, (width + kGroup - 1) / kGroup, start, numbers, sums);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = int64_t{numbers[i]} * kGroup;
+    U32 before = splat(sums[i]), at = plus(splat(static_cast<uint32_t>(begin)), lane_numbers());
+    for_groups(row + begin, width - begin < kGroup ? width - begin : kGroup, [&](const T* group) {
+      for (int j = 0; j < kVectors; ++j) {
+        const U32 bits = load_bits(group + j * kLanes), keys = magnitude_key(bits);
+        const U32 own = where_less(keys, cut, to_integer(multiply(as_float(keys), scale)), splat(1u << 24));
+        const U32 to = plus(before, sums_so_far(own));
+        kept.add(at, where_less(keys, cut, either(drawn, both(bits, sign)), bits), reaches_integer(minus(to, own), to));
+        at = plus(at, splat(kLanes));
+        before = last_lane(to);
+      }
     });
   }
-  write_entries(row, scratch, count, values, indices, [&](T value) {
-    return entry_key(entry_bits(&value)) < of.cut ? with_sign_of(threshold, value) : value;
-  });
+  kept.write(values, indices);
 }

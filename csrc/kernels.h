@@ -107,13 +107,14 @@ struct TypedKernels {
   // and each entry is counted in one of them. The second place is for `first`, the third for the next, and so on.
   // requires: first >= 1.
   void (*count_upper_halves)(const T* row, int64_t width, uint32_t first, int64_t table, uint32_t* counts);
-  // Adds the number of entries of each lower half to `counts` [2^16], among those with this upper half.
-  void (*count_lower_halves)(const T* row, int64_t width, uint32_t upper, uint32_t* counts);
+  // Writes the keys that are at least `least`, in the order of the entries, and returns how many there are. They may be
+  // followed by up to kScratchPad words that mean nothing.
+  int64_t (*keys_from)(const T* row, int64_t width, uint32_t least, uint32_t* keys);
   // The numbers of entries whose key is above the cut and equal to it.
   KeyCounts (*count_keys)(const T* row, int64_t width, uint32_t cut);
   // Writes the values and the indices of the entries above the cut and of the first `ties` equal to it, by ascending
   // index.
-  // requires: scratch of width + kScratchPad words.
+  // requires: scratch of 2 * (width + kScratchPad) words.
   void (*largest_entries)(const T* row, int64_t width, uint32_t cut, int64_t ties, T* values, int32_t* indices,
                           uint32_t* scratch);
   // Adds what becomes of the row to `sums`, and returns its sum of probabilities. Writes that of each group to `groups`,
@@ -122,7 +123,7 @@ struct TypedKernels {
   // Systematic sampling: writes the entries at which the sum of the probabilities so far, begun with start * 2^-24,
   // reaches the next integer. These are floor(start * 2^-24 + sum of all) entries. An entry below the cut is written as
   // `threshold` with its sign. `groups` has what sum_row wrote.
-  // requires: start < 2^24; scratch of width + kScratchPad words.
+  // requires: start < 2^24; scratch of 4 * (width + kScratchPad) words.
   void (*drawn_entries)(const T* row, int64_t width, Probability of, T threshold, uint32_t start,
                         const uint32_t* groups, T* values, int32_t* indices, uint32_t* scratch);
 

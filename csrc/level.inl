@@ -24,7 +24,7 @@ template <class T>
 constexpr TypedKernels<T> kTyped = {topk_rows<T>,
                                     widen_range<T>,
                                     count_upper_halves<T>,
-                                    count_lower_halves<T>,
+                                    keys_from<T>,
                                     count_keys<T>,
                                     largest_entries<T>,
                                     sum_row<T>,
