@@ -13,6 +13,10 @@ from pathlib import Path
 
 import atheris
 
+# The finder of an editable installation hides the sources from atheris, which then sees no coverage.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
 with atheris.instrument_imports(include=["meprop"]):
     from meprop.cli import faults
     from meprop.errors import DataError
@@ -21,6 +25,9 @@ with atheris.instrument_imports(include=["meprop"]):
 
 def main(name: str, runs: str) -> None:
     """Read so many files, the first of which is a right one."""
+    loader = type(vars(faults)["__loader__"]).__name__
+    if loader != "AtherisSourceFileLoader":  # else it would say so in the middle of its output, and go on blindly
+        raise SystemExit(f"atheris has not instrumented meprop: it was loaded by a {loader}")
     write, read, finish = FORMATS[name]
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
