@@ -9,9 +9,8 @@ import nox
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 OLDEST = next(each.partition(">=")[2] for each in PROJECT["dependencies"] if each.startswith("torch>="))
-FIRST = {"3.14": "2.9"}  # the first torch for a Python, where that is newer
 
-# Tests that need neither an extra nor data, of each folder some.
+# Tests that need no extra but transformers, and no data, of each folder some.
 TESTS = [
     *("tests/ops", "tests/nn/test_linear.py", "tests/nn/test_conv.py", "tests/nn/test_lstm.py", "tests/optim"),
     *("tests/nn/test_attention.py", "tests/pruning/test_simplifier.py", "tests/pruning/test_trace.py"),
@@ -55,8 +54,8 @@ def try_it(session: nox.Session, kind: str) -> None:
 @nox.parametrize("torch", ["oldest", "newest"])
 def promise(session: nox.Session, torch: str) -> None:
     """The tests of the library on one Python and one torch, and a step of a build without a compiler."""
-    wanted = f"torch=={FIRST.get(str(session.python), OLDEST)}" if torch == "oldest" else "torch"
-    session.install(wanted, "numpy", "hypothesis", "pytest")
+    wanted = f"torch=={OLDEST}" if torch == "oldest" else "torch"
+    session.install(wanted, "numpy", "hypothesis", "pytest", "transformers>=5")
     session.install("--no-deps", ".")
     try_it(session, "compiled")
     session.run("python", "-m", "pytest", *(session.posargs or TESTS), env={"OMP_NUM_THREADS": "1"})

@@ -159,6 +159,15 @@ def test_compiled_layers_form_their_forward_product_in_the_dtype():
     torch.testing.assert_close(compiled, layer.weight.grad)
 
 
+def test_compiled_layers_have_gradients_where_the_input_is_in_the_dtype():
+    """With torch 2.11 they were zero."""
+    torch._dynamo.reset()
+    layer = meprop.nn.Linear(24, 40, rule=meprop.TopK(5), compute_dtype=torch.bfloat16).bfloat16()
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(torch.ones(6, 24).bfloat16()).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.count_nonzero() == 5 * 24
+
+
 @pytest.mark.parametrize("kept", [4, 40])
 def test_inputs_in_half_precision_go_with_float32_weights(kept):
     layer = meprop.nn.Linear(24, 40, rule=meprop.TopK(kept), compute_dtype=torch.bfloat16)

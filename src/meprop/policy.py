@@ -242,7 +242,7 @@ class Policy:
 
     def may_be_sparse(self, features: int) -> bool:
         """Whether a backward pass of `features` output features has something to select or to count."""
-        return bool(self.activities) or not self.rule.keeps_all(features)
+        return len(self.activities) > 0 or not self.rule.keeps_all(features)
 
     def is_settled_dense(self) -> bool:
         """Whether a call can be torch's own, because the layer was measured to be dense and has no `compute_dtype`.

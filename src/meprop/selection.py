@@ -279,8 +279,8 @@ def _side_by_side(parts: Sequence[FeatureSelection]) -> FeatureSelection:
     rows = torch.cat([part.row_numbers().flatten() for part in rows_of])
     order = rows.argsort(stable=True)
     values = torch.cat([part.values.flatten() for part in parts])[order]
-    starts = torch.zeros(parts[0].rows + 1, dtype=torch.int64, device=rows.device)
-    starts[1:] = rows.bincount(minlength=parts[0].rows).cumsum(0)
+    counts = torch.zeros(parts[0].rows + 1, dtype=torch.int64, device=rows.device)
+    starts = counts.index_add_(0, rows + 1, torch.ones_like(rows)).cumsum(0)
     return RowSelection(values, torch.cat([each.flatten() for each in indices])[order], firsts[-1], shared, starts)
 
 

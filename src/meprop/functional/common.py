@@ -84,6 +84,9 @@ def no_view(output: Tensor) -> Tensor:
 
     Torch lets no operation in place follow where a function returns a view. Nothing else holds the tensor that this
     output may be a view of.
+
+    It is the last operation of a forward pass. Where that is a cast that changes nothing, graphs of torch.compile have
+    zeros for all gradients in torch 2.11.
     """
     if torch.compiler.is_compiling() or output._is_view():
         return torch.ops.aten._unsafe_view.default(output, output.shape)

@@ -181,11 +181,11 @@ class _Convolution(torch.autograd.Function):
         ctx.shape, ctx.memory_format = x.shape, ops.memory_format(x)
         ctx.dtypes = dtypes_of(x, weight, bias)
         operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
-        output = no_view(geometry.output(*operands))
+        output = geometry.output(*operands)
         if autocast:
             x, weight, _ = operands
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return output if autocast else output.to(x.dtype)
+        return no_view(output if autocast else output.to(x.dtype))
 
     @staticmethod
     @labelled("meprop.convolution.backward")

@@ -122,12 +122,12 @@ class _Linear(torch.autograd.Function):
         ctx.policy, ctx.dtypes = policy, dtypes_of(x, weight, bias)
         ctx.transposed = policy.when == "auto" and not weight.is_contiguous() and weight.t().is_contiguous()
         operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
-        output = no_view(F.linear(*operands))
+        output = F.linear(*operands)
         if autocast:
             x, weight, _ = operands
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.dtype = weight.dtype
-        return output if autocast or dtype is None else output.to(x.dtype)
+        return no_view(output if autocast else output.to(x.dtype))
 
     @staticmethod
     @labelled("meprop.linear.backward")
