@@ -326,6 +326,15 @@ def test_a_module_that_is_run_and_imports_meprop_is_not_the_command(tmp_path):
     assert "torch is imported" in done.stderr
 
 
+def test_garbage_is_collected_again_when_a_command_runs(tmp_path):
+    script = tmp_path / "meprop"
+    script.write_text(
+        "import gc, sys\nfrom meprop.cli import main\nprint(gc.isenabled())\nmain()\nprint(gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, script, "doctor"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:: len(done.stdout.splitlines()) - 1] == ["False", "True"]
+
+
 def test_python_m_is_the_same_command(monkeypatch, capsys):
     """That a process starts by each of them: test_signals.py."""
     monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)  # it would be that of later tests

@@ -3,6 +3,7 @@
 A program that imports meprop is left alone.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -34,3 +35,4 @@ if _is_the_command():
         from meprop.cli import main
 
         sys.exit(main())
+    gc.disable()  # no garbage is made by imports; `meprop.cli.main` turns it on again

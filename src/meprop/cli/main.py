@@ -6,6 +6,7 @@ What takes long to import is imported by the command that is asked for: help of 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import re
 import signal
@@ -96,6 +97,8 @@ def _prepare_process(*, trains: bool) -> None:
 
     from meprop import machine
 
+    gc.freeze()  # what is imported stays: to look through it again and again takes a quarter of a second each time
+    gc.enable()
     # Adam's moments of weights that get no more gradient fade into denormal numbers, which make its step several times
     # as slow, dense or sparse. Said before the first parallel operation, so that its threads inherit it.
     torch.set_flush_denormal(True)
