@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
+import io
 import json
 import os
 import re
@@ -22,7 +24,7 @@ import commands
 import meprop
 from interrupted import write_mnist
 from meprop import cli, machine
-from meprop.cli import common
+from meprop.cli import messages
 from meprop.cli.compare import Compare
 from meprop.cli.main import parse
 from meprop.cli.simplify import Simplify
@@ -298,14 +300,39 @@ def test_a_missing_extra_is_named_with_the_remedy():
     assert done.stderr == "meprop: error: tyro is not installed: pip install 'meprop[tasks]'\n"
 
 
-def test_help_does_not_wait_for_what_it_does_not_need():
-    heavy = "'matplotlib', 'lightning_fabric', 'tensorboard', 'pooch', 'meprop.tasks.mnist', 'meprop.bench.linear'"
-    code = (
-        "import sys; from meprop.cli import main; main(['--help']); "
-        f"print('help:', 'tyro' in sys.modules, [m for m in ({heavy}) if m in sys.modules])"
+@pytest.mark.parametrize("form", ["-m meprop", "-m meprop.cli", "meprop"])
+@pytest.mark.parametrize("arguments", ["", "-h", "--help", "--version", "tarin", "--hlep"])
+def test_what_names_no_command_is_answered_without_torch(tmp_path, monkeypatch, capsys, form, arguments):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    (tmp_path / "meprop").write_text("import sys; from meprop.cli import main; sys.exit(main())")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    done = subprocess.run(
+        [sys.executable, *form.split(), *arguments.split()], capture_output=True, text=True, check=False
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "help: True []"
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as slowly:
+        code = cli.main(arguments.split())
+    slowly.seek(0)
+    assert (done.returncode, done.stdout, done.stderr) == (code, slowly.read(), capsys.readouterr().err)
+
+
+def test_a_module_that_is_run_and_imports_meprop_is_not_the_command(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    (tmp_path / "other.py").write_text("import sys; import meprop")
+    done = subprocess.run(
+        [sys.executable, "-m", "other", "meprop"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert "torch is imported" in done.stderr
+
+
+def test_garbage_is_collected_again_when_a_command_runs(tmp_path):
+    script = tmp_path / "meprop"
+    script.write_text(
+        "import gc, sys\nfrom meprop.cli import main\nprint(gc.isenabled())\nmain()\nprint(gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, script, "doctor"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:: len(done.stdout.splitlines()) - 1] == ["False", "True"]
 
 
 def test_python_m_is_the_same_command(monkeypatch, capsys):
@@ -402,12 +429,12 @@ def test_what_is_like_no_name_is_answered_with_none(capsys, arguments):
     assert "did you mean" not in err(capsys)
 
 
-EXTRA_MODULES = sorted({name for names in common.extras().values() for name in names})
+EXTRA_MODULES = sorted({name for names in messages.extras().values() for name in names})
 
 
 def test_the_extras_are_those_of_the_package():
-    assert common.extras()["hf"] == ["accelerate", "transformers"]
-    assert {"tyro", "rich", "lightning_fabric"} < set(common.extras()["tasks"])
+    assert messages.extras()["hf"] == ["accelerate", "transformers"]
+    assert {"tyro", "rich", "lightning_fabric"} < set(messages.extras()["tasks"])
 
 
 def test_version_and_doctor_need_no_extras():
@@ -423,7 +450,7 @@ def test_version_and_doctor_need_no_extras():
     "module",
     [
         *("tyro", "typeguard", "safetensors"),
-        *(pytest.param(each, marks=SLOW) for each in ("rich", "lightning_fabric", "matplotlib", "pooch", "filelock")),
+        *(pytest.param(each, marks=SLOW) for each in ("rich", "lightning_fabric", "matplotlib", "filelock")),
     ],
 )
 def test_a_missing_module_of_an_extra_is_named_with_the_remedy(module, data):
@@ -522,12 +549,12 @@ def test_an_interrupt_while_it_imports_shows_no_traceback():
     interrupt = (
         "import builtins; original = builtins.__import__\n"
         "def late(name, *rest):\n"
-        "    if name == 'meprop.cli.bench': raise KeyboardInterrupt\n"
+        "    if name == 'meprop.cli.doctor': raise KeyboardInterrupt\n"
         "    return original(name, *rest)\n"
         "builtins.__import__ = late"
     )
     done = commands.run("doctor", before=interrupt)
-    assert (done.returncode, done.stderr) == (130, "")
+    assert (done.returncode, done.stderr) == (130, "meprop: interrupted\n")
 
 
 def test_several_rules_are_compared_with_settings_of_their_own(data, capsys):

@@ -1,5 +1,9 @@
-"""Ctrl-C, and a request to end, while a command imports what it needs: one line, the exit code, and no traceback."""
+"""What the command does before torch is imported, which takes seconds: answers to Ctrl-C, and help of all commands.
 
+A program that imports meprop is left alone.
+"""
+
+import gc
 import os
 import signal
 import sys
@@ -8,14 +12,27 @@ from types import FrameType
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
+    """End with one line, the exit code, and no traceback."""
     with suppress(OSError):  # standard error may be gone
         os.write(2, b"meprop: interrupted\n")
     os._exit(128 + signum)
 
 
-# Python sets argv[0] to "-m" while it imports the package of a module to be run. A program that imports meprop is left
-# alone.
-if os.path.basename(sys.argv[0]) == "meprop" or (sys.argv[0] == "-m" and {"meprop", "meprop.cli"} & {*sys.orig_argv}):
+def _is_the_command() -> bool:
+    """Whether the process is `meprop`, `python -m meprop` or `python -m meprop.cli`."""
+    if sys.argv[0] == "-m":  # as long as Python imports the package of the module to be run
+        return sys.orig_argv[-len(sys.argv)] in ("meprop", "meprop.cli")
+    return os.path.basename(sys.argv[0]) == "meprop"
+
+
+if _is_the_command():
     for _signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(_signum) != signal.SIG_IGN:  # as under nohup
             signal.signal(_signum, _end)
+    from meprop.cli.commands import HELP
+
+    if HELP.keys().isdisjoint(sys.argv[1:2]):  # such as --help or --version: torch has no part in the answer
+        from meprop.cli import main
+
+        sys.exit(main())
+    gc.disable()  # no garbage is made by imports; `meprop.cli.main` turns it on again

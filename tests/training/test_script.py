@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("lightning_fabric")
 
 import meprop
-from meprop.cli.main import main
+from meprop.cli.main import main, parse
 from meprop.training import checkpoint
 from meprop.training.config import RunConfig, SimplifyConfig
 from meprop.training.loop import Trainer, fit
@@ -299,6 +299,29 @@ def test_the_commands_take_a_file_where_they_take_a_task(write, tmp_path, monkey
     assert main([command, "train.py", *options, "--resume"]) == 2  # another script, by its name
     assert "script was 'train.py:make', now 'train.py'" in capsys.readouterr().err
     assert main([command, "train.py:make", "--lr", "0.1"]) == 2  # the file has its own optimizer
+
+
+@pytest.mark.parametrize(
+    ("command", "before", "after"),
+    [
+        ("advise", ["--json", "--seconds", "5"], []),
+        ("train", ["--epochs", "2"], []),
+        ("train", ["--out", "old.py"], []),
+        ("train", ["--overwrite"], ["--epochs", "3"]),
+        ("compare", ["--rule", "topk", "sampled"], ["--epochs", "3"]),
+        ("tune", ["--budget=5min", "--out=old.py"], []),
+        ("simplify", ["--seeds", "0", "1"], []),
+    ],
+)
+@pytest.mark.parametrize("script", ["train.py", "my files/train.py:make"])
+def test_options_may_stand_before_the_file(command, before, after, script):
+    assert parse([command, *before, script, *after]) == parse([command, script, *before, *after])
+    assert parse([command, *before, script, *after]).task == ScriptConfig(script)
+
+
+def test_a_file_beside_the_name_of_a_task_is_refused(capsys):
+    assert main(["train", "mnist", "train.py:make"]) == 2
+    assert "train.py:make" in capsys.readouterr().err
 
 
 def test_a_file_may_change_the_working_directory(write, tmp_path, monkeypatch):

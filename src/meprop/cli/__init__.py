@@ -1,13 +1,9 @@
 """The command line: `meprop train`, `compare`, `simplify`, `reproduce`, `data`, `bench` and `doctor`.
 
-Each command is a frozen dataclass. Its fields are the options, their docstrings are the help, and `run` does the work.
+Each command is a frozen dataclass in a module of its name. Its fields are the options, their docstrings are the help,
+and `run` does the work. `options` returns the type that `tyro` reads.
 """
 
-import sys
-
-try:
-    from meprop.cli.main import main
-except KeyboardInterrupt:  # the imports take a while
-    sys.exit(130)
+from meprop.cli.main import main
 
 __all__ = ["main"]

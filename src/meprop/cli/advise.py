@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 import meprop
-from meprop.cli.common import Command, TaskConfig, threads, with_tasks
+from meprop.cli.commands import HELP
+from meprop.cli.common import TaskConfig, threads, with_tasks
 from meprop.training import tasks
 from meprop.training.tasks import TaskEntry
 
 
 @dataclass(frozen=True)
 class Advise(Generic[TaskConfig]):
-    """Measure in a minute whether meprop helps a training, by how much, and which line of code to try."""
+    """`meprop advise` with its options."""
 
     task: TaskConfig
     seconds: float = 40.0
@@ -46,11 +47,10 @@ class Advise(Generic[TaskConfig]):
         print(advice.to_json() if self.json else advice)
 
 
-def _forms() -> Any:
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
+
     def default(_name: str, entry: TaskEntry) -> Any:
         return Advise(entry.config())
 
-    return with_tasks(Advise, lambda entry: Advise[entry.config], default, tasks.with_script())
-
-
-ADVISE = Command("advise", str(Advise.__doc__), _forms)
+    return with_tasks(HELP["advise"], lambda entry: Advise[entry.config], default, tasks.with_script())

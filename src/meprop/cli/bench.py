@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
-from meprop.cli.common import Command, forms, note, threads, with_tasks
+from meprop.cli.common import forms, threads, with_tasks
+from meprop.cli.messages import note
 from meprop.cli.stop import StopRequest
 from meprop.errors import MepropError
 from meprop.training import folder, tracking
@@ -74,8 +75,8 @@ class RunBench(Generic[BenchT]):
             raise MepropError(f"wrong, and not timed: {', '.join(record.wrong)}")
 
 
-def _forms() -> Any:
-    """All benchmarks: a new one is one line here."""
+def options() -> Any:
+    """Return the type that `tyro` reads the options from: a new benchmark is one line here."""
     from meprop.bench import conv, linear, lstm, step
 
     return forms(_form(linear.Linear), _form(lstm.Lstm), _form(conv.Conv), _layers_form(), _form(step.Step))
@@ -97,9 +98,6 @@ def _layers_form() -> Any:
     def default(name: str, entry: TaskEntry) -> Any:
         return RunBench(Layers.of_task(entry.config(), entry.training), Path("runs") / f"bench-layers-{name}")
 
-    of_task = with_tasks(Layers, lambda entry: RunBench[Layers[entry.config]], default)
+    of_task = with_tasks(str(Layers.__doc__), lambda entry: RunBench[Layers[entry.config]], default)
     about = tyro.conf.subcommand(Layers.name, description=Layers.__doc__, constructor_factory=lambda: of_task)
     return Annotated[Any, about]
-
-
-BENCH = Command("bench", "Measure speed.", _forms)

@@ -11,7 +11,8 @@ from meprop import machine
 from meprop.chip.data import DataName
 from meprop.chip.design import Design, Settings
 from meprop.chip.explore import Training, Trial, explore
-from meprop.cli.common import forms, note
+from meprop.cli.common import forms
+from meprop.cli.messages import note
 from meprop.cli.stop import StopRequest
 from meprop.training import folder, tracking
 

@@ -1,18 +1,15 @@
-"""What the commands share: commands with a form for each task, the choice of a rule, threads, notes, tables."""
+"""What the commands share: a form for each task, the choice of a rule, threads, tables."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import re
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from importlib.metadata import requires
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args
 
 import torch
 
 from meprop import rules
+from meprop.cli.messages import note
 from meprop.training import tasks
 from meprop.training.config import MARGIN, RunConfig, rule_names
 from meprop.training.tasks import TaskEntry
@@ -30,26 +27,7 @@ RuleName = TypeVar("RuleName", bound=str)
 RuleTexts = TypeVar("RuleTexts", bound=tuple[str, ...])
 """Stands for rules with settings of their own, as texts, with the help that lists the rules: `rule_texts`."""
 
-_FOR_DEVELOPERS = ("test", "lint", "sweep")  # extras
-
-_MODULES = {"scikit_learn": "sklearn"}  # of packages with another name than their module
-
 _MOST_THREADS = 1024  # far above what helps, and below what the system refuses to start
-
-
-class Command(NamedTuple):
-    """A command as the help of all commands knows it.
-
-    Attributes:
-        name: What is typed.
-        help: What it does.
-        options: Returns the type that `tyro` reads its options from: a dataclass, or a union of forms. It is called if
-            the command is the one that is asked for, so that the others need not be imported.
-    """
-
-    name: str
-    help: str
-    options: Callable[[], Any]
 
 
 def forms(*each: Any) -> Any:
@@ -60,7 +38,7 @@ def forms(*each: Any) -> Any:
 
 
 def with_tasks(
-    command: Any,
+    about: str,
     options: Callable[[TaskEntry], Any],
     default: Callable[[str, TaskEntry], Any],
     entries: Mapping[str, TaskEntry] | None = None,
@@ -68,7 +46,7 @@ def with_tasks(
     """Return the union of a form for each task.
 
     Args:
-        command: The class of the command; its docstring is the help.
+        about: The help.
         options: From a task's entry to the class of the command with the task's config.
         default: From a task's name and entry to the command with all its defaults.
         entries: The tasks by name. None: ours.
@@ -76,8 +54,8 @@ def with_tasks(
     import tyro
 
     def form(task: str, entry: TaskEntry) -> Any:
-        about = tyro.conf.subcommand(task, description=command.__doc__, default=default(task, entry))
-        return Annotated[options(entry), about]
+        named = tyro.conf.subcommand(task, description=about, default=default(task, entry))
+        return Annotated[options(entry), named]
 
     return forms(*(form(task, entry) for task, entry in (entries or tasks.table()).items()))
 
@@ -126,12 +104,6 @@ def threads(count: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def note(text: str) -> None:
-    """Prints a line about what goes on, on standard error, if that is still there."""
-    with contextlib.suppress(OSError):
-        print(f"meprop: {text}", file=sys.stderr)
-
-
 def show_runs(runs: list[Run], task: Task, verdicts: Sequence[Verdict] = (), margin: float = MARGIN) -> None:
     """Print the table of what is finished and, of a comparison, the verdicts."""
     from rich.console import Console
@@ -144,26 +116,3 @@ def show_runs(runs: list[Run], task: Task, verdicts: Sequence[Verdict] = (), mar
             print(verdict_line(verdict))
         if verdicts and margin == MARGIN and not task.unit and all(abs(run.dev[task.metric]) <= 1 for run in runs):
             note(f"{task.metric} is within 1, and --margin is {margin}: give a smaller margin, or scores in percent")
-
-
-def extras() -> dict[str, list[str]]:
-    """Return the modules of each extra for users, by its name, as the installed package declares them."""
-    found: dict[str, list[str]] = {}
-    for requirement in requires("meprop") or []:
-        asked = re.fullmatch(r"([\w.-]+)[^;]*; *extra *== *[\"'](\w+)[\"']", requirement)
-        if asked is not None and asked[1] != "meprop" and asked[2] not in _FOR_DEVELOPERS:
-            name = asked[1].replace("-", "_")
-            found.setdefault(asked[2], []).append(_MODULES.get(name, name))
-    return found
-
-
-def absent(modules: Sequence[str]) -> list[str]:
-    """Return those of the modules that cannot be imported."""
-    return [name for name in modules if importlib.util.find_spec(name) is None]
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """Return in words which module is not installed, and the command that installs it."""
-    name = str(error.name).partition(".")[0]
-    extra = next((extra for extra, modules in extras().items() if name in modules), "tasks")
-    return f"{name} is not installed: pip install 'meprop[{extra}]'"

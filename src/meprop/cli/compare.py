@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from meprop.cli.common import Command, RuleTexts, TaskConfig, Training, rule_texts, show_runs, with_tasks
+from meprop.cli.commands import HELP
+from meprop.cli.common import RuleTexts, TaskConfig, Training, rule_texts, show_runs, with_tasks
 from meprop.cli.seeds import Seeds
 from meprop.cli.session import Session
 from meprop.training import tasks, tracking
@@ -22,7 +23,7 @@ from meprop.training.verdict import Verdict, check_margin, judge_all
 
 @dataclass(frozen=True)
 class Compare(Generic[TaskConfig, Training, RuleTexts]):
-    """Train dense and sparse side by side, with the same seeds and budget, and say whether sparse is worth it."""
+    """`meprop compare` with its options."""
 
     task: TaskConfig
     training: Training
@@ -106,13 +107,15 @@ class Compare(Generic[TaskConfig, Training, RuleTexts]):
         return runs
 
 
-def _forms() -> Any:
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
+
     def default(name: str, entry: TaskEntry) -> Any:
         return Compare(entry.config(), entry.training, Path("runs") / f"compare-{name}", (entry.rule,))
 
     return with_tasks(
-        Compare, lambda entry: Compare[entry.config, type(entry.training), rule_texts()], default, tasks.with_script()
+        HELP["compare"],
+        lambda entry: Compare[entry.config, type(entry.training), rule_texts()],
+        default,
+        tasks.with_script(),
     )
-
-
-COMPARE = Command("compare", str(Compare.__doc__), _forms)

@@ -1,34 +1,21 @@
-"""`meprop data` and `meprop doctor`: what is here."""
+"""`meprop doctor`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any
 
 import meprop
 from meprop import machine
-from meprop.cli.common import Command, TaskConfig, absent, extras, missing, with_tasks
+from meprop.cli.messages import absent, extras, missing
 from meprop.errors import MepropError
 from meprop.training import tasks, tracking
 
 
 @dataclass(frozen=True)
-class Data(Generic[TaskConfig]):
-    """Find or download the data of a task, and say what is there."""
-
-    task: TaskConfig
-
-    def run(self) -> None:
-        """Read the data, and print what and where they are."""
-        entry = tasks.entry_of(self.task)
-        print(entry.load(self.task))
-        print(f"in {entry.locate(getattr(self.task, 'data_dir', None))}")
-
-
-@dataclass(frozen=True)
 class Doctor:
-    """Show what this installation can use: backends, extras, versions, machine and data."""
+    """`meprop doctor`, which has no options."""
 
     def run(self) -> None:
         """Print it; what is missing is told, and is no error."""
@@ -57,9 +44,6 @@ class Doctor:
         return f"without {', '.join(lacking)}: pip install 'meprop[{extra}]'" if lacking else "installed"
 
 
-def _data_forms() -> Any:
-    return with_tasks(Data, lambda entry: Data[entry.config], lambda _name, entry: Data(entry.config()))
-
-
-DATA = Command("data", str(Data.__doc__), _data_forms)
-DOCTOR = Command("doctor", str(Doctor.__doc__), lambda: Doctor)
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
+    return Doctor

@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from types import TracebackType
 
-from meprop.cli.common import note
+from meprop.cli.messages import note
 
 FAULT = 70
 """The exit code after a fault of meprop, as in sysexits.h."""

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from meprop import machine
-from meprop.cli.common import Command
 
 File = TypeVar("File", bound=Path)
 
 
 @dataclass(frozen=True)
 class Init(Generic[File]):
-    """Write a file to fill in: a training of your own, for train, compare and simplify."""
+    """`meprop init` with its options."""
 
     file: File
     """The file, which must not be there yet."""
@@ -32,11 +31,9 @@ class Init(Generic[File]):
         print(f"written: {self.file}; it works as it is: meprop compare {self.file}:make")
 
 
-def _options() -> Any:
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
     import tyro
 
     file: Any = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py")]
     return Init[file]
-
-
-INIT = Command("init", str(Init.__doc__), _options)

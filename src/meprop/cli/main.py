@@ -1,50 +1,34 @@
-"""From arguments to exit code."""
+"""From arguments to exit code.
+
+What takes long to import is imported by the command that is asked for: help of all commands does not wait for torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-import torch
-
-import meprop
-from meprop import machine
 from meprop.cli import faults
-from meprop.cli.advise import ADVISE, Advise
-from meprop.cli.bench import BENCH
-from meprop.cli.common import Command, missing, note
-from meprop.cli.compare import COMPARE, Compare
-from meprop.cli.doctor import DATA, DOCTOR, Doctor
-from meprop.cli.init import INIT
-from meprop.cli.report import REPORT
-from meprop.cli.reproduce import REPRODUCE, Reproduce
-from meprop.cli.simplify import SIMPLIFY, Simplify
+from meprop.cli.commands import HELP
+from meprop.cli.messages import missing, note
 from meprop.cli.stop import Stopped, StopRequest
-from meprop.cli.train import TRAIN, Train
-from meprop.cli.tune import TUNE, Tune
 from meprop.errors import MepropError, nearest
-from meprop.training.script import ScriptTask
 
 _TRAINING = ("advise", "train", "compare", "tune", "simplify")
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
-_SCRIPT = re.compile(r".+\.py(:\w*)?")
-
-
-def _chip() -> Any:
-    from meprop.cli import chip  # it imports numpy
-
-    return chip.options()
-
-
-_CHIP = Command("chip", "Train in fixed point on one physical layer that serves for all: models, and a core.", _chip)
-_COMMANDS = (INIT, ADVISE, TRAIN, COMPARE, TUNE, SIMPLIFY, REPRODUCE, REPORT, DATA, BENCH, _CHIP, DOCTOR)
+_OF_FILES = ("--out", "--script")
+"""Their options with a value that can look like FILE.py:FUNCTION."""
+_SCRIPT = re.compile(r"(?!-).+\.py(:\w*)?")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     with StopRequest(at_once=True) as stop:
         try:
             if argv is None:
-                _prepare_process()
+                _show_what_can_be_shown()
             return _run(sys.argv[1:] if argv is None else argv, of_process=argv is None)
         except BaseException as error:
             try:  # libraries hide the interruption of an import in errors of their own
@@ -89,25 +73,37 @@ def _ended(error: BaseException) -> int:
     return faults.report(error)
 
 
-def _prepare_process() -> None:
-    """Set up what belongs to the process, where meprop is all of it."""
-    # Adam's moments of weights that get no more gradient fade into denormal numbers, which make its step several times
-    # as slow, dense or sparse. Said before the first parallel operation, so that its threads inherit it.
-    torch.set_flush_denormal(True)
+def _show_what_can_be_shown() -> None:
+    """Let no character that a terminal cannot show end a training."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not end a training
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _run(arguments: list[str], *, of_process: bool) -> int:
     if arguments == ["--version"]:
-        print(f"meprop {meprop.__version__}")
+        print(f"meprop {version('meprop')}")
         return 0
     command = parse(arguments)
-    if of_process and isinstance(command, Advise | Train | Compare | Tune | Simplify | Reproduce):
-        machine.keep_freed_memory()
+    if of_process:
+        _prepare_process(trains=arguments[0] in (*_TRAINING, "reproduce"))
     command.run()
     return 0
+
+
+def _prepare_process(*, trains: bool) -> None:
+    """Set up what belongs to the process, where meprop is all of it."""
+    import torch
+
+    from meprop import machine
+
+    gc.freeze()  # what is imported stays: to look through it again and again takes a quarter of a second each time
+    gc.enable()
+    # Adam's moments of weights that get no more gradient fade into denormal numbers, which make its step several times
+    # as slow, dense or sparse. Said before the first parallel operation, so that its threads inherit it.
+    torch.set_flush_denormal(True)
+    if trains:
+        machine.keep_freed_memory()
 
 
 def parse(argv: list[str]) -> Any:
@@ -118,11 +114,12 @@ def parse(argv: list[str]) -> Any:
         SystemExit: After help, or a message about arguments that do not parse.
     """
     if argv == ["doctor"]:  # which also works where tyro is missing: that is for it to say
+        from meprop.cli.doctor import Doctor
+
         return Doctor()
     import tyro
 
-    if argv[:1] and argv[0] in _TRAINING and len(argv) > 1 and _SCRIPT.fullmatch(argv[1]):
-        argv = [argv[0], ScriptTask.name, "--script", *argv[1:]]
+    argv = _with_script(argv)
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -147,6 +144,19 @@ def parse(argv: list[str]) -> Any:
         raise
 
 
+def _with_script(argv: list[str]) -> list[str]:
+    """Return the arguments with FILE.py:FUNCTION, where there is no name of a task, as the task of a user's file."""
+    if argv[:1] and argv[0] in _TRAINING:
+        for at, argument in enumerate(argv[1:], 1):
+            if _SCRIPT.fullmatch(argument) and argv[at - 1] not in _OF_FILES:
+                from meprop.training.script import ScriptTask
+
+                return [argv[0], ScriptTask.name, "--script", argument, *argv[1:at], *argv[at + 1 :]]
+            if at == 1 and not argument.startswith("-"):
+                break
+    return argv
+
+
 @dataclass(frozen=True)
 class _Unread:
     """Stands for the options of a command that is not asked for."""
@@ -156,13 +166,13 @@ def _commands(argv: list[str]) -> Any:
     """The union of all commands, of which the one that is asked for has its options."""
     import tyro
 
-    def command_type(command: Command) -> Any:
-        if command.name not in argv[:1]:
-            return Annotated[_Unread, tyro.conf.subcommand(command.name, description=command.help)]
-        about = tyro.conf.subcommand(command.name, description=command.help, constructor_factory=command.options)
-        return Annotated[Any, about]
+    def command_type(name: str, about: str) -> Any:
+        if name not in argv[:1]:
+            return Annotated[_Unread, tyro.conf.subcommand(name, description=about)]
+        options = import_module(f"meprop.cli.{name}").options
+        return Annotated[Any, tyro.conf.subcommand(name, description=about, constructor_factory=options)]
 
-    return Union[tuple(map(command_type, _COMMANDS))]  # noqa: UP007
+    return Union[tuple(command_type(name, about.partition("\n")[0]) for name, about in HELP.items())]  # noqa: UP007
 
 
 def _registry() -> Any:
@@ -175,10 +185,12 @@ def _registry() -> Any:
     def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:  # pyright: ignore[reportUnusedFunction]
         if info.type is not Path:
             return None
+        from meprop.machine import expanded
+
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="PATH",
-            instance_from_str=lambda texts: machine.expanded(texts[0]),
+            instance_from_str=lambda texts: expanded(texts[0]),
             is_instance=lambda each: isinstance(each, Path),
             str_from_instance=lambda each: [str(each)],
         )

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from meprop.cli.common import Command
-
 Runs = TypeVar("Runs", bound=tuple[Path, ...])
 Out = TypeVar("Out", bound=Path | None)
 
 
 @dataclass(frozen=True)
 class Report(Generic[Runs, Out]):
-    """Write a page about results: verdicts, curves, the parts of a step, layers, and the commands to repeat them."""
+    """`meprop report` with its options."""
 
     runs: Runs
     """Folders with a result.json of train, compare or simplify, or such files, those of reproduce too."""
@@ -30,7 +28,8 @@ class Report(Generic[Runs, Out]):
         print(f"written: {write_report(self.runs, self.out, overwrite=self.overwrite)}")
 
 
-def _options() -> Any:
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
     import tyro
 
     runs: Any = Annotated[
@@ -38,6 +37,3 @@ def _options() -> Any:
     ]
     out: Any = Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
     return Report[runs, out]
-
-
-REPORT = Command("report", str(Report.__doc__), _options)

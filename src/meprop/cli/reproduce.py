@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
-from meprop.cli.common import Command, note, threads
+from meprop.cli.common import threads
+from meprop.cli.messages import note
 from meprop.cli.session import CheckpointSaver, Saved, train_in_turns
 from meprop.cli.stop import StopRequest
 from meprop.errors import DataError, MepropError
@@ -25,7 +26,7 @@ Names = TypeVar("Names", bound="tuple[str, ...]")
 
 @dataclass(frozen=True)
 class Reproduce(Generic[Names]):
-    """Repeat experiments of the paper, and set the results beside its own. Finished runs are not repeated."""
+    """`meprop reproduce` with its options."""
 
     names: Names
     """Experiments by name, or paths of .toml files of your own in the same form."""
@@ -180,11 +181,9 @@ class Reproduce(Generic[Names]):
         return replace(new, beside=before if new.trainer.finished else [name for name in beside if name in before])
 
 
-def _options() -> Any:
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
     import tyro
 
     names: Any = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")]
     return Reproduce[names]
-
-
-REPRODUCE = Command("reproduce", str(Reproduce.__doc__), _options)

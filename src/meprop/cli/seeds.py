@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from meprop.cli.common import note
+from meprop.cli.messages import note
 from meprop.cli.session import Saved, Session
 from meprop.errors import DataError
 from meprop.training import checkpoint, tracking

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from meprop import machine
-from meprop.cli.common import note
+from meprop.cli.messages import note
 from meprop.cli.stop import StopRequest
 from meprop.training import checkpoint, folder, tracking
 from meprop.training.loop import Trainer, fit

@@ -14,7 +14,9 @@ import torch
 import meprop
 from meprop import machine
 from meprop.bench.measure import check_seconds
-from meprop.cli.common import Command, RuleName, TaskConfig, Training, note, rule_choice, with_tasks
+from meprop.cli.commands import HELP
+from meprop.cli.common import RuleName, TaskConfig, Training, rule_choice, with_tasks
+from meprop.cli.messages import note
 from meprop.cli.seeds import Seeds
 from meprop.cli.session import Session
 from meprop.training import tasks, tracking
@@ -32,7 +34,7 @@ _K = 160  # that of the paper's code
 
 @dataclass(frozen=True)
 class Simplify(Generic[TaskConfig, Training, RuleName]):
-    """Train dense, sparse (meProp), and sparse and simplified (meSimp), side by side; and time the models then."""
+    """`meprop simplify` with its options."""
 
     task: TaskConfig
     training: Training
@@ -146,7 +148,8 @@ def _show(task: Task, runs: list[Run], models: list[ModelRecord]) -> None:
         Console().print(report.model_table(models))
 
 
-def _forms() -> Any:
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
     rules = rule_choice("What the sparse runs back-propagate of each output gradient.")
 
     def default(name: str, entry: TaskEntry) -> Any:
@@ -154,8 +157,8 @@ def _forms() -> Any:
         return Simplify(entry.config(), training, SimplifyConfig(), out, entry.rule)
 
     return with_tasks(
-        Simplify, lambda entry: Simplify[entry.config, type(entry.training), rules], default, tasks.with_script()
+        HELP["simplify"],
+        lambda entry: Simplify[entry.config, type(entry.training), rules],
+        default,
+        tasks.with_script(),
     )
-
-
-SIMPLIFY = Command("simplify", str(Simplify.__doc__), _forms)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from meprop.cli.common import Command, RuleName, TaskConfig, Training, note, rule_choice, show_runs, with_tasks
+from meprop.cli.commands import HELP
+from meprop.cli.common import RuleName, TaskConfig, Training, rule_choice, show_runs, with_tasks
+from meprop.cli.messages import note
 from meprop.cli.session import Saved, Session
 from meprop.training import checkpoint, tasks, tracking
 from meprop.training.config import DENSE
@@ -19,7 +21,7 @@ from meprop.training.tasks import TaskEntry
 
 @dataclass(frozen=True)
 class Train(Generic[TaskConfig, Training, RuleName]):
-    """Train once, dense or sparse, with checkpoints."""
+    """`meprop train` with its options."""
 
     task: TaskConfig
     training: Training
@@ -84,15 +86,13 @@ class Train(Generic[TaskConfig, Training, RuleName]):
         return run
 
 
-def _forms() -> Any:
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
     rules = rule_choice("What is back-propagated of each output gradient.", {DENSE: "everything"})
 
     def default(name: str, entry: TaskEntry) -> Any:
         return Train(entry.config(), entry.training, Path("runs") / f"train-{name}", entry.rule)
 
     return with_tasks(
-        Train, lambda entry: Train[entry.config, type(entry.training), rules], default, tasks.with_script()
+        HELP["train"], lambda entry: Train[entry.config, type(entry.training), rules], default, tasks.with_script()
     )
-
-
-TRAIN = Command("train", str(Train.__doc__), _forms)

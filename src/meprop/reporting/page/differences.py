@@ -24,14 +24,14 @@ _SHOWN = 3  # names of results
 
 def differences(sources: Sequence[Source]) -> list[Difference]:
     """Return the settings, data, machines and versions of torch that differ. Those of rules are meant to."""
-    facts = [dict(_facts(source)) for source in sources]
-    names = dict.fromkeys(name for each in facts for name in each)
+    facts = [(f"{source.folder}/{source.name}", dict(_facts(source))) for source in sources]
+    names = dict.fromkeys(name for _, each in facts for name in each)
     found: list[Difference] = []
     for name in names:
         values: dict[str, list[str]] = {}
-        for source, each in zip(sources, facts, strict=True):
+        for result, each in facts:
             if name in each:
-                values.setdefault(each[name], []).append(f"{source.folder}/{source.name}")
+                values.setdefault(each[name], []).append(result)
         if len(values) > 1:
             found.append(Difference(name, [(value, _listed(of)) for value, of in values.items()]))
     return found
