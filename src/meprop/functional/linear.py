@@ -127,7 +127,7 @@ class _Linear(torch.autograd.Function):
             x, weight, _ = operands
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.dtype = weight.dtype
-        return no_view(output if autocast else output.to(x.dtype))
+        return no_view(output if autocast or dtype is None else output.to(x.dtype))
 
     @staticmethod
     @labelled("meprop.linear.backward")
