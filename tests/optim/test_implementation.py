@@ -10,7 +10,7 @@ from meprop import ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native
 from meprop.optim.base import RowSparseOptimizer
-from optimizer_cases import KINDS, make, make_torch, saved, sparse
+from optimizer_cases import KINDS, add_group, make, make_torch, saved, sparse
 
 SOME = ["sgd", "momentum", "adam", "amsgrad", "adamw", "adagrad"]
 DTYPES = {
@@ -105,7 +105,7 @@ def one_of_two(make, dtype):
 def a_group_added_later(make, dtype):
     optimizer = make(tensors(torch.float32))
     train(optimizer, range(2), False)
-    optimizer.add_param_group({"params": tensors(dtype)})
+    add_group(optimizer, tensors(dtype))
     return optimizer
 
 
@@ -204,7 +204,7 @@ def test_the_fused_implementation_is_taken_where_it_fits_in_this_step(kind):
     to(params, torch.float64)
     optimizer.state.clear()
     assert is_fused(optimizer)
-    optimizer.add_param_group({"params": tensors(torch.float32)})
+    add_group(optimizer, tensors(torch.float32))
     assert is_fused(optimizer)
     optimizer.param_groups[0]["foreach"] = True
     assert is_fused(optimizer)  # the other group is
@@ -337,7 +337,7 @@ def test_a_negated_state_gives_torchs_step(kind):
 )
 def test_a_chosen_implementation_stays(choice):
     optimizer = optim.Adam(tensors(torch.float32), **choice)
-    optimizer.add_param_group({"params": tensors(torch.float32)})
+    add_group(optimizer, tensors(torch.float32))
     if "differentiable" not in choice:  # a step of leaves is not differentiable
         assert not is_fused(optimizer)
     for group in optimizer.param_groups:

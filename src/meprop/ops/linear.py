@@ -145,7 +145,9 @@ def _native_declines(
 native.backend.implements(linear_backward, _native_declines)(native_products)
 
 
-def _triton_declines(choice: Choice, grad: Tensor, weight: Tensor | None, x: Tensor | None, *_: object) -> str | None:
+def _triton_declines(
+    choice: Choice, grad: Tensor, weight: Tensor | None, x: Tensor | None, *_: object, **_named: object
+) -> str | None:
     values = None if isinstance(choice, PlainTopK) else choice.values
     return triton.declines(grad, weight, x, values)
 

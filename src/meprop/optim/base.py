@@ -169,14 +169,14 @@ class RowSparseOptimizer(MissedSteps):
         return result
 
     def _step(self, closure: Any = None) -> Any:
-        self._groups_made_fused: list[dict[str, Any]] = []
+        left_to_us = [group for group in self.param_groups if _leaves_the_choice(group)]
         step: Any = super().step.__func__  # pyright: ignore[reportFunctionMemberAccess]
         if hasattr(step, "hooked"):  # torch has put the running of hooks around it, and around this method as well
             step = step.__wrapped__
         try:
             return step(self, closure)
         finally:
-            for group in self._groups_made_fused:
+            for group in left_to_us:
                 group["fused"] = None
 
     def _step_alone(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -201,7 +201,6 @@ class RowSparseOptimizer(MissedSteps):
         left_to_torch = [parameter for parameter in with_gradient if not self._step_here(parameter, group)]
         if _leaves_the_choice(group) and all(self._fits_fused(parameter) for parameter in left_to_torch):
             group["fused"] = True
-            self._groups_made_fused.append(group)
         return super()._init_group({**group, "params": left_to_torch}, *args, **kwargs)  # pyright: ignore  (not in torch's stubs)
 
     def _step_here(self, parameter: Tensor, group: dict[str, Any]) -> bool:
