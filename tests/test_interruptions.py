@@ -48,11 +48,11 @@ def run(command, data, *options, out="out"):
 
 
 def outcome(out):
-    """All of an experiment but the seconds: its runs, and the numbers of its models."""
+    """All of an experiment but seconds and disturbance: its runs, and the numbers of its models."""
     content = json.loads(Path(out, "result.json").read_text())
     runs = [
         {
-            **{name: value for name, value in each.items() if name not in ("seconds", "curve")},
+            **{name: value for name, value in each.items() if name not in ("seconds", "disturbance", "curve")},
             "curve": [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in each["curve"]],
         }
         for each in content["runs"]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -279,14 +278,6 @@ def test_each_side_is_called_nine_times_at_least():
 
 def test_the_budget_is_spent():
     assert measure.interleaved({"a": lambda: None}, 0.02)["a"].calls > 100
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/stat")
-def test_shares_of_disturbance_come_from_the_differences(monkeypatch):
-    seconds = iter([(100.0, 50.0, 5.0, 20.0), (110.0, 52.0, 6.0, 24.0)])
-    monkeypatch.setattr(measure, "_processor_seconds", lambda: next(seconds))
-    seen = measure.DisturbanceMeter().read()
-    assert seen == measure.Disturbance(stolen=pytest.approx(0.1), others=pytest.approx(0.3))
 
 
 def test_work_is_counted():

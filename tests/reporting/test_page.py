@@ -148,6 +148,33 @@ def test_widths_of_simplified_runs_are_where_they_change(tmp_path):
     assert said.table("inference, ms") == [["simplified", "0", "40.0", "81.2", "2.00", "1.00", "0.400"]]
 
 
+def test_the_activity_is_that_of_the_units_that_are_left(tmp_path):
+    checks = [{"step": 100, "prunes": True, "widths": {"0": 3, "1": 1}}]
+    own = {"checks": checks, "activity": {"0": [0.5, None, 0.25, 1.0], "1": [None, 0.125]}}
+    found = [replace(run, **own) if run.rule == "simplified" else run for run in runs(1, ("simplified",))]
+    rows = Page(write(tmp_path / "a", found, settings=config(simplify={}))).table("units before it, %")
+    of_first, of_second = ([row[1:] for row in rows if row[0] == f"layer {name}"] for name in "01")
+    assert [row[1] for row in of_first] == [f"{5.0 * step}" for step in range(21)]
+    assert [of_first[at][2] for at in (0, 10, 20)] == ["100.00", "50.00", "25.00"]
+    assert {row[2] for row in of_second} == {"12.50"}
+    earlier = [replace(run, activity={}) for run in found]
+    assert 'data-chart="activity"' not in Page(write(tmp_path / "b", earlier, settings=config(simplify={}))).html
+
+
+def test_what_else_the_machine_did_is_shown_for_each_rule(tmp_path):
+    shares = {"dense": [(0.01, 0.1), (0.0, 0.0), (0.0, 0.254)], "sampled": [(0.0, 0.03)] * 3}
+    found = [
+        replace(run, disturbance=dict(zip(("stolen", "others"), shares[run.rule][run.seed], strict=True)))
+        for run in runs()
+    ]
+    head = "taken by other processes, %"
+    rows = [["dense", "0 to 1", "0 to 25"], ["sampled", "0", "3"]]
+    assert Page(write(tmp_path / "a", found)).table(head) == rows
+    of_earlier = [run if run.rule == "dense" else replace(run, disturbance=None) for run in found]
+    assert Page(write(tmp_path / "b", of_earlier)).table(head) == rows[:1]
+    assert not Page(write(tmp_path / "c", runs())).has(head)
+
+
 def test_single_runs_of_the_same_settings_are_compared_and_others_are_not(tmp_path):
     settings = {"rule": "topk", "k": 20, "epochs": 6, "data": "1a2b3c"}
     paths = []
@@ -338,7 +365,8 @@ def places(content, at=()):
 def test_a_damaged_result_is_named_and_never_a_fault(tmp_path):
     checks = [{"step": 1, "prunes": True, "widths": {"0": 4}}, {"step": 2, "prunes": True, "widths": {"0": 3}}]
     model = {"rule": "topk", "seed": 0, "width": 1.0, "parameters": 1, "first_step": 1.0, "last_step": 1.0}
-    found = [replace(run, checks=checks) for run in runs(1, epochs=1)]
+    own = {"checks": checks, "activity": {"0": [None, 0.5, 1.0]}, "disturbance": {"stolen": 0.0, "others": 0.1}}
+    found = [replace(run, **own) for run in runs(1, epochs=1)]
     verdicts = [asdict(each) for each in judge_all(found, "accuracy")]
     models = [{**model, "inference": {"p20": 1.0}}]
     path = write(tmp_path, found, verdicts=verdicts, models=models, settings=config(simplify={"threshold": 0.1}))

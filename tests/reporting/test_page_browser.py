@@ -47,7 +47,9 @@ def path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     checks = [{"step": at, "prunes": at > 3, "widths": {"0": 64 - at, "3": 32}} for at in range(1, 9)]
     found = runs(rules=("sampled", "topk", "simplified"))
-    found = [replace(run, checks=checks if run.rule == "simplified" else []) for run in found]
+    own = {"checks": checks, "activity": {"0": [1 / at for at in range(1, 57)], "3": [0.5] * 32}}
+    found = [replace(run, **own) if run.rule == "simplified" else run for run in found]
+    found = [replace(run, disturbance={"stolen": 0.0, "others": 0.02 * run.seed}) for run in found]
     late = replace(found[-1], seed=7, curve=found[-1].curve[:2])
     model = {"rule": "simplified", "seed": 0, "width": 40.0, "parameters": 81234, "first_step": 2e-3}
     models = [{**model, "last_step": 1e-3, "inference": {"p20": 4e-4}}]
@@ -90,7 +92,7 @@ EACH = pytest.mark.parametrize(
 def test_all_charts_are_drawn_and_nothing_is_wider_than_the_window(opened):
     charts = opened.locator("[data-chart]")
     kinds = charts.evaluate_all("places => places.map(place => place.dataset.chart)")
-    assert kinds == ["seconds", "epoch", "parts", "density", "widths"]
+    assert kinds == ["seconds", "epoch", "parts", "density", "widths", "activity"]
     for at, marks in enumerate(
         ["[data-mark=line] path"] * 2 + ["[data-mark=bar] rect"] + ["[data-mark=line] path"] * 2
     ):

@@ -39,8 +39,10 @@ def whole_and_resumed(tmp_path, build, steps):
     saved = checkpoint.resume(tmp_path / "c.pt", resumed, SETTINGS, TinyConfig)
     assert asdict(resumed.seconds) == saved["seconds"]
     assert resumed.seconds.step > 0
+    assert resumed.state_dict()["disturbance"] == saved["disturbance"]
     (actual,) = fit([resumed], ignore)
     assert (actual.dev, actual.test, actual.checks) == (expected.dev, expected.test, expected.checks)
+    assert actual.activity == expected.activity
     assert [record["loss"] for record in actual.curve] == [record["loss"] for record in expected.curve]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name

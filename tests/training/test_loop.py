@@ -13,7 +13,7 @@ from torch import nn
 pytest.importorskip("lightning_fabric")
 
 import meprop
-from meprop import speed
+from meprop import disturbance, speed
 from meprop.errors import MepropError
 from meprop.training.config import SimplifyConfig, TrainingConfig
 from meprop.training.loop import Trainer, fit
@@ -147,6 +147,27 @@ def test_result_holds_every_epoch_and_the_seconds_add_up(task):
     assert [layer["status"] for layer in run.layers] == ["sparse", "dense"]  # the output layer stays dense
 
 
+def test_each_run_has_the_disturbance_of_its_own_turns(task, monkeypatch):
+    now, turns = [0.0, 0.0, 0.0, 0.0], []
+
+    def spend(trainer):  # 10 seconds in a turn, of which others take 1 of the first run's and 4 of the second's
+        others = 1 if trainer is first else 4
+        now[:] = [now[0] + 10, now[1], now[2] + 0.5, now[3] + 9.5 - others]
+        turns.append(trainer)
+
+    def after(trainer):
+        now[0] += 1000  # the time between turns is nobody's
+
+    first, second = (Trainer(task, CONFIG, rule, 7) for rule in (None, CONFIG.rule()))
+    step = Trainer._train_step
+    monkeypatch.setattr(disturbance, "_processor_seconds", lambda: tuple(now))
+    monkeypatch.setattr(Trainer, "_train_step", lambda trainer, batch: (spend(trainer), step(trainer, batch)))
+    runs = fit([first, second], after, turn=2)
+    assert len(turns) == 2 * 3 * 8
+    assert runs[0].disturbance == pytest.approx({"stolen": 0.05, "others": 0.1})
+    assert runs[1].disturbance == pytest.approx({"stolen": 0.05, "others": 0.4})
+
+
 def test_random_k_is_a_rule_of_its_own_and_repeats_with_the_seed(task):
     runs = [fit([trainer := Trainer(task, CONFIG, CONFIG.rule("random"), 7)], ignore)[0] for _ in range(2)]
     assert (runs[0].rule, runs[0].k, runs[0].density) == ("random", 5, pytest.approx(5 / 128))
@@ -250,6 +271,11 @@ def test_a_simplified_run_shrinks_in_its_cycles_and_learns(task):
     assert widths[-1] < 128
     assert run.layers[0]["out_features"] == widths[-1]
     assert run.curve[-1]["loss"] < run.curve[0]["loss"]
+    shares = trainer.simplifier.activity["0"]
+    assert run.activity.keys() == {"0"}
+    for recorded, share in zip(run.activity["0"], shares.tolist(), strict=True):
+        assert recorded is None if math.isnan(share) else recorded == pytest.approx(share, abs=6e-5)
+    assert sum(share is not None for share in run.activity["0"]) == widths[-1]
     compact = trainer.simplifier.compact()
     assert type(compact[0]) is torch.nn.Linear
     assert compact[0].out_features == widths[-1]

@@ -11,8 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from meprop.bench.base import Measure, TableBench
-from meprop.bench.measure import DisturbanceMeter, Times, check_seconds, until_stopped
+from meprop.bench.measure import Times, check_seconds, until_stopped
 from meprop.bench.record import Record
+from meprop.disturbance import DisturbanceMeter
 
 if TYPE_CHECKING:
     from typing_extensions import Self

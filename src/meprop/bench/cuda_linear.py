@@ -19,10 +19,11 @@ from meprop.bench.cases import run_each
 from meprop.bench.cuda import Card, CardRecord, Limits, mode_of
 from meprop.bench.events import Call
 from meprop.bench.linear import BYTES, Case
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, milliseconds
+from meprop.bench.measure import Ratio, Times, milliseconds
 from meprop.bench.problem import DTYPES, Dtype, Problem
 from meprop.bench.record import Record
 from meprop.bench.roofline import Roofline, Work
+from meprop.disturbance import DisturbanceMeter
 from meprop.reporting import pages
 from meprop.selection import Selection
 

@@ -18,11 +18,12 @@ from meprop.bench.cases import run_each
 from meprop.bench.cuda import Card, CardRecord, Limits, mode_of
 from meprop.bench.cuda_ways import BASELINES, CardStepper, CardWay, ways, work_of
 from meprop.bench.events import Call
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, milliseconds
+from meprop.bench.measure import Ratio, Times, check_seconds, milliseconds
 from meprop.bench.perceptron import Model, Start, start
 from meprop.bench.problem import Dtype, forked_random
 from meprop.bench.roofline import Roofline
 from meprop.bench.ways import Oracle, differs, kept_share, oracle
+from meprop.disturbance import DisturbanceMeter
 from meprop.reporting import pages
 
 MODELS = ("8192-8192-8192-8192-10@1024", "784-1500-1000-500-10@100", "841-2500-2000-1500-1000-500-10@1000")

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import meprop
 from meprop.bench import oracle
 from meprop.bench.base import Measure, TableBench, keep_freed_memory
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, interleaved, until_stopped
+from meprop.bench.measure import Ratio, Times, check_seconds, interleaved, until_stopped
 from meprop.bench.record import Record
 from meprop.convert import LayerReport
+from meprop.disturbance import DisturbanceMeter
 from meprop.errors import MepropError
 from meprop.rules import Rule
 from meprop.training import tasks

@@ -21,10 +21,11 @@ import torch
 import meprop
 from meprop.bench import cases, oracle, problem
 from meprop.bench.cases import run_each
-from meprop.bench.measure import Disturbance, DisturbanceMeter, Ratio, Times, interleaved
+from meprop.bench.measure import Ratio, Times, interleaved
 from meprop.bench.problem import DTYPES, Device, Dtype, Problem
 from meprop.bench.record import Record
 from meprop.bench.roofline import Limits, Roofline, Work, measure_limits, roofline
+from meprop.disturbance import Disturbance, DisturbanceMeter
 from meprop.rules import Rule
 from meprop.selection import FeatureSelection
 from meprop.training import tracking

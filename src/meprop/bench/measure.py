@@ -1,12 +1,10 @@
-"""What was measured: times, ratios, and how much the measurement was disturbed."""
+"""What was measured: times and ratios."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import quantiles
 
 from meprop import timing
@@ -80,46 +78,3 @@ def until_stopped(results: Sequence[object]) -> Generator[None]:
     except KeyboardInterrupt:
         if not results:
             raise
-
-
-@dataclass(frozen=True)
-class Disturbance:
-    """Shares of all processors' time that were not ours to use: the higher, the less a measurement is worth.
-
-    Attributes:
-        stolen: Taken by the host for its other guests.
-        others: Taken by other processes of this system.
-    """
-
-    stolen: float
-    others: float
-
-
-class DisturbanceMeter:
-    """Watches from its making on."""
-
-    def __init__(self) -> None:
-        self._start = _processor_seconds()
-
-    def read(self) -> Disturbance | None:
-        """Return what happened since; None where the system does not tell, or in less than one of its ticks."""
-        now = _processor_seconds()
-        if now is None or self._start is None:
-            return None
-        every, idle, stolen, own = (after - before for after, before in zip(now, self._start, strict=True))
-        if every <= 0:
-            return None
-        return Disturbance(stolen / every, max(0.0, every - idle - stolen - own) / every)
-
-
-def _processor_seconds() -> tuple[float, float, float, float] | None:
-    """Seconds since start, of all processors: in all, idle, stolen, and in this process."""
-    try:
-        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-    except OSError:
-        return None
-    ticks = os.sysconf("SC_CLK_TCK")
-    user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (int(field) / ticks for field in fields)
-    every = user + nice + system + idle + waiting + interrupts + soft_interrupts + stolen
-    times = os.times()
-    return every, idle + waiting, stolen, times.user + times.system

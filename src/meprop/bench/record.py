@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import meprop
 from meprop import machine
-from meprop.bench.measure import Disturbance, DisturbanceMeter
+from meprop.disturbance import Disturbance, DisturbanceMeter
 from meprop.reporting import pages
 from meprop.training import tracking
 

@@ -23,12 +23,13 @@ import torch
 
 from meprop.bench.base import Bench, Measure, keep_freed_memory, table_of
 from meprop.bench.cases import run_each
-from meprop.bench.measure import DisturbanceMeter, Ratio, Times, check_seconds, interleaved
+from meprop.bench.measure import Ratio, Times, check_seconds, interleaved
 from meprop.bench.perceptron import Model, start
 from meprop.bench.problem import Device
 from meprop.bench.record import Record
 from meprop.bench.roofline import copy_seconds
 from meprop.bench.ways import BASELINES, PHASES, OptimizerName, Stepper, Way, oracle, ways, what_is_wrong
+from meprop.disturbance import DisturbanceMeter
 from meprop.errors import MepropError
 from meprop.reporting import pages
 from meprop.rules.sampled import NOISE

@@ -15,6 +15,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import meprop
+from meprop.disturbance import DisturbanceSum
 from meprop.errors import MepropError
 from meprop.rules import Rule
 from meprop.speed import Decision
@@ -23,7 +24,7 @@ from meprop.training.density import count_entries, density
 from meprop.training.generators import Generators, generators_of
 from meprop.training.live import Live
 from meprop.training.pace import Pace
-from meprop.training.records import EpochRecord, Run, Seconds
+from meprop.training.records import EpochRecord, Run, Seconds, plain_activity
 from meprop.training.task import Evaluate, Task
 
 
@@ -124,6 +125,7 @@ class Trainer:
         self.loss_sum = 0.0
         """Sum of the losses of the current epoch's steps."""
         self.seconds = Seconds()
+        self._disturbance = DisturbanceSum()
         self.curve: list[EpochRecord] = []
         self._entries = 0, 0  # kept and seen before this epoch, in layers where the gradient decides
         self._live: Live | None = None
@@ -179,7 +181,7 @@ class Trainer:
             stop: Asked before each step whether to stop early.
         """
         self.model.train()
-        with self._generators.swapped_in():
+        with self._disturbance, self._generators.swapped_in():
             for _ in range(steps):
                 if stop():
                     break
@@ -323,6 +325,7 @@ class Trainer:
             "ticks": self._ticks,
             "loss_sum": self.loss_sum,
             "seconds": asdict(self.seconds),
+            "disturbance": list(self._disturbance.seconds),
             "curve": [asdict(record) for record in self.curve],
         }
 
@@ -344,11 +347,13 @@ class Trainer:
         self.step, self.steps_before, self._ticks = state["step"], state["steps_before"], state["ticks"]
         self.loss_sum = state["loss_sum"]
         self.seconds = Seconds(**state["seconds"])
+        self._disturbance.seconds = state.get("disturbance", self._disturbance.seconds)  # earlier versions have none
         self.curve = [EpochRecord(**record) for record in state["curve"]]
 
     def result(self) -> Run:
         """Return the outcome after the last completed epoch."""
         layers = [asdict(layer) for layer in self.report.layers] if self.rule is not None else []
+        disturbance = self._disturbance.read()
         dense_share = (self.config.dense_warmup_steps + self.config.dense_end_steps) / self._pace.ticks
         return Run(
             rule=self.name,
@@ -363,6 +368,8 @@ class Trainer:
             curve=[asdict(record) for record in self.curve],
             layers=layers,
             checks=[] if self.simplifier is None else [asdict(check) for check in self.simplifier.history],
+            activity={} if self.simplifier is None else plain_activity(self.simplifier.activity),
+            disturbance=disturbance and asdict(disturbance),
         )
 
 

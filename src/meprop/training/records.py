@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from math import isnan
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -63,6 +68,12 @@ class Run:
     """Of training. None in records of earlier versions."""
     checks: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """`meprop.simplify.Check` of each check, with the widths; empty if not simplified."""
+    activity: dict[str, list[float | None]] = field(default_factory=dict[str, list[float | None]])
+    """`meprop.Simplifier.activity`: of each set of units the shares of the examples before the last check. Empty if not
+    simplified, and in records of earlier versions."""
+    disturbance: dict[str, float] | None = None
+    """`meprop.disturbance.Disturbance` while it was trained and evaluated. None where the system does not tell, and in
+    records of earlier versions."""
 
     def selected(self, metric: str) -> EpochRecord:
         """Return the epoch with the best dev score, the first of equals: what the paper reports.
@@ -71,3 +82,11 @@ class Run:
         """
         records = [EpochRecord(**record) for record in self.curve]
         return max((each for each in records if each.widths == records[-1].widths), key=lambda each: each.dev[metric])
+
+
+def plain_activity(activity: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """Return `meprop.Simplifier.activity` as plain data, to 4 digits: None for NaN, which JSON has not."""
+    return {
+        label: [None if isnan(share) else round(share, 4) for share in shares.tolist()]
+        for label, shares in activity.items()
+    }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from meprop.machine import write_atomically
 from meprop.reporting.look import PHASE_COLORS
-from meprop.reporting.page import cards, curves, sources, tables
+from meprop.reporting.page import cards, curves, sources, tables, units
 from meprop.reporting.page.colors import NIGHT, WHITE, legible
 from meprop.reporting.page.differences import differences
 from meprop.reporting.page.series import COLORS, Judged, Series, judged, series_of
@@ -92,8 +92,8 @@ def _content(found: Sequence[Source]) -> dict[str, Any]:
     series = series_of(found)
     verdicts = judged(series)
     points, parts = curves.points(series), curves.parts(series)
-    widths = curves.widths(series)
-    sets = dict.fromkeys(each.label for each in widths)
+    lines = units.lines(series)
+    widths, sets = units.widths(lines), dict.fromkeys(each.label for each in lines)
     targets = dict.fromkeys(round(each.verdict.target, 4) for each in verdicts)
     return {
         "tasks": list(dict.fromkeys(source.title for source in found)),
@@ -117,8 +117,10 @@ def _content(found: Sequence[Source]) -> dict[str, Any]:
         "widths_described": "; ".join(
             f"{each.label} ends with {each.width}" for each in {each.label: each for each in widths}.values()
         ),
+        "activity": units.activity(lines),
         "sets": dict(zip(sets, _palette((COLORS * len(sets))[: len(sets)]), strict=True)),
         "models": tables.models(found),
+        "disturbed": tables.disturbed(series),
         "made": tables.made(found),
         "texts": [source.text.replace("<", "\\u003c") for source in found],
     }

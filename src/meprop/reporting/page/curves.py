@@ -110,38 +110,3 @@ def parts(series: Sequence[Series]) -> list[Parts]:
         for place, each in enumerate(series)
         if each.runs
     ]
-
-
-class Width(NamedTuple):
-    """How wide one set of units is after a check of a simplified run."""
-
-    units: int
-    """The place of its set among all sets."""
-    label: str
-    seed: int
-    step: int
-    width: int
-    removes: bool
-    """Whether units were removed in this cycle."""
-
-
-def widths(series: Sequence[Series]) -> list[Width]:
-    """Return the widths of all simplified runs: the checks at which a width or the kind of cycle changes."""
-    found = [(each, run) for each in series for run in (*each.runs, *each.running) if run.checks]
-    several = len({each.label for each, _ in found}) > 1
-    lines = [
-        (f"{each.label}, layer {units}" if several else f"layer {units}", units, run)
-        for each, run in found
-        for units in run.checks[0]["widths"]
-    ]
-    places = {label: place for place, label in enumerate(dict.fromkeys(label for label, _, _ in lines))}
-    return [width for label, units, run in lines for width in _changes(places[label], label, units, run)]
-
-
-def _changes(place: int, label: str, units: str, run: Run) -> Iterator[Width]:
-    line = [
-        Width(place, label, run.seed, check["step"], check["widths"][units], check["prunes"]) for check in run.checks
-    ]
-    for before, now, after in zip([None, *line], line, [*line[1:], None], strict=False):
-        if before is None or after is None or now[4:] != before[4:] or now.removes != after.removes:
-            yield now

@@ -146,6 +146,19 @@
     );
   };
 
+  const activity = (rows, { width, yLabel }) =>
+    frame(
+      width,
+      {
+        x: { label: "units, the most active first, %", labelAnchor: "right", labelArrow: "none", domain: [0, 100], ticks: width / 110 },
+        y: { label: yLabel, labelArrow: "none", zero: true, nice: true, grid: true, ticks: 6 },
+      },
+      [
+        Plot.line(rows, { x: "place", y: "share", z: (row) => `${row.series} ${row.seed}`, stroke: setColor, strokeWidth: 1.75 }),
+        tipOf(rows, "place", "share", (row) => `${row.label}, seed ${row.seed}\n${row.share}% of the examples`),
+      ]
+    );
+
   const SECONDS = { x: "seconds", xLabel: "seconds of training steps" };
   const kinds = {
     seconds: (rows, options) => curves(rows, { ...options, ...SECONDS, y: "score" }),
@@ -153,6 +166,7 @@
     density: (rows, options) => curves(rows, { ...options, ...SECONDS, y: "density", yZero: true }),
     parts: bars,
     widths,
+    activity,
   };
   const draw = (place, rows, targets) => {
     const width = Math.floor(place.clientWidth);

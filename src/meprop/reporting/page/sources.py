@@ -193,6 +193,10 @@ def _run(content: dict[str, Any]) -> Run:
         _check_entries(check, _CHECK)
         if check["widths"].keys() != run.checks[0]["widths"].keys():
             raise ValueError("the checks are of different layers")
+    if run.activity and run.checks and run.activity.keys() != run.checks[0]["widths"].keys():
+        raise ValueError("the activity is of other layers than the checks")
+    if run.disturbance is not None:
+        _check_entries(run.disturbance, {"stolen": float, "others": float})
     return run
 
 

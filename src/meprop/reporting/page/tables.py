@@ -154,6 +154,30 @@ def models(sources: Sequence[Source]) -> list[Model]:
     ]
 
 
+class Disturbed(NamedTuple):
+    """How much of the processors' time others took while the runs of a series trained, in percent, over its seeds."""
+
+    series: int
+    label: str
+    host: str
+    others: str
+
+
+def disturbed(series: Sequence[Series]) -> list[Disturbed]:
+    """Return the disturbance of each series that has finished runs for which it is known."""
+
+    def over(found: Sequence[Mapping[str, float]], name: str) -> str:
+        low, high = (f"{100 * of(each[name] for each in found):.0f}" for of in (min, max))
+        return low if low == high else f"{low} to {high}"
+
+    known = [[run.disturbance for run in each.runs if run.disturbance is not None] for each in series]
+    return [
+        Disturbed(place, each.label, over(found, "stolen"), over(found, "others"))
+        for place, (each, found) in enumerate(zip(series, known, strict=True))
+        if found
+    ]
+
+
 class Made(NamedTuple):
     """Results that were made by one command, on one machine, with the same versions."""
 
@@ -193,7 +217,6 @@ def made(sources: Sequence[Source]) -> list[Made]:
             **content["versions"],
             "commit": short_commit(content.get("commit")).removeprefix("commit "),
         }
-        facts["disturbance"] = content.get("disturbance")
         said = [
             (_NAMES.get(name, name.replace("_", " ")), _said(value))
             for name, value in facts.items()
