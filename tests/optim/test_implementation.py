@@ -10,7 +10,7 @@ from meprop import ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native
 from meprop.optim.base import RowSparseOptimizer
-from optimizer_cases import KINDS, add_group, make, make_torch, saved, sparse
+from optimizer_cases import KINDS, make, make_torch, needs_late_state, saved, sparse
 
 SOME = ["sgd", "momentum", "adam", "amsgrad", "adamw", "adagrad"]
 DTYPES = {
@@ -105,7 +105,8 @@ def one_of_two(make, dtype):
 def a_group_added_later(make, dtype):
     optimizer = make(tensors(torch.float32))
     train(optimizer, range(2), False)
-    add_group(optimizer, tensors(dtype))
+    needs_late_state(optimizer)
+    optimizer.add_param_group({"params": tensors(dtype)})
     return optimizer
 
 
@@ -197,6 +198,7 @@ def test_state_dicts_go_both_ways_in_every_dtype(kind, dtype):
 def test_the_fused_implementation_is_taken_where_it_fits_in_this_step(kind):
     params = tensors(torch.float32)
     optimizer = make(kind, params)
+    needs_late_state(optimizer)
     assert is_fused(optimizer)
     to(params, torch.bfloat16)
     optimizer.state.clear()
@@ -204,7 +206,7 @@ def test_the_fused_implementation_is_taken_where_it_fits_in_this_step(kind):
     to(params, torch.float64)
     optimizer.state.clear()
     assert is_fused(optimizer)
-    add_group(optimizer, tensors(torch.float32))
+    optimizer.add_param_group({"params": tensors(torch.float32)})
     assert is_fused(optimizer)
     optimizer.param_groups[0]["foreach"] = True
     assert is_fused(optimizer)  # the other group is
@@ -337,7 +339,7 @@ def test_a_negated_state_gives_torchs_step(kind):
 )
 def test_a_chosen_implementation_stays(choice):
     optimizer = optim.Adam(tensors(torch.float32), **choice)
-    add_group(optimizer, tensors(torch.float32))
+    optimizer.add_param_group({"params": tensors(torch.float32)})
     if "differentiable" not in choice:  # a step of leaves is not differentiable
         assert not is_fused(optimizer)
     for group in optimizer.param_groups:
