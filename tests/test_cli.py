@@ -300,8 +300,13 @@ def test_a_missing_extra_is_named_with_the_remedy():
     assert done.stderr == "meprop: error: tyro is not installed: pip install 'meprop[tasks]'\n"
 
 
-@pytest.mark.parametrize("form", ["-m meprop", "-m meprop.cli", "meprop"])
-@pytest.mark.parametrize("arguments", ["", "-h", "--help", "--version", "tarin", "--hlep"])
+@pytest.mark.parametrize(
+    ("form", "arguments"),
+    [
+        *(("-m meprop", arguments) for arguments in ("", "-h", "--help", "--version", "tarin", "--hlep")),
+        *((form, "--help") for form in ("-m meprop.cli", "meprop")),
+    ],
+)
 def test_what_names_no_command_is_answered_without_torch(tmp_path, monkeypatch, capsys, form, arguments):
     (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
     (tmp_path / "meprop").write_text("import sys; from meprop.cli import main; sys.exit(main())")
