@@ -1,7 +1,7 @@
 """Commands that are killed or run out of disk, again and again, and what they come to in the end.
 
 Each trial disturbs a command several times in one folder, and goes on after each. Its end has to be that of an
-undisturbed run, bit for bit, but for the seconds. The faults:
+undisturbed run, bit for bit, but for the seconds and what other work took. The faults:
 
     moment   kill -9 after a random time
     call     kill -9 before the nth call that changes the folder: open, fsync, rename, remove
@@ -61,7 +61,7 @@ variants.random = { rule = "random", k = 5 }
 def without_seconds(value: Any) -> Any:
     """Data without what is measured, and without the digest that depends on it."""
     if isinstance(value, dict):
-        left_out = ("seconds", "sha256", "models", "verdicts", "out", "data_dir")
+        left_out = ("seconds", "disturbance", "sha256", "models", "verdicts", "out", "data_dir")
         return {name: without_seconds(each) for name, each in value.items() if name not in left_out}
     if isinstance(value, torch.Tensor | np.ndarray):
         bits = torch.as_tensor(value).contiguous().view(-1).view(torch.uint8)
