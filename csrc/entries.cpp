@@ -9,7 +9,9 @@ namespace {
 
 constexpr uint64_t kOne = uint64_t{1} << 24;  // the probability 1
 constexpr int64_t kTable = 2 * 0x7f90;  // counts of a thread
-constexpr int kPlaceBits = 13;          // the places of a table in which a key is looked for, which fits into L1
+constexpr int kPlaceBits = 13;  // a table in which a key is looked for has at most 2^13 places, which fit into L1
+static_assert((1 << kPlaceBits) <= kTable);
+constexpr int kSampleBits = 16;  // so many of its lower bits are left out where a sample says what a cut may be
 constexpr int64_t kFinite = 0x7f80;  // the upper halves below are of finite magnitudes
 
 // Philox 4x32-10: the four random words of a counter.
@@ -278,7 +280,7 @@ uint32_t EntriesPass<T>::least_of_sample(const Entries<T>& all) {
   const double wanted = static_cast<double>(all.count) * sample.share;
   const int64_t count = static_cast<int64_t>(wanted + (sample.share < 1 ? wanted / 4 + 4 * std::sqrt(wanted) + 8 : 0));
   if (count >= sample.size) return 0;
-  return find_cut(Team{0, 1}, keys, sample.size, {0, range.most}, count, 16).key;
+  return find_cut(Team{0, 1}, keys, sample.size, {0, range.most}, count, kSampleBits).key;
 }
 
 // Collects the keys that are at least `least`, row after row. Until the cut is known, all.starts[row + 1] is their number
@@ -304,29 +306,30 @@ typename EntriesPass<T>::Found EntriesPass<T>::collect_keys(Team team, const Ent
   return found;
 }
 
-// The `count` largest of all threads' keys are those above the cut and so many of those equal to it. Keys outside the
-// range are not looked at. So many of the lower bits of the cut are left out.
+// The `wanted` largest of all threads' keys are those above the cut and so many of those equal to it. Keys outside the
+// range are not looked at. If `bits_left_out` is above 0, the key found is at most the cut. It differs from it in so many
+// of the lower bits only.
 template <class T>
 typename EntriesPass<T>::Cut EntriesPass<T>::find_cut(Team team, const uint32_t* keys, int64_t size, KeyRange range,
-                                                      int64_t count, int left_out) {
+                                                      int64_t wanted, int bits_left_out) {
   uint32_t least = range.least;
   int bits = range.most > least ? 32 - __builtin_clz(range.most - least) : 0;
-  while (bits > left_out) {
+  while (bits > bits_left_out) {
     const int shift = std::max(bits - kPlaceBits, 0);
     const uint32_t places = 1u << (bits - shift);
-    const uint32_t* counts = this->count(team, places, [&](uint32_t* own) {
+    const uint32_t* counts = count(team, places, [&](uint32_t* own) {
       for (int64_t i = 0; i < size; ++i) {
         const uint32_t place = (keys[i] - least) >> shift;
         if (place < places) ++own[place];
       }
     });
     uint32_t place = places - 1;
-    for (; place > 0 && counts[place] < count; --place) count -= counts[place];
+    for (; place > 0 && counts[place] < wanted; --place) wanted -= counts[place];
     team.wait();
     least += place << shift;
     bits = shift;
   }
-  return {least, count};
+  return {least, wanted};
 }
 
 // Counts in a table of so many places for each thread, and adds up the tables. The sums are valid until the next call,

@@ -49,7 +49,8 @@ class EntriesPass {
   void find_largest(Team team, Entries<T>* all);
   uint32_t least_of_sample(const Entries<T>& all);
   Found collect_keys(Team team, const Entries<T>& all, uint32_t least);
-  Cut find_cut(Team team, const uint32_t* keys, int64_t size, KeyRange range, int64_t count, int left_out);
+  Cut find_cut(Team team, const uint32_t* keys, int64_t size, KeyRange range, int64_t wanted,
+               int bits_left_out);
   template <class Count>
   uint32_t* count(Team team, int64_t size, Count count);
   void find_energy(Team team, Entries<T>* all);

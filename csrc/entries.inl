@@ -165,7 +165,7 @@ uint64_t sum_row(const T* row, int64_t width, Probability of, uint32_t* groups, 
   return total;
 }
 
-// The lanes that an integer lies before: the sum up to the lane has passed one that the sum before it had not.
+// The lanes at which a sum reaches the next integer. It is `from` before the lane, and `to` with it.
 inline uint32_t reaches_integer(U32 from, U32 to) { return ~is_equal(down_24(to), down_24(from)) & kAllLanes; }
 
 // Writes the numbers of the groups from which an entry is drawn, and the sums before them. Returns how many there are.

@@ -67,7 +67,7 @@ class Run:
     steps: int | None = None
     """Of training. None in records of earlier versions."""
     checks: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """`meprop.simplify.Check` of each check, with the widths; empty if not simplified."""
+    """`meprop.pruning.Check` of each check, with the widths; empty if not simplified."""
     activity: dict[str, list[float | None]] = field(default_factory=dict[str, list[float | None]])
     """`meprop.Simplifier.activity`: of each set of units the shares of the examples before the last check. Empty if not
     simplified, and in records of earlier versions."""
