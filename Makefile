@@ -7,6 +7,8 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 
 # An editable install knows the modules that there were: another list of them is another environment.
 MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 READY := .venv/.ready-$(MODULES)
+# The demo does without the packages that only tests need: there are many. Where the whole environment is, it is used.
+DEMO_READY := .venv/.ready-demo-$(MODULES)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-page test-kernels test-gpu torture fuzz soak sweep sanitize tsan matrix env lint format clean
@@ -14,8 +16,8 @@ READY := .venv/.ready-$(MODULES)
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: env  ## set up .venv, train dense and sparse on real MNIST side by side, print the table and the verdict (a few minutes)
-	$(BIN)/meprop compare mnist --rule sampled --noise 0.25 --hidden 2048 2048 --batch-size 100 --epochs 3 --out runs/demo --overwrite
+demo: $(or $(wildcard $(READY)),$(DEMO_READY))  ## set up .venv, train dense and sparse on real MNIST side by side, print the table and the verdict (a few minutes)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/meprop compare mnist --rule sampled --noise 0.25 --hidden 2048 2048 --batch-size 100 --epochs 3 --out runs/demo --overwrite
 
 test: env  ## set up .venv and run the tests, but for the slow ones
 	$(PYTEST)
@@ -130,8 +132,11 @@ format: env  ## let ruff rewrite the sources
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist
 
-# torch in the same line: alone, `torch` would take the newest build with several GB of CUDA.
-$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+# torch in the same line: alone, `torch` would take the newest build with several GB of CUDA. To compile all modules in
+# advance would take a minute: those that are imported are compiled then.
+$(READY): EXTRAS := tasks,test
+$(DEMO_READY): EXTRAS := tasks
+$(READY) $(DEMO_READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 --editable '.[tasks,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 --editable '.[$(EXTRAS)]'
 	touch $@

@@ -315,7 +315,7 @@ def test_a_terminal_that_goes_away_does_not_end_a_training(small_mnist):
     import pty
 
     master, slave = pty.openpty()
-    command = commands.command(*arguments("train", small_mnist, "--epochs", "5", "--batch-size", "1"))
+    command = commands.command(*arguments("train", small_mnist, "--epochs", "5", "--batch-size", "4"))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "dumb"}) as run:
         os.close(slave)
         os.read(master, 100)  # of the first epoch

@@ -319,6 +319,13 @@ def test_options_may_stand_before_the_file(command, before, after, script):
     assert parse([command, *before, script, *after]).task == ScriptConfig(script)
 
 
+def test_options_may_stand_before_the_name_of_a_task():
+    assert parse(["compare", "--epochs", "2", "digits", "--seeds", "0"]) == parse(
+        ["compare", "digits", "--epochs", "2", "--seeds", "0"]
+    )
+    assert parse(["train", "--out", "digits", "mnist"]) == parse(["train", "mnist", "--out", "digits"])
+
+
 def test_a_file_beside_the_name_of_a_task_is_refused(capsys):
     assert main(["train", "mnist", "train.py:make"]) == 2
     assert "train.py:make" in capsys.readouterr().err

@@ -26,8 +26,8 @@ from meprop.errors import MepropError, nearest
 
 _TRAINING = ("advise", "train", "compare", "tune", "simplify")
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
-_OF_FILES = ("--out", "--script")
-"""Their options with a value that can look like FILE.py:FUNCTION."""
+_OF_FILES = ("--out", "--script", "--data-dir")
+"""Their options with a value that can look like a task."""
 _SCRIPT = re.compile(r"(?!-).+\.py(:\w*)?")
 
 
@@ -119,7 +119,7 @@ def parse(argv: list[str]) -> Any:
         return Doctor()
     import tyro
 
-    argv = _with_script(argv)
+    argv = _with_task_first(argv)
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -144,14 +144,18 @@ def parse(argv: list[str]) -> Any:
         raise
 
 
-def _with_script(argv: list[str]) -> list[str]:
-    """Return the arguments with FILE.py:FUNCTION, where there is no name of a task, as the task of a user's file."""
-    if argv[:1] and argv[0] in _TRAINING:
-        for at, argument in enumerate(argv[1:], 1):
-            if _SCRIPT.fullmatch(argument) and argv[at - 1] not in _OF_FILES:
-                from meprop.training.script import ScriptTask
+def _with_task_first(argv: list[str]) -> list[str]:
+    """Return the arguments with the task before its options. FILE.py:FUNCTION becomes the task of a user's file."""
+    if argv[:1] and argv[0] in _TRAINING and len(argv) > 1:
+        from meprop.training.script import ScriptTask
+        from meprop.training.tasks import table
 
-                return [argv[0], ScriptTask.name, "--script", argument, *argv[1:at], *argv[at + 1 :]]
+        for at, argument in enumerate(argv[1:], 1):
+            if argv[at - 1] in _OF_FILES:
+                continue
+            if argument in table() or _SCRIPT.fullmatch(argument):
+                task = [argument] if argument in table() else [ScriptTask.name, "--script", argument]
+                return [argv[0], *task, *argv[1:at], *argv[at + 1 :]]
             if at == 1 and not argument.startswith("-"):
                 break
     return argv
