@@ -7,7 +7,10 @@ from typing import Any, Literal
 
 from meprop.chip.design import Design
 
+__all__ = ["Family", "Synthesis"]
+
 Family = Literal["ecp5", "xc7"]
+"""FPGAs: Lattice ECP5 and Xilinx 7."""
 _KINDS = {
     "LUTs": ("LUT4", "LUT1", "LUT2", "LUT3", "LUT5", "LUT6", "INV"),
     "carries": ("CCU2C", "CARRY4"),

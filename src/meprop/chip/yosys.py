@@ -16,6 +16,8 @@ from meprop.chip.core import Core
 from meprop.chip.design import Design
 from meprop.chip.synthesis import Family, Synthesis
 
+__all__ = ["synthesise", "verilog"]
+
 _SYNTHESIS = {
     "ecp5": "synth_ecp5 -top meprop_core -noflatten",
     "xc7": "synth_xilinx -top meprop_core -family xc7",
