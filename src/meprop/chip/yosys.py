@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -64,7 +64,7 @@ def run_yosys(design: Design, script: str) -> str:
 
 
 @contextmanager
-def _after_yosys(design: Design, script: str) -> Iterator[Path]:
+def _after_yosys(design: Design, script: str) -> Generator[Path, None, None]:
     """Run a script of yosys on a core, and lend the folder with the files that it wrote."""
     core = Core(design)
     with tempfile.TemporaryDirectory() as name:

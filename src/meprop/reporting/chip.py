@@ -51,7 +51,7 @@ def name_of(trial: Trial) -> str:
 
 def _label(k: int | float | None) -> str:
     """A value of k: a share of 1.0 is all deltas, a count of 1 is not."""
-    return "all" if k is None or (isinstance(k, float) and k == 1) else f"{k:g}"
+    return "all" if k is None or (isinstance(k, float) and k == 1.0) else f"{k:g}"
 
 
 def outcome(result: Trial | Synthesis) -> str:
