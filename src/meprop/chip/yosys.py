@@ -64,7 +64,7 @@ def run_yosys(design: Design, script: str) -> str:
 
 
 @contextmanager
-def _after_yosys(design: Design, script: str) -> Generator[Path, None, None]:
+def _after_yosys(design: Design, script: str) -> Generator[Path]:
     """Run a script of yosys on a core, and lend the folder with the files that it wrote."""
     core = Core(design)
     with tempfile.TemporaryDirectory() as name:
