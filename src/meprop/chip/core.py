@@ -13,6 +13,8 @@ from meprop.chip.design import Design
 from meprop.chip.lane import AdderTree, Bias, Lane, Orders, Product, Shown, of_sum
 from meprop.chip.units import Selector, SigmoidUnit
 
+__all__ = ["Command", "Core"]
+
 
 class Command(IntEnum):
     """What the core does, with the words that it takes and gives then. Any other word is no command and is skipped."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from meprop.chip.design import Design
 
+__all__ = ["backward_cycles", "forward_cycles", "train_cycles", "validate_cycles"]
+
 
 def forward_cycles(design: Design) -> int:
     """Cycles from the first look at the inputs to the errors.

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from meprop.chip.fixed import Format
 
+__all__ = ["Design", "Settings"]
+
 MOST_LAYERS, MOST_NEURONS, MOST_ENDS = 127, 60, 64
 FEWEST_BITS, MOST_BITS = 8, 24
 _LOWEST_SHIFT, _HIGHEST_SHIFT = -3, 12

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from meprop.chip.design import Design
 from meprop.chip.fixed import Integers, Reals, Sigmoid, rounded
 
+__all__ = ["FixedNet", "FloatNet", "Net", "initial_weights", "largest"]
+
 NumberT = TypeVar("NumberT", np.int64, np.float64)
 
 

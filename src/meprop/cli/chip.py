@@ -86,16 +86,24 @@ class Synthesise:
     """Folder for result.json."""
     families: tuple[Literal["ecp5", "xc7"], ...] = ("ecp5", "xc7")
     """ecp5: Lattice ECP5. xc7: Xilinx 7."""
+    clock: bool = False
+    """Place and route the ECP5 core as well, for the clock that nextpnr projects, which takes some minutes more."""
     verilog: Path | None = None
     """Write the core in Verilog to this file as well."""
     overwrite: bool = False
     """Replace an earlier experiment in --out."""
 
     def run(self) -> None:
-        """Synthesise, and write and show the result."""
+        """Synthesise, and write and show the result.
+
+        Raises:
+            ValueError: A clock is asked for, and no ECP5.
+        """
         from meprop.chip import yosys
         from meprop.reporting import chip as report
 
+        if self.clock and "ecp5" not in self.families:
+            raise ValueError("--clock without ecp5; nextpnr projects a clock for ecp5 only, so add it to --families")
         if self.verilog is not None:
             text = yosys.verilog(self.design)
             machine.write_atomically(self.verilog, lambda file: file.write(text.encode()))
@@ -104,7 +112,8 @@ class Synthesise:
             results: list[Any] = []
             for family in self.families:
                 for layers in sorted({1, self.design.layers}):
-                    results.append(yosys.synthesise(replace(self.design, layers=layers), family))
+                    design, clock = replace(self.design, layers=layers), self.clock and family == "ecp5"
+                    results.append(yosys.synthesise(design, family, clock))
                     after(results[-1])
             return results
 
@@ -145,7 +154,7 @@ class Explore(Generic[Name]):
 
         trials = _recorded("explore", self, measure)
         print(report.trial_table(trials))
-        title = f"{data}: {self.settings.layers} hidden layer(s) of {self.settings.neurons}"
+        title = f"{data}: net with hidden layers {self.settings.layers} x {self.settings.neurons}"
         report.draw_explored(title, trials, self._cells(), self.out / report.EXPLORED)
 
     def _cells(self) -> dict[int, dict[str, int]]:

