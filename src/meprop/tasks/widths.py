@@ -17,7 +17,7 @@ def normalize_widths(images: Tensor, digit_width: int) -> Tensor:
     A digit is as wide as the smallest box around the pixels above 0, the background. Values between pixels are linear.
     An image of the background alone stays what it is.
 
-    Each operation is rounded by itself, so that the bits do not depend on the processor. A digest of the data needs that.
+    Each operation is rounded by itself, so that the bits do not depend on the processor: data have a digest.
 
     Args:
         images: ``[N, H, W]``, of a floating dtype, from 0.
