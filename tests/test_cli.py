@@ -162,7 +162,7 @@ def test_an_interrupted_run_continues_bit_for_bit(data, monkeypatch, capsys, eve
         patch.setattr(checkpoint, "save", save_then_ctrl_c)
         assert train(data, "--out", "part", *every) == 130
     assert "part/checkpoint.pt is kept: continue with --resume" in err(capsys)
-    assert checkpoint._read(Path("part/checkpoint.pt"))["state"]["step"] == step
+    assert checkpoint.read(Path("part/checkpoint.pt"))["state"]["step"] == step
     assert not Path("part/result.json").exists()
 
     assert train(data, "--out", "part") == 2  # neither --resume nor --overwrite
@@ -170,7 +170,7 @@ def test_an_interrupted_run_continues_bit_for_bit(data, monkeypatch, capsys, eve
     assert train(data, "--out", "part", "--resume", *every) == 0
     whole, part = result("whole")["runs"][0], result("part")["runs"][0]
     assert (part["dev"], part["test"]) == (whole["dev"], whole["test"])
-    states = [checkpoint._read(Path(name, "checkpoint.pt"))["state"] for name in ("whole", "part")]
+    states = [checkpoint.read(Path(name, "checkpoint.pt"))["state"] for name in ("whole", "part")]
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name
 

@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("typeguard")
 pytest.importorskip("lightning_fabric")
 
+import torch
+
 import meprop
 from meprop import experiments
 from meprop.bench.layers import Layers
@@ -170,9 +172,25 @@ def test_the_shipped_experiments_cover_the_paper():
     assert {f"ours-{task}" for task in tasks} < names
 
 
+def test_the_variants_of_meprop_keep_the_same():
+    """The mean over steps and hidden layers, of what the rule of each step keeps."""
+    variants = experiments.load("ours-variants", {"mnist": tasks.table()["mnist"].config}).variants
+    sparse = [variant for variant in variants if variant.rule != "dense"]
+    assert len(sparse) == 11
+    for variant in sparse:
+        model = torch.nn.Sequential(*(torch.nn.Linear(500, 500) for _ in variant.task.hidden))
+        variant.training.convert(model, variant.training.rule(variant.rule))
+        schedule, kept = variant.training.rule_schedule(model, 1000), []
+        for _ in range(1000 if schedule is not None else 1):
+            kept += [layer.rule.count(500) for layer in model]
+            if schedule is not None:
+                schedule.step()
+        assert sum(kept) / len(kept) == pytest.approx(20, rel=0.01), variant.name
+
+
 def test_the_page_has_a_section_for_each_experiment_and_task():
     page = Path(__file__).parents[1] / "docs" / "paper.md"
-    others = ("simplify", "convolution", "entries", "performance", "recipes/digits")
+    others = ("simplify", "convolution", "entries", "performance", "recipes/digits", "recipes/variants")
     all_pages = [page, *(page.parent / f"{name}.md" for name in others)]
     assert sorted(name for each in all_pages for name in report.experiments_of(each)) == experiments.built_in()
     for name in ("mnist", "tagging", "parsing"):  # the paper's

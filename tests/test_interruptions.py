@@ -62,7 +62,7 @@ def outcome(out):
         if path.name.startswith("compact"):
             state = torch.load(path, weights_only=False).state_dict()
         else:
-            state = checkpoint._read(path)["state"]["model"]
+            state = checkpoint.read(path)["state"]["model"]
         models[path.name] = {name: value.tolist() for name, value in state.items()}
     return runs, models
 

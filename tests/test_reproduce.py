@@ -239,7 +239,7 @@ def test_a_group_is_saved_together_so_that_it_continues_side_by_side(monkeypatch
     with monkeypatch.context() as patch:
         Stop(patch, 2)
         assert reproduce() == 130
-    states = [checkpoint._read(Path(f"results/small/{name}-seed0.pt"))["state"] for name in ("dense", "topk-5")]
+    states = [checkpoint.read(Path(f"results/small/{name}-seed0.pt"))["state"] for name in ("dense", "topk-5")]
     assert [(len(state["curve"]), state["step"]) for state in states] == [(1, 0), (1, 0)]
 
 

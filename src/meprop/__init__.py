@@ -15,7 +15,7 @@ from meprop import errors, functional, nn
 from meprop.convert import ConversionReport, convert, report, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
-from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK
+from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK, UnscaledK
 from meprop.selection import ColumnSelection, RowSelection, WholeRows
 
 if _TYPE_CHECKING:
@@ -53,6 +53,7 @@ __all__ = [
     "Setup",
     "Simplifier",
     "TopK",
+    "UnscaledK",
     "WholeRows",
     "advise",
     "anneal",

@@ -76,7 +76,7 @@ def end(folder: Path) -> dict[str, Any]:
         ".pt": lambda path: (
             torch.load(path, weights_only=False).state_dict()
             if path.name.startswith("compact")
-            else checkpoint._read(path)
+            else checkpoint.read(path)
         ),
     }
     return {

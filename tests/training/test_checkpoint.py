@@ -97,10 +97,17 @@ def test_a_resumed_run_with_a_schedule_equals_an_uninterrupted_one(task, tmp_pat
     assert resumed.schedule.state_dict() == whole.schedule.state_dict() == {"steps": 24}
 
 
+@pytest.mark.parametrize("steps", [3, 8, 9])
+def test_a_resumed_run_whose_k_changes_equals_an_uninterrupted_one(task, tmp_path, steps):
+    config = TrainingConfig(epochs=2, accelerator="cpu", k=30, k_start=5, k_ratio=(1.0,))
+    whole, resumed = whole_and_resumed(tmp_path, lambda: Trainer(task, config, config.rule(), 7), steps)
+    assert resumed.schedule.state_dict() == whole.schedule.state_dict() == {"steps": 16}
+
+
 def test_a_checkpoint_from_before_there_were_schedules_goes_on(task, tmp_path):
     config = TrainingConfig(k=5, accelerator="cpu")
     then = tracking.settings(TinyConfig(), config, "topk")
-    for name in ("noise_of", "noise_start", "dense_warmup_steps", "dense_end_steps"):
+    for name in ("k_start", "k_ratio", "noise_of", "noise_start", "dense_warmup_steps", "dense_end_steps"):
         del then[name]
     state = Trainer(task, config, config.rule(), 7).state_dict()
     del state["schedule"]
@@ -293,7 +300,7 @@ def test_so_many_checkpoints_are_kept(tmp_path, monkeypatch, count):
     path = tmp_path / "c.pt"
     for step in range(5):
         checkpoint.save(path, {"step": step}, SETTINGS)
-    found = [checkpoint._read(each)["state"]["step"] for each in (path, *checkpoint.earlier(path))]
+    found = [checkpoint.read(each)["state"]["step"] for each in (path, *checkpoint.earlier(path))]
     assert found == [4, 3, 2][:count]
     assert len(list(tmp_path.iterdir())) == count
     for each in (path, *checkpoint.earlier(path)[:-1]):  # all but the oldest

@@ -93,6 +93,42 @@ def test_the_density_of_a_scheduled_run_includes_its_dense_steps(task):
     assert [(layer["status"], layer["k"]) for layer in run.layers] == [("sparse", 16), ("dense", None)]
 
 
+@pytest.mark.parametrize(("start", "end"), [(5, 35), (35, 5), (0.25, 0.0625)])
+def test_k_goes_linearly_from_its_start_to_its_end(task, start, end):
+    config = TrainingConfig(epochs=2, k=end, k_start=start, dense_warmup_steps=3)
+    trainer = Trainer(task, config, config.rule(), 7)
+    kept = []
+    for step in range(16):
+        kept.append(trainer.model[0].rule.count(128))
+        if step == 8:
+            trainer.advance(1)  # the end of an epoch, which is a call of its own
+        trainer.advance(1)
+    counts = [k if isinstance(k, int) else k * 128 for k in (start, end)]
+    expected = torch.linspace(*map(float, counts), 13)
+    assert kept[:3] == [128] * 3
+    torch.testing.assert_close(torch.tensor(kept[3:]).float(), expected, atol=0.51, rtol=0)
+    (run,) = fit([trainer], ignore)
+    assert run.density == pytest.approx(sum(kept) / 16 / 128, rel=0.01)
+    assert not config.keeps_its_density
+
+
+def test_k_is_divided_among_the_layers(task):
+    task.config = replace(task.config, hidden=(128, 160))
+    config = TrainingConfig(k=20, k_start=4, k_ratio=(1.0, 3.0))
+    trainer = Trainer(task, config, config.rule(), 7)
+    assert [layer.k for layer in trainer.report.layers] == [10, 30, None]  # in the last step
+    assert [trainer.model[place].rule.k for place in (0, 3)] == [2, 6]  # in the first step
+    (run,) = fit([trainer], ignore)
+    assert run.density == pytest.approx((20 + 4) / 2 * 2 / (128 + 160))
+
+
+def test_a_ratio_has_a_number_for_each_sparse_layer(task):
+    config = TrainingConfig(k_ratio=(1.0, 3.0))
+    with pytest.raises(ValueError, match=r"--k-ratio \[1\.0, 3\.0\]: give a number for each sparse layer, 1 here"):
+        Trainer(task, config, config.rule(), 7)
+    Trainer(task, config, None, 7)  # dense has none
+
+
 def test_a_budget_of_the_model_is_shared(task):
     config = TrainingConfig(noise=0.44, noise_of="model")
     task.config = replace(task.config, hidden=(128, 128))
@@ -230,6 +266,11 @@ def test_epochs_are_checked(epochs):
         ({"noise_of": "model"}, "--noise-of model and --noise-start None need --noise"),
         ({"noise_start": 0.1}, "--noise-of layer and --noise-start 0.1 need --noise"),
         ({"noise": 0.5, "noise_start": 0.0}, "--noise-start=0.0 is out of range"),
+        ({"noise": 0.5, "k_start": 5}, "--k-start 5 and --k-ratio .* need a rule with k: --noise 0.5 .* --noise None"),
+        ({"noise": 0.5, "k_ratio": (1.0,)}, "need a rule with k"),
+        ({"k_start": 0.5}, "--k-start 0.5 and --k 20: give two counts, or two shares"),
+        ({"k_start": 0}, "k=0 keeps nothing"),
+        ({"k_ratio": (1.0, 0.0)}, "--k-ratio=0.0 is out of range"),
     ],
 )
 def test_settings_are_checked(settings, message):

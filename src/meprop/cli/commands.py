@@ -14,6 +14,7 @@ HELP = {
     Half of the budget is for rounds, in which dense and all candidates that are left train for the same seconds. A
     third of them goes on. The other half is for the best one beside dense.
     """,
+    "committee": "Let runs of train answer together: the error of each on the test images, and of all by their mean.",
     "simplify": "Train dense, sparse (meProp), and sparse and simplified (meSimp), side by side; and time the models "
     "then.",
     "reproduce": "Repeat experiments of the paper, and set the results beside its own. Finished runs are not repeated.",

@@ -10,6 +10,7 @@ from meprop.rules.products import PerProduct
 from meprop.rules.random import RandomK
 from meprop.rules.sampled import Sampled
 from meprop.rules.topk import TopK
+from meprop.rules.unscaled import UnscaledK
 from meprop.selection import Scope
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Sampled",
     "Scope",
     "TopK",
+    "UnscaledK",
     "in_blocks",
     "named",
 ]

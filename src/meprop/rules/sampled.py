@@ -142,7 +142,7 @@ class Sampled(Rule):
         least = ceil(self.floor * features)
         keep, k = ("noise", least) if self.noise is not None else ("drawn", self.count(features) or 0)
         ceiling = 1.0 if self.noise is None else self.ceiling
-        return Entries(keep, k, self.noise or 0.0, self.exact_sum is not False, _new_key(device), ceiling)
+        return Entries(keep, k, self.noise or 0.0, self.exact_sum is not False, new_key(device), ceiling)
 
     def in_steps(self) -> Rule:
         """Itself, without the exact sum unless that is asked for."""
@@ -169,8 +169,8 @@ class Sampled(Rule):
         k = self.count(features)
         assert k is not None  # because of the scope
         if self.scope == "batch":
-            return ops.draw_columns(grad_output_NO, k, _new_key(device))
-        kept = ops.draw_rows(grad_output_NO, k, _new_key(device))
+            return ops.draw_columns(grad_output_NO, k, new_key(device))
+        kept = ops.draw_rows(grad_output_NO, k, new_key(device))
         return kept if self.exact_sum is False else with_exact_sum(kept, grad_output_NO)
 
     def _draw_rows(self, grad_NO: Tensor) -> Selection:
@@ -182,5 +182,6 @@ class Sampled(Rule):
         return ops.draw_whole_rows(grad_NO, max(1, round(self.k * rows)), start)
 
 
-def _new_key(device: torch.device) -> Tensor:
+def new_key(device: torch.device) -> Tensor:
+    """A key of random numbers, from torch's global generator of the device."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)

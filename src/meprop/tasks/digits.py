@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from meprop.tasks import mnist
 from meprop.tasks.deform import STRENGTHS, deform
 from meprop.tasks.images import Digits, ImageTask, made_ahead
+from meprop.tasks.widths import normalize_widths
 
 NETS = {
     1: (1000, 500),
@@ -58,6 +59,9 @@ class DigitsConfig:
     """Initial weights and biases: the paper's, uniform from -0.05 to 0.05, or those of torch's layers."""
     deformation: Literal["off", "weak", "paper"] = "paper"
     """How strongly the training images are deformed: not at all, half as strongly as in the paper, or as there."""
+    digit_width: int | None = None
+    """Width in pixels that each digit is stretched or squeezed to, before it is deformed. None: digits stay as they
+    are. Members of a committee can have different ones."""
     batch_size: int = 100
     """Images per training step. The paper has 1."""
     dev_size: int = 5000
@@ -76,6 +80,8 @@ class DigitsConfig:
         for name, least in (("batch_size", 1), ("dev_size", 0), ("ahead", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if self.digit_width is not None and self.digit_width < 1:
+            raise ValueError(f"digit_width is {self.digit_width}: it must be at least 1")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -90,22 +96,25 @@ def load(config: DigitsConfig) -> Digits:
 
     Raises:
         DataError: A file is missing or damaged, or the files do not belong together.
-        ValueError: ``config.dev_size`` leaves no image to train on.
+        ValueError: ``config.dev_size`` leaves no image to train on, or ``config.digit_width`` is wider than the images.
     """
     digits = mnist.read(config.data_dir, config.dev_size)
     height, width = digits.image_shape
 
-    def padded(images: Tensor) -> Tensor:
-        return F.pad(images.view(-1, height, width) * 2 - 1, (0, 1, 0, 1), value=-1.0).flatten(1)
+    def prepared(images: Tensor) -> Tensor:
+        images = images.view(-1, height, width)
+        if config.digit_width is not None:
+            images = normalize_widths(images, config.digit_width)
+        return F.pad(images * 2 - 1, (0, 1, 0, 1), value=-1.0).flatten(1)
 
-    train = padded(digits.train_images)
+    train = prepared(digits.train_images)
     kept_apart = config.dev_size > 0
     return replace(
         digits,
         train_images=train,
-        dev_images=padded(digits.dev_images) if kept_apart else train,
+        dev_images=prepared(digits.dev_images) if kept_apart else train,
         dev_labels=digits.dev_labels if kept_apart else digits.train_labels,
-        test_images=padded(digits.test_images),
+        test_images=prepared(digits.test_images),
         image_shape=(height + 1, width + 1),
     )
 

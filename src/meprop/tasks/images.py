@@ -94,23 +94,31 @@ class ImageTask(DataTask):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Literal["dev", "test"]) -> dict[str, float]:
         """Return ``accuracy`` in percent and ``loss``, the mean cross-entropy, of a split; in evaluation mode."""
+        count, correct, loss = 0, 0.0, 0.0
+        for logits, labels in self.outputs(model, split):
+            count += len(labels)
+            correct += (logits.argmax(1) == labels).sum().item()
+            loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+        return {"accuracy": 100 * correct / count, "loss": loss / count}
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module, split: Literal["dev", "test"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a model's outputs ``[B, C]`` and the labels ``[B]`` of a split, in its order, on the model's device.
+
+        The model is in evaluation mode until the last of them.
+        """
         if split == "dev":
             images, labels = self.data.dev_images, self.data.dev_labels
         else:
             images, labels = self.data.test_images, self.data.test_labels
         device = next(model.parameters()).device
-        correct = loss = 0.0
         training = model.training
         model.eval()
         try:
-            for start in range(0, len(labels), 1000):
-                logits = model(images[start : start + 1000].to(device))
-                target = labels[start : start + 1000].to(device)
-                correct += (logits.argmax(1) == target).sum().item()
-                loss += F.cross_entropy(logits.float(), target, reduction="sum").item()
+            for part, target in zip(images.split(1000), labels.split(1000), strict=True):
+                yield model(part.to(device)), target.to(device)
         finally:
             model.train(training)
-        return {"accuracy": 100 * correct / len(labels), "loss": loss / len(labels)}
 
 
 def made_ahead(items: Iterator[T], count: int) -> Iterator[T]:

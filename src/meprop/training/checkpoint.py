@@ -101,7 +101,7 @@ def load(path: Path, settings: Mapping[str, Any], task: type[Any]) -> dict[str, 
     damaged: list[Path] = []
     while True:
         try:
-            content = _read(paths[0])
+            content = read(paths[0])
             break
         except _DamagedError as error:
             if len(paths) == 1:
@@ -118,7 +118,13 @@ def load(path: Path, settings: Mapping[str, Any], task: type[Any]) -> dict[str, 
     return content["state"]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """Return the ``settings`` and the ``state`` that `save` was given. Nothing on disk changes.
+
+    Raises:
+        DataError: The file is damaged or no checkpoint of this version of meprop.
+        OSError: It cannot be read.
+    """
     encoding, safetensors = _import_extras()
     content = path.read_bytes()
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from torch import nn
 import meprop
 from meprop import rules
 from meprop.errors import did_you_mean
+from meprop.nn.base import SparseLayer
 from meprop.rules import Rule
-from meprop.rules.base import checked_share
+from meprop.rules.base import checked_k, checked_share
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,6 +54,11 @@ class RunConfig:
     """Seeds of the initial weights, the order of the data and dropout. Each is a run of its own."""
     k: int | float = 20
     """How many entries of each output gradient are kept: a count (20), or a share of the features (0.05)."""
+    k_start: int | float | None = None
+    """k in the first sparse step. It goes to k linearly, which it reaches in the last sparse step. So the mean over the
+    steps is halfway between the two. None: It is k in all steps."""
+    k_ratio: tuple[float, ...] = ()
+    """The ratio of the sparse layers' k, in the model's order, such as 1 3. Their mean is k. Empty: All have k."""
     scope: Literal["example", "batch", "global", "rows"] = "example"
     """What is chosen, and among what.
     example: k entries of each example, as in the paper.
@@ -100,6 +107,17 @@ class RunConfig:
             )
         if self.noise_start is not None:
             checked_share("--noise-start", self.noise_start, below_one=False)
+        if (self.k_start is not None or self.k_ratio) and self.noise is not None:
+            raise ValueError(
+                f"--k-start {self.k_start} and --k-ratio {[*self.k_ratio]} need a rule with k: --noise {self.noise} "
+                "decides how many entries are kept; give --noise None"
+            )
+        if self.k_start is not None:
+            checked_k(self.k_start)
+            if type(self.k_start) is not type(self.k):
+                raise ValueError(f"--k-start {self.k_start} and --k {self.k}: give two counts, or two shares")
+        for weight in self.k_ratio:
+            checked_share("--k-ratio", weight, below_one=False)
         self.rule()
 
     def rule(self, name: str | None = None) -> Rule:
@@ -125,7 +143,7 @@ class RunConfig:
     @property
     def keeps_its_density(self) -> bool:
         """Whether a sparse run keeps one share of the entries from its first step to its last."""
-        return self.noise is None and not (self.dense_warmup_steps or self.dense_end_steps)
+        return self.noise is None and self.k_start is None and not (self.dense_warmup_steps or self.dense_end_steps)
 
     def rule_schedule(self, model: nn.Module, total_steps: int) -> meprop.RuleSchedule | None:
         """Return the schedule of a sparse run of so many steps. None if its rules stay what they are.
@@ -139,29 +157,55 @@ class RunConfig:
                 f"--dense-warmup-steps {first} and --dense-end-steps {self.dense_end_steps} leave no sparse step: the "
                 f"training has {total_steps}"
             )
-        if self.noise_start is None and last - first == total_steps:
+        if self.noise_start is None and self.k_start is None and last - first == total_steps:
             return None
 
         def rule_at(step: int, rule: Rule) -> Rule | None:
             if not first <= step < last:
                 return None
+            done = (step - first) / max(1, last - first - 1)
+            if self.k_start is not None:
+                return _with_k(rule, done + (1 - done) * self.k_start / self.k)
             if self.noise is None or self.noise_start is None or not isinstance(rule, rules.Sampled):
                 return rule
             assert rule.noise is not None  # it is of `noise`
-            done = (step - first) / max(1, last - first - 1)
             return replace(rule, noise=rule.noise * meprop.anneal(self.noise_start / self.noise, 1.0, done))
 
         return meprop.RuleSchedule(model, rule_at)
+
+    @property
+    def mean_k(self) -> float:
+        """The mean of k over the sparse steps, as a multiple of `k`."""
+        return 1.0 if self.k_start is None else (1 + self.k_start / self.k) / 2
 
     def of_dense(self) -> Self:
         """Return the settings of a run without a rule."""
         return self
 
     def convert(self, model: nn.Module, rule: Rule, *, sparse_grad: bool = False) -> None:
-        """Convert the model of a sparse run."""
+        """Convert the model of a sparse run.
+
+        Raises:
+            ValueError: `k_ratio` has another number of layers than the model.
+        """
         meprop.convert(model, rule, sparse_grad=sparse_grad, when=self.when, fuse=self.fuse)
+        if self.k_ratio:
+            layers = [each for each in model.modules() if isinstance(each, SparseLayer)]
+            if len(layers) != len(self.k_ratio):
+                raise ValueError(
+                    f"--k-ratio {[*self.k_ratio]}: give a number for each sparse layer, {len(layers)} here"
+                )
+            for layer, weight in zip(layers, self.k_ratio, strict=True):
+                layer.rule = _with_k(rule, weight / fmean(self.k_ratio))
         if self.noise is not None and self.noise_of == "model":
             meprop.share_noise(model, self.noise)
+
+
+def _with_k(rule: Rule, factor: float) -> Rule:
+    """Return a rule with so many times its k: a count stays one, of 1 or more, and a share is at most 1."""
+    k: int | float = cast("Any", rule).k
+    more = k * factor
+    return replace(cast("Any", rule), k=max(1, round(more)) if isinstance(k, int) else min(1.0, more))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,16 @@ def count_entries(model: nn.Module) -> tuple[int, int]:
     return kept, seen
 
 
-def density(layers: Sequence[dict[str, Any]], curve: Sequence[EpochRecord], dense_share: float) -> float | None:
+def density(
+    layers: Sequence[dict[str, Any]], curve: Sequence[EpochRecord], dense_share: float, mean_k: float = 1.0
+) -> float | None:
     """Return the share of the entries that sparse layers propagate, from their reports or from the epochs.
 
     Args:
         layers: The reports of the sparse layers.
         curve: The epochs.
         dense_share: The share of the training that is dense.
+        mean_k: The mean of k over the other steps, as a multiple of that in the reports.
 
     Returns:
         1 if there are no such layers; None if neither the rule nor the epochs say.
@@ -41,5 +44,5 @@ def density(layers: Sequence[dict[str, Any]], curve: Sequence[EpochRecord], dens
             return None
         found = sum(densities) / len(densities)
     else:
-        found = sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
+        found = mean_k * sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
     return dense_share + (1 - dense_share) * found

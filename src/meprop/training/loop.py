@@ -353,6 +353,7 @@ class Trainer:
     def result(self) -> Run:
         """Return the outcome after the last completed epoch."""
         layers = [asdict(layer) for layer in self.report.layers] if self.rule is not None else []
+        sparse = [layer for layer in layers if layer["status"] == "sparse"]
         disturbance = self._disturbance.read()
         dense_share = (self.config.dense_warmup_steps + self.config.dense_end_steps) / self._pace.ticks
         return Run(
@@ -364,7 +365,7 @@ class Trainer:
             test=self.curve[-1].test,
             seconds=asdict(self.seconds),
             k=self.k,
-            density=density([layer for layer in layers if layer["status"] == "sparse"], self.curve, dense_share),
+            density=density(sparse, self.curve, dense_share, self.config.mean_k),
             curve=[asdict(record) for record in self.curve],
             layers=layers,
             checks=[] if self.simplifier is None else [asdict(check) for check in self.simplifier.history],

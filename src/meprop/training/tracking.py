@@ -124,7 +124,8 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     rule = config["rule"][0] if isinstance(config["rule"], list) and len(config["rule"]) == 1 else config["rule"]
     others = {name: config[name] for name in ("data", "simplify") if name in config}
     found = {**config["task"], **config["training"], "rule": rule, **others}
-    of_rule = ("k", "scope", "sparse_rows", "noise_of", "noise_start", "dense_warmup_steps", "dense_end_steps", "fuse")
+    of_rule = ("k", "k_start", "k_ratio", "scope", "sparse_rows", "noise_of", "noise_start")
+    of_rule += ("dense_warmup_steps", "dense_end_steps", "fuse")
     unused = ("data_dir", "seeds", *(of_rule if rule == DENSE else ()))
     return {name: value for name, value in found.items() if name not in unused}
 
