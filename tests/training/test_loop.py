@@ -129,6 +129,12 @@ def test_a_ratio_has_a_number_for_each_sparse_layer(task):
     Trainer(task, config, None, 7)  # dense has none
 
 
+@pytest.mark.parametrize("options", [{"k_start": 5}, {"k_ratio": (1.0,)}])
+def test_k_cannot_go_up_or_be_divided_where_a_rule_has_none(task, options):
+    with pytest.raises(ValueError, match="need a rule with k, such as topk; this one has none: TopK"):
+        Trainer(task, TrainingConfig(**options), meprop.TopK(energy=0.9), 7)
+
+
 def test_a_budget_of_the_model_is_shared(task):
     config = TrainingConfig(noise=0.44, noise_of="model")
     task.config = replace(task.config, hidden=(128, 128))

@@ -203,7 +203,9 @@ class RunConfig:
 
 def _with_k(rule: Rule, factor: float) -> Rule:
     """Return a rule with so many times its k: a count stays one, of 1 or more, and a share is at most 1."""
-    k: int | float = cast("Any", rule).k
+    k: int | float | None = getattr(rule, "k", None)
+    if k is None:
+        raise ValueError(f"--k-start and --k-ratio need a rule with k, such as topk; this one has none: {rule}")
     more = k * factor
     return replace(cast("Any", rule), k=max(1, round(more)) if isinstance(k, int) else min(1.0, more))
 
