@@ -337,8 +337,8 @@ def test_fewer_threads_than_asked_for(limit):
 
 def test_one_openmp_runtime_in_the_process():
     """A process of its own: scikit-learn, which other tests import, brings another runtime."""
-    code = "from meprop.ops import native; assert native.reason_missing() is None; print(open('/proc/self/maps').read())"
-    maps = run_python(code).stdout
+    assert native.reason_missing() is None
+    maps = run_python("import meprop.ops.native; print(open('/proc/self/maps').read())").stdout
     runtimes = {Path(line.split()[-1]).resolve() for line in maps.splitlines() if re.search(r"lib[gi]?omp[^/]*$", line)}
     assert len(runtimes) == 1, runtimes
 
