@@ -407,7 +407,7 @@ class UnitHits {
 };
 
 // A density from which on entries are multiplied as a whole matrix.
-constexpr double kDenseDensity = 0.25;
+constexpr double kDenseDensity = 0.5;
 
 // The products of the selections of all time steps: S W_ih, S^T x, and S^T h with the earlier outputs h. What the rows of
 // each time step share is a matrix [T, 4H]. Its product with W_ih is [T, I], and each row gets that of its time step. The

@@ -56,7 +56,7 @@ def test_a_rule_alone_does_not_leave_an_option_aside():
         (["topj"], r"--rule topj: the rules are dense, topk, .*did you mean topk"),
         (["topk:"], None),
         (["topk:k"], "--rule topk:k: 'k' is no setting; write NAME=VALUE, such as k=0.04"),
-        (["topk:kk=3"], "--rule topk:kk=3: kk: there is no such key; there are k, scope, noise"),
+        (["topk:kk=3"], "--rule topk:kk=3: kk: there is no such key; there are k, k_start, k_ratio, scope, noise"),
         (["topk:epochs=3"], "epochs: there is no such key"),
         (["topk:seeds=3"], "seeds: there is no such key"),
         (["topk:k=many"], "k is 'many'; it must be int | float"),
