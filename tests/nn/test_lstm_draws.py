@@ -27,6 +27,8 @@ CHOICES = {
     "some steps are dense": Entries("noise", share=2.0, exact_sum=True, key=KEY, ceiling=0.12),
     "drawn": Entries("drawn", 3, key=torch.tensor(2**63 - 2)),  # the keys of later time steps wrap around
     "drawn, exact sum": Entries("drawn", 3, exact_sum=True, key=KEY),
+    "most are drawn": Entries("drawn", 70, key=KEY),  # of the 76 of 19 units: a whole matrix
+    "most are drawn, exact sum": Entries("drawn", 70, exact_sum=True, key=KEY),
     "largest": Entries("largest", 3),
     "largest, exact sum": Entries("largest", 1, exact_sum=True),
     "energy": Entries("energy", share=0.9),

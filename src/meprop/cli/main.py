@@ -153,9 +153,11 @@ def _with_task_first(argv: list[str]) -> list[str]:
         for at, argument in enumerate(argv[1:], 1):
             if argv[at - 1] in _OF_FILES:
                 continue
-            if argument in table() or _SCRIPT.fullmatch(argument):
-                task = [argument] if argument in table() else [ScriptTask.name, "--script", argument]
-                return [argv[0], *task, *argv[1:at], *argv[at + 1 :]]
+            others = [*argv[1:at], *argv[at + 1 :]]
+            if argument in table():
+                return [argv[0], argument, *others]
+            if _SCRIPT.fullmatch(argument):
+                return [argv[0], ScriptTask.name, "--script", argument, *others]
             if at == 1 and not argument.startswith("-"):
                 break
     return argv

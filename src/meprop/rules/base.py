@@ -284,6 +284,12 @@ def check_output_gradient(grad_output_NO: Tensor) -> None:
         raise TypeError(f"an output gradient is of a floating dtype of 16 bits or more, not {grad_output_NO.dtype}")
 
 
+def with_own_values(chosen: RowSelection, grad_NO: Tensor) -> RowSelection:
+    """The entries of grad_NO [N, O] at the chosen places."""
+    values = grad_NO[chosen.row_numbers(), chosen.indices.long()]
+    return RowSelection(values, chosen.indices, chosen.width, starts=chosen.starts)
+
+
 def with_exact_sum(kept: RowSelection, grad_NO: Tensor) -> RowSelection:
     """The same entries, and for all rows the mean over the rows of what is left out of grad_NO [N, O]."""
     left_out = ops.sums_of_the_rest(kept, grad_NO.to(torch.promote_types(grad_NO.dtype, torch.float32)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meprop import ops
-from meprop.rules.base import KeepK, with_exact_sum
+from meprop.rules.base import KeepK, with_exact_sum, with_own_values
 from meprop.selection import ColumnSelection, Entries, RowSelection
 
 
@@ -52,7 +52,5 @@ class RandomK(KeepK):
 
     def _entries(self, grad_NO: Tensor, k: int) -> RowSelection:
         numbers = torch.rand(grad_NO.shape, device=grad_NO.device)
-        kept = ops.choose_entries(numbers, Entries("largest", k))
-        values = grad_NO[kept.row_numbers(), kept.indices.long()]
-        kept = RowSelection(values, kept.indices, kept.width, starts=kept.starts)
+        kept = with_own_values(ops.choose_entries(numbers, Entries("largest", k)), grad_NO)
         return with_exact_sum(kept, grad_NO) if self.exact_sum else kept

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from meprop import ops
-from meprop.rules.base import KeepK, with_exact_sum
+from meprop.rules.base import KeepK, with_exact_sum, with_own_values
 from meprop.rules.sampled import new_key
 from meprop.selection import ColumnSelection, Entries, RowSelection
 
@@ -43,7 +43,7 @@ class UnscaledK(KeepK):
     marker: ClassVar[str] = "v"
 
     def _rows(self, grad_NO: Tensor, k: int) -> RowSelection:
-        return _with_own_values(ops.draw_rows(grad_NO, k, new_key(grad_NO.device)), grad_NO)
+        return with_own_values(ops.draw_rows(grad_NO, k, new_key(grad_NO.device)), grad_NO)
 
     def _columns(self, grad_NO: Tensor, k: int) -> ColumnSelection:
         indices = ops.draw_columns(grad_NO, k, new_key(grad_NO.device)).indices
@@ -51,10 +51,5 @@ class UnscaledK(KeepK):
 
     def _entries(self, grad_NO: Tensor, k: int) -> RowSelection:
         drawn = ops.choose_entries(grad_NO, Entries("drawn", k, key=new_key(grad_NO.device)))
-        kept = _with_own_values(drawn, grad_NO)
+        kept = with_own_values(drawn, grad_NO)
         return with_exact_sum(kept, grad_NO) if self.exact_sum else kept
-
-
-def _with_own_values(drawn: RowSelection, grad_NO: Tensor) -> RowSelection:
-    values = grad_NO[drawn.row_numbers(), drawn.indices.long()]
-    return RowSelection(values, drawn.indices, drawn.width, starts=drawn.starts)
