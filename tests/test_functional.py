@@ -11,7 +11,8 @@ import meprop
 from cases import LAYOUTS, bits
 from meprop.functional.linear import linear_with_policy
 from meprop.ops import reference
-from meprop.policy import Activity, Policy, Record
+from meprop.policy import Policy
+from meprop.record import Activity, Record
 
 SCOPES = ["example", "batch"]
 

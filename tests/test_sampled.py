@@ -5,8 +5,6 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import meprop
-from meprop import speed
-from meprop.policy import Record
 
 ALL = [meprop.Sampled(), meprop.Sampled(4), meprop.Sampled(4, "example"), meprop.Sampled(4, "batch")]
 WHOLE = [meprop.Sampled(), meprop.Sampled(4), meprop.TopK(4, "global"), meprop.TopK(energy=0.9)]
@@ -184,42 +182,3 @@ def test_training_with_rows_left_out_is_training_with_zeros_in_them():
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-# ---------------------------------------------------------------- layers that keep too much
-
-
-@pytest.mark.parametrize("when", ["auto", "always"])
-def test_a_rule_that_keeps_everything_for_long_is_asked_now_and_then(when, monkeypatch):
-    asked, as_entries = [], meprop.Sampled.as_entries
-    monkeypatch.setattr(meprop.Sampled, "as_entries", lambda *args: asked.append(1) or as_entries(*args))
-    monkeypatch.setattr(speed, "decide", lambda *_: speed.Decision(True, 20, 2.0, 1.0))
-    model = torch.nn.Sequential(torch.nn.Linear(5, 200))
-    meprop.convert(model, meprop.Sampled(noise=0.25), when=when)
-
-    def passes(count: int, grad: torch.Tensor) -> int:
-        asked.clear()
-        for _ in range(count):
-            model(torch.randn(20, 5)).backward(grad)
-        return len(asked)
-
-    even, few = torch.randn(20, 200), torch.zeros(20, 200)
-    few[3, 5] = few[4, 6] = 1.0
-    assert passes(32, even) == 32  # all of them dense
-    assert passes(51, even) == (51 if when == "always" else 3)
-    assert passes(17, few) == (17 if when == "always" else 1)  # the last one sees that the gradient has changed
-    assert passes(10, few) == 10
-    (layer,) = meprop.report(model).layers
-    assert f"{32 + 51 + 17 + 10} passes" in layer.reason
-    assert f"{83 + (0 if when == 'always' else 16)} of them dense" in layer.reason
-
-
-def test_a_time_step_is_no_pass_of_its_own_and_each_product_is_asked_in_its_turn():
-    record = Record()
-    for _ in range(31):
-        record.note(kept=80, seen=80, passes=25, dense_passes=25)  # 25 time steps
-    assert not record.rests()
-    record.note(kept=80, seen=80, passes=25, dense_passes=25)
-    asked = [number for number in range(4 * 17) if not record.rests()]
-    assert {number % 2 for number in asked} == {0, 1}  # of two products, one after the other
-    assert {number % 3 for number in asked} == {0, 1, 2}

@@ -8,7 +8,7 @@ import meprop
 from cases import GRADIENTS, SELECTIONS, gradient
 from meprop import ops
 from meprop.ops import native
-from meprop.policy import Activity
+from meprop.record import Activity
 from meprop.selection import Selection, side_by_side
 
 

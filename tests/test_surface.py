@@ -50,6 +50,7 @@ MODULES = [
     "meprop.ops",
     "meprop.optim",
     "meprop.policy",
+    "meprop.record",
     "meprop.pruning",
     "meprop.rules",
     "meprop.selection",

@@ -22,8 +22,9 @@ from meprop.fusing import fuse as fuse_dropouts
 from meprop.fusing import fused_in, unfuse
 from meprop.nn.base import Descriptor, SparseLayer, become, descriptor_of, plain_kind, support_quantization
 from meprop.ops.native import reason_missing
-from meprop.policy import Policy, Record, When
+from meprop.policy import Policy, When
 from meprop.reasons import Surroundings, other_weights, why_bypassed, why_left_out, why_unfit
+from meprop.record import Record
 from meprop.rules import Rule, Sampled
 from meprop.rules.base import check_flag
 from meprop.table import text_table
@@ -192,9 +193,10 @@ def convert(
             `meprop.functional.linear`. LSTMs do not take part.
         when: "auto": each layer measures at its first backward pass whether being sparse is faster than dense on this
             machine, for the number of rows that it then gets. An LSTM measures at its first forward pass. The layer
-            stays with the answer. The cache folder ($MEPROP_CACHE) remembers it, so that later runs decide alike. Under
-            torch.compile nothing can be measured: a layer that has not decided yet is sparse. "always": sparse without
-            measuring. Layers with `meprop.distributed.SynchronizedTopK` are always sparse.
+            stays with the answer. The cache folder ($MEPROP_CACHE) remembers it, so that later runs decide alike. While
+            the gradients ask for more than pays, the layer is dense, and asks its rule now and then (docs/entries.md).
+            Under torch.compile nothing can be measured: a layer that has not decided yet is sparse. "always": sparse
+            without measuring. Layers with `meprop.distributed.SynchronizedTopK` are always sparse.
         fuse: Compute each `torch.nn.Dropout` in a `torch.nn.Sequential` in one pass with the ReLU, GELU or Tanh before
             it, in training. The Sequential becomes a `meprop.nn.Sequential`. Its modules stay what they are, and so do
             all names and the state_dict. The random numbers are others than torch's, of the same distribution.

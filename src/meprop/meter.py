@@ -12,7 +12,7 @@ import torch
 from meprop.convert import ConversionReport, LayerReport, report
 from meprop.energy import Energy
 from meprop.nn.base import SparseLayer
-from meprop.policy import Record
+from meprop.record import Record
 
 __all__ = ["Meter"]
 

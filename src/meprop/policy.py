@@ -21,145 +21,17 @@ from meprop.energy import Energy
 from meprop.errors import NotSupportedError
 from meprop.ops.registry import PLAIN, in_graph, is_exporting, is_proxied
 from meprop.profiles import labelled
+from meprop.record import Activity, Record
 from meprop.rules import Rule, in_blocks
-from meprop.selection import ColumnSelection, PlainTopK, Selection, WholeRows, is_everything
+from meprop.selection import PlainTopK, Selection, is_everything
 
-__all__ = ["Activity", "Policy", "Record", "When"]
+__all__ = ["Policy", "When"]
 
 
 _is_compiling = torch.compiler.is_compiling
 
 When = Literal["auto", "always"]
 """Whether a layer is always sparse ("always"), or only if that is measured to be faster ("auto")."""
-
-
-@dataclass(eq=False)
-class Activity:
-    """How often each unit (output feature) of a layer is selected: the evidence of meSimp (Sun et al., TKDE 2018).
-
-    Attributes:
-        hits: How many rows of the output gradient hit each unit [O], int64. A row hits a unit if a selected entry of
-            that unit is not zero. NaN counts as not zero. In an LSTM a row is one time step of one sequence,
-            and it hits a unit [H] if it hits any of the unit's gates. In a convolution whole examples are counted: an
-            example hits a channel if any of its positions does, or if its map is kept and not zero.
-        examples: How many rows, or examples of a convolution, were counted.
-    """
-
-    hits: Tensor
-    examples: int = 0
-
-    @classmethod
-    def of_units(cls, units: int, device: torch.device | str | None = None) -> Activity:
-        """An activity of `units` units that has counted nothing yet."""
-        return cls(torch.zeros(units, dtype=torch.int64, device=device))
-
-    def count(self, selection: Selection, positions: int = 1) -> None:
-        """Adds a selection [N, O]. Each example has `positions` adjacent rows.
-
-        The part that all rows share counts as not selected.
-        """
-        self.examples += selection.rows // positions
-        if isinstance(selection, WholeRows):
-            hit_NO = (selection.to_dense() != 0).unflatten(0, (-1, positions))
-            self.hits += hit_NO.any(dim=1).sum(dim=0)
-            return
-        hit = selection.values != 0
-        if isinstance(selection, ColumnSelection):
-            hit = hit.unflatten(0, (-1, positions)).any(dim=1)
-            self.hits.index_add_(0, selection.indices, hit.sum(dim=0))
-            return
-        units = selection.indices[hit].long()
-        if positions > 1:
-            example = selection.row_numbers()[hit] // positions
-            units = (example * selection.width + units).unique() % selection.width
-        self.hits += units.bincount(minlength=selection.width)
-
-    def reset(self) -> None:
-        """Sets all counts to zero."""
-        self.hits.zero_()
-        self.examples = 0
-
-
-# A layer whose rule kept everything in so many passes asks it every so many passes only. The second number is prime, so
-# that each of several products of a layer is asked in its turn.
-_DENSE_STREAK, _ASKED_EVERY = 32, 17
-
-
-@dataclass(eq=False)
-class Record:
-    """What was measured and counted of a layer. It is the part of a policy that changes.
-
-    Attributes:
-        decision: With ``when="auto"``, whether the layer is sparse. None before the first pass that decides.
-        activities: What a `meprop.Simplifier` counts, one for each set of units of the layer. It is empty without a
-            Simplifier.
-        passes: How many backward passes a rule has selected for by `Rule.select`, or as entries of all rows. In an LSTM
-            each time step is one. With a rule for each product, each product is one.
-        dense_passes: How many of these kept everything.
-        kept: How many entries they kept, or maps of a convolution.
-        seen: How many entries or maps their output gradients had.
-        dense_streak: How many of the last backward passes kept everything. All time steps of an LSTM are one.
-        sparse_passes: How many backward passes the layer had that were not torch's own. Those of a compiled graph are
-            not counted.
-        compiled: Whether torch.compile has traced a forward pass whose backward pass is sparse.
-        had_gradient: Whether a parameter had a gradient already when the layer was converted.
-        got_gradient: Whether a parameter got a gradient since the layer was converted, from wherever it came.
-        left_to_torch: Why the last forward pass with gradients that was torch's own, for its tensors, was. None if none
-            was.
-        energy: What counts the energy that is kept, while a `meprop.Meter` asks for it. None otherwise.
-    """
-
-    decision: speed.Decision | None = None
-    activities: tuple[Activity, ...] = ()
-    passes: int = 0
-    dense_passes: int = 0
-    kept: int = 0
-    seen: int = 0
-    dense_streak: int = 0
-    sparse_passes: int = 0
-    compiled: bool = False
-    had_gradient: bool = False
-    got_gradient: bool = False
-    left_to_torch: str | None = None
-    energy: Energy | None = None
-    _rested: int = field(default=0, init=False, repr=False)
-
-    @property
-    def seen_sparse(self) -> bool:
-        """Whether the layer had a sparse backward pass, as far as is known of compiled graphs."""
-        return self.sparse_passes > 0 or self.compiled
-
-    @property
-    def seen_training(self) -> bool:
-        """Whether the layer was called for training: it had a sparse backward pass, or has measured."""
-        return self.seen_sparse or self.decision is not None
-
-    def note(self, kept: int, seen: int, passes: int, dense_passes: int) -> None:
-        """Adds passes, of which so many kept everything."""
-        self.passes += passes
-        self.dense_passes += dense_passes
-        self.kept += kept
-        self.seen += seen
-        self.dense_streak = self.dense_streak + 1 if dense_passes == passes else 0
-
-    def rests(self) -> bool:
-        """Whether the rule is not asked in this pass, because it has kept everything for long.
-
-        It is asked now and then, as gradients change in training.
-        """
-        if self.dense_streak < _DENSE_STREAK:
-            return False
-        self._rested = (self._rested + 1) % _ASKED_EVERY
-        if self._rested == 0:
-            return False
-        self.passes += 1
-        self.dense_passes += 1
-        return True
-
-    @property
-    def density(self) -> float | None:
-        """The share of the entries that was kept. None before the first one."""
-        return self.kept / self.seen if self.seen else None
 
 
 @dataclass(frozen=True)
@@ -244,21 +116,31 @@ class Policy:
         """Whether a backward pass of `features` output features has something to select or to count."""
         return len(self.activities) > 0 or not self.rule.keeps_all(features)
 
-    def is_settled_dense(self) -> bool:
-        """Whether a call can be torch's own, because the layer was measured to be dense and has no `compute_dtype`.
+    def can_be_torchs(self) -> bool:
+        """Whether a call whose backward pass is dense can be torch's own. It cannot with a `compute_dtype`.
 
         The answer is False while saved tensors go through hooks, as with torch.utils.checkpoint, which runs a forward
         pass twice. Both runs must save the same tensors, even if the layer decides between them.
         """
+        return self.compute_dtype is None and (torch.compiler.is_compiling() or not _saved_tensors_are_hooked())
+
+    def is_settled_dense(self) -> bool:
+        """Whether a call is torch's own, because the layer was measured to be dense."""
         decision = self.decision
-        if decision is None or decision.sparse or self.compute_dtype is not None:
+        return decision is not None and not decision.sparse and self.can_be_torchs()
+
+    def rests(self) -> bool:
+        """Whether this forward pass is to have a dense backward pass, without asking the rule.
+
+        With ``when="auto"`` it is, if the rule has kept so much for long that dense is faster. The rule is asked now
+        and then.
+        """
+        if self.when == "always" or self.record is None or torch.compiler.is_compiling():
             return False
-        return torch.compiler.is_compiling() or not _saved_tensors_are_hooked()
+        return self.record.rests()
 
     def is_sparse(self, features: int, rows: int, shape: Callable[[], speed.Shape]) -> bool:
-        """Whether this backward pass is sparse. Every backward pass asks this.
-
-        With ``when="auto"`` a rule that has kept everything for long is asked now and then only.
+        """Whether this backward pass is sparse. Every backward pass asks this, unless the layer `rests`.
 
         Args:
             features: O, the number of output features among which the rule chooses.
@@ -273,7 +155,7 @@ class Policy:
             if not speed.can_measure() or (timed := shape()).device == "meta":
                 return True
             self.record.decision = speed.decide(self.own_rule or self.rule, timed)
-        return self.record.decision.sparse and (torch.compiler.is_compiling() or not self.record.rests())
+        return self.record.decision.sparse
 
     def leave_to_torch(self, **tensors: Tensor | None) -> bool:
         """Leaves a forward pass to torch if it must be torch's own, and notes why.

@@ -24,6 +24,10 @@ from meprop.rules import Rule
 # A layer turns sparse only for a gain that the next measurement will not take back.
 _LEAST_GAIN = 1.05
 
+# The shares of the entries that are timed in place of a share that depends on the gradient. Most layers have about the
+# first one after some hundred steps. The second shows how the time grows with what is kept.
+_USUAL_SHARE, _LARGER_SHARE = 0.04, 0.25
+
 # Each pass is timed at least _LEAST_REPEATS times, then until _SECONDS are spent or _MOST_REPEATS are reached.
 _LEAST_REPEATS, _MOST_REPEATS, _SECONDS = 5, 40, 0.1
 
@@ -66,17 +70,21 @@ class Decision:
         rows: N, the number of rows of the pass that decided.
         dense_us: The time of a forward and a dense backward pass, in microseconds. It is a lower quartile.
         sparse_us: The time of a forward and a sparse backward pass, in microseconds. It is a lower quartile.
+        break_even: The share of the entries from which on dense is faster, if what is kept depends on the gradient. It
+            is 1.0 for other rules.
     """
 
     sparse: bool
     rows: int
     dense_us: float
     sparse_us: float
+    break_even: float = 1.0
 
     def __str__(self) -> str:
         ratio = self.dense_us / self.sparse_us
         verdict = f"{ratio:.1f}x as fast as dense" if self.sparse else f"sparse is not faster ({ratio:.2f}x)"
-        return f"{verdict} with {self.rows} rows: {self.sparse_us:.0f} us against {self.dense_us:.0f}, measured"
+        limit = f", as fast as dense at {self.break_even:.0%} kept" if self.sparse and self.break_even < 1 else ""
+        return f"{verdict} with {self.rows} rows: {self.sparse_us:.0f} us against {self.dense_us:.0f}, measured{limit}"
 
 
 def can_measure() -> bool:
@@ -89,20 +97,35 @@ def can_measure() -> bool:
 def decide(rule: Rule, shape: Shape) -> Decision:
     """The faster backward pass for a layer of this shape on this machine. It is measured now if it was not before.
 
-    A rule whose density depends on the gradient is measured by its `typical` rule, because the data are random.
+    A rule whose density depends on the gradient is measured by its `typical` rules, because the data are random. The
+    break-even is where a line through the two times is as fast as dense.
     """
-    rule = rule.typical()
+    usual, larger = rule.typical(_USUAL_SHARE), rule.typical(_LARGER_SHARE)
+    dense_us, sparse_us = _times(usual, shape)
+    sparse = sparse_us * _LEAST_GAIN < dense_us
+    if not sparse or larger == usual:
+        return Decision(sparse, shape.rows, dense_us, sparse_us)
+    dense_again_us, larger_us = _times(larger, shape)
+    ratio, larger_ratio = sparse_us / dense_us, larger_us / dense_again_us
+    break_even = 1.0
+    if larger_ratio > ratio:
+        slope = (larger_ratio - ratio) / (_LARGER_SHARE - _USUAL_SHARE)
+        break_even = min(1.0, _USUAL_SHARE + (1.0 / _LEAST_GAIN - ratio) / slope)
+    return Decision(sparse, shape.rows, dense_us, sparse_us, break_even)
+
+
+def _times(rule: Rule, shape: Shape) -> tuple[float, float]:
+    """The times of `measure`, from the file of what was measured on this machine if they are there."""
     path, key = _memory(), _key(rule, shape)
     # An address in the rule's repr, or in that of what it holds: another process has other ones.
     if path is None or " at 0x" in key:
-        dense_us, sparse_us = measure(rule, shape)
-        return Decision(sparse_us * _LEAST_GAIN < dense_us, shape.rows, dense_us, sparse_us)
+        return measure(rule, shape)
     try:
         dense_us, sparse_us = (float(value) for value in _read(path)[key])
     except (KeyError, TypeError, ValueError):  # not measured yet, or not by us
         dense_us, sparse_us = measure(rule, shape)
         _remember(path, key, (dense_us, sparse_us))
-    return Decision(sparse_us * _LEAST_GAIN < dense_us, shape.rows, dense_us, sparse_us)
+    return dense_us, sparse_us
 
 
 def measure(rule: Rule, shape: Shape) -> tuple[float, float]:

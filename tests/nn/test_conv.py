@@ -18,7 +18,8 @@ from meprop import functional
 from meprop.functional.conv import convolution_with_policy
 from meprop.functional.geometry import Geometry, padded
 from meprop.ops import reference
-from meprop.policy import Activity, Policy, Record
+from meprop.policy import Policy
+from meprop.record import Activity, Record
 from meprop.rules import Rule
 
 BATCH = meprop.TopK(3, scope="batch")

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import meprop
 from meprop import functional
-from meprop.policy import Activity
+from meprop.record import Activity
 from meprop.speed import Decision
 
 GLOBAL = meprop.TopK(3, scope="global")
@@ -224,7 +224,7 @@ def test_convert_measures_and_says_what_it_did(monkeypatch):
 
     def decide(rule, shape):
         with torch.enable_grad():
-            dense, sparse = shape.passes(rule.typical())
+            dense, sparse = shape.passes(rule.typical(0.04))
             timed.append((shape.needs, [each.shape for each in dense()] == [each.shape for each in sparse()]))
         return Decision(False, shape.rows, 1.0, 2.0)
 

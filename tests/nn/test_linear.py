@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import meprop
-from meprop.policy import Activity
+from meprop.record import Activity
 from meprop.speed import Decision
 
 RULE = meprop.TopK(3)

@@ -19,7 +19,8 @@ from grids import covering
 from literal import KeepAll, KeepOfGradient
 from meprop import functional, speed
 from meprop.functional.lstm import lstm_with_policy
-from meprop.policy import Activity, Policy
+from meprop.policy import Policy
+from meprop.record import Activity
 from meprop.rules import Rule
 from meprop.selection import ColumnSelection, PlainTopK
 

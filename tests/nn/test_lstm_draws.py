@@ -14,7 +14,8 @@ import meprop
 from meprop import functional, ops
 from meprop.functional.lstm import chosen_of_gates, lstm_with_policy
 from meprop.ops import native
-from meprop.policy import Activity, Policy
+from meprop.policy import Policy
+from meprop.record import Activity
 from meprop.selection import Entries, Selection
 
 INPUTS = 6

@@ -275,8 +275,8 @@ def sealed(path, members, compression=zipfile.ZIP_STORED):
 @pytest.mark.parametrize(
     "state",
     [
-        "[]", "{}", '{"format": 6}', '{"format": 6, "content": 3}', '{"format": 6, "content": {"dict": [1]}}',
-        '{"format": 6, "content": {"pickle": "x"}}', '{"format": 6, "content": {"tensor": "0"}}', "[" * 100_000,
+        "[]", "{}", '{"format": 7}', '{"format": 7, "content": 3}', '{"format": 7, "content": {"dict": [1]}}',
+        '{"format": 7, "content": {"pickle": "x"}}', '{"format": 7, "content": {"tensor": "0"}}', "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_right_digest_of_wrong_content(tmp_path, state):
@@ -320,7 +320,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         checkpoint.save(tmp_path / "c.pt", {"evil": Evil()}, SETTINGS)
     torch.save({"format": 3, "state": Evil()}, tmp_path / "c.pt")
     with pytest.raises(
-        DataError, match="a checkpoint of an older meprop, of format 3, and this version reads format 6"
+        DataError, match="a checkpoint of an older meprop, of format 3, and this version reads format 7"
     ):
         checkpoint.load(tmp_path / "c.pt", SETTINGS, TinyConfig)
     assert not (tmp_path / "ran").exists()
@@ -350,9 +350,9 @@ def test_a_checkpoint_that_does_not_fit_is_named_with_a_remedy(task, tmp_path, m
     wider = Trainer(TinyTask(TinyConfig(hidden=(130,))) if other == "model" else task, config, None, 7)
     said = {
         "model": r"size mismatch for 0.weight: .*\[128, 6\].*\[130, 6\]",
-        "state": "KeyError: 'decisions'",
-        "newer": "another version of meprop: it is of format 7, and this version reads format 6",
-        "older": "another version of meprop: it is of format 5, and this version reads format 6",
+        "state": "KeyError: 'records'",
+        "newer": "another version of meprop: it is of format 8, and this version reads format 7",
+        "older": "another version of meprop: it is of format 6, and this version reads format 7",
     }
     with pytest.raises(DataError, match=rf"c\.pt .*{said[other]}.*--overwrite"):
         checkpoint.resume(tmp_path / "c.pt", wider, SETTINGS, TinyConfig)

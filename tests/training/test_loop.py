@@ -335,7 +335,7 @@ def test_a_resumed_run_keeps_what_its_layers_decided(task, monkeypatch, tmp_path
     trainer = Trainer(task, config, config.rule(), 7)
     trainer.advance(3)
     state = copy.deepcopy(trainer.state_dict())
-    assert state["decisions"]["0"]["sparse"] is False
+    assert state["records"]["0"]["decision"]["sparse"] is False
 
     monkeypatch.setattr(speed, "decide", lambda rule, shape: pytest.fail("decided again"))
     resumed = Trainer(task, config, config.rule(), 7)
@@ -345,6 +345,27 @@ def test_a_resumed_run_keeps_what_its_layers_decided(task, monkeypatch, tmp_path
         each.advance(3)
     for ours, theirs in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_resumed_run_asks_its_rule_when_the_other_does(task, monkeypatch):
+    """Its layers keep more than pays, so that their rules are asked now and then. Each time draws a random number."""
+    monkeypatch.setattr(speed, "decide", lambda rule, shape: speed.Decision(True, shape.rows, 2.0, 1.0, 1e-6))
+    config = TrainingConfig(epochs=9, when="auto")
+    trainer = Trainer(task, config, meprop.Sampled(noise=0.25), 7)
+    for _ in range(5):
+        trainer.advance(9)  # an epoch, whose end is a call of its own
+    trainer.advance(5)
+    state = copy.deepcopy(trainer.state_dict())
+    assert state["records"]["0"]["rested"] > 0
+    resumed = Trainer(task, config, meprop.Sampled(noise=0.25), 7)
+    resumed.load_state_dict(state)
+    for each in (trainer, resumed):
+        for _ in range(3):
+            each.advance(9)
+    for ours, theirs in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert str(resumed.report) == str(trainer.report)
+    assert resumed.curve[-1].density == trainer.curve[-1].density
 
 
 def test_a_resumed_run_keeps_what_its_convolutions_decided(task, monkeypatch, tmp_path):
@@ -359,7 +380,7 @@ def test_a_resumed_run_keeps_what_its_convolutions_decided(task, monkeypatch, tm
     trainer = Trainer(task, config, config.rule(), 7)
     trainer.advance(1)
     state = copy.deepcopy(trainer.state_dict())
-    assert state["decisions"]["1"]["sparse"] is False
+    assert state["records"]["1"]["decision"]["sparse"] is False
     resumed = Trainer(task, config, config.rule(), 7)
     resumed.load_state_dict(state)
     assert str(resumed.report) == str(trainer.report)

@@ -10,7 +10,8 @@ from torch import Tensor
 from meprop import ops
 from meprop.deferred import Later
 from meprop.ops.registry import PLAIN, in_graph
-from meprop.policy import Activity, Policy
+from meprop.policy import Policy
+from meprop.record import Activity
 from meprop.rules import Rule
 from meprop.selection import PlainTopK, WholeRows, everything
 

@@ -148,6 +148,9 @@ def convolution_with_policy(
     refuse_dtype(weight)
     needs = needs_gradients(x, weight)
     is_sparse = needs and policy.may_be_sparse(len(weight))
+    rests = is_sparse and policy.rests()
+    if rests and policy.can_be_torchs():
+        return geometry.output(x, weight, bias)
     autocast, dtype = product_dtype(x, policy)
     unbatched = x.dim() == weight.dim() - 1
     batch = x[None] if unbatched else x
@@ -155,7 +158,7 @@ def convolution_with_policy(
         refuse_transforms(x, weight, bias)
         if is_sparse:
             policy.refuse(weight)
-        output: Tensor = _Convolution.apply(batch, weight, bias, geometry, policy, dtype, autocast)  # pyright: ignore[reportAssignmentType]  (apply is untyped)
+        output: Tensor = _Convolution.apply(batch, weight, bias, geometry, policy, rests, dtype, autocast)  # pyright: ignore[reportAssignmentType]  (apply is untyped)
     elif dtype is not None:
         output = geometry.output(*cast_operands(dtype, batch, weight, bias))
         output = output if autocast else output.to(x.dtype)
@@ -173,11 +176,12 @@ class _Convolution(torch.autograd.Function):
         bias: Tensor | None,
         geometry: Geometry,
         policy: Policy,
+        rests: bool,
         dtype: torch.dtype | None,
         autocast: bool,
     ) -> Tensor:
         """The forward product is formed in `dtype`, if it is given. Under autocast all products are."""
-        ctx.geometry, ctx.policy = geometry, policy
+        ctx.geometry, ctx.policy, ctx.rests = geometry, policy, rests
         ctx.shape, ctx.memory_format = x.shape, ops.memory_format(x)
         ctx.dtypes = dtypes_of(x, weight, bias)
         operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
@@ -195,8 +199,8 @@ class _Convolution(torch.autograd.Function):
         grad, geometry, policy = grad_outputs[0].to(weight.dtype), ctx.geometry, ctx.policy
         if x is None:  # torch asks only for its sizes and its memory format
             x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
-        call = _Backward(geometry, grad, x.to(grad.dtype), weight, ctx.needs_input_grad[:3], policy)
-        return *in_dtypes(call.gradients(), ctx.dtypes), None, None, None, None
+        call = _Backward(geometry, grad, x.to(grad.dtype), weight, ctx.needs_input_grad[:3], policy, ctx.rests)
+        return *in_dtypes(call.gradients(), ctx.dtypes), None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,7 @@ class _Backward:
         weight: Weight [O, I, *K].
         needs: Whether gradients of input, weight and bias are wanted.
         policy: The policy of the layer.
+        rests: Whether the pass is dense without a question.
     """
 
     geometry: Geometry
@@ -218,11 +223,12 @@ class _Backward:
     weight: Tensor
     needs: tuple[bool, bool, bool]
     policy: Policy
+    rests: bool
 
     def gradients(self) -> ops.Gradients:
         """The gradients, sparse or dense as the policy decides."""
         rows = len(self.grad) * self._positions
-        if self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
+        if not self.rests and self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
             self.policy.note_sparse_pass()
             if self.policy.rule.scope == "rows" and not self.policy.rule.differs:
                 return self._of_examples()

@@ -95,12 +95,15 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
     refuse_dtype(weight)
     needs = needs_gradients(x, weight)
     is_sparse = needs and policy.may_be_sparse(weight.shape[0])
+    rests = is_sparse and policy.rests()
+    if rests and policy.can_be_torchs():
+        return F.linear(x, weight, bias)
     autocast, dtype = product_dtype(x, policy)
     if is_sparse or (needs and dtype is not None and not autocast):
         refuse_transforms(x, weight, bias)
         if is_sparse:
             policy.refuse(weight)
-        return _Linear.apply(x, weight, bias, policy, dtype, autocast)  # pyright: ignore[reportReturnType]  (apply is untyped)
+        return _Linear.apply(x, weight, bias, policy, rests, dtype, autocast)  # pyright: ignore[reportReturnType]  (apply is untyped)
     if dtype is None or autocast:  # autocast casts by itself
         return F.linear(x, weight, bias)
     return F.linear(*cast_operands(dtype, x, weight, bias)).to(x.dtype)
@@ -114,12 +117,13 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         policy: Policy,
+        rests: bool,
         dtype: torch.dtype | None,
         autocast: bool,
     ) -> Tensor:
         """The forward product is formed in `dtype`, if it is given. Under autocast all products are."""
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.policy, ctx.dtypes = policy, dtypes_of(x, weight, bias)
+        ctx.policy, ctx.rests, ctx.dtypes = policy, rests, dtypes_of(x, weight, bias)
         ctx.transposed = policy.when == "auto" and not weight.is_contiguous() and weight.t().is_contiguous()
         operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
         output = F.linear(*operands)
@@ -142,14 +146,14 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = _backward(ctx, grad_NO, weight, x_NI, inputs)
         if grad_x is not None and grad_output.dim() != 2:
             grad_x = grad_x.view(*grad_output.shape[:-1], inputs)
-        return *in_dtypes((grad_x, grad_weight, grad_bias), ctx.dtypes), None, None, None
+        return *in_dtypes((grad_x, grad_weight, grad_bias), ctx.dtypes), None, None, None, None
 
 
 def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None, inputs: int) -> ops.Gradients:
     """The gradients, sparse or dense as the policy decides."""
     policy: Policy = ctx.policy
     (rows, outputs), needs_bias = grad_NO.shape, ctx.needs_input_grad[2]
-    if policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
+    if not ctx.rests and policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
         policy.note_sparse_pass()
         later = Later.of(ctx, 1, x_NI, grad_NO)
         return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy, later=later)

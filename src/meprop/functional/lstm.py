@@ -14,8 +14,9 @@ from meprop.energy import Energy
 from meprop.errors import NotSupportedError
 from meprop.functional.common import as_matrix, cast, check_tensors, is_autocast, no_view
 from meprop.ops.registry import is_proxied
-from meprop.policy import Activity, Policy, refuse_transforms, refuse_transforms_of_backward
+from meprop.policy import Policy, refuse_transforms, refuse_transforms_of_backward
 from meprop.profiles import labelled
+from meprop.record import Activity
 from meprop.rules import Rule, in_blocks
 from meprop.selection import Entries, PlainTopK, Selection
 

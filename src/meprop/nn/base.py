@@ -21,7 +21,8 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from meprop.errors import NotSupportedError
 from meprop.ops.registry import PLAIN
-from meprop.policy import Activity, Policy, When
+from meprop.policy import Policy, When
+from meprop.record import Activity
 from meprop.rules import Rule
 from meprop.speed import Decision
 

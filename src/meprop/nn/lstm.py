@@ -186,6 +186,8 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             return False
         if self.activity is not None:  # only our backward pass counts, also if everything is kept
             return True
+        if self.policy.can_be_torchs() and self.policy.rests():
+            return False
         return self.policy.is_sparse(self.hidden_size, rows.shape[:-1].numel(), lambda: self._shape(rows, batch_sizes))
 
     def _shape(self, rows: Tensor, batch_sizes: Tensor | None) -> LstmShape:

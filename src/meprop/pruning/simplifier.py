@@ -18,7 +18,6 @@ from torch import Tensor
 from meprop.convert import described_layers, plain_copy
 from meprop.errors import NoEffectWarning, NotSupportedError, check_counts
 from meprop.nn.base import SparseLayer, layer_descriptor
-from meprop.policy import Activity
 from meprop.pruning.arguments import (
     as_optimizers,
     check_bounds,
@@ -31,6 +30,7 @@ from meprop.pruning.cutting import Cut, cut
 from meprop.pruning.groups import Producer, entries, full_name, producers
 from meprop.pruning.report import Check, LayerWidth, SimplificationReport
 from meprop.pruning.trace import find
+from meprop.record import Activity
 
 _OF_MEAN = 0.5
 _EVIDENCE = 10

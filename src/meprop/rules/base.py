@@ -130,11 +130,12 @@ class Rule(ABC):
         del features, device
         return None
 
-    def typical(self) -> Rule:
+    def typical(self, share: float) -> Rule:
         """The rule that is timed in place of this one, where random numbers stand for the gradient.
 
-        A rule whose density depends on the gradient returns one of a density that it has in training.
+        A rule whose density depends on the gradient returns one that keeps this share of the entries, in (0, 1].
         """
+        del share
         return self
 
     def in_steps(self) -> Rule:

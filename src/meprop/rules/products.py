@@ -93,9 +93,9 @@ class PerProduct(Rule):
         known = [density for density in densities if density is not None]
         return sum(known) / 2 if len(known) == 2 else None
 
-    def typical(self) -> Rule:
+    def typical(self, share: float) -> Rule:
         """The same of the typical rules."""
-        first, second = (None if rule is None else rule.typical() for rule in (self.input, self.weight))
+        first, second = (None if rule is None else rule.typical(share) for rule in (self.input, self.weight))
         return PerProduct(input=first, weight=second)
 
     def select(self, grad_output_NO: Tensor) -> Selection:

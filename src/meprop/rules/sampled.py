@@ -131,9 +131,9 @@ class Sampled(Rule):
         """The share that is kept. None with `noise`."""
         return self.k if self.scope == "rows" and isinstance(self.k, float) else super().density(features)
 
-    def typical(self) -> Rule:
-        """Itself with a k, and 4% in place of a noise, which most layers have after some hundred steps."""
-        return self if self.k is not None else Sampled(0.04, exact_sum=self.exact_sum)
+    def typical(self, share: float) -> Rule:
+        """Itself with a k, and a share that is drawn in place of a noise."""
+        return self if self.k is not None else Sampled(share, exact_sum=self.exact_sum)
 
     def as_entries(self, features: int, device: torch.device) -> Entries | None:
         """With scope "global", k N entries or those of the budget, with a new key."""

@@ -96,9 +96,9 @@ class TopK(KeepK):
         count = self.count(features)
         return Entries("largest", count or 0, exact_sum=self.exact_sum) if self.scope == "global" else None
 
-    def typical(self) -> TopK:
-        """Itself, or the top-k of 4% in place of an energy."""
-        return self if self.energy is None else TopK(0.04, "global", exact_sum=self.exact_sum)
+    def typical(self, share: float) -> TopK:
+        """Itself with a k, and the top-k of a share in place of an energy."""
+        return self if self.energy is None else TopK(share, "global", exact_sum=self.exact_sum)
 
     def select(self, grad_output_NO: Tensor) -> Selection:
         """The kept entries of each row or of the whole gradient, or the kept columns. See `KeepK.select`."""

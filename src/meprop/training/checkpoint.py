@@ -26,7 +26,7 @@ from meprop.training.loop import Trainer
 
 KEPT = 2
 """How many checkpoints of a run are kept: the newest, and those before it."""
-_FORMAT = 6
+_FORMAT = 7
 _REMEDY = "start again with --overwrite, or restore the file from a copy"
 _SEAL = b"meprop sha256 "
 _SEAL_LENGTH = len(_SEAL) + 64

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import meprop
 from meprop.disturbance import DisturbanceSum
 from meprop.errors import MepropError
+from meprop.nn.base import SparseLayer
 from meprop.rules import Rule
-from meprop.speed import Decision
 from meprop.training.config import DENSE, RunConfig, SimplifyConfig, TrainingConfig
 from meprop.training.density import count_entries, density
 from meprop.training.generators import Generators, generators_of
@@ -308,10 +308,10 @@ class Trainer:
         """Return all that `load_state_dict` needs to continue bit for bit: tensors and plain data only."""
         return {
             "model": self.model.state_dict(),
-            "decisions": {
-                name: asdict(decision)
+            "records": {
+                name: layer.policy.record.state_dict()
                 for name, layer in self.model.named_modules()
-                if isinstance(decision := getattr(layer, "decision", None), Decision)
+                if isinstance(layer, SparseLayer) and layer.policy.record is not None
             },
             "optimizer": self.optimizer.state_dict(),
             "simplifier": self.simplifier and self.simplifier.state_dict(),
@@ -325,6 +325,7 @@ class Trainer:
             "ticks": self._ticks,
             "loss_sum": self.loss_sum,
             "seconds": asdict(self.seconds),
+            "entries": list(self._entries),
             "disturbance": list(self._disturbance.seconds),
             "curve": [asdict(record) for record in self.curve],
         }
@@ -334,9 +335,9 @@ class Trainer:
         if self.simplifier is not None:  # first, as it cuts model and optimizer to their size
             self.simplifier.load_state_dict(state["simplifier"])
         self.model.load_state_dict(state["model"])
-        for name, decision in state["decisions"].items():
+        for name, record in state["records"].items():
             layer: Any = self.model.get_submodule(name)
-            layer.decision = Decision(**decision)
+            layer.policy.record.load_state_dict(record)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
@@ -347,6 +348,7 @@ class Trainer:
         self.step, self.steps_before, self._ticks = state["step"], state["steps_before"], state["ticks"]
         self.loss_sum = state["loss_sum"]
         self.seconds = Seconds(**state["seconds"])
+        self._entries = tuple(state["entries"])
         self._disturbance.seconds = state.get("disturbance", self._disturbance.seconds)  # earlier versions have none
         self.curve = [EpochRecord(**record) for record in state["curve"]]
 
