@@ -103,7 +103,9 @@ def test_a_rule_that_keeps_too_much_for_long_is_asked_now_and_then(when, break_e
     even, few = even_and_few()
     assert passes(STREAK, even) == STREAK
     assert passes(3 * EVERY, even) == (3 if rests else 3 * EVERY)
+    assert ("dense for now" in str(meprop.report(model))) == rests
     assert passes(EVERY, few) == (1 if rests else EVERY)  # the last one sees that the gradient has changed
+    assert "dense for now" not in str(meprop.report(model))
     assert passes(10, few) == 10
     (layer,) = meprop.report(model).layers
     assert f"{STREAK + 4 * EVERY + 10} passes" in layer.reason

@@ -462,6 +462,8 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
     if density is None and record.density is not None:
         density = record.density
         reason += f"; kept in {record.passes} passes so far, {record.dense_passes} of them dense"
+        if policy.when == "auto" and record.keeps_too_much:
+            reason += "; dense for now, as its gradients ask for more than pays"
     return LayerReport(
         name, kind, inputs, width, "sparse", rule.count(width), nan if density is None else density, rule, reason
     )

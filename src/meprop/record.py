@@ -139,12 +139,17 @@ class Record:
         break_even = 1.0 if self.decision is None else self.decision.break_even
         self.costly_streak = self.costly_streak + 1 if kept >= break_even * seen else 0
 
+    @property
+    def keeps_too_much(self) -> bool:
+        """Whether the rule has kept so much for long that dense is faster."""
+        return self.costly_streak >= _COSTLY_STREAK
+
     def rests(self) -> bool:
-        """Whether this pass is dense without asking the rule, which has kept too much for long.
+        """Whether this pass is dense without asking the rule, which `keeps_too_much`.
 
         It is asked now and then, as gradients change in training.
         """
-        if self.costly_streak < _COSTLY_STREAK:
+        if not self.keeps_too_much:
             return False
         self.rested = (self.rested + 1) % _ASKED_EVERY
         if self.rested == 0:

@@ -78,7 +78,7 @@ def _every_parameter_is_large(monkeypatch):
 
 def test_the_ways_are_what_they_are_called():
     every = ways.ways(0.1, 0.5, dropout=True, compiled=True)
-    assert len({way.name for way in every}) == len(every) == 17
+    assert len({way.name for way in every}) == len(every) == 21
     network = DROPPED.build()
     batches = [(torch.randn(100, 6), torch.randint(0, 3, (100,)))]
     for way in every:
@@ -92,11 +92,14 @@ def test_the_ways_are_what_they_are_called():
         assert ("activation_dropout" in graph_of(loss)) == way.fuse == ("fused" in way.name)
         assert (hidden.weight.grad is None) == ("in backward" in way.name)
         is_sparse = hidden.weight.grad is not None and hidden.weight.grad.layout == torch.sparse_coo
-        assert is_sparse == way.name.endswith(("exact", "decay"))
+        if not way.name.startswith("sampled rows"):  # above the ceiling its gradient is dense
+            assert is_sparse == way.name.endswith(("exact", "decay"))
         assert getattr(one.optimizer, "sparse_rows", "exact") == (way.sparse_rows or "exact")
         if way.rule is not None:
             assert (hidden.compute_dtype is not None) == ("bf16" in way.name)
+            assert hidden.sparse_grad == way.name.endswith(("exact", "decay"))
             expected = {
+                "sampled rows": meprop.Sampled(noise=0.5, exact_sum=False),
                 "sampled": meprop.Sampled(noise=0.5),
                 "per example": meprop.TopK(0.1),
                 "unified": meprop.TopK(0.1, scope="batch"),
@@ -116,7 +119,7 @@ def graph_of(loss):
 
 def test_ways_with_dropout_are_right():
     result = run_case(DROPPED, "adam", ways.ways(0.1, 0.25, dropout=True), 20)
-    assert [one.wrong for one in result.ways] == [None] * 16
+    assert [one.wrong for one in result.ways] == [None] * 20
     assert "dropout 0.2" in result.name
 
 
@@ -194,7 +197,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, what):
     def wrong(x, weight, bias, policy):
         if x.dtype == torch.float64:  # the oracle
             return right(x, weight, bias, policy)
-        if what == "gradient" and policy.sparse_grad:
+        if what == "gradient" and policy.rule.scope == "batch":
             policy = replace(policy, rule=meprop.RandomK(policy.rule.k, scope="batch"))
         return right(x, weight, bias, policy) * (2 if what == "loss" else 1)
 
@@ -257,8 +260,24 @@ def test_what_has_to_move():
         assert [4 * each for each in elements] == [found[name].least_bytes[phase] for phase in ways.PHASES]
     layers = meprop.report(SMALL.build()).layers
     for optimizer, moments in {"sgd": 0, "momentum": 1, "adagrad": 1, "adam": 2, "adamw": 2}.items():
-        least = ways.least_bytes(ways.Way("dense fp32"), layers, optimizer, 5)
+        least = ways.least_bytes(ways.Way("dense fp32"), layers, [140, 130, 3], optimizer, 5)
         assert least["optimizer"] == 4 * weights * (3 + 2 * moments)
+
+
+def test_rows_without_an_entry_do_not_have_to_move():
+    """Of a batch in which only some units get an entry, the gradients have the rows of these units only."""
+    way = next(way for way in WAYS if way.name == "sampled rows fp32 decay")
+    network = SMALL.build()
+    with torch.no_grad():
+        network[0].bias[20:], network[2].bias[30:] = -1e3, -1e3  # units that are off, whatever the batch
+    x, classes = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    stepper = ways.Stepper(way, network, "adam", [(x, classes)])
+    stepper.run()
+    least = stepper.least_bytes
+    assert 0 < least["optimizer"] <= 4 * 7 * (6 * 20 + 140 * 30 + 130 * 3 + 140 + 130 + 3)
+    assert all(parameter.grad is None for parameter in stepper.network.parameters())
+    dense = ways.Stepper(ways.Way("dense fp32"), network, "adam", [(x, classes)]).least_bytes
+    assert least["backward"] < dense["backward"]
 
 
 def test_shares_are_of_a_copy_of_as_many_bytes(monkeypatch):

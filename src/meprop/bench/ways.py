@@ -108,6 +108,7 @@ def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = Fals
     names = BASELINES if compiled else BASELINES[:2]
     found = [Way(name, bf16="bf16" in name, compiled="compiled" in name) for name in names]
     sampled = meprop.Sampled(noise=noise)
+    modes: tuple[optim.SparseRows, ...] = ("exact", "decay")
     for bf16 in (False, True):
         precision = "bf16" if bf16 else "fp32"
         for fuse in (False, True) if dropout else (False,):
@@ -116,9 +117,12 @@ def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = Fals
                 Way(name, sampled, bf16, fuse=fuse),
                 Way(f"{name} in backward", sampled, bf16, in_backward=True, fuse=fuse),
             ]
+        found += [
+            Way(f"sampled rows {precision} {mode}", meprop.Sampled(noise=noise, exact_sum=False), bf16, mode)
+            for mode in modes
+        ]
         found.append(Way(f"per example {precision}", meprop.TopK(k, scope="example"), bf16))
         unified = meprop.TopK(k, scope="batch")
-        modes: tuple[optim.SparseRows, ...] = ("exact", "decay")
         found += [Way(f"unified {precision} {mode}", unified, bf16, mode) for mode in modes]
     return found
 
@@ -164,7 +168,7 @@ class Stepper:
         self.optimizer: torch.optim.Optimizer
         self.phases: list[tuple[float, ...]] = []
         self._optimizer_name: OptimizerName = optimizer
-        self._rows = len(batches[0][0])
+        self._rows, self._different_batches = len(batches[0][0]), len(batches)
         self._batches = cycle(batches)
         name, _, options = _OPTIMIZERS[optimizer]
         if way.rule is None:
@@ -191,7 +195,23 @@ class Stepper:
     @property
     def least_bytes(self) -> dict[str, int]:
         """What each phase of the step has to move at least."""
-        return least_bytes(self.way, meprop.report(self.network).layers, self._optimizer_name, self._rows)
+        layers = meprop.report(self.network).layers
+        return least_bytes(self.way, layers, self._gradient_rows(), self._optimizer_name, self._rows)
+
+    def _gradient_rows(self) -> list[int]:
+        """The number of rows that each weight's gradient has, on average over the batches."""
+        layers = [module for module in self.network.modules() if isinstance(module, nn.Linear)]
+        if self.way.sparse_rows is None:
+            return [layer.out_features for layer in layers]
+        counts = [0] * len(layers)
+        for _ in range(self._different_batches):
+            self.loss(*next(self._batches)).backward()  # pyright: ignore[reportUnknownMemberType]
+            for number, layer in enumerate(layers):
+                grad = layer.weight.grad
+                assert grad is not None
+                counts[number] += grad._nnz() if grad.is_sparse else layer.out_features  # pyright: ignore[reportPrivateUsage]
+            self.optimizer.zero_grad()
+        return [round(count / self._different_batches) for count in counts]
 
     def loss(self, x: Tensor, classes: Tensor) -> Tensor:
         """Return the loss of a batch."""
@@ -296,22 +316,24 @@ def _gradients(stepper: Steps, batch: Batch, passes: int) -> list[Tensor]:
 # ---------------------------------------------------------------- what has to move
 
 
-def least_bytes(way: Way, layers: Sequence[LayerReport], optimizer: OptimizerName, batch: int) -> dict[str, int]:
+def least_bytes(
+    way: Way, layers: Sequence[LayerReport], rows: Sequence[int], optimizer: OptimizerName, batch: int
+) -> dict[str, int]:
     """Return the bytes that each phase cannot avoid reading or writing, if nothing stays in a cache between phases.
 
     The forward pass reads the weights. The backward pass reads those of all layers but the first, and writes the
     gradients. The optimizer reads the gradients, and reads and writes weights and moments. An update in the backward
     pass does that there, without gradients. Small parameters, which the step updates, count there too. Both passes
-    touch the activations once. Row-sparse gradients have the kept rows only.
+    touch the activations once. Row-sparse gradients have these rows only.
 
     Args:
         way: Of doing the step.
         layers: The linear layers.
+        rows: The number of rows that the gradient of each one's weight has.
         optimizer: The optimizer.
         batch: The number of examples.
     """
     size = 4  # of a weight, a gradient, a moment
-    rows = [layer.k if way.sparse_rows and layer.k is not None else layer.out_features for layer in layers]
     kept = [count * layer.in_features for count, layer in zip(rows, layers, strict=True)]
     every = size * sum((layer.in_features + 1) * layer.out_features for layer in layers)
     gradients = size * (sum(kept) + sum(layer.out_features for layer in layers))
