@@ -233,7 +233,8 @@ class TrainingConfig(RunConfig):
     """
 
     sparse_rows: Literal["no", "exact", "decay", "lazy"] = "no"
-    """What meprop.optim does with the rows of a weight that get no gradient; needs scope batch.
+    """What meprop.optim does with the rows of a weight that get no gradient. It needs scope batch, or entries of the
+    whole gradient without the exact sum.
     no: Gradients are dense, and so are torch's optimizers.
     exact: The rows are updated as with dense gradients.
     decay: The rows wait, and their moments decay when the next gradient comes.
@@ -259,8 +260,11 @@ class TrainingConfig(RunConfig):
             raise ValueError(f"--lr-end {self.lr_end} needs --schedule geometric: {self.schedule} has its own end")
         if self.lr_end is not None and not 0 < self.lr_end <= self.lr:
             raise ValueError(f"--lr-end must be above 0 and at most --lr, which is {self.lr}, got {self.lr_end}")
-        if self.sparse_rows != "no" and self.scope != "batch":
-            raise ValueError(f"--sparse-rows {self.sparse_rows} needs --scope batch: other choices leave no rows out")
+        if self.sparse_rows != "no" and self.scope not in ("batch", "global") and self.exact_sum is not False:
+            raise ValueError(
+                f"--sparse-rows {self.sparse_rows} needs --scope batch, or entries of the whole gradient without the "
+                "exact sum (--exact-sum False): other choices leave no rows out"
+            )
         if self.state_dtype != "float32" and self.optimizer == "sgd":
             raise ValueError(f"--state-dtype {self.state_dtype} needs --optimizer adam or adagrad: sgd keeps nothing")
         super().__post_init__()
