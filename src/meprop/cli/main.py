@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 from meprop.cli import faults
-from meprop.cli.commands import HELP
+from meprop.cli.commands import HELP, WITHOUT_TORCH
 from meprop.cli.messages import missing, note
 from meprop.cli.stop import Stopped, StopRequest
 from meprop.errors import MepropError, nearest
@@ -85,7 +85,7 @@ def _run(arguments: list[str], *, of_process: bool) -> int:
         print(f"meprop {version('meprop')}")
         return 0
     command = parse(arguments)
-    if of_process:
+    if of_process and arguments[0] not in WITHOUT_TORCH:
         _prepare_process(trains=arguments[0] in (*_TRAINING, "reproduce"))
     command.run()
     return 0
