@@ -21,12 +21,12 @@ def command_of(task: str, config: Mapping[str, Any]) -> str | None:
         config: The settings as the command records them.
 
     Returns:
-        The command; None if the settings are not those of train, compare or simplify.
+        The command; None if the settings are not those of train, compare or simplify, or the task is not known to them.
     """
-    if "task" not in config or "training" not in config:
+    of_task = config.get("task", {})
+    entry = tasks.with_script().get(ScriptTask.name if "script" in of_task else task)
+    if entry is None or "training" not in config:
         return None
-    of_task = config["task"]
-    entry = tasks.with_script()[ScriptTask.name if "script" in of_task else task]
     name = "simplify" if "simplify" in config else "compare" if "margin" in config else "train"
     values = {**config, **of_task, **config["training"], **config.get("simplify", {})}
     shared = {**tracking.plain(entry.config()), **tracking.plain(entry.training), **tracking.plain(SimplifyConfig())}
