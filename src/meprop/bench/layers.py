@@ -140,8 +140,7 @@ def run(
         if not any(row.wrong for row in rows):
             if len(layers) > 1:
                 add("hidden layers together", {side: _all(passes) for side, passes in together.items()}, None, None)
-            trainers = {"dense": dense, "sparse": sparse}
-            add("whole step", {side: _steps(trainer, recorded) for side, trainer in trainers.items()}, None, None)
+            add("whole step", {"dense": _steps(dense, recorded), "sparse": _steps(sparse, recorded)}, None, None)
     return LayersBench.of(f"bench-layers-{task.name}", config, meter, rows)
 
 
@@ -355,8 +354,8 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
 
     def _choices(self) -> dict[str, Any]:
         """Return the settings of training that are not the task's own."""
-        chosen = {"k": self.k, "scope": self.scope, "noise": self.noise, "fuse": self.fuse}
-        return {"epochs": 1, "accelerator": "cpu", "when": "always", **chosen}
+        fixed = {"epochs": 1, "accelerator": "cpu", "when": "always"}
+        return {**fixed, "k": self.k, "scope": self.scope, "noise": self.noise, "fuse": self.fuse}
 
     def ratio(self, result: Comparison) -> Ratio:
         """Return the only one."""

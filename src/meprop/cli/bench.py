@@ -98,10 +98,10 @@ def _layers_form() -> Any:
     def default(name: str, entry: TaskEntry) -> Any:
         return RunBench(of_task(entry.config(), entry.training), Path("runs") / f"bench-layers-{name}")
 
-    def options(entry: TaskEntry) -> Any:
-        kind: Any = type(of_task(entry.config(), entry.training))
-        return RunBench[kind[entry.config]]
+    def form(entry: TaskEntry) -> Any:
+        bench: Any = type(of_task(entry.config(), entry.training))
+        return RunBench[bench[entry.config]]
 
-    forms = with_tasks(str(Layers.__doc__), options, default, tasks.with_script())
-    about = tyro.conf.subcommand(Layers.name, description=Layers.__doc__, constructor_factory=lambda: forms)
+    each_task = with_tasks(str(Layers.__doc__), form, default, tasks.with_script())
+    about = tyro.conf.subcommand(Layers.name, description=Layers.__doc__, constructor_factory=lambda: each_task)
     return Annotated[Any, about]
