@@ -15,12 +15,12 @@ from meprop import speed
 from meprop.advice.decide import decide
 from meprop.advice.free import free_backward
 from meprop.advice.gradients import Agreement, agreements
-from meprop.advice.layers import common_name, folded
 from meprop.advice.mind import note_of_disturbance
 from meprop.advice.record import RuleAdvice
 from meprop.advice.text import code, short
 from meprop.advice.trial import Phases, Trial
 from meprop.advice.ways import DENSE, FREE, Ways, typical
+from meprop.names import common_name, folded
 from meprop.rules.base import Rule
 
 LAYERS = {

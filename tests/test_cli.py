@@ -68,7 +68,7 @@ def result(folder):
 def test_compare_writes_the_result_and_shows_it(data, capsys):
     assert compare(data, "--seeds", "0", "1") == 0
     content = result("runs/compare-mnist")
-    assert set(content) == {"task", "config", "machine", "versions", "commit", "runs", "verdicts", "sha256"}
+    assert set(content) == {"task", "config", "machine", "versions", "commit", "command", "runs", "verdicts", "sha256"}
     assert [(each["rule"], each["seeds"], each["margin"]) for each in content["verdicts"]] == [("topk", [0, 1], 0.2)]
     assert [(run["rule"], run["seed"]) for run in content["runs"]] == [
         ("dense", 0), ("topk", 0), ("dense", 1), ("topk", 1)

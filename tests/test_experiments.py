@@ -16,7 +16,7 @@ import torch
 
 import meprop
 from meprop import experiments
-from meprop.bench.layers import Layers
+from meprop.bench import layers
 from meprop.errors import DataError
 from meprop.experiments import Published, Records
 from meprop.reporting import pages
@@ -195,7 +195,7 @@ def test_the_page_has_a_section_for_each_experiment_and_task():
     assert sorted(name for each in all_pages for name in report.experiments_of(each)) == experiments.built_in()
     for name in ("mnist", "tagging", "parsing"):  # the paper's
         entry = tasks.table()[name]
-        pages.check_section(page, Layers.of_task(entry.config(), entry.training).section)
+        pages.check_section(page, layers.of_task(entry.config(), entry.training).section)
 
 
 # ---------------------------------------------------------------- records

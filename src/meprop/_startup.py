@@ -1,5 +1,6 @@
-"""What the command does before torch is imported, which takes seconds: answers to Ctrl-C, and help of all commands.
+"""What the command does before torch is imported, which takes seconds.
 
+It answers Ctrl-C, gives the help of all commands, and does what needs no torch.
 A program that imports meprop is left alone.
 """
 
@@ -29,9 +30,10 @@ if _is_the_command():
     for _signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(_signum) != signal.SIG_IGN:  # as under nohup
             signal.signal(_signum, _end)
-    from meprop.cli.commands import HELP
+    from meprop.cli.commands import HELP, WITHOUT_TORCH
 
-    if HELP.keys().isdisjoint(sys.argv[1:2]):  # such as --help or --version: torch has no part in the answer
+    # None of them is --help or --version, or a mistake: torch has no part in the answer.
+    if (HELP.keys() - WITHOUT_TORCH).isdisjoint(sys.argv[1:2]):
         from meprop.cli import main
 
         sys.exit(main())

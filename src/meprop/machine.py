@@ -14,8 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from meprop.errors import MepropError
 
 
@@ -25,6 +23,8 @@ def describe() -> dict[str, Any]:
     This is the processor, its instruction set and cores, the memory in GiB, whether freed memory is kept, the threads,
     the GPU, and the operating system.
     """
+    import torch
+
     return {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

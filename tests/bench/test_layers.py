@@ -108,9 +108,10 @@ def test_times_are_per_batch(monkeypatch):
 def test_what_is_recorded_is_what_training_sees():
     """The gradients of a replayed layer are those that the whole model's backward pass gives its parameters."""
     task = TinyTask(TinyConfig(hidden=(128, 150), dropout=0.0))
-    model = task.build_model()
+    dense = layers.Trainer(task, TRAINING, None, 0)
+    model = dense.model
     batches = [batch for batch, _ in zip(task.train_batches(torch.Generator().manual_seed(0)), range(3), strict=False)]
-    calls = layers._record(task, model, ["0", "3"], batches)
+    calls = layers._record(dense, ["0", "3"], batches)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     for name in ("0", "3"):
@@ -192,7 +193,7 @@ def test_a_wrong_product_is_not_timed_and_fails(monkeypatch, capsys, position, n
 def test_a_model_without_hidden_layers_is_refused():
     with (
         pytest.warns(meprop.NoEffectWarning),
-        pytest.raises(meprop.MepropError, match=r"(?s)no hidden layer to time:.*narrow: 2 output features"),
+        pytest.raises(meprop.MepropError, match=r"(?s)no hidden layer to time.*narrow: 2 output features"),
     ):
         run(TinyTask(TinyConfig(hidden=())))
 
@@ -208,7 +209,7 @@ def test_the_weights_stay_what_they_are_while_the_step_is_timed():
     trainer = layers.Trainer(task, TRAINING, None, 0)
     trainer.advance(3)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    layers._steps(task, trainer, list(task.train_batches(torch.Generator())))()
+    layers._steps(trainer, list(task.train_batches(torch.Generator())))()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -256,3 +257,70 @@ def test_training_before_the_recording_is_with_the_tasks_own_learning_rate(monke
     assert bench() == 70  # the fault is ours
     chosen = TrainingConfig(1, k=7, lr=0.02, scope="batch", optimizer="sgd", schedule="constant", accelerator="cpu")
     assert found == [chosen]
+
+
+# ---------------------------------------------------------------- the user's own task
+
+SCRIPT = """
+import torch
+from torch import nn
+import meprop
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.images = nn.Conv2d(16, 128, 3, padding=1)
+        self.frozen, self.unused, self.twice = nn.Linear(128, 128), nn.Linear(128, 128), nn.Linear(128, 128)
+        self.head = nn.Linear(128, 2)
+
+    def forward(self, images, scale):
+        x = self.images(images).relu().mean((2, 3))
+        with torch.no_grad():
+            kept = self.frozen(x)
+        return self.head(self.twice(self.twice(x + kept) * scale))
+
+def make(seed):
+    model, x = Model(), torch.randn(40, 16, 4, 5)
+    batches = [{"images": each, "scale": 2.0} for each in x.split(10)]
+    def loss(model, batch):
+        return model(**batch).square().mean()
+    return meprop.Setup(model, torch.optim.AdamW(model.parameters()), BATCHES, loss, lambda model: 0.0)
+"""
+
+
+@pytest.fixture
+def of_script():
+    def bench(*options, batches="batches"):
+        Path("mine.py").write_text(SCRIPT.replace("BATCHES", batches))
+        return cli.main(["bench", "layers", "mine.py:make", "--seconds", "0.001", *options])
+
+    return bench
+
+
+def test_layers_of_a_users_model_are_timed_on_its_own_batches(of_script, capsys):
+    assert of_script("--noise", "None", "--k", "5", "--scope", "batch") == 0
+    found = json.loads(Path("runs/bench-layers-script/result.json").read_text())
+    rows = {row["name"]: row["rows"] for row in found["layers"]}
+    # A layer without a gradient, or that is not called, has nothing to time.
+    assert rows == {"images": 10 * 4 * 5, "twice": 20, "hidden layers together": None, "whole step": None}
+    assert all(row["ratio"]["p20"] > 0 for row in found["layers"])
+    assert (found["config"]["task"], found["config"]["k"]) == ({"script": "mine.py:make"}, 5)
+    assert "optimizer" not in found["config"]
+    assert "200 x 16 x 128" in capsys.readouterr().out
+
+
+def test_a_users_task_keeps_its_optimizer(of_script, capsys):
+    assert of_script("--optimizer", "sgd") == 2
+    assert "--optimizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", ["0", "3"])
+def test_an_error_of_a_users_batches_names_its_line(of_script, capsys, steps):
+    assert of_script("--steps", steps, batches="type('B', (), {'__len__': lambda s: 4, '__iter__': lambda s: 1 / 0})()")
+    assert "mine.py, line 24: the batches raised ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_users_page_says_what_was_measured(of_script):
+    Path("page.md").write_text("\n".join(pages.markers("bench layers script")))
+    assert of_script("--page", "page.md") == 0
+    assert "script = mine.py:make, noise = 0.25" in Path("page.md").read_text()

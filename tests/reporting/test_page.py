@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shlex
+import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,20 +18,20 @@ pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 pytest.importorskip("tyro")
 
-from meprop import cli
+from meprop import cli, rules
 from meprop.cli.main import parse
 from meprop.errors import DataError
 from meprop.reporting import page
 from meprop.reporting.page import write_report
 from meprop.reporting.page.colors import NIGHT, WHITE, contrast, legible
-from meprop.reporting.page.command import command_of
-from meprop.reporting.page.series import COLORS
-from meprop.reporting.page.sources import read
+from meprop.reporting.page.series import COLORS, OWN_COLORS, judged, series_of
+from meprop.reporting.page.sources import read, read_all
 from meprop.tasks.mnist import MnistConfig
 from meprop.training import tracking
+from meprop.training.command import command_of
 from meprop.training.config import TrainingConfig
 from meprop.training.verdict import judge_all
-from reported import Page, config, runs, write
+from reported import TRAINING, Page, config, runs, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -226,6 +228,20 @@ def test_results_with_the_same_names_stay_apart(tmp_path):
     assert labels[1] == "dense, compare, second"
 
 
+def test_an_option_that_was_none_yet_has_its_default(tmp_path):
+    """Runs from before an option are the same series as those that have its default, and not as others."""
+    before, default, other = config(), config(), config(training=replace(TRAINING, optimizer="sgd"))
+    del before["training"]["optimizer"]
+    dense, *_, sparse = runs(2)
+    paths = [
+        write(tmp_path / "a", [run], f"{at}.json", settings=settings)
+        for at, (run, settings) in enumerate([(dense, before), (replace(sparse, seed=0), default), (sparse, other)])
+    ]
+    assert len(judged(series_of(read_all(paths[:2])))) == 1
+    assert not judged(series_of(read_all(paths[::2])))
+    assert Page(*paths).has("optimizer: adam in")
+
+
 # ---------------------------------------------------------------- names are untrusted, and the page needs nothing
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\ud800{{ 7 * 7 }}"
@@ -258,6 +274,12 @@ def test_the_result_can_be_taken_out_of_the_page(compared, tmp_path):
     (text,) = (text for text in found.texts["script"] if text.startswith("{"))
     (tmp_path / "again.json").write_text(text)
     assert tracking.read_content(tmp_path / "again.json") == tracking.read_content(compared)  # its digest is right
+
+
+def test_rules_have_the_colours_of_figures():
+    of_rules = {name: rule.color for name, rule in rules.named().items() if rule.color}
+    assert {name: color for name, color in OWN_COLORS.items() if name in of_rules} == of_rules
+    assert len(set(OWN_COLORS.values())) == len(OWN_COLORS)
 
 
 @pytest.mark.parametrize("background", [WHITE, NIGHT])
@@ -299,10 +321,20 @@ def test_the_command_asks_for_the_same(tmp_path, arguments):
     asked = parse(shlex.split(arguments))
     settings = {**tracking.plain(asked), "data": "1a2b3c"}
     task = "train" if "train.py" in arguments else arguments.split()[1]
-    command = command_of(read(write(tmp_path / "a", runs(), task=task, settings=settings)))
-    name, *options = shlex.split(command)
+    found = tracking.describe(task, settings, runs())
+    name, *options = shlex.split(found.command)
     assert name == "meprop"
     assert parse(options) == asked
+    said = Page(write(tmp_path / "a", runs(), task=task, settings=settings, command=found.command))
+    assert said.has(found.command)
+
+
+def test_a_run_of_an_experiment_has_the_command_of_the_experiment(tmp_path):
+    settings = {"settings": {"rule": "dense"}}
+    assert command_of("mnist", settings) is None
+    for folder in ("ours-variants", "mine"):
+        record = write(tmp_path / folder, runs(1)[:1], "dense-seed0.json", settings=settings)
+        assert Page(record).has("meprop reproduce ours-variants") == (folder == "ours-variants")
 
 
 # ---------------------------------------------------------------- files
@@ -398,6 +430,26 @@ def test_fifty_runs_are_a_page_in_three_seconds(tmp_path):
     start = time.process_time()
     write_report(paths)
     assert time.process_time() - start < 3
+
+
+def test_the_command_draws_without_torch(tmp_path, monkeypatch):
+    """The import of torch takes more time than the page of fifty runs."""
+    paths = [write(tmp_path / run.rule, [run]) for run in runs(1)]
+    before = config()
+    del before["training"]["optimizer"]  # to know what it was takes the options, and they need torch
+    old = write(tmp_path / "old", runs(1), settings=before)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "torch.py").write_text("raise ImportError('torch is imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
+    done = _of_command("report", *map(str, paths))
+    assert (done.returncode, done.stdout) == (0, f"written: {paths[0].with_name('report.html')}\n"), done.stderr
+    assert "torch is imported" in _of_command("report", str(paths[0]), str(old)).stderr
+    monkeypatch.delenv("PYTHONPATH")
+    assert _of_command("report", str(paths[0]), str(old)).returncode == 0
+
+
+def _of_command(*arguments):
+    return subprocess.run([sys.executable, "-m", "meprop", *arguments], capture_output=True, text=True, check=False)
 
 
 def test_committed_results_of_experiments_can_be_shown(tmp_path):

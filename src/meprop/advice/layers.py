@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import isnan
@@ -17,24 +16,12 @@ from meprop.advice.trial import Trial
 from meprop.advice.watch import Watch
 from meprop.advice.ways import DENSE, FREE, Ways
 from meprop.convert import ConversionReport, LayerReport
+from meprop.names import common_name, folded
 
-__all__ = ["LEAST_GAIN", "common_name", "folded", "groups_of", "reported_layers", "watched"]
+__all__ = ["LEAST_GAIN", "groups_of", "reported_layers", "watched"]
 
 LEAST_GAIN = 1.05
 """A gain below this is not one: the next measurement may take it back."""
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
-def folded(name: str) -> str:
-    """The name of a layer with a star for each place in a list: layers.0.mlp.up is layers.*.mlp.up."""
-    return _NUMBER.sub("*", name)
-
-
-def common_name(names: Sequence[str]) -> str:
-    """The name of layers of one folded name, with a star where they differ: 0.up.0 and 1.up.0 are *.up.0."""
-    parts = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 def reported_layers(ways: Ways) -> dict[str, torch.nn.Module]:

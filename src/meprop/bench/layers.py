@@ -1,4 +1,4 @@
-"""The hidden layers of a task, sparse against dense, on what they see in training.
+"""The hidden layers of a task, ours or the user's, sparse against dense, on what they see in training.
 
 A dense model is trained for some steps, then a few batches are run through it and each hidden layer's inputs and output
 gradients recorded. Timed is the backward pass of each layer alone on these, for the gradients that training needs, the
@@ -29,9 +29,9 @@ from meprop.disturbance import DisturbanceMeter
 from meprop.errors import MepropError
 from meprop.rules import Rule
 from meprop.training import tasks
-from meprop.training.config import TrainingConfig
+from meprop.training.config import RunConfig, TrainingConfig
 from meprop.training.loop import Trainer
-from meprop.training.task import DataTask
+from meprop.training.task import Task
 
 SEED = 0
 
@@ -73,8 +73,8 @@ class LayersBench(Record):
 
 
 def run(
-    task: DataTask,
-    training: TrainingConfig,
+    task: Task,
+    training: RunConfig,
     steps: int,
     batches: int,
     seconds: float,
@@ -85,7 +85,7 @@ def run(
 
     Args:
         task: What to train.
-        training: How; on the CPU.
+        training: How; on the CPU, and with all layers sparse that can be.
         steps: Of dense training before anything is recorded; at most an epoch.
         batches: To record.
         seconds: To spend on the timing of each row; slow ones take longer, for 9 rounds.
@@ -93,21 +93,25 @@ def run(
         after: Called with each row.
 
     Raises:
-        MepropError: The model has no hidden layer, or none wide enough to be sparse.
+        MepropError: The model has no hidden layer, or none wide enough to be sparse; or none of them gets a gradient.
     """
     meter = DisturbanceMeter()
     dense = Trainer(task, training, None, SEED)
-    dense.advance(min(steps, task.steps_per_epoch))
+    dense.advance(min(steps, dense.steps_per_epoch))
     rule = training.rule()
     sparse = Trainer(task, training, rule, SEED)
+    torch.manual_seed(SEED)  # from which a task of the user's may draw its batches
+    with task.blamed("the batches"):
+        recorded = list(islice(sparse.setup.batches, batches))
     sparse.load_state_dict(copy.deepcopy(dense.state_dict()))
-    recorded = list(islice(task.train_batches(torch.Generator().manual_seed(SEED)), batches))
 
-    layers = {layer.name: layer for layer in sparse.report.layers if layer.status == "sparse"}
+    of_dense, of_sparse = (dict(trainer.model.named_modules()) for trainer in (dense, sparse))
+    found = [layer for layer in sparse.report.layers if layer.status == "sparse" and layer.name in of_dense]
+    calls = _record(dense, [layer.name for layer in found], recorded)
+    layers = {layer.name: layer for layer in found if calls[layer.name]}
     if not layers:
-        raise MepropError(f"the model has no hidden layer to time:\n{sparse.report}")
-    modules = {name: (dense.model.get_submodule(name), sparse.model.get_submodule(name)) for name in layers}
-    calls = _record(task, dense.model, list(layers), recorded)
+        raise MepropError(f"the model has no hidden layer to time that gets a gradient:\n{sparse.report}")
+    modules = {name: (of_dense[name], of_sparse[name]) for name in layers}
     rows: list[Comparison] = []
 
     def add(
@@ -132,12 +136,11 @@ def run(
             }
             for side, backward in passes.items():
                 together[side].append(backward)
-            add(name, dict(passes), layer, sum(call.rows for call in calls[name]) / len(recorded))
+            add(name, dict(passes), layer, sum(_rows(modules[name][0], call) for call in calls[name]) / len(recorded))
         if not any(row.wrong for row in rows):
             if len(layers) > 1:
                 add("hidden layers together", {side: _all(passes) for side, passes in together.items()}, None, None)
-            trainers = {"dense": dense, "sparse": sparse}
-            add("whole step", {side: _steps(task, trainer, recorded) for side, trainer in trainers.items()}, None, None)
+            add("whole step", {"dense": _steps(dense, recorded), "sparse": _steps(sparse, recorded)}, None, None)
     return LayersBench.of(f"bench-layers-{task.name}", config, meter, rows)
 
 
@@ -146,15 +149,15 @@ def _per_batch(times: Times, batches: int) -> Times:
     return Times(best, p20, p50, p80, times.calls)
 
 
-def _steps(task: DataTask, trainer: Trainer, batches: Sequence[Any]) -> Callable[[], None]:
+def _steps(trainer: Trainer, batches: Sequence[Any]) -> Callable[[], None]:
     """The whole step on each batch. A learning rate of 0 costs the same, and lets the gradients stay what they are."""
-    model, optimizer = trainer.model, trainer.optimizer
+    model, optimizer, loss = trainer.model, trainer.optimizer, trainer.setup.loss
     for group in optimizer.param_groups:
         group["lr"] = 0.0
 
     def run() -> None:
         for batch in batches:
-            task.loss(model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
+            loss(model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
             optimizer.step()
             optimizer.zero_grad()
 
@@ -181,13 +184,17 @@ class _Call:
     def inputs(self) -> list[Tensor]:
         return _tensors((self.args, self.kwargs))
 
-    @property
-    def rows(self) -> int:
-        return self.inputs[0].shape[:-1].numel()
+
+def _rows(layer: nn.Module, call: _Call) -> int:
+    """How many rows of output features a call has: examples or words; positions in the images of a convolution."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return next(iter(call.grads.values())).numel() // layer.out_channels
+    return call.inputs[0].shape[:-1].numel()
 
 
-def _record(task: DataTask, model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> dict[str, list[_Call]]:
-    calls: dict[str, list[_Call]] = {name: [] for name in names}
+def _record(dense: Trainer, names: Sequence[str], batches: Sequence[Any]) -> dict[str, list[_Call]]:
+    """The calls of layers that get a gradient."""
+    model, calls = dense.model.train(), {name: list[_Call]() for name in names}
 
     def hook(name: str) -> Callable[..., None]:
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -200,12 +207,13 @@ def _record(task: DataTask, model: nn.Module, names: Sequence[str], batches: Seq
         return record
 
     hooks = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]
-    for batch in batches:
-        task.loss(model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
+    with dense.task.blamed("a training step"):
+        for batch in batches:
+            dense.setup.loss(model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
     model.zero_grad()
     for handle in hooks:
         handle.remove()
-    return calls
+    return {name: [call for call in of if call.grads] for name, of in calls.items()}
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -316,8 +324,6 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     """The k entries are chosen for each example, once for the whole batch (unified top-k), or of the whole gradient."""
     noise: float | None
     """Draw entries under this budget of added variance, in place of k and scope."""
-    optimizer: Literal["adam", "adagrad", "sgd"]
-    """Optimizer of the whole step. It is torch's fused implementation."""
     fuse: bool = False
     """Compute dropout of the sparse model in one pass with the activation before it. It shows in the whole step."""
     steps: int = 200
@@ -328,11 +334,6 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     """Seconds to spend on the timing of each layer. A slow layer takes longer, for 9 rounds."""
     keep_memory: bool = False
     """Let the C library keep freed memory, as training from the command line does. Dense gains more than sparse."""
-
-    @classmethod
-    def of_task(cls, config: TaskConfig, training: TrainingConfig) -> Layers[TaskConfig]:
-        """Return the benchmark of a task, with what its training has by default."""
-        return cls(config, training.k, training.scope, training.noise, training.optimizer)
 
     @property
     def section(self) -> str:
@@ -348,12 +349,13 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
         if self.batches < 1:
             raise ValueError(f"--batches must be at least 1, got {self.batches}")
         entry = tasks.entry_of(self.task)
-        choices: dict[str, Any] = {"k": self.k, "scope": self.scope, "noise": self.noise, "optimizer": self.optimizer}
-        choices["fuse"] = self.fuse
-        training = replace(entry.training, epochs=1, schedule="constant", accelerator="cpu", **choices)
-        task = entry.build(self.task)
-        assert isinstance(task, DataTask)  # the command has forms for these alone
+        training, task = replace(entry.training, **self._choices()), entry.build(self.task)
         return lambda config, after: run(task, training, self.steps, self.batches, self.seconds, dict(config), after)
+
+    def _choices(self) -> dict[str, Any]:
+        """Return the settings of training that are not the task's own."""
+        fixed = {"epochs": 1, "accelerator": "cpu", "when": "always"}
+        return {**fixed, "k": self.k, "scope": self.scope, "noise": self.noise, "fuse": self.fuse}
 
     def ratio(self, result: Comparison) -> Ratio:
         """Return the only one."""
@@ -373,7 +375,26 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     def about(self, record: LayersBench) -> str:
         """Return the circumstances, and the settings."""
         names = ("k", "scope", "optimizer") if record.config["noise"] is None else ("noise", "optimizer")
-        settings = {**record.config["task"], **{name: record.config[name] for name in names}}
+        settings = {**record.config["task"], **{name: record.config[name] for name in names if name in record.config}}
         settings |= {"fuse": True} if record.config.get("fuse") else {}
         shown = ", ".join(f"{name} = {value}" for name, value in settings.items() if name != "data_dir")
         return f"{record.circumstances} Settings: {shown}."
+
+
+@dataclass(frozen=True)
+class LayersOfOurs(Layers[TaskConfig]):
+    """The same of a task of ours, whose optimizer is an option."""
+
+    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    """Optimizer of the whole step. It is torch's fused implementation."""
+
+    def _choices(self) -> dict[str, Any]:
+        return {**super()._choices(), "schedule": "constant", "optimizer": self.optimizer}
+
+
+def of_task(config: Any, training: RunConfig) -> Layers[Any]:
+    """Return the benchmark of a task, with what its training has by default."""
+    choices = (config, training.k, training.scope, training.noise)
+    if isinstance(training, TrainingConfig):
+        return LayersOfOurs(*choices, optimizer=training.optimizer)
+    return Layers(*choices)

@@ -10,7 +10,7 @@ from meprop.cli.common import forms, threads, with_tasks
 from meprop.cli.messages import note
 from meprop.cli.stop import StopRequest
 from meprop.errors import MepropError
-from meprop.training import folder, tracking
+from meprop.training import folder, tasks, tracking
 from meprop.training.tasks import TaskEntry
 
 if TYPE_CHECKING:
@@ -93,11 +93,15 @@ def _layers_form() -> Any:
     """That of the benchmark which has a form for each task."""
     import tyro
 
-    from meprop.bench.layers import Layers
+    from meprop.bench.layers import Layers, of_task
 
     def default(name: str, entry: TaskEntry) -> Any:
-        return RunBench(Layers.of_task(entry.config(), entry.training), Path("runs") / f"bench-layers-{name}")
+        return RunBench(of_task(entry.config(), entry.training), Path("runs") / f"bench-layers-{name}")
 
-    of_task = with_tasks(str(Layers.__doc__), lambda entry: RunBench[Layers[entry.config]], default)
-    about = tyro.conf.subcommand(Layers.name, description=Layers.__doc__, constructor_factory=lambda: of_task)
+    def form(entry: TaskEntry) -> Any:
+        bench: Any = type(of_task(entry.config(), entry.training))
+        return RunBench[bench[entry.config]]
+
+    each_task = with_tasks(str(Layers.__doc__), form, default, tasks.with_script())
+    about = tyro.conf.subcommand(Layers.name, description=Layers.__doc__, constructor_factory=lambda: each_task)
     return Annotated[Any, about]

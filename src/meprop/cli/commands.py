@@ -26,3 +26,6 @@ HELP = {
     "doctor": "Show what this installation can use: backends, extras, versions, machine and data.",
 }
 """The first line is shown in the help of all commands."""
+
+WITHOUT_TORCH = frozenset({"report"})
+"""The commands that are done before torch is imported."""

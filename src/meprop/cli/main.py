@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 from meprop.cli import faults
-from meprop.cli.commands import HELP
+from meprop.cli.commands import HELP, WITHOUT_TORCH
 from meprop.cli.messages import missing, note
 from meprop.cli.stop import Stopped, StopRequest
 from meprop.errors import MepropError, nearest
 
 _TRAINING = ("advise", "train", "compare", "tune", "simplify")
+_OF_TASKS = (*((name,) for name in _TRAINING), ("bench", "layers"))
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
 _OF_FILES = ("--out", "--script", "--data-dir")
 """Their options with a value that can look like a task."""
@@ -85,7 +86,7 @@ def _run(arguments: list[str], *, of_process: bool) -> int:
         print(f"meprop {version('meprop')}")
         return 0
     command = parse(arguments)
-    if of_process:
+    if of_process and arguments[0] not in WITHOUT_TORCH:
         _prepare_process(trains=arguments[0] in (*_TRAINING, "reproduce"))
     command.run()
     return 0
@@ -146,19 +147,20 @@ def parse(argv: list[str]) -> Any:
 
 def _with_task_first(argv: list[str]) -> list[str]:
     """Return the arguments with the task before its options. FILE.py:FUNCTION becomes the task of a user's file."""
-    if argv[:1] and argv[0] in _TRAINING and len(argv) > 1:
+    command = next((names for names in _OF_TASKS if tuple(argv[: len(names)]) == names), argv)
+    if len(argv) > (first := len(command)):
         from meprop.training.script import ScriptTask
         from meprop.training.tasks import table
 
-        for at, argument in enumerate(argv[1:], 1):
+        for at, argument in enumerate(argv[first:], first):
             if argv[at - 1] in _OF_FILES:
                 continue
-            others = [*argv[1:at], *argv[at + 1 :]]
+            others = [*argv[first:at], *argv[at + 1 :]]
             if argument in table():
-                return [argv[0], argument, *others]
+                return [*command, argument, *others]
             if _SCRIPT.fullmatch(argument):
-                return [argv[0], ScriptTask.name, "--script", argument, *others]
-            if at == 1 and not argument.startswith("-"):
+                return [*command, ScriptTask.name, "--script", argument, *others]
+            if at == first and not argument.startswith("-"):
                 break
     return argv
 

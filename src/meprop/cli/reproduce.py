@@ -29,7 +29,8 @@ class Reproduce(Generic[Names]):
     """`meprop reproduce` with its options."""
 
     names: Names
-    """Experiments by name, or paths of .toml files of your own in the same form."""
+    """Experiments by name, or paths of .toml files of your own in the same form. Both train our tasks. A training of
+    your own is for meprop compare."""
     list: bool = False
     """Show the names of the shipped experiments, and how many of their runs are finished."""
     out: Path = Path("runs/reproduce")

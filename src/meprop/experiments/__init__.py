@@ -35,20 +35,22 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meprop.errors import did_you_mean
 from meprop.experiments.records import RecordConfig, Records
 from meprop.training import tracking
 from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig, rule_names
-from meprop.training.loop import Trainer
 from meprop.training.settings import checked, hints
-from meprop.training.task import Task
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+if TYPE_CHECKING:
+    from meprop.training.loop import Trainer
+    from meprop.training.task import Task
 
 __all__ = ["FOLDER", "Experiment", "Published", "RecordConfig", "Records", "Variant", "built_in", "load"]
 
@@ -95,6 +97,8 @@ class Variant:
 
     def trainer(self, task: Task, seed: int) -> Trainer:
         """Return a run of it; `task` is that of its config."""
+        from meprop.training.loop import Trainer
+
         rule = None if self.rule == DENSE else self.training.rule(self.rule)
         return Trainer(task, self.training, rule, seed, self.simplify)
 

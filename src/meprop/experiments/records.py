@@ -12,11 +12,11 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from meprop.errors import DataError
 from meprop.training import tracking
 from meprop.training.records import Run
-from meprop.training.task import Task
 from meprop.training.tracking import Result
 
 if TYPE_CHECKING:
     from meprop.experiments import Experiment, Variant
+    from meprop.training.task import Task
 
 
 class RecordConfig(TypedDict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from meprop import rules
 from meprop.training.config import DENSE
 
 
@@ -29,6 +28,8 @@ def look(rule: str) -> Look:
 
     One with settings of its own, such as "topk:k=0.04", has the look of its rule and its whole name.
     """
+    from meprop import rules  # here, as the page needs no more of this file than colours of parts
+
     name, _, own = rule.partition(":")
     found = rules.named().get(name)
     known = _NO_RULES.get(name) or (found and Look(found.label, found.color, found.marker))

@@ -1,4 +1,7 @@
-"""The settings of training: those that every task shares, and those of simplifying."""
+"""The settings of training: those that every task shares, and those of simplifying.
+
+What they are made into is imported then: `meprop report` reads this file without torch.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,15 @@ from math import inf, isfinite
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
-from torch import nn
-
-import meprop
-from meprop import rules
 from meprop.errors import did_you_mean
-from meprop.nn.base import SparseLayer
-from meprop.rules import Rule
-from meprop.rules.base import checked_k, checked_share
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from typing_extensions import Self
+
+    import meprop
+    from meprop.rules import Rule
 
 DENSE = "dense"
 """What stands for a rule where a run has none."""
@@ -34,6 +34,8 @@ def rule_names(*others: str) -> Any:
     Args:
         others: What is allowed beside them, such as `DENSE`.
     """
+    from meprop import rules
+
     return Literal[tuple(dict.fromkeys((DEFAULT_RULE, *rules.named(), *others)))]  # pyright: ignore[reportInvalidTypeForm]
 
 
@@ -92,6 +94,8 @@ class RunConfig:
     """Arithmetic: fp32, or bf16 autocast with fp32 weights."""
 
     def __post_init__(self) -> None:
+        from meprop.rules.base import checked_k, checked_share
+
         if self.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
         if self.budget_seconds is not None and not 0 < self.budget_seconds < inf:
@@ -129,6 +133,8 @@ class RunConfig:
         Raises:
             ValueError: There is no rule of this name, or it does not fit the settings.
         """
+        from meprop import rules
+
         found = rules.named()
         name = name or (DEFAULT_RULE if self.noise is None else rules.Sampled.name)
         if name not in found:
@@ -151,6 +157,8 @@ class RunConfig:
         Raises:
             ValueError: The dense steps leave none that is sparse.
         """
+        from meprop import rules, schedule
+
         first, last = self.dense_warmup_steps, total_steps - self.dense_end_steps
         if first >= last:
             raise ValueError(
@@ -169,9 +177,9 @@ class RunConfig:
             if self.noise is None or self.noise_start is None or not isinstance(rule, rules.Sampled):
                 return rule
             assert rule.noise is not None  # it is of `noise`
-            return replace(rule, noise=rule.noise * meprop.anneal(self.noise_start / self.noise, 1.0, done))
+            return replace(rule, noise=rule.noise * schedule.anneal(self.noise_start / self.noise, 1.0, done))
 
-        return meprop.RuleSchedule(model, rule_at)
+        return schedule.RuleSchedule(model, rule_at)
 
     @property
     def mean_k(self) -> float:
@@ -188,6 +196,9 @@ class RunConfig:
         Raises:
             ValueError: `k_ratio` has another number of layers than the model.
         """
+        import meprop
+        from meprop.nn.base import SparseLayer
+
         meprop.convert(model, rule, sparse_grad=sparse_grad, when=self.when, fuse=self.fuse)
         if self.k_ratio:
             layers = [each for each in model.modules() if isinstance(each, SparseLayer)]
@@ -219,6 +230,8 @@ class ScriptTraining(RunConfig):
 
     def rule(self, name: str | None = None) -> Rule:
         """See `RunConfig.rule`."""
+        from meprop import rules
+
         if name not in (None, rules.Sampled.name) and self.noise == type(self).noise:
             return RunConfig(k=self.k, scope=self.scope, exact_sum=self.exact_sum).rule(name)
         return super().rule(name)
@@ -319,7 +332,9 @@ class SimplifyConfig:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, example_inputs: Sequence[Any]
     ) -> meprop.Simplifier:
         """Return one with these settings."""
-        return meprop.Simplifier(
+        from meprop.pruning import Simplifier
+
+        return Simplifier(
             model,
             self.threshold,
             of_mean=self.of_mean,

@@ -196,12 +196,12 @@ class ScriptTask:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether our code raised an error, or called last what did: other than the training, which calls the user's."""
+    """Whether our code raised an error, or called last what did: other than what trains, which calls the user's."""
     names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     if names[-1].startswith("meprop."):
         return True
     ours = [name for name in names if name.startswith("meprop.")]
-    return bool(ours) and not ours[-1].startswith("meprop.training.")
+    return bool(ours) and not ours[-1].startswith(("meprop.training.", "meprop.bench."))
 
 
 def _kind(value: object) -> str:

@@ -12,20 +12,18 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import torch
-
-import meprop
 from meprop import machine
 from meprop.errors import DataError
 from meprop.training.config import DENSE, RunConfig, SimplifyConfig, TrainingConfig
-from meprop.training.loop import Trainer
 from meprop.training.records import Run
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers import Logger
     from typing_extensions import Self
+
+    from meprop.training.loop import Trainer
 
 RESULT = "result.json"
 CHECKPOINT = "checkpoint.pt"
@@ -52,6 +50,8 @@ class Result(Provenance):
     runs: list[Run]
     running: list[Run] = field(default_factory=list[Run])
     """Those that are not finished, as far as their last epoch."""
+    command: str | None = None
+    """The command that makes it again. None in records of `reproduce` and of earlier versions."""
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Self:
@@ -73,13 +73,18 @@ ResultT = TypeVar("ResultT", bound=Result)
 
 
 def describe(task: str, config: dict[str, Any], runs: Sequence[Run], running: Sequence[Run] = ()) -> Result:
-    """Return the record of `runs`, with this machine, the versions and the commit."""
-    return Result(task, config, machine.describe(), versions(), commit(), [*runs], [*running])
+    """Return the record of `runs`, with this machine, the versions, the commit and the command."""
+    from meprop.training.command import command_of
+
+    about = (task, config, machine.describe(), versions(), commit())
+    return Result(*about, [*runs], [*running], command_of(task, config))
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "meprop": meprop.__version__}
+    import torch
+
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "meprop": version("meprop")}
     for package in ("numpy", "lightning-fabric"):
         try:
             found[package] = version(package)
@@ -183,8 +188,9 @@ def read_content(path: Path) -> dict[str, Any]:
 def write_result(path: Path, result: Any) -> None:
     """Write a `Result`, or the dataclass of a benchmark, as JSON, with a digest of it as the last entry."""
     content = plain(result)
-    if not content.get("running", True):
-        del content["running"]  # that of a finished experiment
+    for name in ("running", "command"):  # there are none of a finished experiment, or of one of `reproduce`
+        if not content.get(name, True):
+            del content[name]
     text = json.dumps({**content, "sha256": _digest(content)}, indent=2, allow_nan=False) + "\n"
     machine.write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -194,7 +200,7 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-LoggerOf = Callable[[Trainer], "Logger"]
+LoggerOf: TypeAlias = "Callable[[Trainer], Logger]"
 """From a run to the logger of Lightning Fabric that gets its curves: TensorBoard's, or that of wandb or MLflow."""
 
 

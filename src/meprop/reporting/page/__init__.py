@@ -44,7 +44,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None, *, overwrite: b
     """
     if not paths:
         raise ValueError("give the folder of a result, such as runs/compare-mnist, or several")
-    found = [sources.read(path) for path in paths]
+    found = sources.read_all(paths)
     out = found[0].path.with_name(PAGE) if out is None else out
     _check_free(out, overwrite)
     page = rendered(found).encode(errors="replace")  # a name in a result may hold what UTF-8 cannot

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meprop.reporting.look import look
 from meprop.reporting.page.sources import Source
 from meprop.training.config import DENSE
 from meprop.training.records import Run
@@ -21,8 +20,18 @@ OF_RULE = frozenset(
 )
 """The settings that tell sparse runs apart, and leave dense ones as they are."""
 
-_OF_PAGES = {DENSE: "#64748B", "simplified": "#8B6FD6"}  # calm beside the rules; black is none on dark ground
+OWN_COLORS = {
+    DENSE: "#64748B",  # calm beside the rules
+    "simplified": "#8B6FD6",  # black is none on dark ground
+    "topk": "#D55E00",
+    "random": "#009E73",
+    "compensated": "#CC79A7",
+    "unscaled": "#0072B2",
+    "sampled": "#56B4E9",
+}
+"""Of runs by rule. Rules have those of figures; to ask the rules themselves would take the import of torch."""
 COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2", "#8B6FD6", "#7A8B2A", "#56B4E9")
+"""Of runs without a colour of their own, or one that is taken."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,9 @@ def _label(source: Source, rule: str, is_ambiguous: bool, taken: Sequence[str]) 
 
 
 def _color(rule: str, taken: Sequence[str]) -> str:
-    """Return the colour of the rule, or the least used one if another series has it."""
-    own = _OF_PAGES.get(rule) or look(rule.partition(":")[0]).color
-    uses = Counter(taken)
-    is_free = own not in uses and own in (*_OF_PAGES.values(), *COLORS)
-    return own if is_free else min(COLORS, key=lambda color: uses[color])
+    """Return the colour of the rule, or the least used one if it has none or another series has it."""
+    own, uses = OWN_COLORS.get(rule.partition(":")[0]), Counter(taken)
+    return own if own is not None and own not in uses else min(COLORS, key=lambda color: uses[color])
 
 
 @dataclass(frozen=True)

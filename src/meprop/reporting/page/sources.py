@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from meprop import experiments
 from meprop.errors import DataError
 from meprop.reporting.look import PHASE_COLORS
-from meprop.training import tasks, tracking
+from meprop.training import tracking
 from meprop.training.config import MARGIN
 from meprop.training.records import EpochRecord, Run
-from meprop.training.script import ScriptTask
-from meprop.training.tasks import TaskEntry
 from meprop.training.verdict import Budget
 
 _NOT_SETTINGS = frozenset(
@@ -38,6 +37,8 @@ class Source:
     """Those that are finished."""
     running: list[Run]
     """Those that are not; their numbers are those of the last epoch."""
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The settings of options that it does not record."""
 
     @property
     def name(self) -> str:
@@ -79,15 +80,22 @@ class Source:
         return next(iter([*named, *(name for run in (*self.runs, *self.running) for name in run.dev), "score"]))
 
     @property
-    def entry(self) -> TaskEntry | None:
-        """The task as the command line knows it; None if it is no longer there."""
-        is_script = "script" in self.config.get("task", {})
-        return tasks.with_script().get(ScriptTask.name if is_script else self.task)
+    def command(self) -> str | None:
+        """The command that makes it again; None if it is not known."""
+        experiment = self.path.resolve().parent.name
+        if "settings" in self.config:
+            return f"meprop reproduce {experiment}" if experiment in experiments.built_in() else None
+        return self.content.get("command")
 
     @property
     def unit(self) -> str:
-        """What follows the name of the quality."""
-        return ", %" if self.task in tasks.table() else ""
+        """What follows the name of the quality: that of a user's file says itself what it is."""
+        return "" if self.is_script else ", %"
+
+    @property
+    def is_script(self) -> bool:
+        """Whether the task is one of a user's file."""
+        return "script" in self.config.get("task", {})
 
     @property
     def margin(self) -> float:
@@ -104,12 +112,25 @@ class Source:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that the outcome depends on beside seeds, by option. What was no option yet has its default."""
+        """All that the outcome depends on beside seeds, by option."""
         config = self.config
         found = config.get("settings") or {**config, **config.get("task", {}), **config.get("training", {})}
-        entry = self.entry
-        defaults = {} if entry is None else {**tracking.plain(entry.config()), **tracking.plain(type(entry.training)())}
-        return {name: value for name, value in {**defaults, **found}.items() if name not in _NOT_SETTINGS}
+        return {name: value for name, value in {**self.defaults, **found}.items() if name not in _NOT_SETTINGS}
+
+
+def read_all(paths: Sequence[Path]) -> list[Source]:
+    """Read results that are set side by side; see `read`. What was no option yet when one was made has its default."""
+    found = [read(path) for path in paths]
+    if len({frozenset(each.settings) for each in found}) == 1:
+        return found  # to ask the options for their defaults would take the import of torch
+    return [replace(each, defaults=_defaults(each)) for each in found]
+
+
+def _defaults(source: Source) -> dict[str, Any]:
+    from meprop.training import tasks
+
+    entry = tasks.SCRIPT if source.is_script else tasks.table().get(source.task)
+    return {} if entry is None else {**tracking.plain(entry.config()), **tracking.plain(type(entry.training)())}
 
 
 def read(path: Path) -> Source:
@@ -162,6 +183,7 @@ _MODEL: dict[str, Any] = {
     "inference": dict[str, Any],
 }
 _CONFIG = dict.fromkeys(("task", "training", "simplify", "settings"), dict[str, Any])
+_LATER = {"command": str | None}
 _CONTENT: dict[str, Any] = {
     "task": str,
     "config": dict[str, Any],
@@ -207,7 +229,8 @@ def _check(source: Source) -> None:
         is_search = "rounds" in source.content
         raise ValueError("it is of meprop tune: give its folder confirm, or round-1" if is_search else "it has no runs")
     _check_entries(source.content, _CONTENT)
-    _check_entries(source.config, {name: kind for name, kind in _CONFIG.items() if name in source.config})
+    for content, kinds in ((source.content, _LATER), (source.config, _CONFIG)):
+        _check_entries(content, {name: kind for name, kind in kinds.items() if name in content})
     for model in source.content.get("models", []):
         _check_entries(model, _MODEL)
         _check_entries(model["inference"], {"p20": float})

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from meprop.advice.layers import common_name, folded
-from meprop.reporting.page.command import command_of
+from meprop.names import common_name, folded
 from meprop.reporting.page.series import Series
 from meprop.reporting.page.sources import Source
 from meprop.reporting.pages import short_commit
@@ -222,7 +221,7 @@ def made(sources: Sequence[Source]) -> list[Made]:
             for name, value in facts.items()
             if value is not None
         ]
-        command = command_of(source)
+        command = source.command
         file = File(place, str(source.path), source.path.name, _runs(source.runs))
         groups.setdefault(json.dumps([said, command]), Made(said, command, [])).files.append(file)
     return list(groups.values())
