@@ -255,10 +255,6 @@ class Descriptor(Generic[Layer]):
         """How many linear maps with an output gradient of their own an input passes through, one after the other."""
         return 1
 
-    def policy(self, policy: Policy) -> Policy:
-        """The policy without the options that such layers do not take."""
-        return policy
-
     def parts(self, layer: Layer) -> Iterable[torch.nn.Module]:
         """Modules inside the layer that are not layers of their own, because it reads their weights itself."""
         return ()
