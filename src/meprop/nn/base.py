@@ -60,6 +60,7 @@ class SparseLayer:
         rule: What the backward pass keeps.
         sparse_grad: Whether the weight's gradient is row-sparse.
         compute_dtype: The dtype of the forward product. None means the dtype of the tensors.
+            For an LSTM it is the dtype of the weights in all products.
         when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
             faster.
         decision: With "auto", what was decided. None before that.

@@ -209,7 +209,7 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             self.hidden_size,
             self.num_layers,
             2 if self.bidirectional else 1,
-            dtype if autocast and dtype is not None else rows.dtype,
+            (dtype if autocast else None) or rows.dtype,
             rows.device.type,
             rows.requires_grad,
             None if autocast else dtype,
