@@ -88,6 +88,9 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	  tests/nn/test_lstm.py::test_the_number_of_threads_changes_no_bit \
 	  tests/nn/test_lstm.py::test_a_unit_is_hit_where_any_of_its_gates_is \
 	  tests/nn/test_lstm.py::test_batch_sizes_of_any_memory_layout \
+	  tests/nn/test_lstm_compute_dtype.py::test_native_code_computes_with_bfloat16_as_the_reference_does \
+	  tests/nn/test_lstm_compute_dtype.py::test_the_number_of_threads_changes_no_bit \
+	  tests/nn/test_lstm_compute_dtype.py::test_rows_of_weights_that_lie_apart_or_overlap_are_read \
 	  tests/nn/test_lstm_draws.py::test_the_native_walk_draws_and_computes_what_the_literal_one_does \
 	  tests/nn/test_lstm_draws.py::test_the_number_of_threads_changes_no_bit \
 	  tests/nn/test_lstm_draws.py::test_zeros_stay_zeros_and_nan_is_not_hidden \
@@ -112,7 +115,8 @@ tsan: env  ## the native code's tests with several threads on a build with Threa
 	  tests/ops/test_maps.py::test_the_number_of_threads_changes_no_bit \
 	  tests/ops/test_optimizer_updates.py::test_the_number_of_threads_changes_no_bit \
 	  tests/nn/test_lstm.py::test_the_number_of_threads_changes_no_bit \
-	  tests/nn/test_lstm_draws.py::test_the_number_of_threads_changes_no_bit
+	  tests/nn/test_lstm_draws.py::test_the_number_of_threads_changes_no_bit \
+	  tests/nn/test_lstm_compute_dtype.py::test_the_number_of_threads_changes_no_bit
 
 matrix: env  ## the tests on each Python found, with the oldest and the newest torch, and with each extra alone (hours, gigabytes)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'nox>=2024.10'

@@ -190,24 +190,26 @@ struct Sequences {
 
 // One layer of an LSTM in one direction. B = sizes[0] is the number of sequences, N the sum of sizes, I the number of
 // inputs, and H the number of units. Everything is contiguous except x and the weights. `h` and `c` are outputs and
-// cell states [B + N, H]. They begin with the initial ones [B, H].
+// cell states [B + N, H]. They begin with the initial ones [B, H]. The weights are of W.
+template <class W>
 struct LstmForward {
   Sequences sequences;
   int64_t units, inputs;
-  Matrix<float> weight_ih;  // [4H, I]
-  Matrix<float> weight_hh;  // [4H, H]
-  Matrix<float> x;          // [N, I]
-  const float* bias;        // [4H], or null
-  bool from_zeros;          // whether the initial states are zeros, which saves a product with them
-  float* h;                 // the first [B, H] are read
-  float* c;                 // the same
-  float* gates;             // [N, 4H], the gates' activations
-  float* last_h;            // [B, H], of each sequence at its last step
-  float* last_c;            // [B, H]
+  Matrix<W> weight_ih;  // [4H, I]
+  Matrix<W> weight_hh;  // [4H, H]
+  Matrix<float> x;      // [N, I]
+  const float* bias;    // [4H], or null
+  bool from_zeros;      // whether the initial states are zeros, which saves a product with them
+  float* h;             // the first [B, H] are read
+  float* c;             // the same
+  float* gates;         // [N, 4H], the gates' activations
+  float* last_h;        // [B, H], of each sequence at its last step
+  float* last_c;        // [B, H]
   int threads;
 };
 
-Status lstm_forward(const Kernels& kernels, LstmForward call);
+template <class W>
+Status lstm_forward(const Kernels& kernels, LstmForward<W> call);
 
 // Entries of the gates' gradients [n, 4H] of each time step, as in Entries.
 struct StepEntries {
@@ -224,14 +226,15 @@ struct StepEntries {
 // The backward pass of such a layer through time. At each time step a selection replaces the gates' gradients before
 // the activation. It is k entries of each gate of each row, or k units of each gate of all rows of the time step, or
 // entries of all rows. The cells' own gradients are exact. The pass reads what LstmForward wrote.
+template <class W>
 struct LstmBackward {
   Sequences sequences;
   const StepEntries* entries;  // or null. Then scope and k say what is selected
   Scope scope;
   int64_t units, inputs, k;
-  Matrix<float> weight_ih;   // [4H, I]
-  Matrix<float> weight_hh;   // [4H, H]
-  Matrix<float> x;           // [N, I]
+  Matrix<W> weight_ih;  // [4H, I]
+  Matrix<W> weight_hh;  // [4H, H]
+  Matrix<float> x;      // [N, I]
   const float* h;
   const float* c;
   const float* gates;
@@ -252,7 +255,8 @@ struct LstmBackward {
   int threads;
 };
 
-Status lstm_backward(const Kernels& kernels, LstmBackward call);
+template <class W>
+Status lstm_backward(const Kernels& kernels, LstmBackward<W> call);
 
 // TypedKernels::drop and drop_gradient on so many entries, which are adjacent. `bits` has a word for each block of
 // kBitBlock.

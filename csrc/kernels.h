@@ -88,8 +88,37 @@ struct Dropout {
 };
 constexpr int kBitBlock = 64;
 
+// Products with a source of S, whose coefficients and results are of T.
+template <class S, class T>
+struct ProductKernels {
+  // The numbers of columns that dense_product and gather_product compute at once. The second is a multiple of the
+  // first.
+  int panel_width;
+  int gather_width;
+
+  // Copies `width` columns of the named rows of a source to `packed` [count, packed_ld]. If `rows` is null, it copies
+  // the first `count` rows. Columns beyond `width` are zero.
+  // requires: 1 <= width <= packed_ld, a multiple of panel_width.
+  void (*pack)(const S* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, S* packed,
+               int64_t packed_ld);
+
+  // out[r, :width] = base of r + sum over the terms of row r of coefficient * source[term's row, :width], for r in
+  // [row_begin, row_end). The sum is formed in float32 in the order of the terms, then rounded to T.
+  // requires: 1 <= width <= gather_width; each row of the source has readable elements up to `width`, rounded up to
+  // panel_width.
+  void (*gather_product)(const S* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
+                         int64_t row_end, int64_t width, T* out, int64_t out_ld);
+
+  // out[r, :width] = base of r + sum over d < depth of coefficients[r * row_stride + d * depth_stride] *
+  // source[d, :width], for r in [row_begin, row_end). The sum is formed in float32 by ascending d, then rounded to T.
+  // requires: 1 <= width <= panel_width <= readable elements in each row of the source.
+  void (*dense_product)(const S* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
+                        int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
+                        int64_t out_ld);
+};
+
 template <class T>
-struct TypedKernels {
+struct TypedKernels : ProductKernels<T, T> {
   // Exact top-k of rows [row_begin, row_end) of grad [rows, width].
   //
   // Writes the values and the indices of the k entries of largest magnitude of each row, by ascending index. The values
@@ -135,31 +164,6 @@ struct TypedKernels {
   void (*add_scaled_rows)(const T* source, int64_t source_ld, const T* factors, int64_t rows, int64_t columns,
                           double* sums);
 
-  // The numbers of columns that dense_product and gather_product compute at once. The second is a multiple of the
-  // first.
-  int panel_width;
-  int gather_width;
-
-  // Copies `width` columns of the named rows of a source to `packed` [count, packed_ld]. If `rows` is null, it copies
-  // the first `count` rows. Columns beyond `width` are zero.
-  // requires: 1 <= width <= packed_ld, a multiple of panel_width.
-  void (*pack)(const T* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, T* packed,
-               int64_t packed_ld);
-
-  // out[r, :width] = base of r + sum over the terms of row r of coefficient * source[term's row, :width], for r in
-  // [row_begin, row_end). The sum is formed in float32 in the order of the terms, then rounded to T.
-  // requires: 1 <= width <= gather_width; each row of the source has readable elements up to `width`, rounded up to
-  // panel_width.
-  void (*gather_product)(const T* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
-                         int64_t row_end, int64_t width, T* out, int64_t out_ld);
-
-  // out[r, :width] = base of r + sum over d < depth of coefficients[r * row_stride + d * depth_stride] *
-  // source[d, :width], for r in [row_begin, row_end). The sum is formed in float32 by ascending d, then rounded to T.
-  // requires: 1 <= width <= panel_width <= readable elements in each row of the source.
-  void (*dense_product)(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
-                        int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
-                        int64_t out_ld);
-
   // The sum of the squares of so many entries. It is the same at every level.
   double (*sum_squares)(const T* from, int64_t size);
   // Adds so many entries, each times the factor, to `sums`.
@@ -202,18 +206,8 @@ struct MapKernels {
 // The cells of an LSTM. Units are computed in blocks of `block`. A unit has four gates, in torch's order: input,
 // forget, cell, output. `units` below is the number of units that a block has, 1 <= units <= block.
 struct LstmKernels {
-  // In a block the gates' sums lie one gate after the other. They are 4 * block floats, which is
-  // TypedKernels<float>::panel_width.
+  // In a block the gates' sums lie one gate after the other. They are 4 * block floats.
   int block;
-
-  // Copies the block of units that begins at `weight` [4 * gate_stride rows, depth] to packed [depth, 4 * block]. A
-  // unit's gates are gate_stride rows apart. The copy is a source for dense_product. It is zero for units beyond
-  // `units`.
-  void (*pack)(const float* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, int64_t depth, float* packed);
-
-  // The same product for one row, straight from the weight. sums[gate * block + unit] is a weight row times x [depth].
-  void (*dot)(const float* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, const float* x, int64_t depth,
-              float* sums);
 
   // Copies sums [rows, 4 * block] to `gates`, where rows are 4 * gate_stride apart and a unit's gates are gate_stride
   // apart. Adds `bias`, whose gates are gate_stride apart as well. A null `bias` stands for zeros.
@@ -233,6 +227,19 @@ struct LstmKernels {
   void (*step_gradient)(int64_t units, const float* gates, const float* cells, const float* earlier,
                         const float* grad_output, const float* grad_carried, float* grad_cells, float* gate_gradients,
                         float* gate_sums);
+};
+
+// Products with an LSTM's weights of W. Their panel_width is 4 * LstmKernels::block.
+template <class W>
+struct LstmProducts : ProductKernels<W, float> {
+  // Copies the block of units that begins at `weight` [4 * gate_stride rows, depth] to packed [depth, 4 * block]. A
+  // unit's gates are gate_stride rows apart. The copy is a source for dense_product. It is zero for units beyond
+  // `units`.
+  void (*pack_block)(const W* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, int64_t depth, W* packed);
+
+  // The same product for one row, straight from the weight. sums[gate * block + unit] is a weight row times x [depth].
+  void (*dot_block)(const W* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, const float* x,
+                    int64_t depth, float* sums);
 };
 
 // What an optimizer does to one row w of a parameter. The gradient is g, or zeros if it is null. First g += l2 * w.
@@ -277,6 +284,8 @@ struct Kernels {
   TypedKernels<Bf16> bf16;
   MapKernels maps;
   LstmKernels lstm;
+  LstmProducts<float> lstm_f32;
+  LstmProducts<Bf16> lstm_bf16;
   OptimizerKernels<float> optimizer;
   OptimizerKernels<Bf16> narrow_optimizer;
 };

@@ -20,8 +20,14 @@ constexpr int kPanelLines = 4;
 
 #include "optimizer.inl"
 
+template <class S, class T>
+constexpr ProductKernels<S, T> kProducts = {kSourceLines<S, T> * Line<S>::kEntries,
+                                            kGatherLines<S> * Line<S>::kEntries, pack<S>, gather_product<S, T>,
+                                            dense_product<S, T>};
+
 template <class T>
-constexpr TypedKernels<T> kTyped = {topk_rows<T>,
+constexpr TypedKernels<T> kTyped = {kProducts<T, T>,
+                                    topk_rows<T>,
                                     widen_range<T>,
                                     count_upper_halves<T>,
                                     keys_from<T>,
@@ -31,11 +37,6 @@ constexpr TypedKernels<T> kTyped = {topk_rows<T>,
                                     drawn_entries<T>,
                                     add_columns<T>,
                                     add_scaled_rows<T>,
-                                    kPanelLines * Line<T>::kEntries,
-                                    kGatherLines<T> * Line<T>::kEntries,
-                                    pack<T>,
-                                    gather_product<T>,
-                                    dense_product<T>,
                                     sum_squares<T>,
                                     add_scaled<T>,
                                     drop<T>,
@@ -43,7 +44,10 @@ constexpr TypedKernels<T> kTyped = {topk_rows<T>,
 
 constexpr MapKernels kMaps = {gather_patches, add_patches};
 
-constexpr LstmKernels kLstm = {kBlock, pack_block, dot_block, spread_gates, step_cells, step_cells_gradient};
+constexpr LstmKernels kLstm = {kBlock, spread_gates, step_cells, step_cells_gradient};
+
+template <class W>
+constexpr LstmProducts<W> kLstmProducts = {kProducts<W, float>, pack_block<W>, dot_block<W>};
 
 template <class S>
 constexpr OptimizerKernels<S> kOptimizer = {sgd_row<S>, adam_row<S>, adagrad_row<S>};

@@ -12,6 +12,6 @@ namespace level_avx2 {
 }  // namespace level_avx2
 
 const Kernels kAvx2 = {"avx2", level_avx2::kTyped<float>, level_avx2::kTyped<Bf16>,
-                       level_avx2::kMaps, level_avx2::kLstm, level_avx2::kOptimizer<float>,
-                       level_avx2::kOptimizer<Bf16>};
+                       level_avx2::kMaps, level_avx2::kLstm, level_avx2::kLstmProducts<float>,
+                       level_avx2::kLstmProducts<Bf16>, level_avx2::kOptimizer<float>, level_avx2::kOptimizer<Bf16>};
 }  // namespace meprop

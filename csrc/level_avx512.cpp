@@ -12,6 +12,7 @@ namespace level_avx512 {
 }  // namespace level_avx512
 
 const Kernels kAvx512 = {"avx512", level_avx512::kTyped<float>, level_avx512::kTyped<Bf16>,
-                         level_avx512::kMaps, level_avx512::kLstm, level_avx512::kOptimizer<float>,
-                       level_avx512::kOptimizer<Bf16>};
+                         level_avx512::kMaps, level_avx512::kLstm, level_avx512::kLstmProducts<float>,
+                         level_avx512::kLstmProducts<Bf16>, level_avx512::kOptimizer<float>,
+                         level_avx512::kOptimizer<Bf16>};
 }  // namespace meprop

@@ -10,6 +10,7 @@ namespace level_scalar {
 }  // namespace level_scalar
 
 const Kernels kScalar = {"scalar", level_scalar::kTyped<float>, level_scalar::kTyped<Bf16>,
-                         level_scalar::kMaps, level_scalar::kLstm, level_scalar::kOptimizer<float>,
-                       level_scalar::kOptimizer<Bf16>};
+                         level_scalar::kMaps, level_scalar::kLstm, level_scalar::kLstmProducts<float>,
+                         level_scalar::kLstmProducts<Bf16>, level_scalar::kOptimizer<float>,
+                         level_scalar::kOptimizer<Bf16>};
 }  // namespace meprop

@@ -17,11 +17,12 @@ void prefetch(const float* matrix, int64_t rows, int64_t columns, int64_t ld) {
 }
 
 // The product of rows of a matrix with one block of a weight's units, four gates each: [rows, 4 * block].
+template <class W>
 class BlockProduct {
  public:
   // packed: null to read the weight in place, which is for few rows; else scratch for its copy [depth, 4 * block].
-  BlockProduct(const Kernels& kernels, Matrix<float> weight, int64_t units, int64_t unit, int64_t depth, float* packed)
-      : kernels_(kernels),
+  BlockProduct(const Kernels& kernels, Matrix<W> weight, int64_t units, int64_t unit, int64_t depth, W* packed)
+      : kernels_(lstm_products<W>(kernels)),
         weight_{weight.data + unit * weight.ld, weight.ld},
         units_(units),
         count_(std::min<int64_t>(kernels.lstm.block, units - unit)),
@@ -29,31 +30,33 @@ class BlockProduct {
         packed_(packed) {}
 
   void pack() const {
-    if (packed_ != nullptr) kernels_.lstm.pack(weight_.data, weight_.ld, units_, count_, depth_, packed_);
+    if (packed_ != nullptr) kernels_.pack_block(weight_.data, weight_.ld, units_, count_, depth_, packed_);
   }
 
   void multiply(Matrix<float> rows, int64_t count, float* sums) const {
-    const int64_t width = 4 * kernels_.lstm.block;
+    const int64_t width = kernels_.panel_width;
     if (packed_ != nullptr)
-      return kernels_.f32.dense_product(packed_, width, depth_, rows.data, rows.ld, 1, {}, 0, count, width, sums, width);
+      return kernels_.dense_product(packed_, width, depth_, rows.data, rows.ld, 1, {}, 0, count, width, sums, width);
     for (int64_t row = 0; row < count; ++row)
-      kernels_.lstm.dot(weight_.data, weight_.ld, units_, count_, rows.data + row * rows.ld, depth_, sums + row * width);
+      kernels_.dot_block(weight_.data, weight_.ld, units_, count_, rows.data + row * rows.ld, depth_,
+                         sums + row * width);
   }
 
  private:
-  const Kernels& kernels_;
-  Matrix<float> weight_;
+  const LstmProducts<W>& kernels_;
+  Matrix<W> weight_;
   int64_t units_, count_, depth_;
-  float* packed_;
+  W* packed_;
 };
 
 }  // namespace
 
-Status lstm_forward(const Kernels& kernels, LstmForward call) {
+template <class W>
+Status lstm_forward(const Kernels& kernels, LstmForward<W> call) {
   const TrimAtEnd trim;
   const int64_t units = call.units;
   if (!valid(call.sequences, units, call.threads) || call.inputs < 0 ||
-      !fits<float>(4 * units, units, call.weight_hh.ld) || !fits<float>(4 * units, call.inputs, call.weight_ih.ld))
+      !fits<W>(4 * units, units, call.weight_hh.ld) || !fits<W>(4 * units, call.inputs, call.weight_ih.ld))
     return Status::kBadSize;
   const Walk walk(call.sequences);
   if (!walk) return Status::kNoMemory;
@@ -67,8 +70,8 @@ Status lstm_forward(const Kernels& kernels, LstmForward call) {
   const int64_t width = 4 * lstm.block, blocks_of_units = (units + lstm.block - 1) / lstm.block;
   const bool packs = walk.rows() >= kRowsWorthPacking * walk.steps(), packs_inputs = walk.rows() >= kRowsWorthPacking;
   const int threads = team_size(call.threads, 0, work);
-  const Scratch<float> packed(kPacked, packs ? blocks_of_units * units * width : 0);
-  const Scratch<float> packed_inputs(kPackedInputs, packs_inputs ? threads * call.inputs * width : 0);
+  const Scratch<W> packed(kPacked, packs ? blocks_of_units * units * width : 0);
+  const Scratch<W> packed_inputs(kPackedInputs, packs_inputs ? threads * call.inputs * width : 0);
   const Scratch<float> all_sums(kSums, threads * kRowsAtOnce * width);
   if (!packed || !packed_inputs || !all_sums) return Status::kNoMemory;
 
@@ -76,13 +79,13 @@ Status lstm_forward(const Kernels& kernels, LstmForward call) {
     const Range own = team.part(blocks_of_units);
     float* sums = all_sums.get() + team.id * kRowsAtOnce * width;
     const auto recurrent = [&](int64_t block) {
-      return BlockProduct(kernels, call.weight_hh, units, block * lstm.block, units,
+      return BlockProduct<W>(kernels, call.weight_hh, units, block * lstm.block, units,
                           packs ? packed.get() + block * units * width : nullptr);
     };
     for (int64_t block = own.begin; block < own.end; ++block) {
       const int64_t unit = block * lstm.block, count = std::min<int64_t>(lstm.block, units - unit);
       recurrent(block).pack();
-      const BlockProduct product(kernels, call.weight_ih, units, unit, call.inputs,
+      const BlockProduct<W> product(kernels, call.weight_ih, units, unit, call.inputs,
                                  packs_inputs ? packed_inputs.get() + team.id * call.inputs * width : nullptr);
       product.pack();
       for (int64_t row = 0; row < walk.rows(); row += kRowsAtOnce) {
@@ -95,7 +98,7 @@ Status lstm_forward(const Kernels& kernels, LstmForward call) {
     for (int64_t step = 0; step < walk.steps(); ++step) {
       for (int64_t block = own.begin; block < own.end; ++block) {
         const int64_t unit = block * lstm.block, count = std::min<int64_t>(lstm.block, units - unit);
-        const BlockProduct product = recurrent(block);
+        const BlockProduct<W> product = recurrent(block);
         for (int64_t row = 0, end; row < walk.size(step); row = end) {
           const bool begins = row >= walk.size(step - 1);
           end = std::min(row + kRowsAtOnce, walk.size(step));
@@ -123,5 +126,8 @@ Status lstm_forward(const Kernels& kernels, LstmForward call) {
   });
   return Status::kOk;
 }
+
+template Status lstm_forward(const Kernels&, LstmForward<float>);
+template Status lstm_forward(const Kernels&, LstmForward<Bf16>);
 
 }  // namespace meprop

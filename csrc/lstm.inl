@@ -4,11 +4,12 @@ constexpr int kBlock = kLanes;  // units of a block: its four gates are the four
 static_assert(kPanelLines == 4, "a panel holds the four gates of a block");
 
 // `count` entries, the others zero; and back.
-inline F32 load_some(const float* from, int64_t count) {
-  if (count >= kLanes) return as_float(load_words(from));
-  float all[kLanes] = {};
-  __builtin_memcpy(all, from, static_cast<size_t>(count) * sizeof(float));
-  return as_float(load_words(all));
+template <class T>
+inline F32 load_some(const T* from, int64_t count) {
+  if (count >= kLanes) return as_float(load_bits(from));
+  T all[kLanes] = {};
+  __builtin_memcpy(all, from, static_cast<size_t>(count) * sizeof(T));
+  return as_float(load_bits(all));
 }
 inline void store_some(float* to, F32 a, int64_t count) {
   if (count >= kLanes) return store_words(to, as_bits(a));
@@ -49,10 +50,16 @@ inline F32 hyperbolic_tangent(F32 x) {
   return divide(e, add(e, broadcast(2)));
 }
 
-using Four = float __attribute__((vector_size(16), aligned(4), may_alias));
+// Four entries, as bits.
+using FourWords = uint32_t __attribute__((vector_size(16), aligned(4), may_alias));
+using FourHalves = uint16_t __attribute__((vector_size(8), aligned(2), may_alias));
+inline FourWords* four_of(float* entries) { return reinterpret_cast<FourWords*>(entries); }
+inline FourHalves* four_of(Bf16* entries) { return reinterpret_cast<FourHalves*>(entries); }
+inline const FourWords* four_of(const float* entries) { return reinterpret_cast<const FourWords*>(entries); }
+inline const FourHalves* four_of(const Bf16* entries) { return reinterpret_cast<const FourHalves*>(entries); }
 
-inline void pack_block(const float* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, int64_t depth,
-                       float* packed) {
+template <class W>
+void pack_block(const W* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, int64_t depth, W* packed) {
   constexpr int64_t kColumns = 4 * kBlock;
   constexpr int64_t kDepth = 16;  // of the weight's rows at a time, so that what is written stays in L1
   const auto row_of = [=](int64_t column) {
@@ -61,19 +68,19 @@ inline void pack_block(const float* weight, int64_t weight_ld, int64_t gate_stri
   for (int64_t first = 0; first < depth; first += kDepth) {
     const int64_t end = first + kDepth < depth ? first + kDepth : depth;
     for (int64_t column = 0; column < kColumns; column += 4) {
-      float* to = packed + column;
+      W* to = packed + column;
       int64_t d = first;
       if (column % kBlock + 4 <= units && kBlock >= 4) {  // four units of a gate
-        const float* row = row_of(column);
+        const W* row = row_of(column);
         for (int i = 0; i < 4; ++i) __builtin_prefetch(row + i * weight_ld + 4 * kDepth + first);
         for (; d + 4 <= end; d += 4) {  // four by four, transposed
-          const auto load = [=](int64_t i) { return *reinterpret_cast<const Four*>(row + i * weight_ld + d); };
-          const Four r0 = load(0), r1 = load(1), r2 = load(2), r3 = load(3);
-          const Four low01 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5);
-          const Four low23 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5);
-          const Four high01 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
-          const Four high23 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
-          const auto store = [=](int64_t i, Four four) { *reinterpret_cast<Four*>(to + (d + i) * kColumns) = four; };
+          const auto load = [=](int64_t i) { return *four_of(row + i * weight_ld + d); };
+          const auto r0 = load(0), r1 = load(1), r2 = load(2), r3 = load(3);
+          const auto low01 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5);
+          const auto low23 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5);
+          const auto high01 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
+          const auto high23 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+          const auto store = [=](int64_t i, auto four) { *four_of(to + (d + i) * kColumns) = four; };
           store(0, __builtin_shufflevector(low01, low23, 0, 1, 4, 5));
           store(1, __builtin_shufflevector(low01, low23, 2, 3, 6, 7));
           store(2, __builtin_shufflevector(high01, high23, 0, 1, 4, 5));
@@ -82,20 +89,21 @@ inline void pack_block(const float* weight, int64_t weight_ld, int64_t gate_stri
       }
       for (; d < end; ++d)
         for (int64_t i = 0; i < 4; ++i)
-          to[d * kColumns + i] = (column + i) % kBlock < units ? row_of(column + i)[d] : 0;
+          to[d * kColumns + i] = (column + i) % kBlock < units ? row_of(column + i)[d] : W{};
     }
   }
 }
 
-inline void dot_block(const float* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, const float* x,
-                      int64_t depth, float* sums) {
+template <class W>
+void dot_block(const W* weight, int64_t weight_ld, int64_t gate_stride, int64_t units, const float* x, int64_t depth,
+               float* sums) {
   for (int64_t unit = 0; unit < units; ++unit) {
     F32 totals[4] = {zero(), zero(), zero(), zero()};
-    const float* row = weight + unit * weight_ld;
+    const W* row = weight + unit * weight_ld;
     for (int64_t d = 0; d < depth; d += kLanes) {
       const F32 factor = load_some(x + d, depth - d);
       for (int gate = 0; gate < 4; ++gate) {
-        const float* from = row + gate * gate_stride * weight_ld + d;
+        const W* from = row + gate * gate_stride * weight_ld + d;
         totals[gate] = multiply_add(factor, load_some(from, depth - d), totals[gate]);
       }
     }

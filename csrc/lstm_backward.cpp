@@ -12,16 +12,16 @@ constexpr int64_t kSequenceBlocks = 64;
 // of the walk back. It goes through the rows from the last to the first, or in reverse from the first to the last.
 class EntriesOfSteps {
  public:
-  EntriesOfSteps(const Kernels& kernels, const LstmBackward& call, const Walk& walk, int threads)
-      : call_(call),
+  // chosen: null if the object is not used.
+  EntriesOfSteps(const Kernels& kernels, const StepEntries* chosen, int64_t units, const Walk& walk, int threads)
+      : chosen_(chosen),
         walk_(walk),
-        used_(call.entries != nullptr),
-        outputs_(4 * call.units),
-        blocks_(used_ && call.entries->each_gate ? 4 : 1),
+        outputs_(4 * units),
+        blocks_(used() && chosen->each_gate ? 4 : 1),
         width_(outputs_ / blocks_),
-        capacity_(used_ ? walk.rows() * outputs_ : 0),
-        pass_(kernels, used_ ? call.entries->keep : Keep::kEnergy, walk.batch(), used_ ? width_ : 0, shares(),
-              used_ ? threads : 0),
+        capacity_(used() ? walk.rows() * outputs_ : 0),
+        pass_(kernels, used() ? chosen->keep : Keep::kEnergy, walk.batch(), used() ? width_ : 0, shares(),
+              used() ? threads : 0),
         block_starts_(kEntryStarts, blocks_ * (walk.batch() + 1)),
         states_(kEntryStates, blocks_ * walk.batch()),
         groups_(kEntryGroups, walk.batch() * groups_of(width_)),
@@ -36,7 +36,7 @@ class EntriesOfSteps {
     return pass_ && block_starts_ && states_ && groups_ && starts_ && shared_ && block_values_ && block_indices_;
   }
 
-  bool shares() const { return used_ && call_.entries->exact_sum; }
+  bool shares() const { return used() && chosen_->exact_sum; }
   // The most entries that there can be.
   int64_t capacity() const { return capacity_; }
   const int64_t* starts() const { return starts_.get(); }
@@ -50,7 +50,7 @@ class EntriesOfSteps {
     bool dense = rows == 1 && shares();  // what is missing of one row is its mean
     if (!dense) {
       plan(team, time, rows, gates);
-      dense = static_cast<double>(before(rows)) / static_cast<double>(rows * outputs_) > call_.entries->ceiling;
+      dense = static_cast<double>(before(rows)) / static_cast<double>(rows * outputs_) > chosen_->ceiling;
     }
     const int64_t count = dense ? rows * outputs_ : before(rows);
     const int64_t begin = walk_.reverse() ? starts_.get()[first] : starts_.get()[first + rows] - count;
@@ -63,7 +63,7 @@ class EntriesOfSteps {
     else
       write(team, own, values + begin, indices + begin, of_step);
     if (team.id == 0) {
-      call_.entries->kept[time] = count;
+      chosen_->kept[time] = count;
       starts_.get()[walk_.reverse() ? first + rows : first] = walk_.reverse() ? begin + count : begin;
       if (dense && of_step != nullptr) std::fill_n(of_step, outputs_, 0.0f);
     }
@@ -72,6 +72,7 @@ class EntriesOfSteps {
   }
 
  private:
+  bool used() const { return chosen_ != nullptr; }
   int64_t* starts_of(int64_t block) const { return block_starts_.get() + block * (walk_.batch() + 1); }
 
   // The number of entries in the rows before one, when they are planned.
@@ -82,7 +83,7 @@ class EntriesOfSteps {
   }
 
   void plan(Team team, int64_t time, int64_t rows, const float* gates) {
-    const StepEntries& chosen = *call_.entries;
+    const StepEntries& chosen = *chosen_;
     for (int64_t block = 0; team.id == 0 && block < blocks_; ++block)
       all_[block] = {chosen.keep,
                      rows,
@@ -127,9 +128,8 @@ class EntriesOfSteps {
     }
   }
 
-  const LstmBackward& call_;
+  const StepEntries* chosen_;
   const Walk& walk_;
-  bool used_;
   int64_t outputs_, blocks_, width_, capacity_;
   EntriesPass<float> pass_;
   Entries<float> all_[4] = {};  // of the blocks of the present step
@@ -143,19 +143,21 @@ class EntriesOfSteps {
 
 // The walk back through time: from the gradients of outputs and last states to a selection of the gates' gradients
 // [N, 4H], their sums, and the gradients of the initial state.
+template <class W>
 class WalkBack {
  public:
-  WalkBack(const Kernels& kernels, const LstmBackward& call, const Walk& walk, int threads)
+  WalkBack(const Kernels& kernels, const LstmBackward<W>& call, const Walk& walk, int threads)
       : kernels_(kernels),
+        products_(lstm_products<W>(kernels)),
         call_(call),
         walk_(walk),
         units_(call.units),
         kept_(call.entries != nullptr ? 0 : 4 * call.k),
         block_((walk.batch() + kSequenceBlocks - 1) / kSequenceBlocks),
-        panel_(kernels.f32.panel_width),
+        panel_(products_.panel_width),
         in_place_(units_ >= panel_),
         candidates_(kCandidates, call.entries != nullptr ? 0 : threads * candidate_words()),
-        entries_(kernels, call, walk, threads),
+        entries_(kernels, call.entries, call.units, walk, threads),
         values_(kValues, walk.rows() * kept_ + entries_.capacity()),
         indices_(kIndices, walk.rows() * kept_ + entries_.capacity()),
         gate_gradients_(kGateGradients, walk.batch() * 4 * units_),
@@ -163,11 +165,11 @@ class WalkBack {
         grad_cells_(kGradCells, walk.batch() * units_),
         padded_(kPadded, in_place_ || call.entries != nullptr ? 0 : 4 * units_ * panel_),
         packs_(call.entries != nullptr && (entries_.shares() || !in_place_)),
-        packed_(kPacked, packs_ ? (units_ + kernels.f32.gather_width - 1) / kernels.f32.gather_width *
-                                      kernels.f32.gather_width * 4 * units_
+        packed_(kPacked, packs_ ? (units_ + products_.gather_width - 1) / products_.gather_width *
+                                      products_.gather_width * 4 * units_
                                 : 0),
         all_outputs_(kAllOutputs, entries_.shares() ? 4 * units_ : 0),
-        bases_(kBases, threads * kernels.f32.gather_width),
+        bases_(kBases, threads * products_.gather_width),
         sums_(kBias, (walk.batch() / block_ + 1) * 4 * units_),
         magnitudes_(kMagnitudes, 4 * units_),
         scores_(kScores, units_) {}
@@ -189,8 +191,8 @@ class WalkBack {
   void run(Team team) {
     const Range own = team.part(walk_.batch(), block_), gates = team.part(4 * units_);
     if (!in_place_ && !packs_)
-      kernels_.f32.pack(call_.weight_hh.data + gates.begin * call_.weight_hh.ld, call_.weight_hh.ld, nullptr,
-                        gates.size(), units_, padded_.get() + gates.begin * panel_, panel_);
+      products_.pack(call_.weight_hh.data + gates.begin * call_.weight_hh.ld, call_.weight_hh.ld, nullptr, gates.size(),
+                     units_, padded_.get() + gates.begin * panel_, panel_);
     if (packs_) pack(gates);
     if (entries_.shares())
       for (int64_t o = gates.begin; o < gates.end; ++o) all_outputs_.get()[o] = static_cast<int32_t>(o);
@@ -235,11 +237,11 @@ class WalkBack {
  private:
   // Copies some rows of the recurrent weight for carry_entries.
   void pack(Range rows) {
-    const Matrix<float> weight = call_.weight_hh;
-    const int64_t wide = kernels_.f32.gather_width;
+    const Matrix<W> weight = call_.weight_hh;
+    const int64_t wide = products_.gather_width;
     for (int64_t column = 0; column < units_; column += wide)
-      kernels_.f32.pack(weight.data + rows.begin * weight.ld + column, weight.ld, nullptr, rows.size(),
-                        std::min(wide, units_ - column), packed_.get() + column * 4 * units_ + rows.begin * wide, wide);
+      products_.pack(weight.data + rows.begin * weight.ld + column, weight.ld, nullptr, rows.size(),
+                     std::min(wide, units_ - column), packed_.get() + column * 4 * units_ + rows.begin * wide, wide);
   }
 
   void differentiate(int64_t step, Range rows) {
@@ -294,18 +296,18 @@ class WalkBack {
     const int64_t first = walk_.offset(step) * kept_;
     const Terms<float> terms = {nullptr, kept_, indices_.get() + first, values_.get() + first};
     if (in_place_)
-      for_pieces(units_, panel_, kernels_.f32.gather_width, [&](int64_t column, int64_t columns) {
-        kernels_.f32.gather_product(call_.weight_hh.data + column, call_.weight_hh.ld, terms, {}, rows.begin, rows.end,
-                                    columns, grad_output(0) + column, units_);
+      for_pieces(units_, panel_, products_.gather_width, [&](int64_t column, int64_t columns) {
+        products_.gather_product(call_.weight_hh.data + column, call_.weight_hh.ld, terms, {}, rows.begin, rows.end,
+                                 columns, grad_output(0) + column, units_);
       });
     else
-      kernels_.f32.gather_product(padded_.get(), panel_, terms, {}, rows.begin, rows.end, units_, grad_output(0), units_);
+      products_.gather_product(padded_.get(), panel_, terms, {}, rows.begin, rows.end, units_, grad_output(0), units_);
   }
 
   // The same from the entries of all rows, and from what these share. Each thread computes some columns. So it reads a
   // part of the weight, which stays in its cache from one row to the next.
   void carry_entries(Team team, int64_t step, bool dense) {
-    const int64_t wide = kernels_.f32.gather_width;
+    const int64_t wide = products_.gather_width;
     if (packs_) {
       const Range own = team.part((units_ + wide - 1) / wide);
       for (int64_t piece = own.begin; piece < own.end; ++piece)
@@ -321,25 +323,24 @@ class WalkBack {
   }
 
   // Some columns of it, of which `weight` has the first in front.
-  void carry_columns(Team team, int64_t step, bool dense, Matrix<float> weight, int64_t column, int64_t columns) {
-    const TypedKernels<float>& kernels = kernels_.f32;
+  void carry_columns(Team team, int64_t step, bool dense, Matrix<W> weight, int64_t column, int64_t columns) {
     const int64_t rows = walk_.size(step), outputs = 4 * units_;
     float* out = grad_output(0) + column;
     if (dense && rows > 1) {
       for (int64_t at = 0; at < columns; at += panel_)
-        kernels.dense_product(weight.data + at, weight.ld, outputs, gate_gradients(0), outputs, 1, {}, 0, rows,
-                              std::min(panel_, columns - at), out + at, units_);
+        products_.dense_product(weight.data + at, weight.ld, outputs, gate_gradients(0), outputs, 1, {}, 0, rows,
+                                std::min(panel_, columns - at), out + at, units_);
       return;
     }
     Base<float> base = {};
     if (entries_.shares() && !dense) {
-      float* sums = bases_.get() + team.id * kernels.gather_width;
+      float* sums = bases_.get() + team.id * products_.gather_width;
       const Terms<float> all = {nullptr, outputs, all_outputs_.get(), entries_.shared(walk_.time(step))};
-      kernels.gather_product(weight.data, weight.ld, all, {}, 0, 1, columns, sums, columns);
+      products_.gather_product(weight.data, weight.ld, all, {}, 0, 1, columns, sums, columns);
       base.row = sums;
     }
     const Terms<float> terms = {entries_.starts() + walk_.offset(step), 0, indices_.get(), values_.get()};
-    kernels.gather_product(weight.data, weight.ld, terms, base, 0, rows, columns, out, units_);
+    products_.gather_product(weight.data, weight.ld, terms, base, 0, rows, columns, out, units_);
   }
 
   float* grad_output(int64_t row) const { return grad_output_.get() + row * units_; }
@@ -349,7 +350,8 @@ class WalkBack {
   int64_t candidate_words() const { return 2 * (units_ + kScratchPad); }
 
   const Kernels& kernels_;
-  const LstmBackward& call_;
+  const LstmProducts<W>& products_;
+  const LstmBackward<W>& call_;
   const Walk& walk_;
   int64_t units_, kept_, block_, panel_;
   bool in_place_;
@@ -357,9 +359,10 @@ class WalkBack {
   EntriesOfSteps entries_;
   Scratch<float> values_;
   Scratch<int32_t> indices_;
-  Scratch<float> gate_gradients_, grad_output_, grad_cells_, padded_;
+  Scratch<float> gate_gradients_, grad_output_, grad_cells_;
+  Scratch<W> padded_;
   bool packs_;  // whether each step reads all columns of the recurrent weight, from a copy [H / wide, 4H, wide]
-  Scratch<float> packed_;
+  Scratch<W> packed_;
   Scratch<int32_t> all_outputs_;
   Scratch<float> bases_, sums_;
   Scratch<double> magnitudes_;
@@ -412,10 +415,13 @@ constexpr double kDenseDensity = 0.5;
 // The products of the selections of all time steps: S W_ih, S^T x, and S^T h with the earlier outputs h. What the rows of
 // each time step share is a matrix [T, 4H]. Its product with W_ih is [T, I], and each row gets that of its time step. The
 // others are with the sums of the inputs and of the earlier outputs of each time step.
+template <class W>
 class StepProducts {
  public:
-  StepProducts(const Kernels& kernels, const LstmBackward& call, const Walk& walk, const WalkBack& back, int threads)
+  StepProducts(const Kernels& kernels, const LstmBackward<W>& call, const Walk& walk, const WalkBack<W>& back,
+               int threads)
       : kernels_(kernels.f32),
+        products_(lstm_products<W>(kernels)),
         call_(call),
         walk_(walk),
         selection_(back.selection()),
@@ -426,13 +432,13 @@ class StepProducts {
         needs_weight_(call.grad_weight_ih != nullptr || call.grad_weight_hh != nullptr),
         adds_(shared_ != nullptr && !dense_),
         earlier_(kEarlier, rows_),
-        weight_(kernels_, {call.weight_ih, nullptr, outputs_, call.inputs}, entries() >= kUsesWorthPacking * outputs_),
+        weight_(products_, {call.weight_ih, nullptr, outputs_, call.inputs}, entries() >= kUsesWorthPacking * outputs_),
         x_(kernels_, {call.x, nullptr, rows_, call.inputs}, true),
         h_(kernels_, {{call.h, call.units}, earlier_.get(), rows_, call.units}, true),
-        packed_size_(std::max({call.grad_x != nullptr ? weight_.size() : 0,
-                               call.grad_weight_ih != nullptr ? x_.size() : 0,
-                               call.grad_weight_hh != nullptr ? h_.size() : 0})),
+        packed_size_(std::max(call.grad_weight_ih != nullptr ? x_.size() : 0,
+                              call.grad_weight_hh != nullptr ? h_.size() : 0)),
         packed_(kPacked, threads * packed_size_),
+        packed_weights_(kPackedInputs, call.grad_x != nullptr ? threads * weight_.size() : 0),
         whole_(kDense, dense_ ? rows_ * outputs_ : 0),
         transposed_(outputs_, needs_weight_ && !dense_ ? entries() : 0, threads),
         times_(kRowSteps, adds_ ? rows_ : 0),
@@ -442,7 +448,8 @@ class StepProducts {
         sums_(kSharedSums, adds_ ? threads * std::max(call.inputs, call.units) : 0) {}
 
   explicit operator bool() const {
-    return earlier_ && packed_ && whole_ && transposed_ && times_ && of_inputs_ && x_sums_ && h_sums_ && sums_;
+    return earlier_ && packed_ && packed_weights_ && whole_ && transposed_ && times_ && of_inputs_ && x_sums_ &&
+           h_sums_ && sums_;
   }
 
   // Every thread.
@@ -473,6 +480,7 @@ class StepProducts {
     return (width + kernels_.panel_width - 1) / kernels_.panel_width * kernels_.panel_width;
   }
   float* packed(Team team) const { return packed_.get() + team.id * packed_size_; }
+  W* packed_weight(Team team) const { return packed_weights_.get() + team.id * weight_.size(); }
   bool is_dense() const {
     const int64_t shared = shared_ != nullptr ? walk_.steps() * outputs_ : 0;
     return call_.entries != nullptr && static_cast<double>(entries() + shared) >
@@ -480,11 +488,12 @@ class StepProducts {
   }
 
   // A product with a matrix of coefficients, of which rows and terms are so far apart.
-  auto dense(const float* coefficients, int64_t row_stride, int64_t depth, int64_t depth_stride, float* out,
-             int64_t out_ld) const {
-    return [=, this_kernels = &kernels_](const float* source, int64_t source_ld, int64_t begin, int64_t end,
-                                         int64_t column, int64_t columns) {
-      this_kernels->dense_product(source, source_ld, depth, coefficients, row_stride, depth_stride, {}, begin, end,
+  template <class S>
+  static auto dense(const ProductKernels<S, float>& kernels, const float* coefficients, int64_t row_stride,
+                    int64_t depth, int64_t depth_stride, float* out, int64_t out_ld) {
+    return [=, &kernels](const S* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column,
+                         int64_t columns) {
+      kernels.dense_product(source, source_ld, depth, coefficients, row_stride, depth_stride, {}, begin, end,
                                   columns, out + column, out_ld);
     };
   }
@@ -506,21 +515,21 @@ class StepProducts {
     team.wait();
     const int64_t panel = kernels_.panel_width;
     if (call_.grad_x != nullptr)
-      weight_.multiply(team, packed(team), rows_, panel,
-                       dense(whole, outputs_, outputs_, 1, call_.grad_x, call_.inputs));
+      weight_.multiply(team, packed_weight(team), rows_, panel,
+                       dense(products_, whole, outputs_, outputs_, 1, call_.grad_x, call_.inputs));
     if (call_.grad_weight_ih != nullptr)
       x_.multiply(team, packed(team), outputs_, panel,
-                  dense(whole, 1, rows_, outputs_, call_.grad_weight_ih, call_.inputs));
+                  dense(kernels_, whole, 1, rows_, outputs_, call_.grad_weight_ih, call_.inputs));
     if (call_.grad_weight_hh != nullptr)
       h_.multiply(team, packed(team), outputs_, panel,
-                  dense(whole, 1, rows_, outputs_, call_.grad_weight_hh, call_.units));
+                  dense(kernels_, whole, 1, rows_, outputs_, call_.grad_weight_hh, call_.units));
   }
 
   // What the time steps share, times the weight, and the sums of the steps' inputs and earlier outputs.
   void multiply_shared(Team team, Range steps) {
     if (call_.grad_x != nullptr)
-      weight_.multiply(team, packed(team), walk_.steps(), kernels_.panel_width,
-                       dense(shared_, outputs_, outputs_, 1, of_inputs_.get(), call_.inputs));
+      weight_.multiply(team, packed_weight(team), walk_.steps(), kernels_.panel_width,
+                       dense(products_, shared_, outputs_, outputs_, 1, of_inputs_.get(), call_.inputs));
     double* sums = sums_.get() + team.id * std::max(call_.inputs, call_.units);
     for (int64_t step = steps.begin; step < steps.end; ++step) {
       const int64_t size = walk_.size(step), first = walk_.offset(step), time = walk_.time(step);
@@ -546,8 +555,8 @@ class StepProducts {
   }
 
   void multiply_weight(Team team) const {
-    weight_.multiply(team, packed(team), rows_, kernels_.gather_width,
-                     [&](const float* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column,
+    weight_.multiply(team, packed_weight(team), rows_, products_.gather_width,
+                     [&](const W* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column,
                          int64_t columns) {
                        for (int64_t row = begin, next; row < end; row = next) {  // rows of one time step at once
                          next = end;
@@ -556,8 +565,8 @@ class StepProducts {
                            for (next = row + 1; next < end && times_.get()[next] == times_.get()[row];) ++next;
                            base.row = of_inputs_.get() + times_.get()[row] * call_.inputs + column;
                          }
-                         kernels_.gather_product(source, source_ld, selection_.terms, base, row, next, columns,
-                                                 call_.grad_x + column, call_.inputs);
+                         products_.gather_product(source, source_ld, selection_.terms, base, row, next, columns,
+                                                  call_.grad_x + column, call_.inputs);
                        }
                      });
   }
@@ -582,23 +591,28 @@ class StepProducts {
   }
 
   const TypedKernels<float>& kernels_;
-  const LstmBackward& call_;
+  const LstmProducts<W>& products_;
+  const LstmBackward<W>& call_;
   const Walk& walk_;
   const ByRow<float> selection_;
   const float* shared_;
   int64_t rows_, outputs_;
   bool dense_, needs_weight_, adds_;
   Scratch<int32_t> earlier_;
-  Packing<float> weight_, x_, h_;
+  Packing<W> weight_;
+  Packing<float> x_, h_;
   int64_t packed_size_;
-  Scratch<float> packed_, whole_;
+  Scratch<float> packed_;
+  Scratch<W> packed_weights_;
+  Scratch<float> whole_;
   Transposed<float> transposed_;
   Scratch<int32_t> times_;  // of each row
   Scratch<float> of_inputs_, x_sums_, h_sums_;
   Scratch<double> sums_;
 };
 
-bool valid(const LstmBackward& call) {
+template <class W>
+bool valid(const LstmBackward<W>& call) {
   if (!valid(call.sequences, call.units, call.threads) || call.inputs < 0) return false;
   if (call.entries == nullptr) {
     if (call.k < 1 || call.k > call.units) return false;
@@ -606,14 +620,15 @@ bool valid(const LstmBackward& call) {
     return false;
   }
   const int64_t rows = call.sequences.rows, outputs = 4 * call.units;
-  return fits<float>(outputs, call.inputs, call.weight_ih.ld) && fits<float>(outputs, call.units, call.weight_hh.ld) &&
+  return fits<W>(outputs, call.inputs, call.weight_ih.ld) && fits<W>(outputs, call.units, call.weight_hh.ld) &&
          fits<float>(rows, call.inputs, call.x.ld) && fits<double>(rows, outputs, 0) &&
          fits<float>(call.sequences.steps, std::max(call.inputs, call.units) + kScratchPad, 0);
 }
 
 }  // namespace
 
-Status lstm_backward(const Kernels& kernels, LstmBackward call) {
+template <class W>
+Status lstm_backward(const Kernels& kernels, LstmBackward<W> call) {
   const TrimAtEnd trim;
   const int64_t units = call.units;
   if (!valid(call)) return Status::kBadSize;
@@ -633,7 +648,7 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
   wish(call.grad_weight_hh, 4 * units * units);
 
   const int threads = team_size(call.threads, rows * 4 * units, work);
-  WalkBack back(kernels, call, walk, threads);
+  WalkBack<W> back(kernels, call, walk, threads);
   UnitHits hits(call.hits != nullptr ? units : 0, threads);
   if (!back || !hits) return Status::kNoMemory;
   run_team(threads, [&](Team team) {
@@ -647,10 +662,13 @@ Status lstm_backward(const Kernels& kernels, LstmBackward call) {
     if (call.grad_bias != nullptr) back.write_bias(team);
   });
 
-  StepProducts products(kernels, call, walk, back, threads);
+  StepProducts<W> products(kernels, call, walk, back, threads);
   if (!products) return Status::kNoMemory;
   run_team(threads, [&](Team team) { products.run(team); });
   return Status::kOk;
 }
+
+template Status lstm_backward(const Kernels&, LstmBackward<float>);
+template Status lstm_backward(const Kernels&, LstmBackward<Bf16>);
 
 }  // namespace meprop

@@ -330,41 +330,34 @@ PyObject* py_maps_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
 
 Sequences sequences(const int64_t* a) { return {a[0], a[1], address<const int64_t>(a[2]), a[3] != 0}; }
 
-PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[20];
-  if (!read_integers(args, given, 20, a)) return nullptr;
-  LstmForward call;
+template <class W>
+Status forward_of_lstm(const int64_t* a) {
+  LstmForward<W> call;
   call.sequences = sequences(a);
   call.units = a[4], call.inputs = a[5];
-  call.weight_ih = {address<const float>(a[6]), a[7]};
-  call.weight_hh = {address<const float>(a[8]), a[9]};
+  call.weight_ih = {address<const W>(a[6]), a[7]};
+  call.weight_hh = {address<const W>(a[8]), a[9]};
   call.x = {address<const float>(a[10]), a[11]};
   call.bias = address<const float>(a[12]);
   call.from_zeros = a[13] != 0;
   call.h = address<float>(a[14]), call.c = address<float>(a[15]), call.gates = address<float>(a[16]);
   call.last_h = address<float>(a[17]), call.last_c = address<float>(a[18]);
   call.threads = thread_count(a[19]);
-  Status status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = lstm_forward(*active, call);
-  Py_END_ALLOW_THREADS;
-  return finish(status);
+  return lstm_forward(*active, call);
 }
 
-PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[33];
-  double f[2];
-  if (!read_numbers(args, given, 33, 2, a, f)) return nullptr;
-  if (a[4] != kRowsScope && a[4] != kColumnsScope) {
-    PyErr_SetString(PyExc_ValueError, "unknown scope code");
-    return nullptr;
-  }
-  LstmBackward call;
+PyObject* py_lstm_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return run(args, given, 20, false, forward_of_lstm<float>, forward_of_lstm<Bf16>);
+}
+
+template <class W>
+Status backward_of_lstm(const int64_t* a, const double* f) {
+  LstmBackward<W> call;
   call.sequences = sequences(a);
   call.scope = a[4] == kRowsScope ? Scope::kRows : Scope::kColumns;
   call.units = a[5], call.inputs = a[6], call.k = a[7];
-  call.weight_ih = {address<const float>(a[8]), a[9]};
-  call.weight_hh = {address<const float>(a[10]), a[11]};
+  call.weight_ih = {address<const W>(a[8]), a[9]};
+  call.weight_hh = {address<const W>(a[10]), a[11]};
   call.x = {address<const float>(a[12]), a[13]};
   call.h = address<const float>(a[14]), call.c = address<const float>(a[15]);
   call.gates = address<const float>(a[16]);
@@ -379,9 +372,20 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
   const StepEntries entries = {a[28] != 0, static_cast<Keep>(a[29]), a[7], f[0], static_cast<uint64_t>(a[30]),
                                a[31] != 0, f[1],                     address<int64_t>(a[32])};
   call.entries = entries.kept != nullptr ? &entries : nullptr;
+  return lstm_backward(*active, call);
+}
+
+PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  int64_t a[34];
+  double f[2];
+  if (!read_numbers(args, given, 34, 2, a, f)) return nullptr;
+  if ((a[0] != kFloat32 && a[0] != kBfloat16) || (a[5] != kRowsScope && a[5] != kColumnsScope)) {
+    PyErr_SetString(PyExc_ValueError, "unknown dtype or scope code");
+    return nullptr;
+  }
   Status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = lstm_backward(*active, call);
+  status = (a[0] == kFloat32 ? backward_of_lstm<float> : backward_of_lstm<Bf16>)(a + 1, f);
   Py_END_ALLOW_THREADS;
   return finish(status);
 }
@@ -541,12 +545,13 @@ PyMethodDef methods[] = {
      "maps_backward(dtype, images, inputs, outputs, size, output, kernel, stride, padding, dilation (two of each), grad, "
      "maps, starts, channels, factors, exact_sum, channels_last, weight, x, grad_input, grad_weight, threads)"},
     {"lstm_forward", as_method(py_lstm_forward), METH_FASTCALL,
-     "lstm_forward(rows, steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
-     "from_zeros, h, c, gates, last_h, last_c, threads), all float32"},
+     "lstm_forward(dtype, rows, steps, sizes, reverse, units, inputs, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, x_ld, bias, "
+     "from_zeros, h, c, gates, last_h, last_c, threads), the weights of the dtype, all else float32"},
     {"lstm_backward", as_method(py_lstm_backward), METH_FASTCALL,
-     "lstm_backward(rows, steps, sizes, reverse, scope, units, inputs, k, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, "
+     "lstm_backward(dtype, rows, steps, sizes, reverse, scope, units, inputs, k, weight_ih, weight_ih_ld, weight_hh, weight_hh_ld, x, "
      "x_ld, h, c, gates, grad_output, grad_last_h, grad_last_c, grad_x, grad_weight_ih, grad_weight_hh, grad_bias, "
-     "grad_h0, grad_c0, hits, threads, each_gate, keep, key, exact_sum, kept, share, ceiling), all float32 but hits and kept; "
+     "grad_h0, grad_c0, hits, threads, each_gate, keep, key, exact_sum, kept, share, ceiling), the weights of the dtype, all "
+     "else float32 but hits and kept; "
      "entries of all rows if kept is not 0"},
     {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
      "sgd_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "

@@ -4,8 +4,8 @@
 // the weight, the weight gradient gathers rows of the input. A kernel computes one panel of columns, kPanelLines lines
 // wide, whose sums stay in registers. Rows of a large matrix lie a page or more apart, where they collide in the caches
 // and in the address translation; the drivers therefore copy a large source, some panels at a time, into adjacent rows
-// first (pack). Sums run in the order of the terms, in
-// float32, whoever computes them: the result does not depend on the number of threads.
+// first (pack). Sums run in the order of the terms, in float32, whoever computes them: the result does not depend on
+// the number of threads. `S` is the type of the source, `T` that of the coefficients and of the results.
 
 // To the nearest bfloat16, ties to even, in the upper half of each word. A NaN stays one.
 inline U32 rounded_to_bf16(F32 a) {
@@ -27,14 +27,14 @@ struct Line<float> {
   };
   static Entries load(const float* from) { return {as_float(load_words(from))}; }
 
-  // For several products: not read from memory by each of them.
-  static Entries load_once(const float* from) { return {in_register(load(from).all)}; }
+  // The entries of one of the sums alone.
+  static F32 load_part(const float* from, int) { return load(from).all; }
 
-  F32 all = zero();
-  void begin_with(const float* sums) { all = as_float(load_words(sums)); }
-  void scale(F32 factor) { all = multiply(factor, all); }
-  void add_product(F32 coefficient, Entries from) { all = multiply_add(coefficient, from.all, all); }
-  void store(float* to) const { store_words(to, as_bits(all)); }
+  F32 sums[kSums] = {zero()};
+  void begin_with(const float* from) { sums[0] = as_float(load_words(from)); }
+  void scale(F32 factor) { sums[0] = multiply(factor, sums[0]); }
+  void add_product(F32 coefficient, Entries from) { sums[0] = multiply_add(coefficient, from.all, sums[0]); }
+  void store(float* to) const { store_words(to, as_bits(sums[0])); }
 };
 
 template <>
@@ -49,21 +49,28 @@ struct Line<Bf16> {
     return {as_float(up_16(words)), as_float(both(words, splat(0xffff0000u)))};
   }
 
-  static Entries load_once(const Bf16* from) { return load(from); }
-
-  F32 even = zero(), odd = zero();
-  void begin_with(const float* sums) {
-    float of_even[kLanes], of_odd[kLanes];
-    for (int i = 0; i < kLanes; ++i) of_even[i] = sums[2 * i], of_odd[i] = sums[2 * i + 1];
-    even = as_float(load_words(of_even)), odd = as_float(load_words(of_odd));
+  static F32 load_part(const Bf16* from, int part) {
+    return as_float(part == 0 ? up_16(load_words(from)) : load_upper_halves(from));
   }
-  void scale(F32 factor) { even = multiply(factor, even), odd = multiply(factor, odd); }
+
+  F32 sums[kSums] = {zero(), zero()};  // of the even and of the odd entries
+  void begin_with(const float* from) {
+    float of_even[kLanes], of_odd[kLanes];
+    for (int i = 0; i < kLanes; ++i) of_even[i] = from[2 * i], of_odd[i] = from[2 * i + 1];
+    sums[0] = as_float(load_words(of_even)), sums[1] = as_float(load_words(of_odd));
+  }
+  void scale(F32 factor) { sums[0] = multiply(factor, sums[0]), sums[1] = multiply(factor, sums[1]); }
   void add_product(F32 coefficient, Entries from) {
-    even = multiply_add(coefficient, from.even, even);
-    odd = multiply_add(coefficient, from.odd, odd);
+    sums[0] = multiply_add(coefficient, from.even, sums[0]);
+    sums[1] = multiply_add(coefficient, from.odd, sums[1]);
+  }
+  void store(float* to) const {
+    store_words(to, as_bits(first_pairs(sums[0], sums[1])));
+    store_words(to + kLanes, as_bits(last_pairs(sums[0], sums[1])));
   }
   void store(Bf16* to) const {
-    store_words(to, either(down_16(rounded_to_bf16(even)), both(rounded_to_bf16(odd), splat(0xffff0000u))));
+    const U32 even = down_16(rounded_to_bf16(sums[0])), odd = both(rounded_to_bf16(sums[1]), splat(0xffff0000u));
+    store_words(to, either(even, odd));
   }
 };
 
@@ -75,20 +82,24 @@ inline float to_float(Bf16 value) {
   return result;
 }
 
+// The lines of the source in a panel: as many columns as kPanelLines lines of results have.
+template <class S, class T>
+constexpr int kSourceLines = kPanelLines * Line<T>::kEntries / Line<S>::kEntries;
+
 // The widest panel has as many lines as registers hold sums, but no more than 8: what is gained then is little.
-template <class T>
-constexpr int kGatherLines = kSumRegisters / Line<T>::kSums < 8 ? kSumRegisters / Line<T>::kSums : 8;
+template <class S>
+constexpr int kGatherLines = kSumRegisters / Line<S>::kSums < 8 ? kSumRegisters / Line<S>::kSums : 8;
 
 // The sums of one output row within a panel of so many lines.
-template <class T, int Lines>
+template <class S, int Lines>
 struct PanelSums {
-  static constexpr int kWidth = Lines * Line<T>::kEntries;
-  Line<T> lines[Lines];
+  static constexpr int kWidth = Lines * Line<S>::kEntries;
+  Line<S> lines[Lines];
 
   void begin_with(const float* sums, int64_t width) {
     float whole[kWidth] = {};
     __builtin_memcpy(whole, sums, static_cast<size_t>(width) * sizeof(float));
-    for (int i = 0; i < Lines; ++i) lines[i].begin_with(whole + i * Line<T>::kEntries);
+    for (int i = 0; i < Lines; ++i) lines[i].begin_with(whole + i * Line<S>::kEntries);
   }
 
   void scale(float by) {
@@ -96,18 +107,19 @@ struct PanelSums {
     for (int i = 0; i < Lines; ++i) lines[i].scale(factor);
   }
 
-  void add_product(float coefficient, const T* source) {
+  void add_product(float coefficient, const S* source) {
     const F32 factor = broadcast(coefficient);
-    for (int i = 0; i < Lines; ++i) lines[i].add_product(factor, Line<T>::load(source + i * Line<T>::kEntries));
+    for (int i = 0; i < Lines; ++i) lines[i].add_product(factor, Line<S>::load(source + i * Line<S>::kEntries));
   }
 
+  template <class T>
   void store(T* to, int64_t width) const {
     if (width == kWidth) {
-      for (int i = 0; i < Lines; ++i) lines[i].store(to + i * Line<T>::kEntries);
+      for (int i = 0; i < Lines; ++i) lines[i].store(to + i * Line<S>::kEntries);
       return;
     }
     T whole[kWidth];
-    for (int i = 0; i < Lines; ++i) lines[i].store(whole + i * Line<T>::kEntries);
+    for (int i = 0; i < Lines; ++i) lines[i].store(whole + i * Line<S>::kEntries);
     __builtin_memcpy(to, whole, static_cast<size_t>(width) * sizeof(T));
   }
 };
@@ -136,98 +148,110 @@ inline int64_t first_term(const Terms<T>& terms, int64_t row) {
 }
 
 // What the sums of an output row begin with, where there is a base or none.
-template <class T, int Lines, bool HasBase>
+template <class S, class T, int Lines, bool HasBase>
 struct FirstSums {
   FirstSums(Base<T>, int64_t) {}
-  PanelSums<T, Lines> of_row(int64_t) const { return {}; }
+  PanelSums<S, Lines> of_row(int64_t) const { return {}; }
 };
 
-template <class T, int Lines>
-struct FirstSums<T, Lines, true> {
-  PanelSums<T, Lines> unscaled;
+template <class S, class T, int Lines>
+struct FirstSums<S, T, Lines, true> {
+  PanelSums<S, Lines> unscaled;
   const T* factors;
 
   FirstSums(Base<T> base, int64_t width) : factors(base.factors) { unscaled.begin_with(base.row, width); }
-  PanelSums<T, Lines> of_row(int64_t row) const {
-    PanelSums<T, Lines> sums = unscaled;
+  PanelSums<S, Lines> of_row(int64_t row) const {
+    PanelSums<S, Lines> sums = unscaled;
     if (factors != nullptr) sums.scale(to_float(factors[row]));
     return sums;
   }
 };
 
-template <class T, int Lines, bool HasBase>
-inline void gather_lines(const T* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
+template <class S, class T, int Lines, bool HasBase>
+inline void gather_lines(const S* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
                          int64_t row_end, int64_t width, T* out, int64_t out_ld) {
-  const FirstSums<T, Lines, HasBase> first(base, width);
+  const FirstSums<S, T, Lines, HasBase> first(base, width);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t end = first_term(terms, row + 1);
-    PanelSums<T, Lines> sums = first.of_row(row);
+    PanelSums<S, Lines> sums = first.of_row(row);
     for (int64_t i = first_term(terms, row); i < end; ++i)
       sums.add_product(to_float(terms.coefficients[i]), source + terms.rows[i] * source_ld);
     sums.store(out + row * out_ld, width);
   }
 }
 
-template <class T>
-void gather_product(const T* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
+// The gather_lines for this width: of as few panels as it takes.
+template <class S, class T, bool HasBase, int Panels = 1>
+inline auto gather_of(int64_t width) {
+  constexpr int kPanels = Panels * kSourceLines<S, T>, kLines = kPanels < kGatherLines<S> ? kPanels : kGatherLines<S>;
+  if constexpr (kLines < kGatherLines<S>)
+    if (width > kLines * Line<S>::kEntries) return gather_of<S, T, HasBase, Panels + 1>(width);
+  return gather_lines<S, T, kLines, HasBase>;
+}
+
+template <class S, class T>
+void gather_product(const S* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
                     int64_t row_end, int64_t width, T* out, int64_t out_ld) {
-  const bool narrow = width <= kPanelLines * Line<T>::kEntries;
-  auto gather = narrow ? gather_lines<T, kPanelLines, false> : gather_lines<T, kGatherLines<T>, false>;
-  if (base.row != nullptr) gather = narrow ? gather_lines<T, kPanelLines, true> : gather_lines<T, kGatherLines<T>, true>;
+  const auto gather = base.row != nullptr ? gather_of<S, T, true>(width) : gather_of<S, T, false>(width);
   gather(source, source_ld, terms, base, row_begin, row_end, width, out, out_ld);
 }
 
 // `Rows` output rows at once, so that each line of the panel is loaded once for all of them.
-template <class T, int Rows, bool HasBase>
-inline void dense_rows(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
+template <class S, class T, int Rows, bool HasBase>
+inline void dense_rows(const S* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
                        int64_t depth_stride, Base<T> base, int64_t width, T* out, int64_t out_ld) {
-  PanelSums<T, kPanelLines> sums[Rows];
+  PanelSums<S, kSourceLines<S, T>> sums[Rows];
   if constexpr (HasBase) {
-    const FirstSums<T, kPanelLines, true> first(base, width);
+    const FirstSums<S, T, kSourceLines<S, T>, true> first(base, width);
     for (int r = 0; r < Rows; ++r) sums[r] = first.of_row(r);
   }
   for (int64_t d = 0; d < depth; ++d, source += source_ld, coefficients += depth_stride) {
     F32 factors[Rows];
     for (int r = 0; r < Rows; ++r) factors[r] = broadcast(to_float(coefficients[r * row_stride]));
-    for (int i = 0; i < kPanelLines; ++i) {
-      const auto entries = Line<T>::load_once(source + i * Line<T>::kEntries);
-      for (int r = 0; r < Rows; ++r) sums[r].lines[i].add_product(factors[r], entries);
-    }
+    for (int i = 0; i < kSourceLines<S, T>; ++i)
+      for (int part = 0; part < Line<S>::kSums; ++part) {
+        // Not read from memory for each row.
+        const F32 entries = in_register(Line<S>::load_part(source + i * Line<S>::kEntries, part));
+        for (int r = 0; r < Rows; ++r) {
+          F32& sum = sums[r].lines[i].sums[part];
+          sum = multiply_add(factors[r], entries, sum);
+        }
+      }
   }
   for (int r = 0; r < Rows; ++r) sums[r].store(out + r * out_ld, width);
 }
 
-template <class T, int Rows, bool HasBase>
-inline void dense_rest(int64_t rows, const T* source, int64_t source_ld, int64_t depth, const T* coefficients,
+template <class S, class T, int Rows, bool HasBase>
+inline void dense_rest(int64_t rows, const S* source, int64_t source_ld, int64_t depth, const T* coefficients,
                        int64_t row_stride, int64_t depth_stride, Base<T> base, int64_t width, T* out, int64_t out_ld) {
   if (rows == Rows)
-    dense_rows<T, Rows, HasBase>(source, source_ld, depth, coefficients, row_stride, depth_stride, base, width, out,
-                                 out_ld);
+    dense_rows<S, T, Rows, HasBase>(source, source_ld, depth, coefficients, row_stride, depth_stride, base, width, out,
+                                    out_ld);
   else if constexpr (Rows > 1)
-    dense_rest<T, Rows - 1, HasBase>(rows, source, source_ld, depth, coefficients, row_stride, depth_stride, base, width,
-                                     out, out_ld);
+    dense_rest<S, T, Rows - 1, HasBase>(rows, source, source_ld, depth, coefficients, row_stride, depth_stride, base,
+                                        width, out, out_ld);
 }
 
-template <class T, bool HasBase>
-inline void dense_blocks(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
+template <class S, class T, bool HasBase>
+inline void dense_blocks(const S* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
                          int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
                          int64_t out_ld) {
   // Blocks of nearly equal numbers of rows: a last one of one or two would wait for the panel's lines.
-  constexpr int kRows = kSumRegisters / (kPanelLines * Line<T>::kSums);
+  constexpr int kRows = kSumRegisters / (kSourceLines<S, T> * Line<S>::kSums);
   for (int64_t row = row_begin, blocks = (row_end - row_begin + kRows - 1) / kRows; blocks > 0; --blocks) {
     const int64_t rows = (row_end - row + blocks - 1) / blocks;
     const Base<T> of_rows = {base.row, base.factors != nullptr ? base.factors + row : nullptr};
-    dense_rest<T, kRows, HasBase>(rows, source, source_ld, depth, coefficients + row * row_stride, row_stride,
-                                  depth_stride, of_rows, width, out + row * out_ld, out_ld);
+    dense_rest<S, T, kRows, HasBase>(rows, source, source_ld, depth, coefficients + row * row_stride, row_stride,
+                                     depth_stride, of_rows, width, out + row * out_ld, out_ld);
     row += rows;
   }
 }
 
-template <class T>
-void dense_product(const T* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
+template <class S, class T>
+void dense_product(const S* source, int64_t source_ld, int64_t depth, const T* coefficients, int64_t row_stride,
                    int64_t depth_stride, Base<T> base, int64_t row_begin, int64_t row_end, int64_t width, T* out,
                    int64_t out_ld) {
-  const auto multiply = base.row != nullptr ? dense_blocks<T, true> : dense_blocks<T, false>;
+  const auto multiply = base.row != nullptr ? dense_blocks<S, T, true> : dense_blocks<S, T, false>;
   multiply(source, source_ld, depth, coefficients, row_stride, depth_stride, base, row_begin, row_end, width, out, out_ld);
 }
 

@@ -165,19 +165,22 @@ void for_pieces(int64_t width, int64_t panel, int64_t step, Piece piece) {
 }
 
 // How a source is read. It is read in place, or from copies of some columns at a time.
-template <class T>
+template <class S>
 class Packing {
  public:
   // With `whole` a copy has all columns, and no column is computed twice.
-  Packing(const TypedKernels<T>& kernels, Source<T> source, bool worth_it, bool whole = false)
-      : kernels_(kernels), source_(source), panel_(kernels.panel_width) {
+  template <class T>
+  Packing(const ProductKernels<S, T>& kernels, Source<S> source, bool worth_it, bool whole = false)
+      : pack_(kernels.pack), source_(source), panel_(kernels.panel_width) {
     const int64_t panels = std::max<int64_t>(1, (source.width + panel_ - 1) / panel_);
-    const int64_t panel_bytes = std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(T)));
+    const int64_t panel_bytes = std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(S)));
     const int64_t at_once = whole ? panels : kPackedBytes / panel_bytes;
     const bool overlaps = source.width % panel_ != 0;
     in_place_ = source.row_numbers == nullptr && source.width >= panel_ && (at_once >= panels || !worth_it) &&
                 !(whole && overlaps);
-    columns_ = in_place_ ? source.width : std::clamp<int64_t>(at_once, 1, panels) * panel_;
+    // A narrow source's copy has at least as many bytes a row as that of a panel of T.
+    const int64_t least = static_cast<int64_t>(sizeof(T) / sizeof(S));
+    columns_ = in_place_ ? source.width : std::min(std::max(at_once, least), panels) * panel_;
   }
 
   // The number of elements of scratch for each thread.
@@ -190,14 +193,14 @@ class Packing {
   // source_ld, row begin, row end, first column, columns) for a block of rows and up to `step` columns. `source` points
   // to the first column.
   template <class Product>
-  void multiply(Team team, T* packed, int64_t rows, int64_t step, Product product) const {
+  void multiply(Team team, S* packed, int64_t rows, int64_t step, Product product) const {
     multiply(team, packed, rows, step, kRowBlock, product, [](int64_t, int64_t, int64_t, int64_t) {});
   }
 
   // Blocks have `row_block` rows. Calls done(row begin, row end, first column, columns) when a block has all columns of a
   // copy.
   template <class Product, class Done>
-  void multiply(Team team, T* packed, int64_t rows, int64_t step, int64_t row_block, Product product, Done done) const {
+  void multiply(Team team, S* packed, int64_t rows, int64_t step, int64_t row_block, Product product, Done done) const {
     if (rows == 0) return;
     auto [begin, end] = team.part((source_.width + columns_ - 1) / columns_ * rows);
     while (begin < end) {
@@ -205,8 +208,8 @@ class Packing {
       const int64_t row_end = std::min(rows, row_begin + (end - begin));
       const int64_t width = std::min(columns_, source_.width - first);
       if (!in_place_)
-        kernels_.pack(source_.matrix.data + first, source_.matrix.ld, source_.row_numbers, source_.rows, width, packed,
-                      columns_);
+        pack_(source_.matrix.data + first, source_.matrix.ld, source_.row_numbers, source_.rows, width, packed,
+              columns_);
       for (int64_t row = row_begin; row < row_end; row += row_block) {
         const int64_t block_end = std::min(row + row_block, row_end);
         if (in_place_)
@@ -223,8 +226,8 @@ class Packing {
   }
 
  private:
-  const TypedKernels<T>& kernels_;
-  Source<T> source_;
+  decltype(ProductKernels<S, S>::pack) pack_;
+  Source<S> source_;
   int64_t panel_, columns_;
   bool in_place_;
 };

@@ -26,6 +26,12 @@ inline U32 load_bits(const Bf16* from) {
 }
 
 inline U32 load_words(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+// The words' upper halves, the lower ones zero.
+inline U32 load_upper_halves(const void* from) {
+  U32 zeros = _mm256_setzero_si256();
+  __asm__ volatile("" : "+x"(zeros));  // made anew, which costs nothing: a product needs all registers for its sums
+  return _mm256_blend_epi16(zeros, load_words(from), 0xaa);
+}
 inline void store_words(void* to, U32 a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
 // The lanes whose bit is set, for each mask of lanes. Each lane is a byte.
 struct ChosenLanes {
@@ -100,6 +106,13 @@ inline float sum_lanes(F32 a) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+// The lanes of both in turn, a's first: those of the lower halves, and those of the upper halves.
+inline F32 first_pairs(F32 a, F32 b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+inline F32 last_pairs(F32 a, F32 b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
 }
 
 // The lanes whose bit is set, else 0.

@@ -19,6 +19,8 @@ inline U32 load_bits(const Bf16* from) {
 }
 
 inline U32 load_words(const void* from) { return _mm512_loadu_si512(from); }
+// The words' upper halves, the lower ones zero.
+inline U32 load_upper_halves(const void* from) { return both(load_words(from), splat(0xffff0000u)); }
 inline void store_words(void* to, U32 a) { _mm512_storeu_si512(to, a); }
 // Stores the lanes whose bit is set one after the other. The rest of a whole vector gets arbitrary values.
 inline void store_chosen(void* to, U32 a, uint32_t mask) {
@@ -76,6 +78,13 @@ inline U32 where_nan(F32 a, U32 nan, U32 otherwise) {
   return _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), nan);
 }
 inline float sum_lanes(F32 a) { return _mm512_reduce_add_ps(a); }
+// The lanes of both in turn, a's first: those of the lower halves, and those of the upper halves.
+inline F32 first_pairs(F32 a, F32 b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+}
+inline F32 last_pairs(F32 a, F32 b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+}
 
 // The lanes whose bit is set, else 0.
 inline F32 chosen(uint32_t mask, F32 a) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(mask), a); }

@@ -25,6 +25,8 @@ inline U32 load_words(const void* from) {
   __builtin_memcpy(&words, from, sizeof words);
   return words;
 }
+// The words' upper halves, the lower ones zero.
+inline U32 load_upper_halves(const void* from) { return both(load_words(from), splat(0xffff0000u)); }
 inline void store_words(void* to, U32 a) { __builtin_memcpy(to, &a, sizeof a); }
 // Stores the lanes whose bit is set one after the other. The rest of a whole vector gets arbitrary values.
 inline void store_chosen(void* to, U32 a, uint32_t) { store_words(to, a); }
@@ -68,6 +70,9 @@ inline F32 clamp(F32 a, float low, float high) { return a < low ? low : a > high
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }
 inline U32 where_nan(F32 a, U32 nan, U32 otherwise) { return a != a ? nan : otherwise; }
 inline float sum_lanes(F32 a) { return a; }
+// The lanes of both in turn, a's first: those of the lower halves, and those of the upper halves.
+inline F32 first_pairs(F32 a, F32) { return a; }
+inline F32 last_pairs(F32, F32 b) { return b; }
 
 // The lane if its bit is set, else 0.
 inline F32 chosen(uint32_t mask, F32 a) { return mask != 0 ? a : 0; }

@@ -4,10 +4,19 @@
 // include it (kernels.h says why).
 #pragma once
 
+#include <type_traits>
+
 #include "drivers.h"
 #include "team.h"
 
 namespace meprop {
+
+// The products with weights of W.
+template <class W>
+const LstmProducts<W>& lstm_products(const Kernels& kernels) {
+  if constexpr (std::is_same_v<W, float>) return kernels.lstm_f32;
+  else return kernels.lstm_bf16;
+}
 
 // Steps are counted in the order of the walk.
 class Walk {

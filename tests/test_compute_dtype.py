@@ -80,10 +80,10 @@ def test_a_weight_that_is_computed_gets_its_gradient():
     assert weight.grad is not None
 
 
-def test_convert_gives_linear_layers_the_dtype_and_revert_takes_it():
+def test_convert_gives_layers_the_dtype_and_revert_takes_it():
     model = torch.nn.Sequential(torch.nn.Linear(24, 200), torch.nn.LSTM(200, 200))
     meprop.convert(model, meprop.TopK(5), compute_dtype=torch.bfloat16, when="always")
-    assert [layer.compute_dtype for layer in model] == [torch.bfloat16, None]
+    assert [layer.compute_dtype for layer in model] == [torch.bfloat16] * 2
     assert "compute_dtype=torch.bfloat16" in repr(model[0])
     meprop.revert(model)
     assert not hasattr(model[0], "compute_dtype")

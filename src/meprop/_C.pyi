@@ -147,6 +147,7 @@ def maps_backward(
     /,
 ) -> None: ...
 def lstm_forward(
+    dtype: int,
     rows: int,
     steps: int,
     sizes: int,
@@ -170,6 +171,7 @@ def lstm_forward(
     /,
 ) -> None: ...
 def lstm_backward(
+    dtype: int,
     rows: int,
     steps: int,
     sizes: int,

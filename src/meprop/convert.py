@@ -190,7 +190,8 @@ def convert(
             weights get a gradient. Conv1D stays dense: its features are columns.
         compute_dtype: torch.bfloat16: linear layers and convolutions form their forward product in bfloat16, for which
             the weight is cast in each call. Weights, gradients and activations stay what they are. See
-            `meprop.functional.linear`. LSTMs do not take part.
+            `meprop.functional.linear`. LSTMs round their weights alone, and do so for all products of both passes. See
+            `meprop.functional.lstm`.
         when: "auto": each layer measures at its first backward pass whether being sparse is faster than dense on this
             machine, for the number of rows that it then gets. An LSTM measures at its first forward pass. The layer
             stays with the answer. The cache folder ($MEPROP_CACHE) remembers it, so that later runs decide alike. While
@@ -368,7 +369,7 @@ def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -
     """Gives the layer the policy, and our class if it has torch's."""
     support_quantization()
     vars(layer).pop(_REASON, None)
-    vars(layer)["policy"] = made = descriptor.policy(policy).of_layer()
+    vars(layer)["policy"] = made = policy.of_layer()
     assert made.record is not None
     made.record.had_gradient = _has_gradient(layer)
     _note_first_gradient(layer, made.record)

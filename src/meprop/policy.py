@@ -42,6 +42,7 @@ class Policy:
         rule: What the backward pass keeps.
         sparse_grad: Whether the weight's gradient is a sparse tensor of the kept rows.
         compute_dtype: The dtype of the forward product: torch.bfloat16, or None for the dtype of the tensors.
+            For an LSTM it is the dtype of the weights in all products.
         when: "always" for a layer that is always sparse, "auto" for one that is sparse only if it is measured to be
             faster. It is always "always" with `sparse_grad`, because an optimizer relies on row-sparse gradients. It is
             also "always" with a rule by which several processes choose together, because they wait for each other.

@@ -292,7 +292,8 @@ def lstm_inputs(draw, kinds):
     """The arguments of the forward pass. The weights share memory where they can."""
     batch_sizes, rows, inputs, units = draw(sequences())
     layout, kind = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))], draw(st.sampled_from(kinds))
-    weight_ih, weight_hh = (layout(filled("normal", 4 * units, width)) / 4 for width in (inputs, units))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    weight_ih, weight_hh = (layout(filled("normal", 4 * units, width).to(dtype)) / 4 for width in (inputs, units))
     if draw(st.booleans()):
         weight_hh = weight_ih if inputs == units else weight_hh[:, :1].expand(4 * units, units)
     bias = filled("normal", 1, 4 * units)[0] if draw(st.booleans()) else None

@@ -32,6 +32,7 @@ def lstm(
     rule: Rule,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One layer of an LSTM in one direction, with an exact forward pass and a sparse backward pass.
 
@@ -61,6 +62,10 @@ def lstm(
         batch_sizes: The number of rows of each time step [T], int64 on the CPU, not increasing. It is that of a
             `PackedSequence`.
         reverse: Whether the walk goes from the last time step to the first.
+        compute_dtype: torch.bfloat16 forms all products with the two weights rounded to bfloat16, in the forward and in
+            the backward pass. So the gradients are those of the pass that was computed. Everything else stays in the
+            dtype of the tensors, gradients of the weights included. It is for speed, because less memory is read. Under
+            autocast it changes nothing. None leaves the weights as they are.
 
     Returns:
         Output [T, B, H] or [N, H], and the last output and cell state of each sequence, [B, H] each.
@@ -70,9 +75,10 @@ def lstm(
             rule, or make_fx traces the call.
         TypeError: `rule` is not a Rule, x, a weight or a bias is not a tensor, `reverse` is not a bool, or the weights
             are not of a floating dtype.
-        ValueError: A shape, dtype or device does not fit, or `batch_sizes` is not as described above.
+        ValueError: A shape, dtype or device does not fit, `batch_sizes` is not as described above, or `compute_dtype`
+            is not torch.bfloat16 or None.
     """
-    policy = lstm_policy(Policy(rule))
+    policy = lstm_policy(Policy(rule, compute_dtype=compute_dtype))
     parameters = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
     check_tensors(x=x, **parameters)
     if not isinstance(reverse, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -101,7 +107,8 @@ def lstm_with_policy(
     if not weights[0].is_floating_point():
         raise TypeError(f"the weights are of dtype {weights[0].dtype}; an LSTM's are of a floating dtype")
     tensors = (x, *((None, None) if hx is None else hx), *weights)
-    if is_autocast(x):
+    autocast = is_autocast(x)
+    if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = tuple(None if tensor is None else cast(tensor, dtype) for tensor in tensors)
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}
@@ -111,17 +118,22 @@ def lstm_with_policy(
     rows, *others = tensors
     assert rows is not None
     sizes = torch.full((x.shape[0],), x.shape[1], device="cpu") if batch_sizes is None else batch_sizes.contiguous()
-    output, h_n, c_n = _Lstm.apply(as_matrix(rows), *others, sizes, _Call(reverse, policy, activity))  # pyright: ignore[reportGeneralTypeIssues]
+    call = _Call(reverse, policy, activity, None if autocast else policy.compute_dtype)
+    output, h_n, c_n = _Lstm.apply(as_matrix(rows), *others, sizes, call)  # pyright: ignore[reportGeneralTypeIssues]
     return output if batch_sizes is not None else no_view(output.view(*x.shape[:2], -1)), (h_n, c_n)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of a call that are not tensors: the direction, the policy, and what counts its selections."""
+    """The arguments of a call that are not tensors.
+
+    They are the direction, the policy, what counts its selections, and the dtype to which the weights are rounded.
+    """
 
     reverse: bool
     policy: Policy
     activity: Activity | None
+    compute_dtype: torch.dtype | None
 
     @property
     def rule(self) -> Rule:
@@ -155,7 +167,9 @@ class _Lstm(torch.autograd.Function):
         ctx.call, ctx.dtype = call, x.dtype
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        x, weight_ih, weight_hh = x.to(dtype), weight_ih.to(dtype), weight_hh.to(dtype)
+        # Half as many bytes are read of weights of bfloat16, which therefore stay what they are.
+        of_weights = x.dtype if x.dtype == torch.bfloat16 else call.compute_dtype or dtype
+        x, weight_ih, weight_hh = x.to(dtype), weight_ih.to(of_weights), weight_hh.to(of_weights)
         h0, c0 = None if h0 is None else h0.to(dtype), None if c0 is None else c0.to(dtype)
         biases = [bias.to(dtype) for bias in (bias_ih, bias_hh) if bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None

@@ -61,6 +61,7 @@ class SparseLayer:
         rule: What the backward pass keeps.
         sparse_grad: Whether the weight's gradient is row-sparse.
         compute_dtype: The dtype of the forward product. None means the dtype of the tensors.
+            For an LSTM it is the dtype of the weights in all products.
         when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
             faster.
         decision: With "auto", what was decided. None before that.
@@ -255,10 +256,6 @@ class Descriptor(Generic[Layer]):
     def depth(self, layer: Layer) -> int:
         """How many linear maps with an output gradient of their own an input passes through, one after the other."""
         return 1
-
-    def policy(self, policy: Policy) -> Policy:
-        """The policy without the options that such layers do not take."""
-        return policy
 
     def parts(self, layer: Layer) -> Iterable[torch.nn.Module]:
         """Modules inside the layer that are not layers of their own, because it reads their weights itself."""

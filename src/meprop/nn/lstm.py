@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from meprop import speed
 from meprop.errors import NotSupportedError
 from meprop.functional.common import product_dtype
 from meprop.functional.lstm import lstm_policy, lstm_with_policy
-from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, refuse_script, register
+from meprop.nn.base import Descriptor, Layout, SparseLayer, leaf, refuse_script, register, sparse_repr
 from meprop.policy import Policy, needs_gradients
 from meprop.rules import Rule
 
@@ -34,6 +34,7 @@ class LstmShape:
         dtype: The dtype of the pass.
         device: The type of the device, "cpu" or "cuda".
         needs_input: Whether the input's gradient is wanted.
+        compute_dtype: The dtype to which the sparse pass rounds the weights. None if it does not.
     """
 
     steps: int
@@ -45,6 +46,7 @@ class LstmShape:
     dtype: torch.dtype
     device: str
     needs_input: bool
+    compute_dtype: torch.dtype | None = None
 
     @property
     def rows(self) -> int:
@@ -53,14 +55,15 @@ class LstmShape:
 
     def __str__(self) -> str:
         stack = f"{self.layers}x{self.directions}" + (" x" if self.needs_input else "")
-        return f"lstm {self.steps}x{self.batch}x{self.inputs}x{self.units} {stack}"
+        rounded = "" if self.compute_dtype is None else f" {self.compute_dtype}"
+        return f"lstm {self.steps}x{self.batch}x{self.inputs}x{self.units} {stack}{rounded}"
 
     def passes(self, rule: Rule) -> speed.Passes:
         """The passes of such an LSTM."""
         bidirectional = self.directions == 2
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "bidirectional": bidirectional}
         dense = torch.nn.LSTM(self.inputs, self.units, self.layers, **options)
-        sparse = LSTM(self.inputs, self.units, self.layers, rule=rule, **options)
+        sparse = LSTM(self.inputs, self.units, self.layers, rule=rule, compute_dtype=self.compute_dtype, **options)
         sizes = ((self.steps, self.batch, self.inputs), (self.steps, self.batch, self.directions * self.units))
         x, grad_output = speed.random_tensors(self, *sizes)
         wanted = [x.requires_grad_()] if self.needs_input else []
@@ -78,6 +81,10 @@ class LSTM(SparseLayer, torch.nn.LSTM):
     torch's up to rounding. Without gradients, or with k >= hidden_size, the layer is torch's own LSTM bit for bit.
     `meprop.functional.lstm` describes the backward pass.
 
+    With `compute_dtype` and under autocast a sparse layer computes the same without gradients as with them. So its
+    passes without gradients are not torch's. A layer that keeps everything, and one that was measured to be dense, is
+    torch's own in any case. There `compute_dtype` rounds nothing.
+
     A layer that is made by hand is always sparse. A layer that `meprop.convert` has made measures at its first forward
     pass with gradients whether sparse is faster on this machine, and keeps that decision. `torch.func` transforms are
     not supported.
@@ -86,6 +93,7 @@ class LSTM(SparseLayer, torch.nn.LSTM):
         *args: The arguments of `torch.nn.LSTM`: input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional.
         rule: What to keep of the H entries of each gate, e.g. `meprop.TopK(20)`.
+        compute_dtype: torch.bfloat16 rounds the weights for all products. See `meprop.functional.lstm`.
         **kwargs: The keyword arguments of `torch.nn.LSTM`, except proj_size.
 
     Attributes:
@@ -96,11 +104,12 @@ class LSTM(SparseLayer, torch.nn.LSTM):
 
     Raises:
         TypeError: `rule` is not a Rule.
+        ValueError: `compute_dtype` is not torch.bfloat16 or None.
         NotSupportedError: `proj_size` is given, or several processes choose together by the rule.
     """
 
-    def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
-        policy = lstm_policy(Policy(rule))
+    def __init__(self, *args: Any, rule: Rule, compute_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        policy = lstm_policy(Policy(rule, compute_dtype=compute_dtype))
         super().__init__(*args, **kwargs)
         if self.proj_size > 0:
             raise NotSupportedError(f"proj_size={self.proj_size}: meprop.nn.LSTM has no projections; use torch.nn.LSTM")
@@ -182,7 +191,9 @@ class LSTM(SparseLayer, torch.nn.LSTM):
         if rows.is_meta or isinstance(rows, FakeTensor):  # they have shapes only, and torch's are the same
             return False
         tensors = {"input": rows, **states, **dict(self.named_parameters())}
-        if self.policy.leave_to_torch(**tensors) or rows.numel() == 0 or not needs_gradients(*tensors.values()):
+        if self.policy.leave_to_torch(**tensors) or rows.numel() == 0:
+            return False
+        if not needs_gradients(*tensors.values()) and product_dtype(rows, self.policy)[1] is None:
             return False
         if self.activity is not None:  # only our backward pass counts, also if everything is kept
             return True
@@ -192,6 +203,7 @@ class LSTM(SparseLayer, torch.nn.LSTM):
 
     def _shape(self, rows: Tensor, batch_sizes: Tensor | None) -> LstmShape:
         steps = len(batch_sizes) if batch_sizes is not None else rows.shape[self.batch_first and rows.dim() == 3]
+        autocast, dtype = product_dtype(rows, self.policy)
         return LstmShape(
             steps,
             round(rows.shape[:-1].numel() / steps),
@@ -199,14 +211,15 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             self.hidden_size,
             self.num_layers,
             2 if self.bidirectional else 1,
-            product_dtype(rows, self.policy)[1] or rows.dtype,
+            (dtype if autocast else None) or rows.dtype,
             rows.device.type,
             rows.requires_grad,
+            None if autocast else dtype,
         )
 
     def extra_repr(self) -> str:
         """The text of torch's layer, and the rule."""
-        return f"{super().extra_repr()}, rule={self.rule}"
+        return super().extra_repr() + sparse_repr(self)
 
 
 class LstmDescriptor(Descriptor[torch.nn.LSTM]):
@@ -237,10 +250,6 @@ class LstmDescriptor(Descriptor[torch.nn.LSTM]):
     def depth(self, layer: torch.nn.LSTM) -> int:
         """The number of layers. Time steps are not counted."""
         return layer.num_layers
-
-    def policy(self, policy: Policy) -> Policy:
-        """The policy without `compute_dtype`, because the forward pass is in the dtype of the tensors."""
-        return replace(policy, compute_dtype=None)
 
     def unit_sets(self, layer: torch.nn.LSTM) -> tuple[str, ...]:
         """One set for each layer and direction, named by the suffix of its weights, in the order of the states."""

@@ -4,7 +4,7 @@ Sequences are packed in the same way as by torch.nn.utils.rnn. batch_sizes [T] h
 step. It is int64, on the CPU, and not increasing. N is its sum, and B = batch_sizes[0] is the number of sequences. Row
 b of each time step belongs to sequence b. In `reverse` the walk begins with the last time step. H is the number of
 units. The gates are in torch's order: input, forget, cell, output. Initial states [B, H] may be None, which means
-zeros.
+zeros. Weights may be bfloat16 beside float32 or float64. They then count as what they are in that dtype.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ None is for a rule that has to be asked.
 """
 
 
-def _native_declines(batch_sizes: Tensor, *tensors: Tensor | None) -> str | None:
+def _native_declines(batch_sizes: Tensor, weight_ih: Tensor, weight_hh: Tensor, *tensors: Tensor | None) -> str | None:
     reason = native.declines(*tensors, dtypes=native.FLOAT32)
+    if reason is None:
+        reason = native.declines(weight_ih, weight_hh)
+    if reason is None and weight_ih.dtype != weight_hh.dtype:
+        reason = f"native kernels take weights of one dtype, not of {weight_ih.dtype} and {weight_hh.dtype}"
     return native.declines_scattered(batch_sizes, dtypes=native.INT64) if reason is None else reason
 
 
@@ -88,6 +92,7 @@ def lstm_forward(
         each sequence, each [B, H]. Outputs and cell states begin with the initial ones, and go on with those of all
         rows.
     """
+    weight_ih, weight_hh = weight_ih.to(x.dtype), weight_hh.to(x.dtype)
     projected = x @ weight_ih.t() if bias is None else x @ weight_ih.t() + bias
     output, cells = x.new_empty(len(x), weight_hh.shape[1]), x.new_empty(len(x), weight_hh.shape[1])
     gates = torch.empty_like(projected)
@@ -112,7 +117,7 @@ def _native_forward_declines(
     batch_sizes: Tensor,
     _reverse: bool,
 ) -> str | None:
-    return _native_declines(batch_sizes, x, weight_ih, weight_hh, bias, *initial)
+    return _native_declines(batch_sizes, weight_ih, weight_hh, x, bias, *initial)
 
 
 @native.backend.implements(lstm_forward, _native_forward_declines)
@@ -128,7 +133,7 @@ def _native_lstm_forward(
     units, batch = weight_hh.shape[1], int(batch_sizes[0])
     _check(*_weights(x.shape[1], units, weight_ih, weight_hh), ("bias", bias, (4 * units,)))
     _check(("h0", initial[0], (batch, units)), ("c0", initial[1], (batch, units)))
-    x, weight_ih, weight_hh = (native.readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
+    x, weight_ih, weight_hh = (native.readable(matrix, matrix.dtype) for matrix in (x, weight_ih, weight_hh))
     bias = native.contiguous(bias)
     h, c = x.new_empty(batch + len(x), units), x.new_empty(batch + len(x), units)
     for states, first in zip((h, c), initial, strict=True):
@@ -136,6 +141,7 @@ def _native_lstm_forward(
     gates = x.new_empty(len(x), 4 * units)
     last_h, last_c = x.new_empty(batch, units), x.new_empty(batch, units)
     native.extension().lstm_forward(
+        native.DTYPE_CODES[weight_hh.dtype],
         len(x),
         len(batch_sizes),
         batch_sizes.data_ptr(),
@@ -209,6 +215,7 @@ def lstm_backward(
     """
     outputs, cells, gates = trace
     grad_output, grad_h, grad_c = gradients
+    weight_ih, weight_hh = weight_ih.to(x.dtype), weight_hh.to(x.dtype)
     batch = int(batch_sizes[0])
     grad_output = torch.zeros_like(outputs[batch:]) if grad_output is None else grad_output
     grad_h, grad_c = or_zeros(grad_h, batch_sizes, weight_hh), or_zeros(grad_c, batch_sizes, weight_hh)
@@ -276,7 +283,7 @@ def _native_backward_declines(
         return "native kernels show nobody what they choose"
     if isinstance(choice, PlainTopK) and choice.blocks != 1:
         return "native kernels run an LSTM with top-k without blocks within a gate"
-    reason = _native_declines(batch_sizes, x, weight_ih, weight_hh, *gradients)
+    reason = _native_declines(batch_sizes, weight_ih, weight_hh, x, *gradients)
     if reason is None:
         reason = native.declines_scattered(*trace, dtypes=native.FLOAT32)
     return native.declines_scattered(hits, kept, dtypes=native.INT64) if reason is None else reason
@@ -298,20 +305,22 @@ def _native_lstm_backward(
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     if choice is None:
-        return step_by_step(trace, x, (weight_ih, weight_hh), batch_sizes, reverse, gradients, select, needs, hits)
+        weights = weight_ih.to(x.dtype), weight_hh.to(x.dtype)
+        return step_by_step(trace, x, weights, batch_sizes, reverse, gradients, select, needs, hits)
     inputs, units, batch = x.shape[1], weight_hh.shape[1], int(batch_sizes[0])
     states, last = (batch + len(x), units), (batch, units)
     _check(*_weights(inputs, units, weight_ih, weight_hh), ("outputs", trace[0], states), ("cells", trace[1], states))
     _check(("gates", trace[2], (len(x), 4 * units)), ("hits", hits, (units,)), ("kept", kept, (len(batch_sizes),)))
     wrt = zip(("grad_output", "grad_h", "grad_c"), gradients, ((len(x), units), last, last), strict=True)
     _check(*wrt)
-    x, weight_ih, weight_hh = (native.readable(matrix, torch.float32) for matrix in (x, weight_ih, weight_hh))
+    x, weight_ih, weight_hh = (native.readable(matrix, matrix.dtype) for matrix in (x, weight_ih, weight_hh))
     gradients_ = [native.contiguous(gradient) for gradient in gradients]
     shapes = [(len(x), inputs), (4 * units, inputs), (4 * units, units), (4 * units,), (batch, units), (batch, units)]
     results = [x.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=True)]
     scope = native.SCOPE_CODES[choice.scope] if isinstance(choice, PlainTopK) else 0
     kept = batch_sizes.new_empty(len(batch_sizes)) if kept is None else kept
     native.extension().lstm_backward(
+        native.DTYPE_CODES[weight_hh.dtype],
         len(x),
         len(batch_sizes),
         batch_sizes.data_ptr(),
