@@ -176,6 +176,22 @@ def test_a_layer_under_checkpointing_saves_the_same_tensors_in_both_passes(kind,
         assert all(bool(parameter.grad.isfinite().all()) for parameter in layer.parameters())
 
 
+@pytest.mark.parametrize("options", [{"compute_dtype": torch.bfloat16}, {}], ids=["compute_dtype", "autocast"])
+def test_an_lstm_that_rounds_does_so_in_every_pass(options, monkeypatch, asked):
+    """Torch's own does not round, and has no autocast on some processors."""
+    decide(monkeypatch, 0.01)
+    layer, x = nn.LSTM(5, 40), torch.randn(6, 4, 5)
+    meprop.convert(layer, RULE, min_features=1, **options)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not options):
+        with torch.no_grad():
+            layer(x)
+        assert layer.decision is None  # a pass without gradients decides nothing
+        for _ in range(STREAK + 2 * EVERY):
+            layer(x)[0].float().square().sum().backward()
+    assert layer.policy.record.rested == 0
+    assert len(asked) == STREAK + 2 * EVERY
+
+
 def test_a_pass_without_gradients_is_none(monkeypatch):
     decide(monkeypatch, 0.01)
     layer = nn.Linear(5, 200)

@@ -193,11 +193,12 @@ class LSTM(SparseLayer, torch.nn.LSTM):
         tensors = {"input": rows, **states, **dict(self.named_parameters())}
         if self.policy.leave_to_torch(**tensors) or rows.numel() == 0:
             return False
-        if not needs_gradients(*tensors.values()) and product_dtype(rows, self.policy)[1] is None:
-            return False
+        rounds = product_dtype(rows, self.policy)[1] is not None
+        if not needs_gradients(*tensors.values()):  # it decides nothing
+            return rounds and (self.decision is None or self.decision.sparse)
         if self.activity is not None:  # only our backward pass counts, also if everything is kept
             return True
-        if self.policy.can_be_torchs() and self.policy.rests():
+        if not rounds and self.policy.can_be_torchs() and self.policy.rests():
             return False
         return self.policy.is_sparse(self.hidden_size, rows.shape[:-1].numel(), lambda: self._shape(rows, batch_sizes))
 
