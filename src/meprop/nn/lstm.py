@@ -198,7 +198,8 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             return rounds and (self.decision is None or self.decision.sparse)
         if self.activity is not None:  # only our backward pass counts, also if everything is kept
             return True
-        if not rounds and self.policy.can_be_torchs() and self.policy.rests():
+        if not rounds and self.policy.can_be_torchs() and self.policy.rests(self.hidden_size):
+            self.policy.note_rest()
             return False
         return self.policy.is_sparse(self.hidden_size, rows.shape[:-1].numel(), lambda: self._shape(rows, batch_sizes))
 
