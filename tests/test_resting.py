@@ -164,6 +164,27 @@ def test_a_layer_that_rests_is_torchs_own_and_reports_what_was_kept(kind, monkey
     assert not all(map(torch.equal, ours, plain))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [(nn.Linear(5, 200), (5,)), (nn.Conv1d(3, 64, 3), (3, 7)), (nn.Conv1d(3, 64, 3), (2, 3, 7))],
+    ids=["linear", "unbatched convolution", "convolution"],
+)
+def test_a_layer_that_rests_takes_what_it_takes_otherwise(layer, size, autocast, monkeypatch):
+    decide(monkeypatch, 0.01)
+    layer, x = copy.deepcopy(layer), torch.randn(size)
+    plain = copy.deepcopy(layer)
+    meprop.convert(layer, RULE, min_features=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(STREAK + 2):
+            output = layer(x)
+            output.float().square().sum().backward()
+        assert layer.policy.record.sparse_passes == STREAK
+        expected = plain(x)
+    assert output.dtype == expected.dtype
+    assert torch.equal(output, expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "lstm"])
 def test_a_layer_under_checkpointing_saves_the_same_tensors_in_both_passes(kind, use_reentrant, monkeypatch):

@@ -151,7 +151,7 @@ def convolution_with_policy(
     rests = is_sparse and policy.rests(len(weight))
     if rests and policy.can_be_torchs():
         policy.note_rest()
-        return geometry.output(x, weight, bias)
+        is_sparse = False
     autocast, dtype = product_dtype(x, policy)
     unbatched = x.dim() == weight.dim() - 1
     batch = x[None] if unbatched else x
