@@ -1,6 +1,7 @@
 """when="auto": a layer whose gradients ask for more than pays is dense, and asks its rule now and then."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -163,6 +164,27 @@ def test_a_layer_that_rests_is_torchs_own_and_reports_what_was_kept(kind, monkey
     assert not all(map(torch.equal, ours, plain))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [(nn.Linear(5, 200), (5,)), (nn.Conv1d(3, 64, 3), (3, 7)), (nn.Conv1d(3, 64, 3), (2, 3, 7))],
+    ids=["linear", "unbatched convolution", "convolution"],
+)
+def test_a_layer_that_rests_takes_what_it_takes_otherwise(layer, size, autocast, monkeypatch):
+    decide(monkeypatch, 0.01)
+    layer, x = copy.deepcopy(layer), torch.randn(size)
+    plain = copy.deepcopy(layer)
+    meprop.convert(layer, RULE, min_features=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(STREAK + 2):
+            output = layer(x)
+            output.float().square().sum().backward()
+        assert layer.policy.record.sparse_passes == STREAK
+        expected = plain(x)
+    assert output.dtype == expected.dtype
+    assert torch.equal(output, expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "lstm"])
 def test_a_layer_under_checkpointing_saves_the_same_tensors_in_both_passes(kind, use_reentrant, monkeypatch):
@@ -223,3 +245,82 @@ def test_a_record_goes_on_from_its_state():
     other.load_state_dict(copy.deepcopy(record.state_dict()))
     assert other.state_dict() == record.state_dict()
     assert [other.rests() for _ in range(2 * EVERY)] == [record.rests() for _ in range(2 * EVERY)]
+
+
+# ---------------------------------------------------------------- what may happen to a layer that rests
+
+
+def resting(monkeypatch, **options):
+    """A linear layer that rests, and a function that runs passes of a gradient and says how many were sparse."""
+    decide(monkeypatch, 0.3)
+    layer, (even, few) = nn.Linear(5, 200), even_and_few()
+    meprop.convert(layer, meprop.Sampled(noise=0.25, ceiling=0.99), **options)
+
+    def passes(count, grad=few):
+        before = layer.policy.record.sparse_passes
+        for _ in range(count):
+            layer(torch.randn(20, 5)).backward(grad)
+        return layer.policy.record.sparse_passes - before
+
+    assert passes(STREAK, even) == STREAK
+    assert passes(1, even) == 0
+    return layer, passes
+
+
+@pytest.mark.parametrize("rule", [meprop.TopK(5), meprop.Sampled(0.1), RULE], ids=str)
+def test_a_new_rule_is_asked_at_once(rule, monkeypatch):
+    layer, passes = resting(monkeypatch)
+    layer.rule = rule
+    assert passes(5) == 5
+
+
+def test_a_new_decision_is_made_at_once(monkeypatch):
+    layer, passes = resting(monkeypatch)
+    layer.decision = None
+    assert passes(5) == 5
+    assert layer.decision is not None
+
+
+def test_a_rule_of_a_schedule_that_fixes_a_density_is_asked_in_every_pass(monkeypatch):
+    layer, passes = resting(monkeypatch)
+    meprop.RuleSchedule(layer, lambda step, rule: meprop.TopK(5))
+    assert passes(EVERY) == EVERY
+
+
+def test_empty_batches_tell_nothing(monkeypatch):
+    decide(monkeypatch, 0.3)
+    layer = nn.Linear(5, 200)
+    meprop.convert(layer, RULE)
+    for _ in range(STREAK):
+        layer(torch.randn(0, 5)).sum().backward()
+    assert not layer.policy.record.keeps_too_much
+    assert layer.policy.record.costly_streak == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": torch.bfloat16}], ids=["plain", "bfloat16"])
+def test_a_pass_under_checkpointing_counts_once(use_reentrant, options, monkeypatch):
+    layer, _ = resting(monkeypatch, **options)
+    x, (even, _) = torch.randn(20, 5, requires_grad=True), even_and_few()
+    for _ in range(2 * EVERY):
+        checkpoint(layer, x, use_reentrant=use_reentrant).backward(even)
+    assert layer.policy.record.passes == STREAK + 1 + 2 * EVERY
+
+
+def test_a_transform_of_torch_func_is_refused_in_every_pass(monkeypatch):
+    layer, passes = resting(monkeypatch)
+    for _ in range(EVERY):
+        with pytest.raises(meprop.NotSupportedError, match=r"torch\.func"):
+            torch.func.grad(lambda x: layer(x).sum())(torch.randn(20, 5))
+    assert passes(1) == 0  # none of them counts
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+def test_a_copy_goes_on_by_itself(how, monkeypatch):
+    layer, passes = resting(monkeypatch)
+    other, record = how(layer), layer.policy.record
+    assert passes(EVERY) == 2  # it is asked once, and again as it kept little
+    assert not record.keeps_too_much
+    assert other.policy.record.keeps_too_much

@@ -130,15 +130,27 @@ class Policy:
         decision = self.decision
         return decision is not None and not decision.sparse and self.can_be_torchs()
 
-    def rests(self) -> bool:
+    def rests(self, features: int) -> bool:
         """Whether this forward pass is to have a dense backward pass, without asking the rule.
 
         With ``when="auto"`` it is, if the rule has kept so much for long that dense is faster. The rule is asked now
-        and then.
+        and then. It is asked always if it fixes a density, as it may after a change of the rule, and in a transform of
+        torch.func, which is then refused in every pass.
+
+        Args:
+            features: O, the number of output features among which the rule chooses.
         """
         if self.when == "always" or self.record is None or torch.compiler.is_compiling():
             return False
+        if not self.record.keeps_too_much or self.rule.density(features) is not None or _is_transformed():
+            return False
         return self.record.rests()
+
+    def note_rest(self) -> None:
+        """Notes a pass that `rests`."""
+        if self._notes:
+            assert self.record is not None
+            self.record.note_rest()
 
     def is_sparse(self, features: int, rows: int, shape: Callable[[], speed.Shape]) -> bool:
         """Whether this backward pass is sparse. Every backward pass asks this, unless the layer `rests`.
@@ -313,8 +325,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises a NotSupportedError in a forward pass that is transformed, if a node of ours is to be in its graph."""
     if torch.compiler.is_compiling():
         return
-    is_transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-    if is_transformed or (_in_forward_mode() and any(map(is_dual, tensors))):
+    if _is_transformed() or (_in_forward_mode() and any(map(is_dual, tensors))):
         raise NotSupportedError(
             "a transform of torch.func (grad, vmap, jvp and so on), or forward-mode differentiation, which a sparse "
             "backward pass has no rules for; transform a plain copy of the model, made by copy.deepcopy and "
@@ -356,6 +367,7 @@ def refuse_transforms_of_backward(*grad_outputs: Tensor | None) -> None:
             )
 
 
+_is_transformed = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
 

@@ -135,6 +135,8 @@ class Record:
         self.dense_passes += dense_passes
         self.kept += kept
         self.seen += seen
+        if seen == 0:  # an empty batch tells nothing about later ones
+            return
         self.last_passes, self.last_seen = passes, seen
         break_even = 1.0 if self.decision is None else self.decision.break_even
         self.costly_streak = self.costly_streak + 1 if kept >= break_even * seen else 0
@@ -152,13 +154,18 @@ class Record:
         if not self.keeps_too_much:
             return False
         self.rested = (self.rested + 1) % _ASKED_EVERY
-        if self.rested == 0:
-            return False
+        return self.rested > 0
+
+    def note_rest(self) -> None:
+        """Adds a pass that `rests`."""
         self.passes += self.last_passes
         self.dense_passes += self.last_passes
         self.kept += self.last_seen
         self.seen += self.last_seen
-        return True
+
+    def ask_again(self) -> None:
+        """Lets the rule be asked in every pass again."""
+        self.costly_streak = 0
 
     @property
     def density(self) -> float | None:

@@ -239,6 +239,14 @@ def test_a_layer_that_is_torchs_own_does_not_round(monkeypatch):
     assert not plain.decision.sparse
 
 
+def test_a_traced_graph_is_torchs_own_and_takes_sequences_of_any_length():
+    layer = meprop.nn.LSTM(5, 40, rule=meprop.TopK(4), compute_dtype=BFLOAT16)
+    plain = copy.deepcopy(layer)
+    meprop.revert(plain)
+    traced, longer = torch.jit.trace(layer, torch.randn(6, 3, 5)), torch.randn(9, 3, 5)
+    assert torch.equal(traced(longer)[0], plain(longer)[0])
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_changes_no_bit(use_reentrant):
     torch.manual_seed(0)

@@ -148,9 +148,10 @@ def convolution_with_policy(
     refuse_dtype(weight)
     needs = needs_gradients(x, weight)
     is_sparse = needs and policy.may_be_sparse(len(weight))
-    rests = is_sparse and policy.rests()
+    rests = is_sparse and policy.rests(len(weight))
     if rests and policy.can_be_torchs():
-        return geometry.output(x, weight, bias)
+        policy.note_rest()
+        is_sparse = False
     autocast, dtype = product_dtype(x, policy)
     unbatched = x.dim() == weight.dim() - 1
     batch = x[None] if unbatched else x
@@ -228,7 +229,9 @@ class _Backward:
     def gradients(self) -> ops.Gradients:
         """The gradients, sparse or dense as the policy decides."""
         rows = len(self.grad) * self._positions
-        if not self.rests and self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
+        if self.rests:
+            self.policy.note_rest()
+        elif self.policy.is_sparse(self.grad.shape[1], rows, self._shape):
             self.policy.note_sparse_pass()
             if self.policy.rule.scope == "rows" and not self.policy.rule.differs:
                 return self._of_examples()

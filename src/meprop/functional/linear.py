@@ -95,8 +95,9 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
     refuse_dtype(weight)
     needs = needs_gradients(x, weight)
     is_sparse = needs and policy.may_be_sparse(weight.shape[0])
-    rests = is_sparse and policy.rests()
+    rests = is_sparse and policy.rests(weight.shape[0])
     if rests and policy.can_be_torchs():
+        policy.note_rest()
         return F.linear(x, weight, bias)
     autocast, dtype = product_dtype(x, policy)
     if is_sparse or (needs and dtype is not None and not autocast):
@@ -153,7 +154,9 @@ def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | N
     """The gradients, sparse or dense as the policy decides."""
     policy: Policy = ctx.policy
     (rows, outputs), needs_bias = grad_NO.shape, ctx.needs_input_grad[2]
-    if not ctx.rests and policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
+    if ctx.rests:
+        policy.note_rest()
+    elif policy.is_sparse(outputs, rows, partial(_shape, ctx, grad_NO, inputs)):
         policy.note_sparse_pass()
         later = Later.of(ctx, 1, x_NI, grad_NO)
         return sparse_backward(grad_NO, weight, x_NI, needs_bias, policy, later=later)

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from meprop.errors import NotSupportedError
 from meprop.ops.registry import PLAIN
 from meprop.policy import Policy, When
-from meprop.record import Activity
+from meprop.record import Activity, Record
 from meprop.rules import Rule
 from meprop.speed import Decision
 
@@ -85,14 +85,15 @@ class SparseLayer:
     def rule(self) -> Rule:
         """What the backward pass keeps. It may be replaced between passes.
 
-        What was measured for the rule before stays. Set `decision` to None to let the layer measure anew. A
-        `meprop.RuleSchedule` of the model goes on from a rule that is set here.
+        The next pass asks the new rule. What was measured for the rule before stays. Set `decision` to None to let the
+        layer measure anew. A `meprop.RuleSchedule` of the model goes on from a rule that is set here.
         """
         return self.policy.rule
 
     @rule.setter
     def rule(self, rule: Rule) -> None:
         self._change(rule=rule, own_rule=None)
+        self._record().ask_again()
 
     @property
     def sparse_grad(self) -> bool:
@@ -138,8 +139,8 @@ class SparseLayer:
     def decision(self, decision: Decision | None) -> None:
         if not isinstance(decision, Decision | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"decision={decision!r} is of type {type(decision).__name__}; it is a Decision or None")
-        assert self.policy.record is not None
-        self.policy.record.decision = decision
+        self._record().decision = decision
+        self._record().ask_again()
 
     @property
     def activity(self) -> Activity | tuple[Activity, ...] | None:
@@ -153,8 +154,11 @@ class SparseLayer:
         activities = activity if isinstance(activity, tuple) else () if activity is None else (activity,)
         if not all(isinstance(each, Activity) for each in activities):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"activity={activity!r}; it is an Activity, a tuple of them, or None")
+        self._record().activities = activities
+
+    def _record(self) -> Record:
         assert self.policy.record is not None
-        self.policy.record.activities = activities
+        return self.policy.record
 
 
 def leaf(forward: Callable[P, R]) -> Callable[P, R]:

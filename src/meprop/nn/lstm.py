@@ -83,7 +83,8 @@ class LSTM(SparseLayer, torch.nn.LSTM):
 
     With `compute_dtype` and under autocast a sparse layer computes the same without gradients as with them. So its
     passes without gradients are not torch's. A layer that keeps everything, and one that was measured to be dense, is
-    torch's own in any case. There `compute_dtype` rounds nothing.
+    torch's own in any case, as is each one in a graph of torch.jit.trace or torch.export. There `compute_dtype` rounds
+    nothing.
 
     A layer that is made by hand is always sparse. A layer that `meprop.convert` has made measures at its first forward
     pass with gradients whether sparse is faster on this machine, and keeps that decision. `torch.func` transforms are
@@ -190,6 +191,8 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             return False
         if rows.is_meta or isinstance(rows, FakeTensor):  # they have shapes only, and torch's are the same
             return False
+        if torch.jit.is_tracing():  # a graph of ours would be for so many time steps alone
+            return False
         tensors = {"input": rows, **states, **dict(self.named_parameters())}
         if self.policy.leave_to_torch(**tensors) or rows.numel() == 0:
             return False
@@ -198,7 +201,8 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             return rounds and (self.decision is None or self.decision.sparse)
         if self.activity is not None:  # only our backward pass counts, also if everything is kept
             return True
-        if not rounds and self.policy.can_be_torchs() and self.policy.rests():
+        if not rounds and self.policy.can_be_torchs() and self.policy.rests(self.hidden_size):
+            self.policy.note_rest()
             return False
         return self.policy.is_sparse(self.hidden_size, rows.shape[:-1].numel(), lambda: self._shape(rows, batch_sizes))
 
