@@ -47,8 +47,13 @@ def asked(monkeypatch):
 )
 @pytest.mark.parametrize(
     "rule",
-    [RULE, meprop.TopK(energy=0.9), meprop.PerProduct(input=RULE, weight=meprop.TopK(energy=0.9))],
-    ids=["sampled", "energy", "per product"],
+    [
+        RULE,
+        meprop.TopK(energy=0.9),
+        meprop.PerProduct(input=RULE, weight=meprop.TopK(energy=0.9)),
+        meprop.InBlocks(RULE, 4),
+    ],
+    ids=["sampled", "energy", "per product", "in blocks"],
 )
 def test_the_break_even_lies_on_a_line_through_two_measurements(monkeypatch, rule, usual, larger, expected):
     times = {str(rule.typical(0.04)): usual, str(rule.typical(0.25)): larger}

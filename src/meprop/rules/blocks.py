@@ -87,6 +87,10 @@ class InBlocks(Rule):
         """The density of the rule within the blocks."""
         return self.rule.density(self._width(features))
 
+    def typical(self, share: float) -> Rule:
+        """The typical rule within each of the blocks."""
+        return InBlocks(self.rule.typical(share), self.blocks)
+
     def as_topk(self, features: int) -> PlainTopK | None:
         """The rule's top-k, within each of the blocks. None if the rule is no top-k."""
         topk = self.rule.as_topk(self._width(features))
