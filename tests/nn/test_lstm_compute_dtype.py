@@ -243,7 +243,8 @@ def test_a_traced_graph_is_torchs_own_and_takes_sequences_of_any_length():
     layer = meprop.nn.LSTM(5, 40, rule=meprop.TopK(4), compute_dtype=BFLOAT16)
     plain = copy.deepcopy(layer)
     meprop.revert(plain)
-    traced, longer = torch.jit.trace(layer, torch.randn(6, 3, 5)), torch.randn(9, 3, 5)
+    traced = torch.jit.trace(layer, torch.randn(6, 3, 5), check_trace=False)  # the layer itself rounds
+    longer = torch.randn(9, 3, 5)
     assert torch.equal(traced(longer)[0], plain(longer)[0])
 
 
