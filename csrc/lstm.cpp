@@ -80,13 +80,13 @@ Status lstm_forward(const Kernels& kernels, LstmForward<W> call) {
     float* sums = all_sums.get() + team.id * kRowsAtOnce * width;
     const auto recurrent = [&](int64_t block) {
       return BlockProduct<W>(kernels, call.weight_hh, units, block * lstm.block, units,
-                          packs ? packed.get() + block * units * width : nullptr);
+                             packs ? packed.get() + block * units * width : nullptr);
     };
     for (int64_t block = own.begin; block < own.end; ++block) {
       const int64_t unit = block * lstm.block, count = std::min<int64_t>(lstm.block, units - unit);
       recurrent(block).pack();
       const BlockProduct<W> product(kernels, call.weight_ih, units, unit, call.inputs,
-                                 packs_inputs ? packed_inputs.get() + team.id * call.inputs * width : nullptr);
+                                    packs_inputs ? packed_inputs.get() + team.id * call.inputs * width : nullptr);
       product.pack();
       for (int64_t row = 0; row < walk.rows(); row += kRowsAtOnce) {
         const int64_t rows = std::min(kRowsAtOnce, walk.rows() - row);

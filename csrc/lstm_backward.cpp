@@ -494,7 +494,7 @@ class StepProducts {
     return [=, &kernels](const S* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column,
                          int64_t columns) {
       kernels.dense_product(source, source_ld, depth, coefficients, row_stride, depth_stride, {}, begin, end,
-                                  columns, out + column, out_ld);
+                            columns, out + column, out_ld);
     };
   }
 

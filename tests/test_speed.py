@@ -141,6 +141,22 @@ def test_each_layer_of_a_model_decides_for_itself(monkeypatch):
     assert [net[0].decision.sparse, net[2].decision.sparse] == [False, True]
 
 
+def test_a_layer_that_is_made_always_sparse_no_longer_does_as_measured(measured):
+    measured.microseconds = (10.0, 100.0)
+    net = model()
+    meprop.convert(net, RULE)
+    backward(net)
+    assert nonzero_rows(net[0]) > 5
+    net[0].when = "always"
+    backward(net)
+    assert nonzero_rows(net[0]) == 5
+    assert (meprop.report(net).layers[0].status, meprop.report(net).layers[0].reason) == ("sparse", "always")
+    net[0].when = "auto"  # what was measured is still known
+    backward(net)
+    assert nonzero_rows(net[0]) > 5
+    assert len(measured.shapes) == 1
+
+
 def test_always_never_asks(measured):
     net = model()
     assert meprop.convert(net, RULE, when="always").layers[0].reason == "always"

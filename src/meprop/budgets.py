@@ -60,7 +60,7 @@ def share_noise(model: torch.nn.Module, total: float) -> dict[str, float]:
     for name, layer, descriptor in described_layers(model):
         if not isinstance(layer, SparseLayer) or _with_budget(layer.rule, total) is None:
             continue
-        if layer.decision is None or layer.decision.sparse:
+        if not layer.policy.measured_dense:
             layers[name] = layer
             depth += descriptor.depth(layer)
     if not layers:

@@ -434,7 +434,8 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
     policy = _policy_of(layer)
     if policy is None:
         return dense(None, vars(layer).get(_REASON, "not converted"))
-    rule, decision, record = policy.rule, policy.decision, policy.record
+    rule, record = policy.rule, policy.record
+    decision = policy.decision if policy.when == "auto" else None
     assert record is not None  # it is a layer's
     if (bypassed := why_bypassed(layer, descriptor, record.seen_sparse)) is not None:
         return dense(rule, bypassed)
@@ -451,7 +452,7 @@ def _describe(name: str, layer: torch.nn.Module, descriptor: Descriptor[Any], tr
         reason = "always"
     if _REASON in vars(layer):
         reason += f"; keeps {rule}: {vars(layer)[_REASON]}"
-    if decision is not None and not decision.sparse:
+    if policy.measured_dense:
         return dense(rule, reason)
     density = rule.density(width)
     if not record.seen_sparse:

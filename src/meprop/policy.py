@@ -104,6 +104,11 @@ class Policy:
         """What was measured of the layer. None before that."""
         return None if self.record is None else self.record.decision
 
+    @property
+    def measured_dense(self) -> bool:
+        """Whether the layer is dense because that was measured to be faster. One that is "always" sparse is not."""
+        return self.when == "auto" and self.decision is not None and not self.decision.sparse
+
     def in_blocks(self, blocks: int) -> Policy:
         """The same policy for a product whose output features are several equal blocks. Both share one record."""
         if blocks == 1:
@@ -127,8 +132,7 @@ class Policy:
 
     def is_settled_dense(self) -> bool:
         """Whether a call is torch's own, because the layer was measured to be dense."""
-        decision = self.decision
-        return decision is not None and not decision.sparse and self.can_be_torchs()
+        return self.measured_dense and self.can_be_torchs()
 
     def rests(self, features: int) -> bool:
         """Whether this forward pass is to have a dense backward pass, without asking the rule.

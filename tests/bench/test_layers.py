@@ -16,7 +16,7 @@ pytest.importorskip("lightning_fabric")
 
 import meprop
 from meprop import cli, ops
-from meprop.bench import layers
+from meprop.bench import layers, recorded
 from meprop.bench.layers import LayersBench
 from meprop.reporting import pages
 from meprop.training import tasks
@@ -111,12 +111,12 @@ def test_what_is_recorded_is_what_training_sees():
     dense = layers.Trainer(task, TRAINING, None, 0)
     model = dense.model
     batches = [batch for batch, _ in zip(task.train_batches(torch.Generator().manual_seed(0)), range(3), strict=False)]
-    calls = layers._record(dense, ["0", "3"], batches)
+    calls = recorded.recorded_calls(dense, ["0", "3"], batches)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     for name in ("0", "3"):
         layer = model.get_submodule(name)
-        backward = layers._backward(layer, calls[name])
+        backward = recorded.backward_of(layer, calls[name])
         for batch, gradients in zip(batches, backward(), strict=True):
             expected = torch.autograd.grad(task.loss(model, batch), list(layer.parameters()))
             for parameter, gradient in zip(("weight", "bias"), expected, strict=True):

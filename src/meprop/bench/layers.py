@@ -12,18 +12,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import meprop
 from meprop.bench import oracle
 from meprop.bench.base import Measure, TableBench, keep_freed_memory
 from meprop.bench.measure import Ratio, Times, check_seconds, interleaved, until_stopped
 from meprop.bench.record import Record
+from meprop.bench.recorded import Backward, Call, Gradients, backward_of, recorded_calls, rows_of, tensors_of
 from meprop.convert import LayerReport
 from meprop.disturbance import DisturbanceMeter
 from meprop.errors import MepropError
@@ -107,7 +107,7 @@ def run(
 
     of_dense, of_sparse = (dict(trainer.model.named_modules()) for trainer in (dense, sparse))
     found = [layer for layer in sparse.report.layers if layer.status == "sparse" and layer.name in of_dense]
-    calls = _record(dense, [layer.name for layer in found], recorded)
+    calls = recorded_calls(dense, [layer.name for layer in found], recorded)
     layers = {layer.name: layer for layer in found if calls[layer.name]}
     if not layers:
         raise MepropError(f"the model has no hidden layer to time that gets a gradient:\n{sparse.report}")
@@ -124,7 +124,7 @@ def run(
         after(rows[-1])
 
     with until_stopped(rows):
-        together: dict[str, list[_Backward]] = {"dense": [], "sparse": []}
+        together: dict[str, list[Backward]] = {"dense": [], "sparse": []}
         for name, layer in layers.items():
             wrong = _wrong(*modules[name], calls[name], rule)
             if wrong is not None:
@@ -132,11 +132,11 @@ def run(
                 after(rows[-1])
                 continue
             passes = {
-                side: _backward(module, calls[name]) for side, module in zip(together, modules[name], strict=True)
+                side: backward_of(module, calls[name]) for side, module in zip(together, modules[name], strict=True)
             }
             for side, backward in passes.items():
                 together[side].append(backward)
-            add(name, dict(passes), layer, sum(_rows(modules[name][0], call) for call in calls[name]) / len(recorded))
+            add(name, dict(passes), layer, sum(rows_of(modules[name][0], call) for call in calls[name]) / len(recorded))
         if not any(row.wrong for row in rows):
             if len(layers) > 1:
                 add("hidden layers together", {side: _all(passes) for side, passes in together.items()}, None, None)
@@ -164,123 +164,24 @@ def _steps(trainer: Trainer, batches: Sequence[Any]) -> Callable[[], None]:
     return run
 
 
-# ---------------------------------------------------------------- what a layer sees in training
-
-
-@dataclass
-class _Call:
-    """One call of a layer: its arguments, whose tensors are leaves of a graph, and its output's gradients."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    grads: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    """By place among the tensors of the output."""
-
-    def keep(self, place: int, grad: Tensor) -> None:
-        """Keep the gradient of a tensor of the output."""
-        self.grads[place] = grad.clone()
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return _tensors((self.args, self.kwargs))
-
-
-def _rows(layer: nn.Module, call: _Call) -> int:
-    """How many rows of output features a call has: examples or words; positions in the images of a convolution."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return next(iter(call.grads.values())).numel() // layer.out_channels
-    return call.inputs[0].shape[:-1].numel()
-
-
-def _record(dense: Trainer, names: Sequence[str], batches: Sequence[Any]) -> dict[str, list[_Call]]:
-    """The calls of layers that get a gradient."""
-    model, calls = dense.model.train(), {name: list[_Call]() for name in names}
-
-    def hook(name: str) -> Callable[..., None]:
-        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            call = _Call(_leaves(args), _leaves(kwargs))
-            calls[name].append(call)
-            for place, tensor in enumerate(_tensors(output)):
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(call.keep, place))
-
-        return record
-
-    hooks = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]
-    with dense.task.blamed("a training step"):
-        for batch in batches:
-            dense.setup.loss(model, batch).backward()  # pyright: ignore[reportUnknownMemberType]
-    model.zero_grad()
-    for handle in hooks:
-        handle.remove()
-    return {name: [call for call in of if call.grads] for name, of in calls.items()}
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples (a PackedSequence is one) and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts: Any = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _leaves(value: Any) -> Any:
-    """The same with each tensor detached, that needs a gradient where it did."""
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_(value.requires_grad)
-    if isinstance(value, dict):
-        return {key: _leaves(part) for key, part in cast("dict[str, Any]", value).items()}
-    if isinstance(value, tuple):
-        parts = map(_leaves, cast("tuple[Any, ...]", value))
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
-
-
-# ---------------------------------------------------------------- the backward pass of a layer
-
-_Gradients = dict[str, Tensor]
-_Backward = Callable[[], list[_Gradients]]
-
-
-def _backward(layer: nn.Module, calls: Sequence[_Call]) -> _Backward:
-    """The backward pass of graphs that are made now, one for each call: gradients of inputs and parameters by name."""
-    passes: list[tuple[list[Tensor], dict[str, Tensor], list[Tensor]]] = []
-    for call in calls:
-        outputs = _tensors(layer(*call.args, **call.kwargs))
-        inputs = [tensor for tensor in call.inputs if tensor.requires_grad]
-        leaves = {"input" if place == 0 else f"input {place}": tensor for place, tensor in enumerate(inputs)}
-        leaves |= {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
-        passes.append(([outputs[place] for place in call.grads], leaves, list(call.grads.values())))
-
-    def run() -> list[_Gradients]:
-        return [
-            dict(
-                zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True), strict=True)
-            )
-            for outputs, leaves, grads in passes
-        ]
-
-    return run
-
-
-def _all(passes: Sequence[_Backward]) -> Callable[[], object]:
+def _all(passes: Sequence[Backward]) -> Callable[[], object]:
     return lambda: [backward() for backward in reversed(passes)]
 
 
 # ---------------------------------------------------------------- is it right?
 
 
-def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[_Call], rule: Rule) -> str | None:
+def _wrong(dense: nn.Module, sparse: nn.Module, calls: Sequence[Call], rule: Rule) -> str | None:
     """What is wrong with a sparse layer; None if nothing is."""
     for call in calls:
-        outputs = [_tensors(layer.eval()(*call.args, **call.kwargs)) for layer in (dense, sparse)]
+        outputs = [tensors_of(layer.eval()(*call.args, **call.kwargs)) for layer in (dense, sparse)]
         for layer in (dense, sparse):
             layer.train()
         if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*outputs, strict=True)):
             return "its output differs from the dense layer's"
-        graph = _backward(sparse, [call])
+        graph = backward_of(sparse, [call])
 
-        def backward(graph: _Backward = graph) -> _Gradients:
+        def backward(graph: Backward = graph) -> Gradients:
             torch.manual_seed(SEED)  # a rule that draws draws the same each time
             return graph()[0]
 

@@ -25,6 +25,7 @@ from meprop.cli.stop import Stopped, StopRequest
 from meprop.errors import MepropError, nearest
 
 _TRAINING = ("advise", "train", "compare", "tune", "simplify")
+"""The commands that train."""
 _OF_TASKS = (*((name,) for name in _TRAINING), ("bench", "layers"))
 """The commands that take FILE.py:FUNCTION where they take the name of a task."""
 _OF_FILES = ("--out", "--script", "--data-dir")

@@ -198,7 +198,7 @@ class LSTM(SparseLayer, torch.nn.LSTM):
             return False
         rounds = product_dtype(rows, self.policy)[1] is not None
         if not needs_gradients(*tensors.values()):  # it decides nothing
-            return rounds and (self.decision is None or self.decision.sparse)
+            return rounds and not self.policy.measured_dense
         if self.activity is not None:  # only our backward pass counts, also if everything is kept
             return True
         if not rounds and self.policy.can_be_torchs() and self.policy.rests(self.hidden_size):

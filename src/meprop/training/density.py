@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from meprop.nn.base import SparseLayer
+from meprop.record import Record
 from meprop.training.records import EpochRecord
+
+
+def records(model: nn.Module) -> dict[str, Record]:
+    """Return what the sparse layers have measured and counted, by their names."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseLayer))
+    return {name: layer.policy.record for name, layer in layers if layer.policy.record is not None}
 
 
 def count_entries(model: nn.Module) -> tuple[int, int]:
@@ -16,10 +23,8 @@ def count_entries(model: nn.Module) -> tuple[int, int]:
 
     They are those of the layers where the gradient decides.
     """
-    records = [layer.policy.record for layer in model.modules() if isinstance(layer, SparseLayer)]
-    kept = sum(record.kept for record in records if record is not None)
-    seen = sum(record.seen for record in records if record is not None)
-    return kept, seen
+    found = records(model).values()
+    return sum(record.kept for record in found), sum(record.seen for record in found)
 
 
 def density(

@@ -17,10 +17,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import meprop
 from meprop.disturbance import DisturbanceSum
 from meprop.errors import MepropError
-from meprop.nn.base import SparseLayer
 from meprop.rules import Rule
 from meprop.training.config import DENSE, RunConfig, SimplifyConfig, TrainingConfig
-from meprop.training.density import count_entries, density
+from meprop.training.density import count_entries, density, records
 from meprop.training.generators import Generators, generators_of
 from meprop.training.live import Live
 from meprop.training.pace import Pace
@@ -308,11 +307,7 @@ class Trainer:
         """Return all that `load_state_dict` needs to continue bit for bit: tensors and plain data only."""
         return {
             "model": self.model.state_dict(),
-            "records": {
-                name: layer.policy.record.state_dict()
-                for name, layer in self.model.named_modules()
-                if isinstance(layer, SparseLayer) and layer.policy.record is not None
-            },
+            "records": {name: record.state_dict() for name, record in records(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
             "simplifier": self.simplifier and self.simplifier.state_dict(),
             "schedule": self.schedule and self.schedule.state_dict(),
