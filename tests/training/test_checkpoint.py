@@ -4,7 +4,7 @@ import io
 import os
 import random
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -85,6 +85,19 @@ def test_a_resumed_run_with_states_in_bfloat16(task, tmp_path, sparse, optimizer
     _, resumed = whole_and_resumed(tmp_path, lambda: Trainer(task, config, rule, 7), 11)
     state = next(iter(resumed.optimizer.state.values()))
     assert state["exp_avg" if optimizer == "adam" else "sum"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rule", [None, "sampled"])
+def test_a_resumed_run_with_updates_in_the_backward_pass(tmp_path, rule):
+    wide = TinyTask(TinyConfig(hidden=(1024, 1024)))  # one weight is large enough
+    config = TrainingConfig(epochs=1, accelerator="cpu", state_dtype="bfloat16")
+    in_backward = replace(config, in_backward=True)
+    build = {each: lambda each=each: Trainer(wide, each, rule and each.rule(rule), 7) for each in (config, in_backward)}
+    whole, _ = whole_and_resumed(tmp_path, build[in_backward], 3)
+    assert whole.optimizer.in_backward
+    apart = build[config]()  # with the separate step of the same optimizer
+    fit([apart], ignore)
+    assert all(map(torch.equal, whole.model.parameters(), apart.model.parameters()))
 
 
 SCHEDULED = {"noise": 0.5, "noise_start": 0.1, "noise_of": "model", "dense_warmup_steps": 4, "dense_end_steps": 5}

@@ -256,6 +256,9 @@ class TrainingConfig(RunConfig):
     """Optimizer, the same for dense and sparse. It is torch's fused implementation where there is one."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """What adam and adagrad keep their moments and sums in. With bfloat16 the optimizer is that of meprop.optim."""
+    in_backward: bool = False
+    """Update each large weight in the backward pass, by meprop.optim. Its gradient is then not kept. Its time counts as
+    that of the backward pass."""
     lr: float = 1e-3
     """Learning rate at the start."""
     schedule: Literal["cosine", "constant", "geometric"] = "cosine"
