@@ -273,6 +273,7 @@ struct SparseRows {
   const int64_t* indices;  // [count], ascending. Null if all rows have a gradient, whose steps have no `keep` of rows
   const float* grad;       // [count, width]
   float* weight;
+  Bf16* copy;      // of the weights, which each row that moves is also written to; or null
   bool every_row;  // whether the other rows move too, with a gradient of zeros
   int threads;
   // The gradient is the weight gradient of this backward pass of a linear map, which is never written; or null.

@@ -268,14 +268,16 @@ struct Rounding {
   int64_t place;  // of the row's first entry among those of the parameter
 };
 
-// `S` is the type of the states. Those of float are not rounded, and `rounding` is not read.
+// `S` is the type of the states. Those of float are not rounded, and `rounding` is not read. `copy` gets the new weights,
+// rounded to the nearest, or is null.
 template <class S>
 struct OptimizerKernels {
-  void (*sgd)(const SgdStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight, S* buffer);
-  void (*adam)(const AdamStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight, S* first,
-               S* second);
+  void (*sgd)(const SgdStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight,
+              Bf16* copy, S* buffer);
+  void (*adam)(const AdamStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight,
+               Bf16* copy, S* first, S* second);
   void (*adagrad)(const AdagradStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight,
-                  S* sum);
+                  Bf16* copy, S* sum);
 };
 
 struct Kernels {

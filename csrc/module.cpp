@@ -392,7 +392,7 @@ PyObject* py_lstm_backward(PyObject*, PyObject* const* args, Py_ssize_t given) {
 
 // The arguments of an optimizer's step: those of all, then its own, `integers` in all, and `count` floats. A selection and
 // an input [examples, width] follow `threads`. The product of both is the gradient if x is not null.
-constexpr Py_ssize_t kRowsIntegers = 17;
+constexpr Py_ssize_t kRowsIntegers = 18;
 struct Step {
   SparseRows rows;
   LinearBackward<float> product;
@@ -403,20 +403,21 @@ bool read_step(PyObject* const* args, Py_ssize_t given, Py_ssize_t integers, Py_
   LinearBackward<float>& product = step->product;
   product = {};
   product.scope = Scope::kRows, product.select = false, product.blocks = 1;
-  product.k = a[8];
-  product.values = address<float>(a[9]), product.indices = address<int32_t>(a[10]);
-  product.starts = address<const int64_t>(a[11]), product.entries = a[12];
-  product.shared = address<const float>(a[13]);
-  product.rows = a[14];
-  product.x = {address<const float>(a[15]), a[16]};
+  product.k = a[9];
+  product.values = address<float>(a[10]), product.indices = address<int32_t>(a[11]);
+  product.starts = address<const int64_t>(a[12]), product.entries = a[13];
+  product.shared = address<const float>(a[14]);
+  product.rows = a[15];
+  product.x = {address<const float>(a[16]), a[17]};
   step->rows = {a[0],
                 a[1],
                 a[2],
                 address<const int64_t>(a[3]),
                 address<const float>(a[4]),
                 address<float>(a[5]),
-                a[6] != 0,
-                thread_count(a[7]),
+                address<Bf16>(a[6]),
+                a[7] != 0,
+                thread_count(a[8]),
                 product.x.data != nullptr ? &product : nullptr};
   return true;
 }
@@ -554,16 +555,16 @@ PyMethodDef methods[] = {
      "else float32 but hits and kept; "
      "entries of all rows if kept is not 0"},
     {"sgd_rows", as_method(py_sgd_rows), METH_FASTCALL,
-     "sgd_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
-     "examples, x, x_ld, buffer, keep, nesterov, key, lr, momentum, "
+     "sgd_rows(rows, width, count, indices, grad, weight, copy, every_row, threads, k, values, indices, starts, entries, "
+     "shared, examples, x, x_ld, buffer, keep, nesterov, key, lr, momentum, "
      "dampening, weight_decay)"},
     {"adam_rows", as_method(py_adam_rows), METH_FASTCALL,
-     "adam_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
-     "examples, x, x_ld, exp_avg, exp_avg_sq, keep_first, "
+     "adam_rows(rows, width, count, indices, grad, weight, copy, every_row, threads, k, values, indices, starts, entries, "
+     "shared, examples, x, x_ld, exp_avg, exp_avg_sq, keep_first, "
      "keep_second, shrink, decoupled, key, step, lr, beta1, beta2, eps, weight_decay)"},
     {"adagrad_rows", as_method(py_adagrad_rows), METH_FASTCALL,
-     "adagrad_rows(rows, width, count, indices, grad, weight, every_row, threads, k, values, indices, starts, entries, shared, "
-     "examples, x, x_ld, sum, key, lr, eps, weight_decay)"},
+     "adagrad_rows(rows, width, count, indices, grad, weight, copy, every_row, threads, k, values, indices, starts, entries, "
+     "shared, examples, x, x_ld, sum, key, lr, eps, weight_decay)"},
     {"ascending", as_method(py_ascending), METH_FASTCALL, "ascending(indices, count, rows) -> whether they are, int64"},
     {nullptr, nullptr, 0, nullptr},
 };

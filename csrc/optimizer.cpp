@@ -103,7 +103,7 @@ Status sgd_rows(const Kernels& kernels, const SparseRows& call, const Sgd<S>& op
     SgdStep step = of_all;
     if (options.keep != nullptr) step.keep = options.keep[part.row];
     of_states<S>(kernels).sgd(step, rounding(options.key, part), part.width, grad, at(call.weight, part),
-                              at(options.buffer, part));
+                              at(call.copy, part), at(options.buffer, part));
   });
 }
 
@@ -123,7 +123,7 @@ Status adam_rows(const Kernels& kernels, const SparseRows& call, const Adam<S>& 
     if (options.keep_second != nullptr) step.keep_second = options.keep_second[part.row];
     if (options.shrink != nullptr) step.shrink = options.shrink[part.row];
     of_states<S>(kernels).adam(step, rounding(options.key, part), part.width, grad, at(call.weight, part),
-                               at(options.first, part), at(options.second, part));
+                               at(call.copy, part), at(options.first, part), at(options.second, part));
   });
 }
 
@@ -133,7 +133,7 @@ Status adagrad_rows(const Kernels& kernels, const SparseRows& call, const Adagra
                             static_cast<float>(options.eps)};
   return for_rows(kernels, call, [&](const Stretch& part, const float* grad) {
     of_states<S>(kernels).adagrad(step, rounding(options.key, part), part.width, grad, at(call.weight, part),
-                                  at(options.sum, part));
+                                  at(call.copy, part), at(options.sum, part));
   });
 }
 

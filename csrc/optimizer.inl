@@ -9,17 +9,20 @@ inline F32 load_some(const Bf16* from, int64_t count) {
   return as_float(load_bits(all));
 }
 
+inline void store_uppers_of_some(Bf16* to, U32 bits, int64_t count) {
+  if (count >= kLanes) return store_uppers(to, bits);
+  Bf16 all[kLanes];
+  store_uppers(all, bits);
+  __builtin_memcpy(to, all, static_cast<size_t>(count) * sizeof(Bf16));
+}
+
 // Stores `count` entries of a state. Those of bfloat16 are rounded with random numbers below 2^16. A NaN stays one. Beyond
 // the largest number of bfloat16 entries are rounded down, as up is infinity.
 inline void keep_some(float* to, F32 a, U32, int64_t count) { store_some(to, a, count); }
 inline void keep_some(Bf16* to, F32 a, U32 random, int64_t count) {
   const U32 magnitude = both(as_bits(a), splat(0x7fffffffu));
   const U32 up = where_less(magnitude, splat(0x7f7f0000u), random, splat(0));
-  const U32 bits = where_nan(a, splat(0x7fc00000u), plus(as_bits(a), up));
-  if (count >= kLanes) return store_uppers(to, bits);
-  Bf16 all[kLanes];
-  store_uppers(all, bits);
-  __builtin_memcpy(to, all, static_cast<size_t>(count) * sizeof(Bf16));
+  store_uppers_of_some(to, where_nan(a, splat(0x7fc00000u), plus(as_bits(a), up)), count);
 }
 
 // The random numbers for the first and the second state of an entry.
@@ -43,16 +46,18 @@ inline U32 random_words(const Rounding& rounding, int64_t at) {
   return sizeof(S) == sizeof(Bf16) ? mixed(rounding.place + at, rounding.key) : splat(0);
 }
 
-// Calls update(g, w, place, count), which returns the new w, for each vector of the row. Whole vectors have a constant
-// count, so that nothing is asked for each of them.
+// Calls update(g, w, place, count), which returns the new w, for each vector of the row. The copy, if there is one, gets
+// it rounded to the nearest. Whole vectors have a constant count, so that nothing is asked for each of them.
 template <class Update>
-inline void update_row(int64_t width, float l2, const float* grad, float* weight, Update update) {
+inline void update_row(int64_t width, float l2, const float* grad, float* weight, Bf16* copy, Update update) {
   const F32 decay = broadcast(l2);
   const auto update_some = [&](int64_t at, int64_t count) __attribute__((always_inline)) {
-    const F32 w = load_some(weight + at, count);
+    F32 w = load_some(weight + at, count);
     F32 g = load_or_zero(grad, at, count);
     if (l2 != 0) g = add(g, multiply(decay, w));
-    store_some(weight + at, update(g, w, at, count), count);
+    w = update(g, w, at, count);
+    store_some(weight + at, w, count);
+    if (copy != nullptr) store_uppers_of_some(copy + at, rounded_to_bf16(w), count);
   };
   int64_t at = 0;
   for (; at + kLanes <= width; at += kLanes) update_some(at, kLanes);
@@ -61,7 +66,7 @@ inline void update_row(int64_t width, float l2, const float* grad, float* weight
 
 template <class S>
 inline void sgd_row(const SgdStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight,
-                    S* buffer) {
+                    Bf16* copy, S* buffer) {
   const F32 lr = broadcast(step.lr), momentum = broadcast(step.momentum);
   const F32 keep = broadcast(step.keep), fresh = broadcast(step.add);
   const auto update = [=](F32 g, F32 w, int64_t at, int64_t count) __attribute__((always_inline)) {
@@ -72,12 +77,12 @@ inline void sgd_row(const SgdStep& step, const Rounding& rounding, int64_t width
     }
     return subtract(w, multiply(lr, g));
   };
-  update_row(width, step.l2, grad, weight, update);
+  update_row(width, step.l2, grad, weight, copy, update);
 }
 
 template <class S>
 inline void adam_row(const AdamStep& step, const Rounding& rounding, int64_t width, const float* grad, float* weight,
-                     S* first, S* second) {
+                     Bf16* copy, S* first, S* second) {
   const F32 shrink = broadcast(step.shrink), size = broadcast(step.step_size);
   const F32 keep_first = broadcast(step.keep_first), new_first = broadcast(step.first);
   const F32 keep_second = broadcast(step.keep_second), new_second = broadcast(step.second);
@@ -91,17 +96,17 @@ inline void adam_row(const AdamStep& step, const Rounding& rounding, int64_t wid
     const F32 root = add(multiply(root_scale, square_root(square)), eps);
     return subtract(multiply(shrink, w), multiply(size, divide(mean, root)));
   };
-  update_row(width, step.l2, grad, weight, update);
+  update_row(width, step.l2, grad, weight, copy, update);
 }
 
 template <class S>
 inline void adagrad_row(const AdagradStep& step, const Rounding& rounding, int64_t width, const float* grad,
-                        float* weight, S* sum) {
+                        float* weight, Bf16* copy, S* sum) {
   const F32 lr = broadcast(step.lr), eps = broadcast(step.eps);
   const auto update = [=](F32 g, F32 w, int64_t at, int64_t count) __attribute__((always_inline)) {
     const F32 squares = add(load_some(sum + at, count), multiply(g, g));
     keep_some(sum + at, squares, for_first(random_words<S>(rounding, at)), count);
     return subtract(w, multiply(lr, divide(g, add(square_root(squares), eps))));
   };
-  update_row(width, step.l2, grad, weight, update);
+  update_row(width, step.l2, grad, weight, copy, update);
 }

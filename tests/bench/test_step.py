@@ -244,17 +244,22 @@ def test_what_has_to_move():
     activations = 5 * (6 + 140 + 130 + 3)
     later = 140 * 130 + 130 * 3  # weights that the gradients of inputs need
     of_rows = 6 * 14 + 140 * 13 + 130 * 3 + 140 + 130 + 3
+    read, write = -(weights - 273) / 2, (weights - 273) / 2  # of copies in bfloat16, which biases do not have
     expected = {
         "dense fp32": (weights + activations, later + weights + activations, 7 * weights),
         "dense bf16": (weights + activations / 2, later / 2 + weights + activations / 2, 7 * weights),
         "sampled fp32": (weights + activations, later + weights + activations, 7 * weights),
-        "sampled bf16 in backward": (weights + activations, 6 * weights + activations, 0),
+        "sampled bf16 in backward": (weights + read + activations, 6 * weights + write + activations, 0),
         "unified fp32 exact": (
             weights + activations,
             140 * 13 + 130 * 3 + of_rows + activations,
             of_rows + 6 * weights,
         ),
-        "unified bf16 decay": (weights + activations, 140 * 13 + 130 * 3 + of_rows + activations, 7 * of_rows),
+        "unified bf16 decay": (
+            weights + read + activations,
+            140 * 13 + 130 * 3 + of_rows + activations,
+            7 * of_rows + (of_rows - 273) / 2,
+        ),
     }
     for name, elements in expected.items():
         assert [4 * each for each in elements] == [found[name].least_bytes[phase] for phase in ways.PHASES]

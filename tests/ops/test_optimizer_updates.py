@@ -65,6 +65,45 @@ def test_native_updates_of_states_in_bfloat16_are_the_references_bits(level, op,
             assert torch.equal(found, expected)
 
 
+ODD = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40, -1.7])
+"""Weights whose rounding is special: ties, NaN, the largest numbers, denormal ones."""
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("kind", ["whole", "rows", "every row", "product"])
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("op", OPS)
+def test_a_copy_is_the_new_parameter_rounded_to_the_nearest(level, op, key, kind):
+    name, states, options = OPS[op]
+    generator = torch.Generator().manual_seed(0)
+    missing = [None] if op == "sgd" or name == "adam_rows" else []
+    step = [12.0] if name == "adam_rows" else []
+    for shape in ((1, 1), (7, 5), (9, 33), (5, 2 * len(ODD))):
+        weight = torch.randn(shape, generator=generator)
+        if shape[1] == 2 * len(ODD):
+            weight[:] = ODD.repeat(2)
+        moving = torch.arange(0, shape[0], 2)
+        if kind == "product":
+            product = selected(6, shape[0], "k of each row", generator)
+            gradient = GradientProduct(product, torch.randn((6, shape[1]), generator=generator))
+        elif kind == "whole":
+            gradient = GradientRows(None, torch.zeros(shape), True)
+        else:
+            gradient = GradientRows(moving, torch.zeros((len(moving), shape[1])), kind == "every row")
+        of_states = [torch.rand(shape, generator=generator) for _ in states]
+        tensors = [weight, *(each if key is None else each.bfloat16() for each in of_states)]
+        sides = [[each.clone() for each in tensors] for _ in range(2)]
+        copies = [torch.full(shape, 7.0).bfloat16() for _ in sides]
+        update = getattr(ops.backend("native"), name)
+        update(*sides[0], *missing, gradient, *step, **options, key=key, copy=copies[0])
+        getattr(ops, name).literally(*sides[1], *missing, gradient, *step, **options, key=key, copy=copies[1])
+        for side, copy in zip(sides, copies, strict=True):
+            expected = side[0].bfloat16()
+            if kind == "rows":
+                expected[1::2] = 7.0
+            torch.testing.assert_close(copy, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def selected(rows, width, kind, generator):
     """A selection [rows, width] of each kind of entries by row, and a few of its rows empty."""
     grad = torch.randn((rows, width), generator=generator)

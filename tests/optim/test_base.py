@@ -130,6 +130,7 @@ def test_arguments_and_their_defaults_are_torchs(name):
     assert ours.pop("sparse_rows").default == "exact"
     assert ours.pop("in_backward").default is False
     assert ours.pop("state_dtype").default is None
+    assert ours.pop("copy_dtype").default is None
     found, expected = ([(each.default, each.kind) for each in side.values()] for side in (ours, theirs))
     assert list(ours) == list(theirs)
     assert found == expected

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import compress, cycle
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ import meprop
 from meprop import optim
 from meprop.bench.perceptron import Batch
 from meprop.convert import LayerReport
+from meprop.ops.optimizer import is_large
 from meprop.rules import Rule
 
 OptimizerName = Literal["sgd", "momentum", "adagrad", "adam", "adamw"]
@@ -60,7 +61,8 @@ class Way:
     Attributes:
         name: Of the row.
         rule: What is selected; None: it is dense.
-        bf16: Whether products are formed in bfloat16: all by autocast if dense, else the forward ones by compute_dtype.
+        bf16: Whether products are formed in bfloat16: all by autocast if dense, else the forward ones by compute_dtype,
+            with weights that the optimizer has written by copy_dtype.
         sparse_rows: Of `meprop.optim`, where gradients are row-sparse; None: they are dense.
         in_backward: Whether the backward pass updates the weights.
         fuse: Whether dropout is computed in one pass with the activation before it.
@@ -84,6 +86,11 @@ class Way:
         gradient.
         """
         return None if isinstance(self.rule, meprop.Sampled) else self.rule
+
+    @property
+    def narrow_dtype(self) -> torch.dtype | None:
+        """That of the forward products of a sparse way. None for float32."""
+        return torch.bfloat16 if self.bf16 else None
 
     @property
     def is_narrow(self) -> bool:
@@ -179,13 +186,19 @@ class Stepper:
             self.network,
             way.rule,
             sparse_grad=way.sparse_rows is not None,
-            compute_dtype=torch.bfloat16 if way.bf16 else None,
+            compute_dtype=way.narrow_dtype,
             when="always",
             fuse=way.fuse,
         )
         self._model = self.network
-        options = {**options, "sparse_rows": way.sparse_rows or "exact", "in_backward": way.in_backward}
-        self.optimizer = getattr(optim, name)(self.network.parameters(), lr=lr, **options)
+        self.optimizer = getattr(optim, name)(
+            self.network.parameters(),
+            lr=lr,
+            sparse_rows=way.sparse_rows or "exact",
+            in_backward=way.in_backward,
+            copy_dtype=way.narrow_dtype,
+            **options,
+        )
 
     @property
     def kept(self) -> float:
@@ -324,7 +337,8 @@ def least_bytes(
     The forward pass reads the weights. The backward pass reads those of all layers but the first, and writes the
     gradients. The optimizer reads the gradients, and reads and writes weights and moments. An update in the backward
     pass does that there, without gradients. Small parameters, which the step updates, count there too. Both passes
-    touch the activations once. Row-sparse gradients have these rows only.
+    touch the activations once. Row-sparse gradients have these rows only. A weight with a copy in bfloat16 is read from
+    that in the forward pass. The optimizer writes it.
 
     Args:
         way: Of doing the step.
@@ -343,10 +357,16 @@ def least_bytes(
     for_inputs = (2 if is_autocast else size) * sum(kept[1:])
     moved = every if way.sparse_rows is None or (way.sparse_rows == "exact" and optimizer in _MOVES_ALL) else gradients
     update = 2 * moved * (1 + _OPTIMIZERS[optimizer].moments)
+    forward = every + activations
+    if way.bf16 and way.rule is not None:
+        elements = [layer.in_features * layer.out_features for layer in layers]
+        with_copy = [is_large(count) for count in elements]
+        forward -= 2 * sum(compress(elements, with_copy))
+        update += 2 * sum(compress(elements if moved == every else kept, with_copy))
     if way.in_backward:
-        return {"forward": every + activations, "backward": update + activations, "optimizer": 0}
+        return {"forward": forward, "backward": update + activations, "optimizer": 0}
     return {
-        "forward": every + activations,
+        "forward": forward,
         "backward": for_inputs + gradients + activations,
         "optimizer": gradients + update,
     }

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from meprop import ops
+from meprop import casts, ops
 from meprop.deferred import Later
 from meprop.ops.registry import PLAIN, in_graph
 from meprop.policy import Policy
@@ -47,10 +47,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cast_operands(
-    dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
+    dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, *, trains: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, weight and bias, each after `cast`."""
-    return cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
+    """Input, weight and bias, each after `cast`. A pass that trains takes the weight from `casts`."""
+    cast_weight = casts.cast if trains and weight.dtype is torch.float32 else cast
+    return cast(x, dtype), cast_weight(weight, dtype), None if bias is None else cast(bias, dtype)
 
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype | None]

@@ -185,7 +185,7 @@ class _Convolution(torch.autograd.Function):
         ctx.geometry, ctx.policy, ctx.rests = geometry, policy, rests
         ctx.shape, ctx.memory_format = x.shape, ops.memory_format(x)
         ctx.dtypes = dtypes_of(x, weight, bias)
-        operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
+        operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias, trains=True)
         output = geometry.output(*operands)
         if autocast:
             x, weight, _ = operands

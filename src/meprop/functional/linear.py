@@ -126,7 +126,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.policy, ctx.rests, ctx.dtypes = policy, rests, dtypes_of(x, weight, bias)
         ctx.transposed = policy.when == "auto" and not weight.is_contiguous() and weight.t().is_contiguous()
-        operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias)
+        operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias, trains=True)
         output = F.linear(*operands)
         if autocast:
             x, weight, _ = operands

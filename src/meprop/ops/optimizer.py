@@ -19,50 +19,53 @@ _SMALLEST_WHOLE = 1 << 20
 call, where ours would take a call for each."""
 
 
-def is_large(parameter: Tensor) -> bool:
-    """Whether a parameter is so large that calls of its own cost next to nothing."""
-    return parameter.numel() >= _SMALLEST_WHOLE
+def is_large(elements: int) -> bool:
+    """Whether a parameter of so many elements is so large that calls of its own cost next to nothing."""
+    return elements >= _SMALLEST_WHOLE
 
 
-def _declines(rows: Gradient, key: int | None, weight: Tensor, *state: Tensor | None) -> str | None:
+def _declines(rows: Gradient, options: dict[str, Any], weight: Tensor, *state: Tensor | None) -> str | None:
     """Why native code cannot take a step on such a parameter and its state. None if it can."""
-    dtypes = native.FLOAT32 if key is None else native.BFLOAT16
-    reason = native.declines_scattered(weight, dtypes=native.FLOAT32) or native.declines_scattered(
-        *state, dtypes=dtypes
+    of_state = native.FLOAT32 if options.get("key") is None else native.BFLOAT16
+    copy: Tensor | None = options.get("copy")
+    reason = (
+        native.declines_scattered(weight, dtypes=native.FLOAT32)
+        or native.declines_scattered(*state, dtypes=of_state)
+        or native.declines_scattered(copy, dtypes=native.BFLOAT16)
     )
     if reason is not None:
         return reason
     if isinstance(rows, GradientProduct):
-        return rows.declines() or native.declines_overlap((weight, *state))
+        return rows.declines() or native.declines_overlap((weight, copy, *state))
     decays = rows.decays.values()
     return (
         native.declines_scattered(rows.values, *decays, dtypes=native.FLOAT32)
         or native.declines_scattered(rows.indices, dtypes=native.INT64)
-        or native.declines_overlap((weight, *state), rows.values, *decays, rows.indices)
+        or native.declines_overlap((weight, copy, *state), rows.values, *decays, rows.indices)
     )
 
 
 def takes_whole(parameter: Tensor, *others: Tensor | None) -> bool:
     """Whether native code does the step of such a parameter, with a dense gradient and a state like the others."""
-    if not is_large(parameter) or native.reason_missing() is not None:
+    if not is_large(parameter.numel()) or native.reason_missing() is not None:
         return False
     return native.declines_scattered(parameter, *others, dtypes=native.FLOAT32) is None
 
 
-def _call(name: str, weight: Tensor, rows: Gradient, *own: float) -> None:
+def _call(name: str, weight: Tensor, copy: Tensor | None, rows: Gradient, *own: float) -> None:
     """The native call of an optimizer's step. The first of its arguments are those of all optimizers."""
     function, threads = getattr(native.extension(), name), torch.get_num_threads()
     if isinstance(rows, GradientProduct):
         x = native.readable(rows.x, weight.dtype)
         examples, _, _, (_, k, _, _, *selection), _alive = described(rows.selection)
-        sizes = *weight.shape, 0, 0, 0, weight.data_ptr(), True, threads
+        sizes = *weight.shape, 0, 0, 0, weight.data_ptr(), native.address(copy), True, threads
         function(*sizes, k, *selection, examples, x.data_ptr(), x.stride(0), *own)
         return
     if rows.indices is None:
         sizes = 1, weight.numel(), 1
     else:
         sizes = len(weight), weight.numel() // max(1, len(weight)), len(rows.indices)
-    addresses = native.address(rows.indices), rows.values.data_ptr(), weight.data_ptr()
+    addresses = native.address(rows.indices), rows.values.data_ptr(), weight.data_ptr(), native.address(copy)
     function(*sizes, *addresses, rows.every_row, threads, *_NO_PRODUCT, *own)
 
 
@@ -118,6 +121,13 @@ def _store(tensor: Tensor, at: Places, values: Tensor, key: int | None = None, *
     return values
 
 
+def _store_weight(weight: Tensor, copy: Tensor | None, at: Places, values: Tensor) -> None:
+    """Writes rows of a parameter, and of its copy if there is one."""
+    weight[at] = values.to(weight.dtype)
+    if copy is not None:
+        copy[at] = weight[at].to(copy.dtype)
+
+
 def _root(squares: Tensor) -> Tensor:
     """The square roots. Torch's of float32 may be off by a unit in the last place."""
     return squares.double().sqrt().to(squares.dtype)
@@ -143,6 +153,7 @@ def sgd_rows(
     weight_decay: float,
     nesterov: bool,
     key: int | None = None,
+    copy: Tensor | None = None,
 ) -> None:
     """`torch.optim.SGD` on the rows that move, in place.
 
@@ -157,12 +168,13 @@ def sgd_rows(
         nesterov: The same as torch's.
         key: With a key the parameter is float32, and its state bfloat16, which is computed in float32 and rounded as
             `meprop.ops.rounding.stochastic` does. The step goes on from what is rounded. None: no such rounding.
+        copy: The parameter in another dtype [O, *], which gets the rows that move, rounded to the nearest. None: none.
 
     Raises:
         ValueError: The shapes do not fit.
         IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
-    rows.check(weight, buffer)
+    rows.check(weight, copy, buffer)
     at, grad = _moving_rows(weight, rows)
     w = weight[at]
     grad = _decayed(grad, w, weight_decay)
@@ -170,11 +182,11 @@ def sgd_rows(
         keep = rows.decay("momentum_buffer", momentum, at, weight.dim())
         sum_ = _store(buffer, at, _load(buffer, at, key) * keep + (1 - dampening) * grad, key)
         grad = grad + momentum * sum_ if nesterov else sum_
-    _store(weight, at, w - lr * grad)
+    _store_weight(weight, copy, at, w - lr * grad)
 
 
 def _native_sgd_declines(weight: Tensor, buffer: Tensor | None, rows: Gradient, **options: Any) -> str | None:
-    return _declines(rows, options.get("key"), weight, buffer)
+    return _declines(rows, options, weight, buffer)
 
 
 @native.backend.implements(sgd_rows, _native_sgd_declines)
@@ -189,11 +201,12 @@ def _native_sgd_rows(
     weight_decay: float,
     nesterov: bool,
     key: int | None = None,
+    copy: Tensor | None = None,
 ) -> None:
-    rows.check(weight, buffer)
+    rows.check(weight, copy, buffer)
     state = native.address(buffer), *_own_decays(rows, "momentum_buffer")
-    _call("sgd_rows", weight, rows, *state, nesterov, _code(key), lr, momentum, dampening, weight_decay)
-    native.written(weight, buffer)
+    _call("sgd_rows", weight, copy, rows, *state, nesterov, _code(key), lr, momentum, dampening, weight_decay)
+    native.written(weight, copy, buffer)
 
 
 # ---------------------------------------------------------------- Adam
@@ -214,6 +227,7 @@ def adam_rows(
     weight_decay: float,
     decoupled: bool,
     key: int | None = None,
+    copy: Tensor | None = None,
 ) -> None:
     """`torch.optim.Adam` on the rows that move, in place. With decoupled weight decay it is AdamW.
 
@@ -231,12 +245,13 @@ def adam_rows(
         weight_decay: The same as torch's.
         decoupled: Whether the weight decay is decoupled, as in AdamW.
         key: As of `sgd_rows`.
+        copy: As of `sgd_rows`.
 
     Raises:
         ValueError: The shapes do not fit.
         IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
-    rows.check(weight, exp_avg, exp_avg_sq, max_exp_avg_sq)
+    rows.check(weight, copy, exp_avg, exp_avg_sq, max_exp_avg_sq)
     at, grad = _moving_rows(weight, rows)
     w = weight[at]
     if decoupled:
@@ -256,10 +271,10 @@ def adam_rows(
     if isinstance(step, Tensor):
         rate, scale = ((1 - beta ** step.double()).to(second.dtype) for beta in betas)
         root = _root(second) / scale.sqrt() + eps
-        _store(weight, at, w - lr / rate * (first / root))
+        _store_weight(weight, copy, at, w - lr / rate * (first / root))
         return
     root = _root(second) * (1 / sqrt(1 - betas[1] ** step)) + eps
-    _store(weight, at, w - lr / (1 - betas[0] ** step) * (first / root))
+    _store_weight(weight, copy, at, w - lr / (1 - betas[0] ** step) * (first / root))
 
 
 def _native_adam_declines(
@@ -275,7 +290,7 @@ def _native_adam_declines(
         return "native kernels have no AMSGrad"
     if isinstance(step, Tensor):
         return "native kernels take the number of a step, not a tensor"
-    return _declines(rows, options.get("key"), weight, exp_avg, exp_avg_sq)
+    return _declines(rows, options, weight, exp_avg, exp_avg_sq)
 
 
 @native.backend.implements(adam_rows, _native_adam_declines)
@@ -293,12 +308,13 @@ def _native_adam_rows(
     weight_decay: float,
     decoupled: bool,
     key: int | None = None,
+    copy: Tensor | None = None,
 ) -> None:
-    rows.check(weight, exp_avg, exp_avg_sq)
+    rows.check(weight, copy, exp_avg, exp_avg_sq)
     state = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
     decays = _own_decays(rows, "exp_avg", "exp_avg_sq", PARAMETER)
-    _call("adam_rows", weight, rows, *state, *decays, decoupled, _code(key), step, lr, *betas, eps, weight_decay)
-    native.written(weight, exp_avg, exp_avg_sq)
+    _call("adam_rows", weight, copy, rows, *state, *decays, decoupled, _code(key), step, lr, *betas, eps, weight_decay)
+    native.written(weight, copy, exp_avg, exp_avg_sq)
 
 
 def _triton_adam_declines(
@@ -310,8 +326,8 @@ def _triton_adam_declines(
     _step: float | Tensor,
     **options: Any,
 ) -> str | None:
-    if max_exp_avg_sq is not None or options.get("key") is not None:
-        return "kernels have neither AMSGrad nor states that are rounded at random"
+    if max_exp_avg_sq is not None or options.get("key") is not None or options.get("copy") is not None:
+        return "kernels have neither AMSGrad nor states that are rounded at random, and write no copy of the parameter"
     if isinstance(rows, GradientProduct) or rows.indices is None or rows.every_row or len(rows.indices) == 0:
         return "kernels are for gradients of some rows"
     tensors = weight, exp_avg, exp_avg_sq, rows.values
@@ -335,8 +351,9 @@ def _triton_adam_rows(
     weight_decay: float,
     decoupled: bool,
     key: None = None,
+    copy: None = None,
 ) -> None:
-    del key
+    del key, copy
     assert isinstance(rows, GradientRows)  # others are declined
     assert rows.indices is not None
     rows.check(weight, exp_avg, exp_avg_sq)
@@ -366,6 +383,7 @@ def adagrad_rows(
     eps: float,
     weight_decay: float,
     key: int | None = None,
+    copy: Tensor | None = None,
 ) -> None:
     """`torch.optim.Adagrad` on the rows that move, in place.
 
@@ -377,20 +395,21 @@ def adagrad_rows(
         eps: The same as torch's.
         weight_decay: The same as torch's.
         key: As of `sgd_rows`.
+        copy: As of `sgd_rows`.
 
     Raises:
         ValueError: The shapes do not fit.
         IndexError: The indices of the rows do not ascend, or are no rows of the parameter.
     """
-    rows.check(weight, sum_)
+    rows.check(weight, copy, sum_)
     at, grad = _moving_rows(weight, rows)
     grad = _decayed(grad, weight[at], weight_decay)
     squares = _store(sum_, at, _load(sum_, at, key) + grad * grad, key)
-    _store(weight, at, weight[at] - lr * (grad / (_root(squares) + eps)))
+    _store_weight(weight, copy, at, weight[at] - lr * (grad / (_root(squares) + eps)))
 
 
 def _native_adagrad_declines(weight: Tensor, sum_: Tensor, rows: Gradient, **options: Any) -> str | None:
-    return _declines(rows, options.get("key"), weight, sum_)
+    return _declines(rows, options, weight, sum_)
 
 
 @native.backend.implements(adagrad_rows, _native_adagrad_declines)
@@ -403,10 +422,11 @@ def _native_adagrad_rows(
     eps: float,
     weight_decay: float,
     key: int | None = None,
+    copy: Tensor | None = None,
 ) -> None:
-    rows.check(weight, sum_)
-    _call("adagrad_rows", weight, rows, sum_.data_ptr(), _code(key), lr, eps, weight_decay)
-    native.written(weight, sum_)
+    rows.check(weight, copy, sum_)
+    _call("adagrad_rows", weight, copy, rows, sum_.data_ptr(), _code(key), lr, eps, weight_decay)
+    native.written(weight, copy, sum_)
 
 
 # ---------------------------------------------------------------- a question about a gradient

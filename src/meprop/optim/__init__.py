@@ -69,6 +69,18 @@ the others, which is slow. The results are the same bits.
   ``amsgrad=True``, under torch.compile, and for parameters of another dtype or type, such as the DTensors of
   ``fully_shard``.
 
+With ``copy_dtype=torch.bfloat16`` a step also writes weights in bfloat16, for layers whose forward product is in it.
+These are our layers with ``compute_dtype=torch.bfloat16``, or under autocast. Their next forward pass reads what the
+step has written, and does not cast the weight. The results are the same bits.
+
+- It is for contiguous weights of 2^20 elements and more, on the CPU, whose steps are done here: those with row-sparse
+  gradients, and dense ones that go to native code. Other weights are cast in each pass, as without it.
+- A copy begins with the step after the first forward pass. It takes 2 bytes a weight, and is no part of a state_dict.
+- Each pass that trains makes sure that the copy is the weight's: that torch has counted no change since the step, and
+  that some entries agree. Otherwise the weight is cast. Passes without gradients always cast.
+- One kind of change can be missed: that of a few entries through ``weight.data`` or a NumPy array, which torch does not
+  count. Change weights within ``torch.no_grad()`` instead, or leave `copy_dtype` out.
+
 State and state_dict are torch's otherwise. The mode ``"decay"`` adds one tensor [O] for each state of a parameter
 [O, *] that decays, such as `exp_avg_row_decay`: the product of the factors that each row has missed.
 `param_row_decay` is that of AdamW's weights. With a weight decay other than AdamW's there is another tensor [O], such

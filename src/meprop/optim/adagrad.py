@@ -33,11 +33,13 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
             (`meprop.optim`).
         state_dtype: torch.bfloat16 keeps the sums of float32 parameters in bfloat16 (`meprop.optim`); None: in the
             dtype of each parameter.
+        copy_dtype: torch.bfloat16 also writes large weights in bfloat16, for layers whose forward product is in it
+            (`meprop.optim`); None: nothing is written beside a weight.
 
     Raises:
-        TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
-        ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
-            torch raises it for.
+        TypeError: `in_backward` is not a bool, or `state_dtype` or `copy_dtype` is no dtype.
+        ValueError: `sparse_rows`, `state_dtype` or `copy_dtype` is unknown, `in_backward` is used with
+            differentiable=True, or what torch raises it for.
         NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is complex, the
             gradient is sparse in more than its rows, or torch.compile compiles the step. Or
             `state_dtype` is torch.bfloat16, and a parameter is not a plain one of float32, torch.compile compiles the
@@ -60,6 +62,7 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         sparse_rows: SparseRows = "exact",
         in_backward: bool = False,
         state_dtype: torch.dtype | None = None,
+        copy_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -75,6 +78,7 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
             sparse_rows=sparse_rows,
             in_backward=in_backward,
             state_dtype=state_dtype,
+            copy_dtype=copy_dtype,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -101,9 +105,16 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         weight_decay = float(group["weight_decay"])
         return {"sum": weight_decay**2} if weight_decay != 0 else {}
 
-    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
+    def _update(
+        self,
+        parameter: Tensor,
+        rows: Gradient,
+        step: float | Tensor,
+        group: dict[str, Any],
+        copy: Tensor | None,
+    ) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         weight_decay, eps = group["weight_decay"], group["eps"]
         key = self._next_key(parameter)
         sum_ = self.state[parameter]["sum"]
-        ops.adagrad_rows(parameter, sum_, rows, lr=lr, weight_decay=weight_decay, eps=eps, key=key)
+        ops.adagrad_rows(parameter, sum_, rows, lr=lr, weight_decay=weight_decay, eps=eps, key=key, copy=copy)

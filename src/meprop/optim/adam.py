@@ -35,11 +35,13 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             (`meprop.optim`).
         state_dtype: torch.bfloat16 keeps the moments of float32 parameters in bfloat16 (`meprop.optim`); None: in the
             dtype of each parameter.
+        copy_dtype: torch.bfloat16 also writes large weights in bfloat16, for layers whose forward product is in it
+            (`meprop.optim`); None: nothing is written beside a weight.
 
     Raises:
-        TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
-        ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
-            torch raises it for.
+        TypeError: `in_backward` is not a bool, or `state_dtype` or `copy_dtype` is no dtype.
+        ValueError: `sparse_rows`, `state_dtype` or `copy_dtype` is unknown, `in_backward` is used with
+            differentiable=True, or what torch raises it for.
         NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is
             complex, the gradient is sparse in more than its rows, or torch.compile compiles the step. Or
             `state_dtype` is torch.bfloat16, and a parameter is not a plain one of float32, torch.compile compiles the
@@ -64,6 +66,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         sparse_rows: SparseRows = "exact",
         in_backward: bool = False,
         state_dtype: torch.dtype | None = None,
+        copy_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -81,6 +84,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             sparse_rows=sparse_rows,
             in_backward=in_backward,
             state_dtype=state_dtype,
+            copy_dtype=copy_dtype,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -113,7 +117,14 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         beta1, beta2 = map(float, group["betas"])
         return {"exp_avg": (1 - beta1) * weight_decay, "exp_avg_sq": (1 - beta2) * weight_decay**2}
 
-    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
+    def _update(
+        self,
+        parameter: Tensor,
+        rows: Gradient,
+        step: float | Tensor,
+        group: dict[str, Any],
+        copy: Tensor | None,
+    ) -> None:
         state = self.state[parameter]
         beta1, beta2 = group["betas"]
         ops.adam_rows(
@@ -129,6 +140,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
             key=self._next_key(parameter),
+            copy=copy,
         )
 
 
@@ -155,6 +167,7 @@ class AdamW(Adam, torch.optim.AdamW):
         sparse_rows: SparseRows = "exact",
         in_backward: bool = False,
         state_dtype: torch.dtype | None = None,
+        copy_dtype: torch.dtype | None = None,
     ) -> None:
         # Not that of Adam: after RowSparseOptimizer comes torch's AdamW, which sets decoupled_weight_decay.
         RowSparseOptimizer.__init__(
@@ -173,4 +186,5 @@ class AdamW(Adam, torch.optim.AdamW):
             sparse_rows=sparse_rows,
             in_backward=in_backward,
             state_dtype=state_dtype,
+            copy_dtype=copy_dtype,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
-from meprop import ops
+from meprop import casts, ops
 from meprop.errors import NotSupportedError
 from meprop.ops import Gradient, GradientProduct, GradientRows
 from meprop.ops.gradients import OF_ROWS
@@ -31,6 +31,9 @@ SparseRows = Literal["exact", "decay", "lazy"]
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
+_OF_ALL = ("sparse_rows", "in_backward", "state_dtype", "copy_dtype")
+"""The options that are those of the whole optimizer."""
+
 _FUSED_DTYPES = (torch.float32, torch.float64)
 
 
@@ -43,12 +46,13 @@ class RowSparseOptimizer(MissedSteps):
         in_backward: Whether the backward pass updates each large parameter as soon as its gradient is complete
             (`meprop.optim`).
         state_dtype: torch.bfloat16, or None for the dtype of each parameter (`meprop.optim`).
+        copy_dtype: torch.bfloat16, or None for no copies of weights (`meprop.optim`).
         options: As of torch's optimizer.
 
     Raises:
-        TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
-        ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
-            torch raises it for.
+        TypeError: `in_backward` is not a bool, or `state_dtype` or `copy_dtype` is no dtype.
+        ValueError: `sparse_rows`, `state_dtype` or `copy_dtype` is unknown, `in_backward` is used with
+            differentiable=True, or what torch raises it for.
         NotSupportedError: There is no step with `state_dtype` for an option or a parameter.
     """
 
@@ -66,7 +70,14 @@ class RowSparseOptimizer(MissedSteps):
         """
 
     @abstractmethod
-    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
+    def _update(
+        self,
+        parameter: Tensor,
+        rows: Gradient,
+        step: float | Tensor,
+        group: dict[str, Any],
+        copy: Tensor | None,
+    ) -> None:
         """Does the dense optimizer's step, in place, for some rows of a parameter.
 
         Args:
@@ -76,6 +87,7 @@ class RowSparseOptimizer(MissedSteps):
             step: The number of this step, the first being 1. It is always 1 where the state has no `step`, and a tensor
                 [] if the group is capturable.
             group: Its group.
+            copy: The parameter in another dtype, which gets the same rows. None without one.
         """
 
     def _takes_whole(self, group: dict[str, Any]) -> bool:
@@ -93,10 +105,12 @@ class RowSparseOptimizer(MissedSteps):
         sparse_rows: SparseRows,
         in_backward: bool = False,
         state_dtype: torch.dtype | None = None,
+        copy_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         self.sparse_rows = sparse_rows
-        self._state_dtype = narrow.checked(state_dtype)
+        self._state_dtype = narrow.checked("state_dtype", state_dtype)
+        self._copy_dtype = narrow.checked("copy_dtype", copy_dtype)
         if not isinstance(in_backward, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"in_backward={in_backward!r} is of type {type(in_backward).__name__}; it is True or False")
         super().__init__(*args, **options)
@@ -115,6 +129,11 @@ class RowSparseOptimizer(MissedSteps):
     def state_dtype(self) -> torch.dtype | None:
         """The dtype of the states. None for that of each parameter."""
         return self._state_dtype
+
+    @property
+    def copy_dtype(self) -> torch.dtype | None:
+        """The dtype of the copies of large weights. None if there are none."""
+        return self._copy_dtype
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -226,7 +245,13 @@ class RowSparseOptimizer(MissedSteps):
 
     def _whole_step(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
         self._init_state(parameter, group)
-        self._update(parameter, gradient, self._count_step(parameter, group), group)
+        self._update_with_copy(parameter, gradient, group)
+
+    def _update_with_copy(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
+        copy = None if self._copy_dtype is None else casts.kept(parameter, self._copy_dtype)
+        self._update(parameter, gradient, self._count_step(parameter, group), group, copy)
+        if copy is not None:
+            casts.written(parameter)
 
     def _fits_native(self, parameter: Tensor, grad: Tensor | None, group: dict[str, Any]) -> bool:
         """Whether a dense gradient's step is not torch's, but ours. An implementation that the user chooses does it.
@@ -282,7 +307,7 @@ class RowSparseOptimizer(MissedSteps):
         changes = self._zero_gradient_moves_weights(group) or bool(self._decays(group))
         every_row = self.sparse_rows == "exact" and changes
         rows = GradientRows(indices, -values if group["maximize"] else values, every_row, decays)
-        self._update(parameter, rows, self._count_step(parameter, group), group)
+        self._update_with_copy(parameter, rows, group)
         for decay in decays.values():
             decay.index_fill_(0, indices, 1)
 
@@ -316,11 +341,11 @@ class RowSparseOptimizer(MissedSteps):
         """Adds a parameter group as torch does.
 
         Raises:
-            ValueError: The group has another `sparse_rows`, `in_backward` or `state_dtype` than the optimizer, or what
-                torch raises it for.
+            ValueError: The group has another `sparse_rows`, `in_backward`, `state_dtype` or `copy_dtype` than the
+                optimizer, or what torch raises it for.
             NotSupportedError: There is no step with the optimizer's `state_dtype` for the group. It is not added.
         """
-        of_all = {name: getattr(self, name) for name in ("sparse_rows", "in_backward", "state_dtype")}
+        of_all = {name: getattr(self, name) for name in _OF_ALL}
         for name in of_all.keys() & param_group.keys():
             if param_group[name] != of_all[name]:
                 raise ValueError(
@@ -367,7 +392,8 @@ class RowSparseOptimizer(MissedSteps):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "_sparse_rows": self.sparse_rows, "_state_dtype": self.state_dtype}
+        own = {"_sparse_rows": self.sparse_rows, "_state_dtype": self.state_dtype, "_copy_dtype": self.copy_dtype}
+        state = {**super().__getstate__(), **own}
         return {**state, "in_backward": True} if self.in_backward else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -67,7 +67,12 @@ class InBackward:
             self._hooks.pop(parameter).remove()
             deferred.decline(parameter)
         for parameter in self._groups:
-            if parameter not in self._hooks and parameter.requires_grad and parameter.is_leaf and is_large(parameter):
+            if (
+                parameter not in self._hooks
+                and parameter.requires_grad
+                and parameter.is_leaf
+                and is_large(parameter.numel())
+            ):
                 self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._hook)
                 deferred.accept(parameter)
 

@@ -21,15 +21,13 @@ _OF_A_PARAMETER = 1 << 40  # the numbers of its roundings
 _OPTIONS = ("foreach", "fused", "capturable", "differentiable", "amsgrad")
 
 
-def checked(state_dtype: Any) -> torch.dtype | None:
-    """The argument `state_dtype`, with its errors."""
-    if state_dtype is None or state_dtype is torch.bfloat16:
-        return state_dtype
-    if not isinstance(state_dtype, torch.dtype):
-        raise TypeError(
-            f"state_dtype={state_dtype!r} is of type {type(state_dtype).__name__}; it is torch.bfloat16 or None"
-        )
-    raise ValueError(f"state_dtype={state_dtype}; it is torch.bfloat16, or None for the dtype of each parameter")
+def checked(name: str, dtype: Any) -> torch.dtype | None:
+    """The argument of this name, with its errors: a narrow dtype, or None."""
+    if dtype is None or dtype is torch.bfloat16:
+        return dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}={dtype!r} is of type {type(dtype).__name__}; it is torch.bfloat16 or None")
+    raise ValueError(f"{name}={dtype}; it is torch.bfloat16 or None")
 
 
 def refuse(kind: str, group: dict[str, Any], parameters: Iterable[Tensor]) -> None:

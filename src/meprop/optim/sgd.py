@@ -32,11 +32,13 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             (`meprop.optim`).
         state_dtype: torch.bfloat16 keeps the momentum of float32 parameters in bfloat16 (`meprop.optim`); None: in the
             dtype of each parameter.
+        copy_dtype: torch.bfloat16 also writes large weights in bfloat16, for layers whose forward product is in it
+            (`meprop.optim`); None: nothing is written beside a weight.
 
     Raises:
-        TypeError: `in_backward` is not a bool, or `state_dtype` is no dtype.
-        ValueError: `sparse_rows` or `state_dtype` is unknown, `in_backward` is used with differentiable=True, or what
-            torch raises it for.
+        TypeError: `in_backward` is not a bool, or `state_dtype` or `copy_dtype` is no dtype.
+        ValueError: `sparse_rows`, `state_dtype` or `copy_dtype` is unknown, `in_backward` is used with
+            differentiable=True, or what torch raises it for.
         NotSupportedError: `step` meets a sparse gradient, and differentiable is True, the parameter is complex, the
             gradient is sparse in more than its rows, or torch.compile compiles the step. Or
             `state_dtype` is torch.bfloat16, and a parameter is not a plain one of float32, torch.compile compiles the
@@ -59,6 +61,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         sparse_rows: SparseRows = "exact",
         in_backward: bool = False,
         state_dtype: torch.dtype | None = None,
+        copy_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -74,6 +77,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             sparse_rows=sparse_rows,
             in_backward=in_backward,
             state_dtype=state_dtype,
+            copy_dtype=copy_dtype,
         )
 
     def _init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -96,7 +100,14 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         dampening = 0.0 if is_first else float(group["dampening"])
         return {"momentum_buffer": (1 - dampening) * float(group["weight_decay"])}
 
-    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
+    def _update(
+        self,
+        parameter: Tensor,
+        rows: Gradient,
+        step: float | Tensor,
+        group: dict[str, Any],
+        copy: Tensor | None,
+    ) -> None:
         buffer, dampening = None, float(group["dampening"])
         if group["momentum"] != 0:
             state = self.state[parameter]
@@ -114,4 +125,5 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             weight_decay=float(group["weight_decay"]),
             nesterov=group["nesterov"],
             key=None if buffer is None else self._next_key(parameter),
+            copy=copy,
         )

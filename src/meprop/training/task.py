@@ -249,9 +249,7 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
     if config.sparse_rows != "no" or state_dtype is not None or config.in_backward:
         ours = {"adam": optim.Adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
         rows = "exact" if config.sparse_rows == "no" else config.sparse_rows
-        return ours(
-            parameters, config.lr, sparse_rows=rows, in_backward=config.in_backward, state_dtype=state_dtype
-        )
+        return ours(parameters, config.lr, sparse_rows=rows, in_backward=config.in_backward, state_dtype=state_dtype)
     match config.optimizer:
         case "adam":
             return torch.optim.Adam(parameters, config.lr, fused=True)
