@@ -276,7 +276,8 @@ struct SparseRows {
   Bf16* copy;      // of the weights, which each row that moves is also written to; or null
   bool every_row;  // whether the other rows move too, with a gradient of zeros
   int threads;
-  // The gradient is the weight gradient of this backward pass of a linear map, which is never written; or null.
+  // The gradient is the weight gradient of this backward pass of a linear map, which is never written; or null. It has
+  // `count` rows, those of `indices`, and no other row moves. Without indices it has all rows.
   const LinearBackward<float>* product;
 };
 

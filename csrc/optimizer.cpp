@@ -16,13 +16,16 @@ struct Stretch {
 template <class Apply>
 class Applying : public GradientTaker {
  public:
-  Applying(int64_t width, Apply apply) : width_(width), apply_(apply) {}
+  // `indices` are the rows of the parameter that those of the gradient are of. Null if they are the same.
+  Applying(int64_t width, const int64_t* indices, Apply apply) : width_(width), indices_(indices), apply_(apply) {}
   void take(int64_t row, int64_t column, int64_t width, const float* grad) const override {
+    if (indices_ != nullptr) row = indices_[row];
     apply_(Stretch{row, row * width_ + column, width}, grad);
   }
 
  private:
   int64_t width_;
+  const int64_t* indices_;
   Apply apply_;
 };
 
@@ -30,9 +33,12 @@ class Applying : public GradientTaker {
 template <class Apply>
 Status for_rows(const Kernels& kernels, const SparseRows& call, Apply apply) {
   if (call.product != nullptr) {
-    const Applying<Apply> taker(call.width, apply);
+    if (call.count < 0 || !fits<float>(call.rows, call.width, 0)) return Status::kBadSize;
+    const bool whole = call.indices == nullptr;
+    if (!whole && (call.count > call.rows || !ascending(call.indices, call.count, call.rows))) return Status::kBadIndex;
+    const Applying<Apply> taker(call.width, call.indices, apply);
     LinearBackward<float> product = *call.product;
-    product.outputs = call.rows, product.inputs = call.width, product.threads = call.threads;
+    product.outputs = whole ? call.rows : call.count, product.inputs = call.width, product.threads = call.threads;
     product.taker = &taker;
     return linear_backward(kernels, product);
   }

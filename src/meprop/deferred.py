@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from meprop import ops
 from meprop.ops import Choice, GradientProduct, native
 from meprop.ops.optimizer import takes_whole
-from meprop.selection import PlainTopK, RowSelection, WholeRows, is_everything
+from meprop.selection import PlainTopK, RowSelection, WholeRows, columns_with_entries, is_everything
 
 _Node = Any  # of autograd's graph
 
@@ -92,20 +92,23 @@ class Later:
         except RuntimeError:  # torch.autograd.grad asks for the gradient of this weight
             return None
 
-    def keeps(self, choice: Choice | WholeRows, grad_NO: Tensor) -> RowSelection | None:
+    def keeps(self, choice: Choice | WholeRows, grad_NO: Tensor, row_sparse: bool) -> RowSelection | None:
         """The selection whose product is kept. None if the layer has to form the gradient."""
         if isinstance(choice, PlainTopK) and choice.scope == "example" and choice.blocks == 1:
             choice = ops.topk_rows(grad_NO, choice.k)
         if not isinstance(choice, RowSelection) or choice.values.numel() > _MOST_ENTRIES * choice.width:
             return None
-        return None if is_everything(choice) else choice
+        if is_everything(choice) or (row_sparse and choice.shared is not None):
+            return None
+        return choice
 
-    def keep(self, selection: RowSelection, x_NI: Tensor) -> Tensor:
+    def keep(self, selection: RowSelection, x_NI: Tensor, row_sparse: bool) -> Tensor:
         """Keeps a product, and returns the gradient that autograd gets in its place."""
         kept: list[tuple[int, GradientProduct]] = _products[self._weight]
         number = _current_pass()
         kept[:] = [each for each in kept if each[0] == number]  # a pass that has failed leaves some
-        kept.append((number, GradientProduct(selection, x_NI)))
+        rows = columns_with_entries(selection) if row_sparse else None
+        kept.append((number, GradientProduct(selection, x_NI, rows)))
         width, inputs = self._weight.shape
         return ops.row_sparse_tensor(torch.empty(0, dtype=torch.int64), x_NI.new_empty(0, inputs), width)
 

@@ -240,6 +240,23 @@ def is_everything(selection: Selection) -> bool:
     return isinstance(selection, ColumnSelection) and len(selection.indices) == selection.width
 
 
+def columns_with_entries(selection: RowSelection) -> Tensor:
+    """The indices of the output features that have an entry in some row [k], int64, ascending."""
+    return torch.bincount(selection.indices.flatten(), minlength=selection.width).nonzero()[:, 0]
+
+
+def in_columns(selection: RowSelection, columns: Tensor) -> RowSelection:
+    """A selection without a shared part, as one of these output features alone [N, k].
+
+    Args:
+        selection: Some entries of each row [N, O].
+        columns: The indices of all output features that have an entry [k], int64, ascending.
+    """
+    places = torch.empty(selection.width, dtype=torch.int32, device=columns.device)
+    places[columns] = torch.arange(len(columns), dtype=torch.int32, device=columns.device)
+    return RowSelection(selection.values, places[selection.indices.long()], len(columns), starts=selection.starts)
+
+
 def side_by_side(parts: Sequence[Selection]) -> FeatureSelection:
     """One selection of the features of all parts, one part after the other.
 

@@ -1,12 +1,14 @@
 """Updates of rows of a parameter: the native ones against the reference, and what they refuse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from meprop import ops, optim
 from meprop.ops import GradientProduct, GradientRows, native, reference
 from meprop.ops.rounding import key_of
-from meprop.selection import Entries
+from meprop.selection import Entries, RowSelection, columns_with_entries
 from optimizer_cases import OPS, ROWS, WIDTH, sparse
 
 
@@ -141,6 +143,48 @@ def test_a_product_updates_as_the_gradient_that_it_is_bit_for_bit(level, op, siz
         rtol = 1e-5 if found.dtype == torch.float32 else 2**-7
         torch.testing.assert_close(found.double(), oracle, rtol=rtol, atol=1e-6)
     assert tensors[0]._version > version
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("missed_steps", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 70, 3), (40, 330, 65), (64, 200, 257), (9, 1300, 130), (3, 8, 0)])
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("op", OPS)
+def test_a_product_of_rows_updates_these_rows_only(level, op, sizes, key, missed_steps):
+    name, states, options = OPS[op]
+    (rows, outputs, inputs), generator = sizes, torch.Generator().manual_seed(0)
+    missing = [None] if op == "sgd" or name == "adam_rows" else []
+    step = [12.0] if name == "adam_rows" else []
+    kept = ops.choose_entries(torch.randn((rows, outputs), generator=generator), Entries("largest", 1))
+    indices = columns_with_entries(kept)
+    decaying = [*states, *(["param"] if op == "adamw" else [])] if missed_steps else []
+    decays = {each: torch.rand(outputs, generator=generator) for each in decaying}
+    product = GradientProduct(kept, torch.randn((rows, inputs), generator=generator), indices, decays)
+    tensors = [torch.randn((outputs, inputs), generator=generator).abs() for _ in range(1 + len(states))]
+    if key is not None:
+        tensors[1:] = [each.bfloat16() for each in tensors[1:]]
+    before, formed, literal = ([each.clone() for each in tensors] for _ in range(3))
+    update = getattr(ops.backend("native"), name)
+    update(*tensors, *missing, product, *step, **options, key=key)
+    gradient = GradientRows(indices, product.formed()._values(), False, decays)
+    update(*formed, *missing, gradient, *step, **options, key=key)
+    getattr(ops, name).literally(*literal, *missing, product, *step, **options, key=key)
+    others = torch.ones(outputs, dtype=torch.bool).index_fill_(0, indices, False)
+    for found, expected, oracle, old in zip(tensors, formed, literal, before, strict=True):
+        assert torch.equal(found, expected)
+        assert torch.equal(found[others], old[others])
+        torch.testing.assert_close(found, oracle, rtol=1e-4 if found.dtype == torch.float32 else 2**-7, atol=1e-5)
+
+
+def test_a_product_with_rows_that_the_parameter_has_not_is_refused():
+    kept = ops.choose_entries(torch.randn(4, 6), Entries("largest", 1))
+    for indices in ([5, 6], [1, 0], [-1, 2]):
+        weight = torch.ones(6, 5)
+        rows = GradientProduct(RowSelection(kept.values, kept.indices % 2, 6, starts=kept.starts), torch.randn(4, 5))
+        rows = replace(rows, indices=torch.tensor(indices))
+        with pytest.raises(IndexError):
+            ops.adagrad_rows(weight, weight.clone(), rows, lr=1.0, eps=1.0, weight_decay=0.0)
+        assert weight.eq(1).all()
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")

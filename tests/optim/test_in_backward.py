@@ -94,6 +94,57 @@ def test_it_is_the_separate_step_bit_for_bit(kind, mode):
     assert_equal(inside, outside)
 
 
+class RowNet(nn.Module):
+    """Row-sparse gradients of entries, one of a weight that is used twice and one of an output that gets no entry."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.sampled = meprop.nn.Linear(24, 40, rule=meprop.Sampled(noise=0.5, exact_sum=False), sparse_grad=True)
+        self.topk = meprop.nn.Linear(40, 33, rule=meprop.TopK(0.05, scope="global"), sparse_grad=True)
+        self.twice = meprop.nn.Linear(33, 33, rule=meprop.TopK(0.05, scope="global"), bias=False, sparse_grad=True)
+        self.unused = meprop.nn.Linear(24, 24, rule=meprop.TopK(0.05, scope="global"), sparse_grad=True)
+        self.last = nn.Linear(33, 24)
+
+    def forward(self, x):
+        hidden = self.twice(self.twice(self.topk(self.sampled(x).relu()).relu()).relu()).relu()
+        return self.last(hidden) + self.unused(x) * 0
+
+
+def train_rows(model, optimizer, steps):
+    for step in steps:
+        _, x = batch(step)
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        (model(x) - x.flip(0)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"copy_dtype": torch.bfloat16}])
+@pytest.mark.parametrize("mode", ["exact", "decay", "lazy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_row_sparse_gradients_it_is_the_separate_step_bit_for_bit(kind, mode, options):
+    if "state_dtype" in options and kind == "amsgrad":
+        pytest.skip("there is no such step")
+    models = RowNet(), RowNet()
+    both = [
+        (model, make(kind, model.parameters(), in_backward=each, sparse_rows=mode, **options))
+        for model, each in zip(models, (True, False), strict=True)
+    ]
+    for each in both:
+        train_rows(*each, range(5))
+    assert_equal(*both)
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("mode", ["exact", "decay", "lazy"])
+def test_row_sparse_gradients_are_not_formed(monkeypatch, mode):
+    counts = taken(monkeypatch)
+    model = RowNet()
+    train_rows(model, optim.Adam(model.parameters(), in_backward=True, sparse_rows=mode), range(1))
+    assert counts == {"taken": 3, "formed": 2}  # the weight that is used twice
+
+
 OPTIONS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
 
 

@@ -198,10 +198,10 @@ def _products(
     later: Later | None,
 ) -> ops.Gradients:
     """The products with what is kept, but the one for the weight's gradient if it is kept for later."""
-    selection = None if later is None or row_sparse or x_NI is None else later.keeps(choice, grad_NO)
+    selection = None if later is None or x_NI is None else later.keeps(choice, grad_NO, row_sparse)
     if selection is None:
         return ops.backward_with(choice, grad_NO, weight, x_NI, needs_bias, row_sparse, hits)
     assert later is not None
     assert x_NI is not None
     grad_x, _, grad_bias = ops.backward_with(selection, grad_NO, weight, None, needs_bias, False, hits)
-    return grad_x, later.keep(selection, x_NI), grad_bias
+    return grad_x, later.keep(selection, x_NI, row_sparse), grad_bias

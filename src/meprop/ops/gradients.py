@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from meprop.ops import native
-from meprop.ops.products import grad_weight, native_declines_selection
+from meprop.ops.products import grad_weight, native_declines_selection, row_sparse_tensor
 from meprop.ops.rounding import Places
-from meprop.selection import RowSelection
+from meprop.selection import RowSelection, in_columns
 
 PARAMETER = "param"
 """Stands for the parameter itself among the names of its state."""
@@ -45,6 +45,10 @@ class GradientRows:
     every_row: bool = False
     decays: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def of_step(self, every_row: bool, decays: Mapping[str, Tensor]) -> GradientRows:
+        """This gradient, with what a step does to other rows and to states that have missed steps."""
+        return replace(self, every_row=every_row, decays=decays)
+
     def check(self, weight: Tensor, *state: Tensor | None) -> None:
         """Raises a ValueError if the shapes of a parameter, of its state [O, *], and of this gradient do not fit."""
         fits = self.values.shape == (weight.shape if self.indices is None else (len(self.indices), *weight.shape[1:]))
@@ -59,8 +63,7 @@ class GradientRows:
 
     def decay(self, name: str, otherwise: float, at: Places, dimensions: int) -> Tensor | float:
         """The factors of the rows `at` as a column of so many dimensions, or the one of all rows."""
-        decay = self.decays.get(name)
-        return otherwise if decay is None else decay[at].view(-1, *[1] * (dimensions - 1))
+        return _decay(self.decays.get(name), otherwise, at, dimensions)
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,32 @@ class GradientProduct:
     Attributes:
         selection: What is kept of the output gradient [N, O].
         x: The input [N, I].
+        indices: The indices of the rows with an entry [k], int64, ascending, if the others do not move. None if all
+            rows move, which then have no `decays`.
+        decays: As of `GradientRows`.
     """
 
     selection: RowSelection
     x: Tensor
+    indices: Tensor | None = None
+    decays: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def of_rows(self) -> RowSelection:
+        """What is kept of the output features that `indices` names [N, k]. Without these, of all of them."""
+        return self.selection if self.indices is None else in_columns(self.selection, self.indices)
 
     def formed(self) -> Tensor:
-        """The gradient [O, I]."""
-        return grad_weight(self.selection, self.x)
+        """The gradient [O, I]. Without all rows it is a coalesced sparse COO tensor."""
+        if self.indices is None:
+            return grad_weight(self.selection, self.x)
+        empty = len(self.indices) == 0
+        rows = self.x.new_empty(0, self.x.shape[1]) if empty else grad_weight(self.of_rows, self.x)
+        return row_sparse_tensor(self.indices, rows, self.selection.width)
+
+    def of_step(self, every_row: bool, decays: Mapping[str, Tensor]) -> GradientProduct:
+        """As of `GradientRows`."""
+        return replace(self, indices=None if every_row else self.indices, decays=decays)
 
     def check(self, weight: Tensor, *state: Tensor | None) -> None:
         """The same as that of `GradientRows`."""
@@ -91,15 +112,19 @@ class GradientProduct:
                 f"[{rows}, {self.selection.width}] and an input {list(self.x.shape)}; give it a new optimizer"
             )
 
-    def decay(self, _name: str, otherwise: float, _at: Places, _dimensions: int) -> float:
-        """The factor of all rows. None has missed a step."""
-        return otherwise
+    def decay(self, name: str, otherwise: float, at: Places, dimensions: int) -> Tensor | float:
+        """As of `GradientRows`."""
+        return _decay(self.decays.get(name), otherwise, at, dimensions)
 
     def declines(self) -> str | None:
         """Why native code cannot form the product. None if it can."""
         if len(self.x) == 0:
             return "an input without rows, which is not read"
         return native.declines(self.x, dtypes=native.FLOAT32) or native_declines_selection(self.selection)
+
+
+def _decay(decay: Tensor | None, otherwise: float, at: Places, dimensions: int) -> Tensor | float:
+    return otherwise if decay is None else decay[at].view(-1, *[1] * (dimensions - 1))
 
 
 Gradient = GradientRows | GradientProduct

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from meprop.ops import native, triton
 from meprop.ops.entries import keep_entries
+from meprop.ops.gradients import GradientProduct
 from meprop.ops.products import (
     Choice,
     Gradients,
@@ -38,6 +39,7 @@ from meprop.selection import (
     PlainTopK,
     RowSelection,
     WholeRows,
+    columns_with_entries,
     is_everything,
     side_by_side,
 )
@@ -292,23 +294,12 @@ def backward_with(
         if choice.shared is not None:
             refuse_row_sparse(choice)
         of_input, _, of_bias = linear_backward(choice, grad, weight, None, needs_bias, False, hits)
-        return of_input, _rows_with_entries(choice, x), of_bias
+        return of_input, GradientProduct(choice, x, columns_with_entries(choice)).formed(), of_bias
     if isinstance(choice, PlainTopK) or in_graph() or not is_everything(choice):
         return linear_backward(choice, grad, weight, x, needs_bias, row_sparse, hits)
     if hits is not None:
         hits += count_hits([choice])
     return dense_backward(grad, weight, x, needs_bias)
-
-
-def _rows_with_entries(selection: RowSelection, x: Tensor) -> Tensor:
-    """The weight's gradient [O, I] as a coalesced sparse COO tensor of the rows that got an entry."""
-    rows = torch.bincount(selection.indices.flatten(), minlength=selection.width).nonzero()[:, 0]
-    if len(rows) == 0:
-        return row_sparse_tensor(rows, x.new_empty(0, x.shape[1]), selection.width)
-    places = torch.empty(selection.width, dtype=torch.int32, device=x.device)
-    places[rows] = torch.arange(len(rows), dtype=torch.int32, device=x.device)
-    kept = RowSelection(selection.values, places[selection.indices.long()], len(rows), starts=selection.starts)
-    return row_sparse_tensor(rows, grad_weight(kept, x), selection.width)
 
 
 def dense_backward(grad: Tensor, weight: Tensor | None, x: Tensor | None, needs_bias: bool) -> Gradients:

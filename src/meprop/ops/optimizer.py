@@ -35,13 +35,13 @@ def _declines(rows: Gradient, options: dict[str, Any], weight: Tensor, *state: T
     )
     if reason is not None:
         return reason
-    if isinstance(rows, GradientProduct):
-        return rows.declines() or native.declines_overlap((weight, copy, *state))
+    values = None if isinstance(rows, GradientProduct) else rows.values
     decays = rows.decays.values()
     return (
-        native.declines_scattered(rows.values, *decays, dtypes=native.FLOAT32)
+        (rows.declines() if isinstance(rows, GradientProduct) else None)
+        or native.declines_scattered(values, *decays, dtypes=native.FLOAT32)
         or native.declines_scattered(rows.indices, dtypes=native.INT64)
-        or native.declines_overlap((weight, copy, *state), rows.values, *decays, rows.indices)
+        or native.declines_overlap((weight, copy, *state), values, *decays, rows.indices)
     )
 
 
@@ -57,8 +57,10 @@ def _call(name: str, weight: Tensor, copy: Tensor | None, rows: Gradient, *own: 
     function, threads = getattr(native.extension(), name), torch.get_num_threads()
     if isinstance(rows, GradientProduct):
         x = native.readable(rows.x, weight.dtype)
-        examples, _, _, (_, k, _, _, *selection), _alive = described(rows.selection)
-        sizes = *weight.shape, 0, 0, 0, weight.data_ptr(), native.address(copy), True, threads
+        examples, _, _, (_, k, _, _, *selection), _alive = described(rows.of_rows)
+        count = 0 if rows.indices is None else len(rows.indices)
+        indices, addresses = native.address(rows.indices), (0, weight.data_ptr(), native.address(copy))
+        sizes = *weight.shape, count, indices, *addresses, False, threads
         function(*sizes, k, *selection, examples, x.data_ptr(), x.stride(0), *own)
         return
     if rows.indices is None:
@@ -74,8 +76,7 @@ _NO_PRODUCT = (0,) * 9
 
 def _own_decays(rows: Gradient, *names: str) -> list[int]:
     """The addresses of the decays of these states."""
-    decays = {} if isinstance(rows, GradientProduct) else rows.decays
-    return [native.address(decays.get(name)) for name in names]
+    return [native.address(rows.decays.get(name)) for name in names]
 
 
 def _moving_rows(weight: Tensor, rows: Gradient) -> tuple[Places, Tensor]:
@@ -84,16 +85,16 @@ def _moving_rows(weight: Tensor, rows: Gradient) -> tuple[Places, Tensor]:
     Raises:
         IndexError: The indices do not ascend, or are no rows of the parameter.
     """
-    if isinstance(rows, GradientProduct):
-        return ..., grad_weight.literally(rows.selection, rows.x)
+    is_product = isinstance(rows, GradientProduct)
+    values = grad_weight.literally(rows.selection, rows.x) if is_product else rows.values
     if rows.indices is None:
-        return ..., rows.values
+        return ..., values
     if rows.indices.is_cpu and not ascending.literally(rows.indices, len(weight)):  # of a GPU, asking would be a wait
         raise IndexError(
             f"the indices of a gradient's rows must ascend, and lie within the {len(weight)} rows there are"
         )
-    at, grad = rows.indices, rows.values
-    if rows.every_row:
+    at, grad = rows.indices, values[rows.indices] if is_product else values
+    if not is_product and rows.every_row:
         at, grad = torch.arange(len(weight), device=weight.device), torch.zeros_like(weight).index_copy_(0, at, grad)
     return at, grad
 

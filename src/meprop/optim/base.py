@@ -237,10 +237,14 @@ class RowSparseOptimizer(MissedSteps):
 
     def _step_of_product(self, parameter: Tensor, product: GradientProduct, group: dict[str, Any]) -> bool:
         """Does the step of a parameter whose gradient is a product that has not been formed, if native code can."""
-        self._make_up_for_missed_steps(parameter)
+        if product.indices is None:
+            self._make_up_for_missed_steps(parameter)
         if not self._fits_native(parameter, None, group):
             return False
-        self._whole_step(parameter, product, group)
+        if product.indices is None:
+            self._whole_step(parameter, product, group)
+        else:
+            self._step_of_rows(parameter, product.indices, product, group)
         return True
 
     def _whole_step(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
@@ -298,6 +302,9 @@ class RowSparseOptimizer(MissedSteps):
         if self._state_dtype is not None:
             self._prepare_narrow(parameter, group)
         indices, values = _indices_and_values(grad)
+        self._step_of_rows(parameter, indices, GradientRows(indices, -values if group["maximize"] else values), group)
+
+    def _step_of_rows(self, parameter: Tensor, indices: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
         self._init_state(parameter, group)
         if self.sparse_rows == "decay":
             decays = self._miss_step(parameter, indices, group)
@@ -306,8 +313,7 @@ class RowSparseOptimizer(MissedSteps):
             self._make_up_for_missed_steps(parameter)
         changes = self._zero_gradient_moves_weights(group) or bool(self._decays(group))
         every_row = self.sparse_rows == "exact" and changes
-        rows = GradientRows(indices, -values if group["maximize"] else values, every_row, decays)
-        self._update_with_copy(parameter, rows, group)
+        self._update_with_copy(parameter, gradient.of_step(every_row, decays), group)
         for decay in decays.values():
             decay.index_fill_(0, indices, 1)
 

@@ -155,7 +155,9 @@ def _form(parameter: Tensor, products: list[GradientProduct]) -> None:
     for product in products:
         formed = product.formed()
         others = None if grad is None or deferred.is_placeholder(grad) else grad
-        grad = formed if others is None else formed + others  # torch adds a sparse gradient in this order only
+        if others is not None:  # torch adds a sparse gradient to a dense one in this order only
+            formed = formed + others if formed.layout is torch.strided else others + formed
+        grad = formed
     parameter.grad = grad
 
 
