@@ -124,10 +124,9 @@ def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = Fals
                 Way(name, sampled, bf16, fuse=fuse),
                 Way(f"{name} in backward", sampled, bf16, in_backward=True, fuse=fuse),
             ]
-        found += [
-            Way(f"sampled rows {precision} {mode}", meprop.Sampled(noise=noise, exact_sum=False), bf16, mode)
-            for mode in modes
-        ]
+        rows = meprop.Sampled(noise=noise, exact_sum=False)
+        found += [Way(f"sampled rows {precision} {mode}", rows, bf16, mode) for mode in modes]
+        found.append(Way(f"sampled rows {precision} decay in backward", rows, bf16, "decay", in_backward=True))
         found.append(Way(f"per example {precision}", meprop.TopK(k, scope="example"), bf16))
         unified = meprop.TopK(k, scope="batch")
         found += [Way(f"unified {precision} {mode}", unified, bf16, mode) for mode in modes]
@@ -218,12 +217,10 @@ class Stepper:
             return [layer.out_features for layer in layers]
         counts = [0] * len(layers)
         for _ in range(self._different_batches):
-            self.loss(*next(self._batches)).backward()  # pyright: ignore[reportUnknownMemberType]
-            for number, layer in enumerate(layers):
-                grad = layer.weight.grad
-                assert grad is not None
-                counts[number] += grad._nnz() if grad.is_sparse else layer.out_features  # pyright: ignore[reportPrivateUsage]
-            self.optimizer.zero_grad()
+            loss = self.loss(*next(self._batches))
+            gradients = torch.autograd.grad(loss, [layer.weight for layer in layers])  # which updates nothing
+            for number, grad in enumerate(gradients):
+                counts[number] += grad._nnz() if grad.is_sparse else len(grad)  # pyright: ignore[reportPrivateUsage]
         return [round(count / self._different_batches) for count in counts]
 
     def loss(self, x: Tensor, classes: Tensor) -> Tensor:
