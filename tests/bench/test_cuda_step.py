@@ -221,6 +221,7 @@ def test_the_command_writes_record_and_section(capsys):
         (("--compiled",), "--compiled"),
         (("--noise", "0.5"), "--noise"),
         (("--keep-memory",), "--keep-memory"),
+        (("--state-dtype", "bfloat16"), "--state-dtype"),
         (("--ways", "sampled*"), "--ways sampled*: no such way on a card; the ways are unified bf16 exact,"),
         (("--models",), "--models"),
         (("--models", "784"), "784: a model is named like"),

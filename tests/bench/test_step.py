@@ -269,6 +269,21 @@ def test_what_has_to_move():
         assert least["optimizer"] == 4 * weights * (3 + 2 * moments)
 
 
+def test_narrow_moments_have_half_the_bytes():
+    narrow = ways.ways(0.1, 0.25, state_dtype=torch.bfloat16)
+    assert {way.state_dtype for way in narrow if way.rule is None} == {None}
+    network, x = SMALL.build(), torch.randn(5, 6)
+    found = []
+    for way in next(way for way in WAYS if way.name == "sampled fp32"), narrow[2]:
+        assert way.name == "sampled fp32"
+        stepper = ways.Stepper(way, network, "adam", [(x, torch.tensor([0, 1, 2, 0, 1]))])
+        stepper.run()
+        found.append((stepper.least_bytes["optimizer"], stepper.optimizer.state[stepper.network[0].weight]["exp_avg"]))
+    (wide, _), (half, moments) = found
+    assert half * 7 == wide * 5  # two moments of four bytes are read and written, and now two of two
+    assert moments.dtype is torch.bfloat16
+
+
 def test_rows_without_an_entry_do_not_have_to_move():
     """Of a batch in which only some units get an entry, the gradients have the rows of these units only."""
     way = next(way for way in WAYS if way.name == "sampled rows fp32 decay")
@@ -348,6 +363,7 @@ def test_ways_are_chosen_by_patterns():
         (("--dropout", "1"), "--dropout"),
         (("--train-steps", "-1"), "--train-steps"),
         (("--noise", "0"), "noise"),
+        (("--state-dtype", "bfloat16", "--optimizers", "adam", "sgd"), "--optimizers sgd, which keeps nothing"),
         (("--ways", "sampeld*"), "--ways sampeld*: no such way; the ways are sampled fp32,"),
         (("--page", "nowhere.md"), "--page nowhere.md"),
     ],

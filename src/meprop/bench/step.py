@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -175,6 +175,8 @@ class Step(Bench[CaseResult, StepBench]):
     """The probability to drop a hidden unit, behind each ReLU. Above 0 there are more ways, with convert(fuse=True)."""
     optimizers: tuple[OptimizerName, ...] = ("adam",)
     """The optimizers. Each model is timed with each of them. Plain sgd is without momentum."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the optimizers of sparse ways keep their moments in. Those of dense ones are torch's, and have no choice."""
     ways: tuple[str, ...] = ("*",)
     """Patterns of the sparse ways to time beside the dense ones, such as 'sampled*' or 'unified bf16 decay'."""
     compiled: bool = False
@@ -205,7 +207,7 @@ class Step(Bench[CaseResult, StepBench]):
 
         if self.device == "cpu":
             return self
-        for name in ("dropout", "optimizers", "compiled", "noise", "keep_memory"):
+        for name in ("dropout", "optimizers", "state_dtype", "compiled", "noise", "keep_memory"):
             if getattr(self, name) != getattr(Step, name):
                 raise ValueError(f"--{name.replace('_', '-')}: it is for a CPU; leave it out with --device cuda")
         models = MODELS if self.models is None else self.models
@@ -227,6 +229,10 @@ class Step(Bench[CaseResult, StepBench]):
         models = [Model.parse(name, self.dropout) for name in (_MODELS if self.models is None else self.models)]
         if not models or not self.optimizers:
             raise ValueError("--models and --optimizers: there must be at least one of each")
+        if self.state_dtype != "float32" and "sgd" in self.optimizers:
+            raise ValueError(
+                f"--state-dtype {self.state_dtype} with --optimizers sgd, which keeps nothing; leave one out"
+            )
         which = self.chosen()
 
         def measure(config: Mapping[str, Any], after: Callable[[CaseResult], None]) -> StepBench:
@@ -246,7 +252,13 @@ class Step(Bench[CaseResult, StepBench]):
         Raises:
             ValueError: A pattern matches nothing.
         """
-        every = ways(self.k, self.noise, dropout=self.dropout > 0, compiled=self.compiled)
+        every = ways(
+            self.k,
+            self.noise,
+            dropout=self.dropout > 0,
+            compiled=self.compiled,
+            state_dtype=torch.bfloat16 if self.state_dtype == "bfloat16" else None,
+        )
         sparse = [way.name for way in every if way.rule is not None]
         for pattern in self.ways:
             if not any(fnmatchcase(name, pattern) for name in sparse):

@@ -67,6 +67,7 @@ class Way:
         in_backward: Whether the backward pass updates the weights.
         fuse: Whether dropout is computed in one pass with the activation before it.
         compiled: Whether the model is compiled by torch.compile.
+        state_dtype: What the optimizer of a sparse way keeps its moments in; None: float32.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Way:
     in_backward: bool = False
     fuse: bool = False
     compiled: bool = False
+    state_dtype: torch.dtype | None = None
 
     @property
     def oracle_rule(self) -> Rule | None:
@@ -103,7 +105,14 @@ class Way:
         return self.bf16 and self.rule is not None and self.rule.scope == "example"
 
 
-def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = False) -> list[Way]:
+def ways(
+    k: float,
+    noise: float,
+    *,
+    dropout: bool = False,
+    compiled: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> list[Way]:
     """Return the baselines, then the sparse ways, each in fp32 and bf16.
 
     Args:
@@ -111,9 +120,11 @@ def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = Fals
         noise: The budget of `meprop.Sampled`.
         dropout: Whether the model has dropout, so that there are ways with `fuse`.
         compiled: Whether the compiled baseline is one of them.
+        state_dtype: What the optimizers of the sparse ways keep their moments in; None: float32.
     """
     names = BASELINES if compiled else BASELINES[:2]
-    found = [Way(name, bf16="bf16" in name, compiled="compiled" in name) for name in names]
+    baselines = [Way(name, bf16="bf16" in name, compiled="compiled" in name) for name in names]
+    found: list[Way] = []
     sampled = meprop.Sampled(noise=noise)
     modes: tuple[optim.SparseRows, ...] = ("exact", "decay")
     for bf16 in (False, True):
@@ -130,7 +141,7 @@ def ways(k: float, noise: float, *, dropout: bool = False, compiled: bool = Fals
         found.append(Way(f"per example {precision}", meprop.TopK(k, scope="example"), bf16))
         unified = meprop.TopK(k, scope="batch")
         found += [Way(f"unified {precision} {mode}", unified, bf16, mode) for mode in modes]
-    return found
+    return [*baselines, *(replace(way, state_dtype=state_dtype) for way in found)]
 
 
 class Steps(Protocol):
@@ -196,6 +207,7 @@ class Stepper:
             sparse_rows=way.sparse_rows or "exact",
             in_backward=way.in_backward,
             copy_dtype=way.narrow_dtype,
+            state_dtype=way.state_dtype,
             **options,
         )
 
@@ -353,7 +365,8 @@ def least_bytes(
     activations *= 2 if is_autocast else size
     for_inputs = (2 if is_autocast else size) * sum(kept[1:])
     moved = every if way.sparse_rows is None or (way.sparse_rows == "exact" and optimizer in _MOVES_ALL) else gradients
-    update = 2 * moved * (1 + _OPTIMIZERS[optimizer].moments)
+    of_moments = _OPTIMIZERS[optimizer].moments * (1.0 if way.state_dtype is None else 0.5)
+    update = round(2 * moved * (1 + of_moments))
     forward = every + activations
     if way.bf16 and way.rule is not None:
         elements = [layer.in_features * layer.out_features for layer in layers]
