@@ -25,8 +25,8 @@ class RunBench(Generic[BenchT]):
 
     bench: BenchT
     out: Path | None = None
-    """Folder for result.json, and for the figure if there is one. None: one in runs/ that has the name of the benchmark,
-    and of its task, or of your file and function."""
+    """Folder for result.json, and for the figure if there is one. None: a folder in runs/ that has the name of the
+    benchmark and of its task, or of your file and function."""
     threads: int = 0
     """Threads of dense and sparse alike; 0: torch's own choice."""
     page: Path | None = None
