@@ -112,7 +112,7 @@ def run_case(case: Case, seconds: float) -> CaseResult:
         torch.manual_seed(0)
         layer = nn.LSTM(case.inputs, case.units)
         with torch.no_grad():  # weights that bfloat16 has as they are: the same check holds for both dtypes
-            for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
+            for weight in layer.all_weights[0][:2]:
                 weight.copy_(weight.bfloat16())
         x = torch.randn(case.steps, case.batch, case.inputs, requires_grad=True)
         grad = torch.randn(case.steps, case.batch, case.units)
