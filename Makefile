@@ -1,9 +1,9 @@
 # The two commands that set everything up: `make demo` and `make test`. The others are for working on meprop.
 PYTHON ?= python3
 BIN := .venv/bin
-# The tests run in two processes. With more threads in each they would wait for one another. What is compiled is kept:
+# The tests run in two processes, of which none waits for the other at the end. With more threads in each they would wait for one another. What is compiled is kept:
 # where the environment forbids that, each process compiles all modules and all tests again.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 # An editable install knows the modules that there were: another list of them is another environment.
 MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 READY := .venv/.ready-$(MODULES)
@@ -78,11 +78,13 @@ build/%/_C.abi3.so: CMakeLists.txt $(wildcard csrc/*) | build/tools
 	$(TOOLS) cmake -S . -B $(@D) -G Ninja -DMEPROP_SANITIZE=$(SANITIZERS) -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
 	$(TOOLS) cmake --build $(@D)
 
+# Not with -k: tests of processes of their own, which have the ordinary build, and of plain torch operations.
 sanitize: env build/sanitize/_C.abi3.so  ## the tests of the native code on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	MEPROP_TEST_EXTENSION=$(CURDIR)/build/sanitize/_C.abi3.so LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
 	  MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) \
-	  $(PYTEST) tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py tests/ops/test_activation.py \
+	  $(PYTEST) -k 'not fewer_threads and not openmp and not meprop_isa and not exact_for_what_is_drawn' \
+	  tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py tests/ops/test_activation.py \
 	  tests/ops/test_entries.py::test_native_equals_the_reference \
 	  tests/ops/test_entries.py::test_native_reads_every_layout \
 	  tests/ops/test_entries.py::test_a_sample_that_misleads_changes_nothing \
