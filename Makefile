@@ -1,13 +1,14 @@
 # The two commands that set everything up: `make demo` and `make test`. The others are for working on meprop.
 PYTHON ?= python3
 BIN := .venv/bin
-# The tests run in two processes, of which none waits for the other at the end. With more threads in each they would wait for one another. What is compiled is kept:
-# where the environment forbids that, each process compiles all modules and all tests again.
+# The tests run in two processes. One that has no more tests takes some of the other's (worksteal). With more threads in
+# each they would wait for one another. What is compiled is kept: where the environment forbids that, each process compiles
+# all modules and all tests again.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 # An editable install knows the modules that there were: another list of them is another environment.
 MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 READY := .venv/.ready-$(MODULES)
-# What checks and builds, beside the environment: so it can be installed and used while that is made (`make -j2`).
+# The tools that check and build lie beside the environment. So they work while that is made (`make --jobs=2`).
 TOOLS := PYTHONPATH=$(CURDIR)/build/tools PATH="$(CURDIR)/build/tools/bin:$$PATH"
 # The demo does without the packages that only tests need: there are many. Where the whole environment is, it is used.
 DEMO_READY := .venv/.ready-demo-$(MODULES)
@@ -78,7 +79,7 @@ build/%/_C.abi3.so: CMakeLists.txt $(wildcard csrc/*) | build/tools
 	$(TOOLS) cmake -S . -B $(@D) -G Ninja -DMEPROP_SANITIZE=$(SANITIZERS) -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
 	$(TOOLS) cmake --build $(@D)
 
-# Not with -k: tests of processes of their own, which have the ordinary build, and of plain torch operations.
+# -k leaves out tests that do not run the sanitized build: those of plain torch, and those that start another process.
 sanitize: env build/sanitize/_C.abi3.so  ## the tests of the native code on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	MEPROP_TEST_EXTENSION=$(CURDIR)/build/sanitize/_C.abi3.so LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
