@@ -1,12 +1,15 @@
 # The two commands that set everything up: `make demo` and `make test`. The others are for working on meprop.
 PYTHON ?= python3
 BIN := .venv/bin
-# The tests run in two processes. With more threads in each they would wait for one another. What is compiled is kept:
-# where the environment forbids that, each process compiles all modules and all tests again.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
+# The tests run in two processes. One that has no more tests takes some of the other's (worksteal). With more threads in
+# each they would wait for one another. What is compiled is kept: where the environment forbids that, each process compiles
+# all modules and all tests again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 # An editable install knows the modules that there were: another list of them is another environment.
 MODULES := $(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 READY := .venv/.ready-$(MODULES)
+# The tools that check and build lie beside the environment. So they work while that is made (`make --jobs=2`).
+TOOLS := PYTHONPATH=$(CURDIR)/build/tools PATH="$(CURDIR)/build/tools/bin:$$PATH"
 # The demo does without the packages that only tests need: there are many. Where the whole environment is, it is used.
 DEMO_READY := .venv/.ready-demo-$(MODULES)
 
@@ -65,14 +68,24 @@ sweep: build/sweep  ## one training step of 144 model families of transformers a
 
 env: $(READY)  ## set up .venv only (again, after a change of the build, of the native code or of the list of modules)
 
-sanitize: env  ## the tests of the native code on a build with AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/pip install --quiet --disable-pip-version-check 'cmake>=3.26' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DMEPROP_SANITIZE=address,undefined -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
-	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/sanitize/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+build/tools: Makefile | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target $@ 'cmake>=3.26' ninja 'pyright>=1.1.400' 'ruff>=0.9'
+	touch $@
+
+# The native code with sanitizers. It needs no torch.
+build/sanitize/_C.abi3.so: SANITIZERS := address,undefined
+build/tsan/_C.abi3.so: SANITIZERS := thread
+build/%/_C.abi3.so: CMakeLists.txt $(wildcard csrc/*) | build/tools
+	$(TOOLS) cmake -S . -B $(@D) -G Ninja -DMEPROP_SANITIZE=$(SANITIZERS) -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
+	$(TOOLS) cmake --build $(@D)
+
+# -k leaves out tests that do not run the sanitized build: those of plain torch, and those that start another process.
+sanitize: env build/sanitize/_C.abi3.so  ## the tests of the native code on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	MEPROP_TEST_EXTENSION=$(CURDIR)/build/sanitize/_C.abi3.so LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 \
 	  MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) \
-	  $(PYTEST) tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py tests/ops/test_activation.py \
+	  $(PYTEST) -k 'not fewer_threads and not openmp and not meprop_isa and not exact_for_what_is_drawn' \
+	  tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py tests/ops/test_activation.py \
 	  tests/ops/test_entries.py::test_native_equals_the_reference \
 	  tests/ops/test_entries.py::test_native_reads_every_layout \
 	  tests/ops/test_entries.py::test_a_sample_that_misleads_changes_nothing \
@@ -100,11 +113,8 @@ sanitize: env  ## the tests of the native code on a build with AddressSanitizer 
 	  tests/test_package.py::test_another_build_is_tested_where_one_is_asked_for
 
 # At fixed addresses (setarch -R), or ThreadSanitizer may find no room for its shadow memory.
-tsan: env  ## the native code's tests with several threads on a build with ThreadSanitizer
-	$(BIN)/pip install --quiet --disable-pip-version-check 'cmake>=3.26' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/tsan -G Ninja -DMEPROP_SANITIZE=thread -DPython_ROOT_DIR=$(CURDIR)/.venv >/dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/tsan
-	MEPROP_TEST_EXTENSION=$$(ls $(CURDIR)/build/tsan/_C.abi3.so) LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" \
+tsan: env build/tsan/_C.abi3.so  ## the native code's tests with several threads on a build with ThreadSanitizer
+	MEPROP_TEST_EXTENSION=$(CURDIR)/build/tsan/_C.abi3.so LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" \
 	  TSAN_OPTIONS=ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 setarch -R $(BIN)/python -m pytest -s \
 	  tests/ops/test_native.py::test_threads_do_not_change_the_selection \
 	  tests/ops/test_native.py::test_threads_do_not_change_a_bit \
@@ -122,16 +132,14 @@ matrix: env  ## the tests on each Python found, with the oldest and the newest t
 	$(BIN)/pip install --quiet --disable-pip-version-check 'nox>=2024.10'
 	$(BIN)/nox --non-interactive
 
-lint: env  ## ruff and pyright (strict on src)
-	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'pyright>=1.1.400'
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/pyright
+lint: env build/tools  ## ruff and pyright (strict on src)
+	$(TOOLS) ruff format --check .
+	$(TOOLS) ruff check .
+	$(TOOLS) pyright
 
-format: env  ## let ruff rewrite the sources
-	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.9'
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+format: build/tools  ## let ruff rewrite the sources
+	$(TOOLS) ruff check --fix .
+	$(TOOLS) ruff format .
 
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist
@@ -140,7 +148,9 @@ clean:  ## remove the environment and what was built
 # advance would take a minute: those that are imported are compiled then.
 $(READY): EXTRAS := tasks,test
 $(DEMO_READY): EXTRAS := tasks
-$(READY) $(DEMO_READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(READY) $(DEMO_READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 --editable '.[$(EXTRAS)]'
 	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv

@@ -53,7 +53,8 @@ class Meter:
 
         Each of them reads the output gradients once more, and chooses from them once more where native code chooses. An
         LSTM walks through its time steps once more, in plain torch operations. Passes of a compiled graph are not
-        measured. Within another meter's context the inner meter measures.
+        measured. Nor are those that a layer with ``when="auto"`` leaves dense without asking its rule. Within another
+        meter's context the inner meter measures.
         """
         records = list(self._records().values())
         before = [record.energy for record in records]

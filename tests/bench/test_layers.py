@@ -20,7 +20,8 @@ from meprop.bench import layers, recorded
 from meprop.bench.layers import LayersBench
 from meprop.reporting import pages
 from meprop.training import tasks
-from meprop.training.config import TrainingConfig
+from meprop.training.config import ScriptTraining, TrainingConfig
+from meprop.training.script import ScriptConfig
 from tiny import TinyConfig, TinyTask
 
 TRAINING = TrainingConfig(epochs=1, k=5, schedule="constant", accelerator="cpu")
@@ -299,14 +300,24 @@ def of_script():
 
 def test_layers_of_a_users_model_are_timed_on_its_own_batches(of_script, capsys):
     assert of_script("--noise", "None", "--k", "5", "--scope", "batch") == 0
-    found = json.loads(Path("runs/bench-layers-script/result.json").read_text())
+    found = json.loads(Path("runs/bench-layers-mine-make/result.json").read_text())
     rows = {row["name"]: row["rows"] for row in found["layers"]}
     # A layer without a gradient, or that is not called, has nothing to time.
     assert rows == {"images": 10 * 4 * 5, "twice": 20, "hidden layers together": None, "whole step": None}
     assert all(row["ratio"]["p20"] > 0 for row in found["layers"])
     assert (found["config"]["task"], found["config"]["k"]) == ({"script": "mine.py:make"}, 5)
     assert "optimizer" not in found["config"]
+    assert found["config"]["out"] == "runs/bench-layers-mine-make"
     assert "200 x 16 x 128" in capsys.readouterr().out
+
+
+def test_each_function_of_a_users_file_has_a_folder():
+    folders = {
+        name: layers.of_task(ScriptConfig(name), ScriptTraining()).folder for name in ("mine.py", "b.py", "b.py:made")
+    }
+    assert folders == {
+        "mine.py": "bench-layers-mine-make", "b.py": "bench-layers-b-make", "b.py:made": "bench-layers-b-made"
+    }  # fmt: skip
 
 
 def test_a_users_task_keeps_its_optimizer(of_script, capsys):

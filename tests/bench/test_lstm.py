@@ -10,16 +10,16 @@ from meprop import cli, functional
 from meprop.bench import lstm
 from meprop.bench.measure import Ratio, Times
 
-SMALL = lstm.Case("example", 4, 3, 6, 40, 5)
+SMALL = lstm.Case("example", "fp32", 4, 3, 6, 40, 5)
 
 
 def test_names_are_read_back_and_choose():
     for case in lstm.default_cases():
         assert lstm.Case.parse(case.name) == case
-    assert lstm.Lstm.choose(["example-25x32x190x500-k20"]) == [lstm.Case("example", 25, 32, 190, 500, 20)]
+    assert lstm.Lstm.choose(["batch-bf16-25x32x190x99-k20"]) == [lstm.Case("batch", "bf16", 25, 32, 190, 99, 20)]
     assert {case.k for case in lstm.Lstm.choose(["*-k5"])} == {5}
     assert lstm.Lstm.choose(["*", "*-k5"]) == lstm.default_cases()
-    for name in ("linear", "example-0x1x1x4-k2", "batch-1x1x1x4-k5"):
+    for name in ("linear", "example-fp32-0x1x1x4-k2", "batch-bf16-1x1x1x4-k5", "batch-1x1x1x4-k2"):
         with pytest.raises(ValueError, match="case"):
             lstm.Lstm.choose([name])
 
@@ -36,12 +36,26 @@ def test_both_passes_of_a_case_are_timed_and_have_a_ratio(monkeypatch, scope):
         }
 
     monkeypatch.setattr(lstm, "interleaved", interleaved)
-    result = lstm.run_case(lstm.Case(scope, 4, 3, 6, 40, 5), seconds=0.01)
+    result = lstm.run_case(lstm.Case(scope, "fp32", 4, 3, 6, 40, 5), seconds=0.01)
     assert result.wrong is None
     assert set(result.times) == {f"{name} {side}" for name in ("forward", "backward") for side in ("dense", "sparse")}
     assert (result.forward, result.backward) == (Ratio(3.0, 3.0), Ratio(4.0, 4.0))
     assert result.times["backward dense"].p20 == 8.0
     assert budgets == [0.01, 0.01]
+
+
+@pytest.mark.parametrize(("weights", "compute_dtype"), [("fp32", None), ("bf16", torch.bfloat16)])
+def test_the_sparse_layer_has_the_weights_of_the_case(monkeypatch, weights, compute_dtype):
+    right, found = functional.lstm, set()
+
+    def watched(*args, **options):
+        found.add(options["compute_dtype"])
+        return right(*args, **options)
+
+    monkeypatch.setattr(functional, "lstm", watched)
+    result = lstm.run_case(lstm.Case("example", weights, 4, 3, 6, 40, 5), seconds=0.001)
+    assert (result.wrong, found) == (None, {compute_dtype})
+    assert weights in lstm.Lstm().table([result])
 
 
 @pytest.mark.parametrize("what", ["output", "gradient"])

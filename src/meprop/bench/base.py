@@ -45,6 +45,11 @@ class Bench(ABC, Generic[ResultT, RecordT]):
         """The name of a page's section for the results."""
         return f"bench {self.name}"
 
+    @property
+    def folder(self) -> str:
+        """The name of a folder for the results."""
+        return self.section.replace(" ", "-")
+
     def on_device(self) -> Bench[Any, Any]:
         """Return itself, or the benchmark of the same thing on the device that its options name."""
         return self

@@ -31,6 +31,7 @@ from meprop.rules import Rule
 from meprop.training import tasks
 from meprop.training.config import RunConfig, TrainingConfig
 from meprop.training.loop import Trainer
+from meprop.training.script import ScriptConfig
 from meprop.training.task import Task
 
 SEED = 0
@@ -240,6 +241,13 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     def section(self) -> str:
         """The name of a page's section: each task has its own."""
         return f"bench {self.name} {tasks.name_of(self.task)}"
+
+    @property
+    def folder(self) -> str:
+        """The name of a folder for the results: each function of a user's file has its own."""
+        if isinstance(self.task, ScriptConfig):
+            return f"bench-{self.name}-{self.task.path.stem}-{self.task.function}"
+        return super().folder
 
     def prepare(self) -> Measure[Comparison, LayersBench]:
         """Read the task's data."""

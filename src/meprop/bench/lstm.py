@@ -21,6 +21,7 @@ from meprop import functional
 from meprop.bench import cases
 from meprop.bench.cases import CasesRecord
 from meprop.bench.measure import Ratio, interleaved
+from meprop.bench.problem import DTYPES, Dtype
 from meprop.bench.record import Record
 from meprop.ops import reference
 from meprop.rules import Scope
@@ -31,10 +32,11 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Case(cases.Case):
-    """One row of the table, in float32.
+    """One row of the table. Its tensors are float32.
 
     Attributes:
         scope: The choice is made for each "example" of a time step, or for its whole "batch".
+        weights: The dtype of the weights in all products of the sparse layer, see `compute_dtype` of `functional.lstm`.
         steps: T.
         batch: B.
         inputs: I.
@@ -45,9 +47,10 @@ class Case(cases.Case):
         ValueError: A size is out of range.
     """
 
-    pattern = re.compile(r"(example|batch)-(\d+)x(\d+)x(\d+)x(\d+)-k(\d+)")
+    pattern = re.compile(r"(example|batch)-(fp32|bf16)-(\d+)x(\d+)x(\d+)x(\d+)-k(\d+)")
 
     scope: Scope
+    weights: Dtype
     steps: int
     batch: int
     inputs: int
@@ -60,14 +63,14 @@ class Case(cases.Case):
 
     @classmethod
     def from_groups(cls, groups: Sequence[Any]) -> Case:
-        """Return the case of a name such as example-25x32x190x500-k20."""
-        scope, *sizes = groups
-        return cls(scope, *map(int, sizes))
+        """Return the case of a name such as example-fp32-25x32x190x500-k20."""
+        scope, weights, *sizes = groups
+        return cls(scope, weights, *map(int, sizes))
 
     @property
     def name(self) -> str:
-        """Scope, T x B x I x H and k, as `parse` takes them."""
-        return f"{self.scope}-{self.shape.replace(' ', '')}-k{self.k}"
+        """Scope, dtype of the weights, T x B x I x H and k, as `parse` takes them."""
+        return f"{self.scope}-{self.weights}-{self.shape.replace(' ', '')}-k{self.k}"
 
     @property
     def shape(self) -> str:
@@ -82,9 +85,12 @@ class Case(cases.Case):
 
 def default_cases() -> list[Case]:
     """Return the paper's tagger at several batch sizes and k, a layer on top of another, and a larger one."""
-    found = [Case("example", 25, batch, 190, 500, k) for batch, k in product((32, 1, 8, 128), (20, 5))]
-    found += [Case("batch", 25, 32, 190, 500, k) for k in (20, 5)]
-    return [*found, Case("example", 25, 32, 500, 500, 20), Case("example", 50, 64, 512, 1024, 41)]
+    found: list[Case] = []
+    for dtype in DTYPES:
+        found += [Case("example", dtype, 25, batch, 190, 500, k) for batch, k in product((32, 1, 8, 128), (20, 5))]
+        found += [Case("batch", dtype, 25, 32, 190, 500, k) for k in (20, 5)]
+        found += [Case("example", dtype, 25, 32, 500, 500, 20), Case("example", dtype, 50, 64, 512, 1024, 41)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -105,15 +111,19 @@ def run_case(case: Case, seconds: float) -> CaseResult:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = nn.LSTM(case.inputs, case.units)
+        with torch.no_grad():  # weights that bfloat16 has as they are: the same check holds for both dtypes
+            for weight in layer.all_weights[0][:2]:
+                weight.copy_(weight.bfloat16())
         x = torch.randn(case.steps, case.batch, case.inputs, requires_grad=True)
         grad = torch.randn(case.steps, case.batch, case.units)
     leaves = [x, *layer.parameters()]
+    compute_dtype = torch.bfloat16 if case.weights == "bf16" else None
 
     def dense() -> Tensor:
         return layer(x)[0]
 
     def sparse() -> Tensor:
-        return functional.lstm(x, None, *layer.parameters(), rule=case.rule)[0]
+        return functional.lstm(x, None, *layer.parameters(), rule=case.rule, compute_dtype=compute_dtype)[0]
 
     outputs = {"dense": dense(), "sparse": sparse()}
 
@@ -171,18 +181,20 @@ class Lstm(cases.CasesBench[Case, CaseResult]):
 
     name = "lstm"
     head = (
-        "choice", "T x B x I x H", "k of each gate",
+        "choice", "weights", "T x B x I x H", "k of each gate",
         *(f"{name}, {side}" for name in ("forward", "backward") for side in ("torch", "sparse", "ratio")),
     )  # fmt: skip
     legend = (
-        "float32; times in ms: 20th percentile / median / 80th percentile. Ratios: torch's LSTM / sparse of the 20th "
-        "percentiles (of the medians), above 1 sparse is faster. The backward pass includes the selection and autograd."
+        "Tensors are float32. In rows with weights of bf16 the sparse layer has compute_dtype=torch.bfloat16; torch's "
+        "LSTM has float32 there too. Times in ms: 20th percentile / median / 80th percentile. Ratios: torch's LSTM / "
+        "sparse of the 20th percentiles (of the medians), above 1 sparse is faster. The backward pass includes the "
+        "selection and autograd."
     )
     default_cases = staticmethod(default_cases)
 
     cases: tuple[str, ...] = ("*",)
     """Patterns of the default cases, such as '*-k5', or names of others in any size, such as
-    example-25x32x190x500-k20."""
+    example-fp32-25x32x190x500-k20."""
     seconds: float = 3.0
     """Seconds to spend on the timing of each pass of a case. A slow pass takes longer, for 9 rounds."""
 
@@ -198,7 +210,7 @@ class Lstm(cases.CasesBench[Case, CaseResult]):
     def cells(self, result: CaseResult) -> list[str]:
         """Return the case, and times and ratio of both passes."""
         case = result.case
-        cells = [case.scope, case.shape, str(case.k)]
+        cells = [case.scope, case.weights, case.shape, str(case.k)]
         for name, ratio in (("forward", result.forward), ("backward", result.backward)):
             if ratio is None:
                 cells += ["", "", "WRONG"]

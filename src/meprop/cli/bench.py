@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
@@ -24,8 +24,9 @@ class RunBench(Generic[BenchT]):
     """Measure speed: run a benchmark, and write and show the result."""
 
     bench: BenchT
-    out: Path
-    """Folder for result.json, and for the figure if there is one."""
+    out: Path | None = None
+    """Folder for result.json, and for the figure if there is one. None: a folder in runs/ that has the name of the
+    benchmark and of its task, or of your file and function."""
     threads: int = 0
     """Threads of dense and sparse alike; 0: torch's own choice."""
     page: Path | None = None
@@ -36,8 +37,13 @@ class RunBench(Generic[BenchT]):
     @property
     def config(self) -> dict[str, Any]:
         """All options by name, as plain data: what the record keeps."""
-        options = tracking.plain(self)
+        options = tracking.plain(replace(self, out=self.folder))
         return {**options.pop("bench"), **options}
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is written to."""
+        return self.out or Path("runs") / self.bench.folder
 
     def run(self) -> None:
         """Measure, and write and show the result.
@@ -51,9 +57,9 @@ class RunBench(Generic[BenchT]):
         measure = bench.prepare()
         if self.page is not None:
             pages.check_section(self.page, bench.section)
-        with threads(self.threads), folder.owned(self.out), StopRequest() as stop:
+        with threads(self.threads), folder.owned(self.folder), StopRequest() as stop:
             if not self.overwrite:
-                folder.check_free(self.out)
+                folder.check_free(self.folder)
 
             def after(result: Any) -> None:
                 note(bench.outcome(result))
@@ -61,15 +67,15 @@ class RunBench(Generic[BenchT]):
 
             record = measure(self.config, after)
             try:
-                folder.clear(self.out)
-                tracking.write_result(self.out / tracking.RESULT, record)
+                folder.clear(self.folder)
+                tracking.write_result(self.folder / tracking.RESULT, record)
                 if bench.figure is not None:
-                    bench.draw(record, self.out / bench.figure)
+                    bench.draw(record, self.folder / bench.figure)
                 if self.page is not None and not stop():
                     bench.write_page(record, self.page)
             finally:
                 print(f"{bench.table(record.results)}\n\n{bench.legend}")
-            print(f"written: {self.out / tracking.RESULT}")
+            print(f"written: {self.folder / tracking.RESULT}")
             stop.check()
         if record.wrong:
             raise MepropError(f"wrong, and not timed: {', '.join(record.wrong)}")
@@ -85,8 +91,8 @@ def options() -> Any:
 def _form(bench: type[Bench[Any, Any]]) -> Any:
     import tyro
 
-    default = RunBench(bench(), Path("runs") / f"bench-{bench.name}")
-    return Annotated[RunBench[bench], tyro.conf.subcommand(bench.name, description=bench.__doc__, default=default)]
+    about = tyro.conf.subcommand(bench.name, description=bench.__doc__, default=RunBench(bench()))
+    return Annotated[RunBench[bench], about]
 
 
 def _layers_form() -> Any:
@@ -95,8 +101,8 @@ def _layers_form() -> Any:
 
     from meprop.bench.layers import Layers, of_task
 
-    def default(name: str, entry: TaskEntry) -> Any:
-        return RunBench(of_task(entry.config(), entry.training), Path("runs") / f"bench-layers-{name}")
+    def default(_name: str, entry: TaskEntry) -> Any:
+        return RunBench(of_task(entry.config(), entry.training))
 
     def form(entry: TaskEntry) -> Any:
         bench: Any = type(of_task(entry.config(), entry.training))
