@@ -160,6 +160,21 @@ def test_copies_are_of_weights_that_a_layer_casts():
     assert casts.kept(weight, torch.bfloat16) is None
 
 
+def test_weights_on_other_devices_have_no_copy():
+    weight = torch.empty(WIDTH, WIDTH, device="meta")
+    casts.cast(weight, torch.bfloat16)
+    assert casts.kept(weight, torch.bfloat16) is None
+
+
+def test_a_step_between_forward_and_backward_pass_is_noticed():
+    model, _, optimizer = stepped()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.ones(2, WIDTH, requires_grad=True)).float().sum()
+    train(model, optimizer, steps=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_small_weights_have_no_copy():
     model, _, _ = stepped()
     assert casts.kept(model[2].weight, torch.bfloat16) is None

@@ -51,14 +51,14 @@ _copies = WeakIdKeyDictionary()
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`: its copy, if an optimizer keeps one that is the weight's, else a cast.
 
-    Inside of a graph it is always a cast.
+    Under torch.compile, and on other devices than the CPU, it is always a cast.
 
     Args:
         weight: The weight.
         dtype: Of the forward product.
     """
     narrows = weight.dtype is torch.float32 and dtype is torch.bfloat16
-    if not narrows or torch.compiler.is_compiling() or not is_large(weight.numel()):
+    if not narrows or torch.compiler.is_compiling() or not weight.is_cpu or not is_large(weight.numel()):
         return weight.to(dtype)
     copy: _Copy | None = _copies.get(weight)
     values = None if copy is None or copy.dtype is not dtype else copy.of(weight)

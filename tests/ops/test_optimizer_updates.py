@@ -190,6 +190,16 @@ def test_a_product_without_a_row_moves_nothing(level, op):
         assert all(each.eq(1).all() for each in tensors)
 
 
+@pytest.mark.parametrize("rows", [0, 2, 7])
+def test_a_product_whose_decays_are_of_other_rows_is_refused(rows):
+    kept = ops.choose_entries(torch.randn(4, 6), Entries("largest", 1))
+    decays = {"momentum_buffer": torch.ones(rows)}
+    product = GradientProduct(kept, torch.randn(4, 5), columns_with_entries(kept), decays)
+    _, _, options = OPS["momentum"]
+    with pytest.raises(ValueError, match=rf"its state \[\[6, 5\], \[{rows}\]\]"):
+        ops.sgd_rows(torch.ones(6, 5), torch.ones(6, 5), product, **options)
+
+
 def test_a_product_with_rows_that_the_parameter_has_not_is_refused():
     kept = ops.choose_entries(torch.randn(4, 6), Entries("largest", 1))
     for indices in ([5, 6], [1, 0], [-1, 2]):

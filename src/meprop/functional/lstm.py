@@ -172,8 +172,8 @@ class _Lstm(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         # Half as many bytes are read of weights of bfloat16, which therefore stay what they are.
         of_weights = x.dtype if x.dtype == torch.bfloat16 else call.compute_dtype or dtype
-        cast = casts.cast if call.trains else Tensor.to
-        x, weight_ih, weight_hh = x.to(dtype), cast(weight_ih, of_weights), cast(weight_hh, of_weights)
+        cast_weight = casts.cast if call.trains else Tensor.to
+        x, weight_ih, weight_hh = x.to(dtype), cast_weight(weight_ih, of_weights), cast_weight(weight_hh, of_weights)
         h0, c0 = None if h0 is None else h0.to(dtype), None if c0 is None else c0.to(dtype)
         biases = [bias.to(dtype) for bias in (bias_ih, bias_hh) if bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None
