@@ -8,6 +8,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import meprop
 from meprop import casts, optim
@@ -158,6 +160,22 @@ def test_copies_are_of_weights_that_a_layer_casts():
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert casts.kept(weight, torch.bfloat16) is None
+
+
+def test_a_graph_of_make_fx_casts():
+    model, weight, _ = stepped()
+    x = torch.randn(2, WIDTH)
+    graph = make_fx(model)(x)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_fake_weights_are_cast():
+    with FakeTensorMode():
+        model = model_of(COLUMNS)
+        train(model, optim.SGD(model.parameters(), 0.1, copy_dtype=torch.bfloat16))
+        assert casts.kept(model[0].weight, torch.bfloat16) is None
 
 
 def test_weights_on_other_devices_have_no_copy():
