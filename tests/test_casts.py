@@ -8,6 +8,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import meprop
 from meprop import casts, optim
@@ -160,6 +162,37 @@ def test_copies_are_of_weights_that_a_layer_casts():
     assert casts.kept(weight, torch.bfloat16) is None
 
 
+def test_a_graph_of_make_fx_casts():
+    model, weight, _ = stepped()
+    x = torch.randn(2, WIDTH)
+    graph = make_fx(model)(x)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_fake_weights_are_cast():
+    with FakeTensorMode():
+        model = model_of(COLUMNS)
+        train(model, optim.SGD(model.parameters(), 0.1, copy_dtype=torch.bfloat16))
+        assert casts.kept(model[0].weight, torch.bfloat16) is None
+
+
+def test_weights_on_other_devices_have_no_copy():
+    weight = torch.empty(WIDTH, WIDTH, device="meta")
+    casts.cast(weight, torch.bfloat16)
+    assert casts.kept(weight, torch.bfloat16) is None
+
+
+def test_a_step_between_forward_and_backward_pass_is_noticed():
+    model, _, optimizer = stepped()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.ones(2, WIDTH, requires_grad=True)).float().sum()
+    train(model, optimizer, steps=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_small_weights_have_no_copy():
     model, _, _ = stepped()
     assert casts.kept(model[2].weight, torch.bfloat16) is None
@@ -178,7 +211,14 @@ def test_an_lstm():
             optimizer.step()
             optimizer.zero_grad()
         results.append(list(model.parameters()))
-        assert is_kept(model[0].weight_hh_l0) is bool(options)
+        weight = model[0].weight_hh_l0
+        assert is_kept(weight) is bool(options)
+        plain = copy.deepcopy(model)
+        for each in weight, plain[0].weight_hh_l0:
+            each.data[0, 0] += 1000  # torch counts no change, and a pass without gradients sees it all the same
+        with torch.no_grad():
+            x = torch.randn(4, 2, 8)
+            assert torch.equal(model(x)[0], plain(x)[0])
     assert all(map(torch.equal, *results))
 
 

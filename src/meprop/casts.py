@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from meprop.ops.optimizer import is_large
+from meprop.ops.registry import PLAIN, in_graph
 
 _PLACES = 64
 """How many entries of a weight are compared with its copy before each use. They are others after each step."""
@@ -51,14 +52,14 @@ _copies = WeakIdKeyDictionary()
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`: its copy, if an optimizer keeps one that is the weight's, else a cast.
 
-    Inside of a graph, and on other devices than the CPU, it is always a cast.
+    It is always a cast within a graph, for subclasses of torch's tensor, and on other devices than the CPU.
 
     Args:
         weight: The weight.
         dtype: Of the forward product.
     """
     narrows = weight.dtype is torch.float32 and dtype is torch.bfloat16
-    if not narrows or not weight.is_cpu or torch.compiler.is_compiling() or not is_large(weight.numel()):
+    if not narrows or in_graph() or type(weight) not in PLAIN or not weight.is_cpu or not is_large(weight.numel()):
         return weight.to(dtype)
     copy: _Copy | None = _copies.get(weight)
     values = None if copy is None or copy.dtype is not dtype else copy.of(weight)

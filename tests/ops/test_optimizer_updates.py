@@ -176,6 +176,30 @@ def test_a_product_of_rows_updates_these_rows_only(level, op, sizes, key, missed
         torch.testing.assert_close(found, oracle, rtol=1e-4 if found.dtype == torch.float32 else 2**-7, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_product_without_a_row_moves_nothing(level, op):
+    name, states, options = OPS[op]
+    missing = [None] if op == "sgd" or name == "adam_rows" else []
+    step = [12.0] if name == "adam_rows" else []
+    nothing = ops.choose_entries(torch.zeros(4, 6), Entries("noise", share=0.5, key=torch.tensor(1)))
+    product = GradientProduct(nothing, torch.randn(4, 5), columns_with_entries(nothing))
+    assert len(product.indices) == 0
+    for run in (getattr(ops, name), getattr(ops, name).literally):
+        tensors = [torch.ones(6, 5) for _ in range(1 + len(states))]
+        run(*tensors, *missing, product, *step, **options)
+        assert all(each.eq(1).all() for each in tensors)
+
+
+@pytest.mark.parametrize("rows", [0, 2, 7])
+def test_a_product_whose_decays_are_of_other_rows_is_refused(rows):
+    kept = ops.choose_entries(torch.randn(4, 6), Entries("largest", 1))
+    decays = {"momentum_buffer": torch.ones(rows)}
+    product = GradientProduct(kept, torch.randn(4, 5), columns_with_entries(kept), decays)
+    _, _, options = OPS["momentum"]
+    with pytest.raises(ValueError, match=rf"its state \[\[6, 5\], \[{rows}\]\]"):
+        ops.sgd_rows(torch.ones(6, 5), torch.ones(6, 5), product, **options)
+
+
 def test_a_product_with_rows_that_the_parameter_has_not_is_refused():
     kept = ops.choose_entries(torch.randn(4, 6), Entries("largest", 1))
     for indices in ([5, 6], [1, 0], [-1, 2]):

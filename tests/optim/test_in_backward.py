@@ -136,6 +136,23 @@ def test_with_row_sparse_gradients_it_is_the_separate_step_bit_for_bit(kind, mod
     assert_equal(*both)
 
 
+@pytest.mark.parametrize("mode", ["exact", "decay", "lazy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_sparse_gradient_without_a_row_is_that_of_the_separate_step(kind, mode):
+    both = []
+    for in_backward in (True, False):
+        model = RowNet()
+        optimizer = make(kind, model.parameters(), in_backward=in_backward, sparse_rows=mode)
+        train_rows(model, optimizer, range(2))
+        optimizer.zero_grad()
+        _, x = batch(2)
+        torch.manual_seed(2)
+        (model(x).sum() * 0).backward()  # nothing is drawn of an output gradient of zeros
+        optimizer.step()
+        both.append((model, optimizer))
+    assert_equal(*both)
+
+
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
 @pytest.mark.parametrize("mode", ["exact", "decay", "lazy"])
 def test_row_sparse_gradients_are_not_formed(monkeypatch, mode):

@@ -44,8 +44,8 @@ def linear(
     bias's gradient db is the sum of the whole g. Sums are formed in float32, or in float64 for float64 tensors.
     Gradients have the dtype of the tensors.
 
-    Under autocast, x, weight and bias are cast as for torch's own linear function. The weight is cast in each call. No
-    cast is kept for a later call, so that every edit of the weight is seen.
+    Under autocast, x, weight and bias are cast as for torch's own linear function. The weight is cast in each call, so
+    that every edit of it is seen. Only an optimizer with `copy_dtype` spares that (`meprop.optim`).
 
     Args:
         x: Input [*, I].

@@ -14,7 +14,7 @@ from meprop.energy import Energy
 from meprop.errors import NotSupportedError
 from meprop.functional.common import as_matrix, cast, check_tensors, is_autocast, no_view
 from meprop.ops.registry import is_proxied
-from meprop.policy import Policy, refuse_transforms, refuse_transforms_of_backward
+from meprop.policy import Policy, needs_gradients, refuse_transforms, refuse_transforms_of_backward
 from meprop.profiles import labelled
 from meprop.record import Activity
 from meprop.rules import Rule, in_blocks
@@ -118,7 +118,8 @@ def lstm_with_policy(
     rows, *others = tensors
     assert rows is not None
     sizes = torch.full((x.shape[0],), x.shape[1], device="cpu") if batch_sizes is None else batch_sizes.contiguous()
-    call = _Call(reverse, policy, activity, None if autocast else policy.compute_dtype)
+    trains = needs_gradients(*weights[:2])
+    call = _Call(reverse, policy, activity, None if autocast else policy.compute_dtype, trains)
     output, h_n, c_n = _Lstm.apply(as_matrix(rows), *others, sizes, call)  # pyright: ignore[reportGeneralTypeIssues]
     return output if batch_sizes is not None else no_view(output.view(*x.shape[:2], -1)), (h_n, c_n)
 
@@ -127,13 +128,15 @@ def lstm_with_policy(
 class _Call:
     """The arguments of a call that are not tensors.
 
-    They are the direction, the policy, what counts its selections, and the dtype to which the weights are rounded.
+    They are the direction, the policy, what counts its selections, the dtype to which the weights are rounded, and
+    whether a weight gets a gradient.
     """
 
     reverse: bool
     policy: Policy
     activity: Activity | None
     compute_dtype: torch.dtype | None
+    trains: bool
 
     @property
     def rule(self) -> Rule:
@@ -169,8 +172,8 @@ class _Lstm(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         # Half as many bytes are read of weights of bfloat16, which therefore stay what they are.
         of_weights = x.dtype if x.dtype == torch.bfloat16 else call.compute_dtype or dtype
-        cast = casts.cast if ctx.needs_input_grad[3] else Tensor.to
-        x, weight_ih, weight_hh = x.to(dtype), cast(weight_ih, of_weights), cast(weight_hh, of_weights)
+        cast_weight = casts.cast if call.trains else Tensor.to
+        x, weight_ih, weight_hh = x.to(dtype), cast_weight(weight_ih, of_weights), cast_weight(weight_hh, of_weights)
         h0, c0 = None if h0 is None else h0.to(dtype), None if c0 is None else c0.to(dtype)
         biases = [bias.to(dtype) for bias in (bias_ih, bias_hh) if bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None

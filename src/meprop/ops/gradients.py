@@ -52,9 +52,8 @@ class GradientRows:
     def check(self, weight: Tensor, *state: Tensor | None) -> None:
         """Raises a ValueError if the shapes of a parameter, of its state [O, *], and of this gradient do not fit."""
         fits = self.values.shape == (weight.shape if self.indices is None else (len(self.indices), *weight.shape[1:]))
-        fits = fits and all(decay.shape == weight.shape[:1] for decay in self.decays.values())
         fits = fits and all(each is None or each.shape == weight.shape for each in state)
-        if not fits:
+        if not fits or not _decays_fit(self.decays, weight):
             tensors = (self.values, *state, *self.decays.values())
             found = [list(tensor.shape) for tensor in tensors if tensor is not None]
             raise ValueError(
@@ -105,8 +104,9 @@ class GradientProduct:
     def check(self, weight: Tensor, *state: Tensor | None) -> None:
         """The same as that of `GradientRows`."""
         expected, rows = (self.selection.width, self.x.shape[1]), self.selection.rows
-        if len(self.x) != rows or any(each is not None and each.shape != expected for each in (weight, *state)):
-            found = [list(each.shape) for each in state if each is not None]
+        fits = all(each is None or each.shape == expected for each in (weight, *state))
+        if len(self.x) != rows or not fits or not _decays_fit(self.decays, weight):
+            found = [list(each.shape) for each in (*state, *self.decays.values()) if each is not None]
             raise ValueError(
                 f"a parameter {list(weight.shape)} and its state {found} do not go with a selection "
                 f"[{rows}, {self.selection.width}] and an input {list(self.x.shape)}; give it a new optimizer"
@@ -121,6 +121,10 @@ class GradientProduct:
         if len(self.x) == 0:
             return "an input without rows, which is not read"
         return native.declines(self.x, dtypes=native.FLOAT32) or native_declines_selection(self.selection)
+
+
+def _decays_fit(decays: Mapping[str, Tensor], weight: Tensor) -> bool:
+    return all(decay.shape == weight.shape[:1] for decay in decays.values())
 
 
 def _decay(decay: Tensor | None, otherwise: float, at: Places, dimensions: int) -> Tensor | float:

@@ -37,9 +37,10 @@ rounding. AMSGrad and `maximize` are always torch's. The choice shows neither in
 With ``in_backward=True`` the backward pass updates each large parameter, of 2^20 elements and more, as soon as its
 gradient is complete, and frees the gradient. Memory never holds the gradients of all large parameters. `step` updates
 the others, all at once. The loop stays as it is: ``optimizer.zero_grad()``, ``loss.backward()``, ``optimizer.step()``.
-The results are those of the separate step, bit for bit. They differ by
-rounding in a group of several dtypes or memory layouts: torch's fused implementation takes each parameter that it can,
-where the separate step needs a whole group that it can take.
+The results are those of the separate step, bit for bit. They differ by rounding in a group of several dtypes or memory
+layouts: torch's fused implementation takes each parameter that it can, where the separate step needs a whole group that
+it can take. They differ by rounding too where a weight is used three times or more, as its gradients may be added in
+another order.
 
 - The options of the moment of the backward pass count, such as the learning rate.
 - After the backward pass the `grad` of a large parameter is None. `step` ends the step, and counts for schedulers and
@@ -70,16 +71,20 @@ the others, which is slow. The results are the same bits.
   ``fully_shard``.
 
 With ``copy_dtype=torch.bfloat16`` a step also writes weights in bfloat16, for layers whose forward product is in it.
-These are our layers with ``compute_dtype=torch.bfloat16``, or under autocast. Their next forward pass reads what the
-step has written, and does not cast the weight. The results are the same bits.
+These are our layers with ``compute_dtype=torch.bfloat16``, and under autocast all but LSTMs. Their next forward pass
+reads what the step has written, and does not cast the weight. The results are the same bits.
 
 - It is for contiguous weights of 2^20 elements and more, on the CPU, whose steps are done here: those with row-sparse
   gradients, and dense ones that go to native code. Other weights are cast in each pass, as without it.
-- A copy begins with the step after the first forward pass. It takes 2 bytes a weight, and is no part of a state_dict.
+- A copy begins with the step after the first forward pass. It takes 2 bytes a weight, as long as the weight lives, and
+  is no part of a state_dict.
 - Each pass that trains makes sure that the copy is the weight's: that torch has counted no change since the step, and
   that some entries agree. Otherwise the weight is cast. Passes without gradients always cast.
-- One kind of change can be missed: that of a few entries through ``weight.data`` or a NumPy array, which torch does not
-  count. Change weights within ``torch.no_grad()`` instead, or leave `copy_dtype` out.
+- Changes through ``weight.data`` or a NumPy array can be missed, as torch does not count them. They are those of a few
+  entries, and those that are too small to change most entries in bfloat16. The copy is then wrong until a step writes
+  these entries. Change weights within ``torch.no_grad()`` instead, or leave `copy_dtype` out.
+- The backward pass of an LSTM, and under autocast of every layer, reads the copy. It has to come before the next step,
+  as without `compute_dtype` and autocast. Torch raises an error otherwise.
 
 State and state_dict are torch's otherwise. The mode ``"decay"`` adds one tensor [O] for each state of a parameter
 [O, *] that decays, such as `exp_avg_row_decay`: the product of the factors that each row has missed.

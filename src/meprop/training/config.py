@@ -257,8 +257,8 @@ class TrainingConfig(RunConfig):
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """What adam and adagrad keep their moments and sums in. With bfloat16 the optimizer is that of meprop.optim."""
     in_backward: bool = False
-    """Update each large weight in the backward pass, by meprop.optim. Its gradient is then not kept. Its time counts as
-    that of the backward pass."""
+    """Update each weight of a million elements or more in the backward pass, by meprop.optim. Its gradient is not kept.
+    The time of the update counts as that of the backward pass. Smaller weights are updated in the step."""
     lr: float = 1e-3
     """Learning rate at the start."""
     schedule: Literal["cosine", "constant", "geometric"] = "cosine"
