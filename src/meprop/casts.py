@@ -52,7 +52,7 @@ _copies = WeakIdKeyDictionary()
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`: its copy, if an optimizer keeps one that is the weight's, else a cast.
 
-    Within a graph, of a subclass of torch's tensor, and on other devices than the CPU it is always a cast.
+    It is always a cast within a graph, for subclasses of torch's tensor, and on other devices than the CPU.
 
     Args:
         weight: The weight.
