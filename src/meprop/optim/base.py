@@ -98,6 +98,7 @@ class RowSparseOptimizer(MissedSteps):
 
     _updates: InBackward | None = None
     """What does the updates in the backward pass. None if `step` does them."""
+    _copy_dtype: torch.dtype | None = None
 
     def __init__(
         self,
