@@ -86,7 +86,8 @@ sanitize: env build/sanitize/_C.abi3.so  ## the tests of the native code on a bu
 	  MEPROP_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) \
 	  $(PYTEST) -k 'not fewer_threads and not openmp and not meprop_isa and not exact_for_what_is_drawn' \
 	  tests/ops/test_native.py tests/ops/test_native_fuzz.py tests/ops/test_selected.py tests/ops/test_activation.py \
-	  tests/ops/test_optimizer_updates.py \
+	  tests/ops/test_optimizer_updates.py::test_a_copy_is_the_new_parameter_rounded_to_the_nearest \
+	  tests/ops/test_optimizer_updates.py::test_a_product_of_rows_updates_these_rows_only \
 	  tests/ops/test_entries.py::test_native_equals_the_reference \
 	  tests/ops/test_entries.py::test_native_reads_every_layout \
 	  tests/ops/test_entries.py::test_a_sample_that_misleads_changes_nothing \
