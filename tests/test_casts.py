@@ -258,6 +258,17 @@ def test_a_copied_model_and_a_copied_optimizer():
     assert "copy" not in "".join(map(str, itertools.chain(*optimizer.state_dict()["state"].values())))
 
 
+def test_an_optimizer_of_ones_own_that_writes_no_copy():
+    class Own(optim.SGD):
+        def _update(self, parameter, rows, step, group):
+            parameter -= rows.values
+
+    model, weight, _ = stepped()
+    assert is_kept(weight)
+    train(model, Own(model.parameters(), copy_dtype=torch.bfloat16), steps=1)
+    assert not is_kept(weight)
+
+
 def test_torch_does_the_steps_that_its_user_gives_it():
     _, weight, _ = stepped(fused=True)
     assert not is_kept(weight)

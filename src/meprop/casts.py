@@ -30,6 +30,8 @@ class _Copy:
     """Torch's count of the weight's changes, as of when the copy was made or written."""
     address: int = 0
     """That of the weight's memory, which ``weight.data = other`` exchanges without counting."""
+    in_step: bool = False
+    """Whether a step has asked for the values, and has not yet written them."""
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The values, if they are those of the weight."""
@@ -81,10 +83,12 @@ def kept(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     if copy.of(weight) is None:
         copy.values = weight.detach().to(dtype, copy=True)
+    copy.in_step = True
     return copy.values
 
 
 def written(weight: Tensor) -> None:
-    """Notes that a step has changed the weight, and what `kept` has returned, alike."""
-    copy: _Copy = _copies[weight]
-    copy.version, copy.address = weight._version, weight.data_ptr()
+    """Notes that a step has changed the weight, and alike what `kept` has returned, if it has asked for that."""
+    copy: _Copy | None = _copies.get(weight)
+    if copy is not None and copy.in_step:
+        copy.version, copy.address, copy.in_step = weight._version, weight.data_ptr(), False

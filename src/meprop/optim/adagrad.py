@@ -105,16 +105,9 @@ class Adagrad(RowSparseOptimizer, torch.optim.Adagrad):
         weight_decay = float(group["weight_decay"])
         return {"sum": weight_decay**2} if weight_decay != 0 else {}
 
-    def _update(
-        self,
-        parameter: Tensor,
-        rows: Gradient,
-        step: float | Tensor,
-        group: dict[str, Any],
-        copy: Tensor | None,
-    ) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         weight_decay, eps = group["weight_decay"], group["eps"]
         key = self._next_key(parameter)
-        sum_ = self.state[parameter]["sum"]
+        sum_, copy = self.state[parameter]["sum"], self._copy_of(parameter)
         ops.adagrad_rows(parameter, sum_, rows, lr=lr, weight_decay=weight_decay, eps=eps, key=key, copy=copy)

@@ -117,14 +117,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
         beta1, beta2 = map(float, group["betas"])
         return {"exp_avg": (1 - beta1) * weight_decay, "exp_avg_sq": (1 - beta2) * weight_decay**2}
 
-    def _update(
-        self,
-        parameter: Tensor,
-        rows: Gradient,
-        step: float | Tensor,
-        group: dict[str, Any],
-        copy: Tensor | None,
-    ) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         beta1, beta2 = group["betas"]
         ops.adam_rows(
@@ -140,7 +133,7 @@ class Adam(RowSparseOptimizer, torch.optim.Adam):
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled_weight_decay"],
             key=self._next_key(parameter),
-            copy=copy,
+            copy=self._copy_of(parameter),
         )
 
 

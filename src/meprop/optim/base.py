@@ -70,14 +70,7 @@ class RowSparseOptimizer(MissedSteps):
         """
 
     @abstractmethod
-    def _update(
-        self,
-        parameter: Tensor,
-        rows: Gradient,
-        step: float | Tensor,
-        group: dict[str, Any],
-        copy: Tensor | None,
-    ) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
         """Does the dense optimizer's step, in place, for some rows of a parameter.
 
         Args:
@@ -87,7 +80,6 @@ class RowSparseOptimizer(MissedSteps):
             step: The number of this step, the first being 1. It is always 1 where the state has no `step`, and a tensor
                 [] if the group is capturable.
             group: Its group.
-            copy: The parameter in another dtype, which gets the same rows. None without one.
         """
 
     def _takes_whole(self, group: dict[str, Any]) -> bool:
@@ -250,13 +242,15 @@ class RowSparseOptimizer(MissedSteps):
 
     def _whole_step(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
         self._init_state(parameter, group)
-        self._update_with_copy(parameter, gradient, group)
+        self._update_by(parameter, gradient, group)
 
-    def _update_with_copy(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
-        copy = None if self._copy_dtype is None else casts.kept(parameter, self._copy_dtype)
-        self._update(parameter, gradient, self._count_step(parameter, group), group, copy)
-        if copy is not None:
-            casts.written(parameter)
+    def _update_by(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
+        self._update(parameter, gradient, self._count_step(parameter, group), group)
+        casts.written(parameter)
+
+    def _copy_of(self, parameter: Tensor) -> Tensor | None:
+        """The parameter in `copy_dtype`, to which `_update` writes the same rows. None if it writes no copy."""
+        return None if self._copy_dtype is None else casts.kept(parameter, self._copy_dtype)
 
     def _fits_native(self, parameter: Tensor, grad: Tensor | None, group: dict[str, Any]) -> bool:
         """Whether a dense gradient's step is not torch's, but ours. An implementation that the user chooses does it.
@@ -314,7 +308,7 @@ class RowSparseOptimizer(MissedSteps):
             self._make_up_for_missed_steps(parameter)
         changes = self._zero_gradient_moves_weights(group) or bool(self._decays(group))
         every_row = self.sparse_rows == "exact" and changes
-        self._update_with_copy(parameter, gradient.of_step(every_row, decays), group)
+        self._update_by(parameter, gradient.of_step(every_row, decays), group)
         for decay in decays.values():
             decay.index_fill_(0, indices, 1)
 

@@ -100,14 +100,7 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
         dampening = 0.0 if is_first else float(group["dampening"])
         return {"momentum_buffer": (1 - dampening) * float(group["weight_decay"])}
 
-    def _update(
-        self,
-        parameter: Tensor,
-        rows: Gradient,
-        step: float | Tensor,
-        group: dict[str, Any],
-        copy: Tensor | None,
-    ) -> None:
+    def _update(self, parameter: Tensor, rows: Gradient, step: float | Tensor, group: dict[str, Any]) -> None:
         buffer, dampening = None, float(group["dampening"])
         if group["momentum"] != 0:
             state = self.state[parameter]
@@ -125,5 +118,5 @@ class SGD(RowSparseOptimizer, torch.optim.SGD):
             weight_decay=float(group["weight_decay"]),
             nesterov=group["nesterov"],
             key=None if buffer is None else self._next_key(parameter),
-            copy=copy,
+            copy=self._copy_of(parameter),
         )
