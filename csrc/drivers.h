@@ -277,7 +277,7 @@ struct SparseRows {
   bool every_row;  // whether the other rows move too, with a gradient of zeros
   int threads;
   // The gradient is the weight gradient of this backward pass of a linear map, which is never written; or null. It has
-  // `count` rows, those of `indices`, and no other row moves. Without indices it has all rows.
+  // `count` rows, those of `indices`, and no other row moves.
   const LinearBackward<float>* product;
 };
 

@@ -32,20 +32,18 @@ class Applying : public GradientTaker {
 // Calls apply(stretch, grad) for all that moves, with its gradient, or null where it has none.
 template <class Apply>
 Status for_rows(const Kernels& kernels, const SparseRows& call, Apply apply) {
-  if (call.product != nullptr) {
-    if (call.count < 0 || !fits<float>(call.rows, call.width, 0)) return Status::kBadSize;
-    const bool whole = call.indices == nullptr;
-    if (!whole && (call.count > call.rows || !ascending(call.indices, call.count, call.rows))) return Status::kBadIndex;
-    const Applying<Apply> taker(call.width, call.indices, apply);
-    LinearBackward<float> product = *call.product;
-    product.outputs = whole ? call.rows : call.count, product.inputs = call.width, product.threads = call.threads;
-    product.taker = &taker;
-    return linear_backward(kernels, product);
-  }
   if (call.threads < 1 || call.count < 0 || !fits<float>(call.rows, call.width, 0)) return Status::kBadSize;
   const bool whole = call.indices == nullptr && call.count > 0;
   if (whole && call.count != call.rows) return Status::kBadSize;
   if (!whole && (call.count > call.rows || !ascending(call.indices, call.count, call.rows))) return Status::kBadIndex;
+  if (call.product != nullptr) {
+    if (call.count == 0) return Status::kOk;  // a linear map has an output
+    const Applying<Apply> taker(call.width, call.indices, apply);
+    LinearBackward<float> product = *call.product;
+    product.outputs = call.count, product.inputs = call.width, product.threads = call.threads;
+    product.taker = &taker;
+    return linear_backward(kernels, product);
+  }
   const int64_t moving = call.every_row ? call.rows : call.count;
   const auto row_at = [&](int64_t row) { return Stretch{row, row * call.width, call.width}; };
   run_team(team_size(call.threads, moving * call.width, 0), [&](Team team) {

@@ -37,6 +37,15 @@ OPS = {
     "adagrad": ("adagrad_rows", ("sum",), {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.1}),
 }
 
+
+def do_step(operation, op, tensors, gradient, **more):
+    """One of `OPS` on a parameter and its states, by this implementation, with the options and what else it takes."""
+    name, _, options = OPS[op]
+    no_state = [None] if op == "sgd" or name == "adam_rows" else []  # neither a buffer nor AMSGrad's
+    number = [12.0] if name == "adam_rows" else []
+    operation(*tensors, *no_state, gradient, *number, **options, **more)
+
+
 TOLERANCE = {torch.float32: {"rtol": 2e-4, "atol": 2e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-11}}
 
 

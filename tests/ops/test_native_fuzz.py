@@ -15,7 +15,7 @@ from cases import GRADIENTS, LAYOUTS, NATIVE_DTYPES, bits, gradient
 from meprop import InBlocks, TopK, ops
 from meprop.ops import native
 from meprop.selection import ColumnSelection, Entries, PlainTopK, RowSelection, everything
-from optimizer_cases import OPS
+from optimizer_cases import OPS, do_step
 
 pytestmark = pytest.mark.usefixtures("threads")  # restores them
 fuzz = settings(
@@ -382,7 +382,7 @@ def test_lstm_backward(level, poisoned, team, data, call, choice):
 
 def written_by(op, run, shape, layout, kind, indices, every_row, decaying, shares, key=None, copying=False):
     """What a step writes: the parameter, its state and its copy. `shares` says what has the parameter's memory."""
-    name, states, options = OPS[op]
+    name, states, _ = OPS[op]
     at = torch.tensor(indices, dtype=torch.int64)
     tensors = [LAYOUTS[layout](filled(kind, *shape).abs()) for _ in range(1 + len(states))]
     if key is not None:
@@ -394,10 +394,8 @@ def written_by(op, run, shape, layout, kind, indices, every_row, decaying, share
         tensors[1:] = tensors[:1] * len(states)
     decays = {each: torch.linspace(0, 1, shape[0]) for each in states if decaying}
     rows = ops.GradientRows(at, values, every_row, decays)
-    missing = [None] if op == "sgd" or name == "adam_rows" else []
-    step = [12.0] if name == "adam_rows" else []
     copy = LAYOUTS[layout](filled(kind, *shape).bfloat16()) if copying else None
-    run(getattr(ops, name))(*tensors, *missing, rows, *step, **options, key=key, copy=copy)
+    do_step(run(getattr(ops, name)), op, tensors, rows, key=key, copy=copy)
     return tensors if copy is None else [*tensors, copy]
 
 

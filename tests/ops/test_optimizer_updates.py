@@ -9,7 +9,7 @@ from meprop import ops, optim
 from meprop.ops import GradientProduct, GradientRows, native, reference
 from meprop.ops.rounding import key_of
 from meprop.selection import Entries, RowSelection, columns_with_entries
-from optimizer_cases import OPS, ROWS, WIDTH, sparse
+from optimizer_cases import OPS, ROWS, WIDTH, do_step, sparse
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
@@ -18,7 +18,7 @@ from optimizer_cases import OPS, ROWS, WIDTH, sparse
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (40, 16), (33, 100), (300, 257), (3, 0)])
 @pytest.mark.parametrize("op", OPS)
 def test_native_updates_are_the_references_in_float64(level, op, shape, every_row, missed_steps):
-    name, states, options = OPS[op]
+    name, states, _ = OPS[op]
     generator = torch.Generator().manual_seed(0)
     rows = shape[0]
     for count in {0, 1, rows // 3, rows}:
@@ -28,12 +28,10 @@ def test_native_updates_are_the_references_in_float64(level, op, shape, every_ro
         decaying = [*states, *(["param"] if op == "adamw" else [])] if missed_steps else []
         decays = {each: torch.rand(rows, generator=generator) for each in decaying}
         wide, wide_decays = [tensor.double() for tensor in tensors], {each: decays[each].double() for each in decays}
-        missing = [None] if op == "sgd" or name == "adam_rows" else []
-        step = [12.0] if name == "adam_rows" else []
         updated = GradientRows(indices, grad, every_row, decays)
-        getattr(ops.backend("native"), name)(*tensors, *missing, updated, *step, **options)
+        do_step(getattr(ops.backend("native"), name), op, tensors, updated)
         oracle = GradientRows(indices, grad.double(), every_row, wide_decays)
-        getattr(reference, name)(*wide, *missing, oracle, *step, **options)
+        do_step(getattr(reference, name), op, wide, oracle)
         for found, expected in zip(tensors, wide, strict=True):
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -47,11 +45,9 @@ KEY = key_of(7)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (40, 16), (33, 100), (300, 257), (3, 0)])
 @pytest.mark.parametrize("op", OPS)
 def test_native_updates_of_states_in_bfloat16_are_the_references_bits(level, op, shape, every_row, missed_steps):
-    name, states, options = OPS[op]
+    name, states, _ = OPS[op]
     generator = torch.Generator().manual_seed(0)
     rows = shape[0]
-    missing = [None] if op == "sgd" or name == "adam_rows" else []
-    step = [12.0] if name == "adam_rows" else []
     for count in (None, 0, 1, rows // 3, rows):
         indices = None if count is None else torch.randperm(rows, generator=generator)[:count].sort().values
         grad = torch.randn((rows if count is None else count, shape[1]), generator=generator)
@@ -61,8 +57,8 @@ def test_native_updates_of_states_in_bfloat16_are_the_references_bits(level, op,
         decays = {each: torch.rand(rows, generator=generator) for each in decaying}
         updated = GradientRows(indices, grad, every_row or count is None, decays)
         sides = [[each.clone() for each in (weight, *of_states)] for _ in range(2)]
-        getattr(ops.backend("native"), name)(*sides[0], *missing, updated, *step, **options, key=KEY)
-        getattr(ops, name).literally(*sides[1], *missing, updated, *step, **options, key=KEY)
+        do_step(getattr(ops.backend("native"), name), op, sides[0], updated, key=KEY)
+        do_step(getattr(ops, name).literally, op, sides[1], updated, key=KEY)
         for found, expected in zip(*sides, strict=True):
             assert torch.equal(found, expected)
 
@@ -76,10 +72,8 @@ ODD = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1 + 2**-8, 1 + 
 @pytest.mark.parametrize("key", [None, KEY])
 @pytest.mark.parametrize("op", OPS)
 def test_a_copy_is_the_new_parameter_rounded_to_the_nearest(level, op, key, kind):
-    name, states, options = OPS[op]
+    name, states, _ = OPS[op]
     generator = torch.Generator().manual_seed(0)
-    missing = [None] if op == "sgd" or name == "adam_rows" else []
-    step = [12.0] if name == "adam_rows" else []
     for shape in ((1, 1), (7, 5), (9, 33), (5, 2 * len(ODD))):
         weight = torch.randn(shape, generator=generator)
         if shape[1] == 2 * len(ODD):
@@ -97,8 +91,8 @@ def test_a_copy_is_the_new_parameter_rounded_to_the_nearest(level, op, key, kind
         sides = [[each.clone() for each in tensors] for _ in range(2)]
         copies = [torch.full(shape, 7.0).bfloat16() for _ in sides]
         update = getattr(ops.backend("native"), name)
-        update(*sides[0], *missing, gradient, *step, **options, key=key, copy=copies[0])
-        getattr(ops, name).literally(*sides[1], *missing, gradient, *step, **options, key=key, copy=copies[1])
+        do_step(update, op, sides[0], gradient, key=key, copy=copies[0])
+        do_step(getattr(ops, name).literally, op, sides[1], gradient, key=key, copy=copies[1])
         for side, copy in zip(sides, copies, strict=True):
             expected = side[0].bfloat16()
             if kind == "rows":
@@ -122,10 +116,8 @@ def selected(rows, width, kind, generator):
 @pytest.mark.parametrize("op", OPS)
 def test_a_product_updates_as_the_gradient_that_it_is_bit_for_bit(level, op, sizes, kind, key):
     """Each weight once, wherever panels of the product overlap; and it is the reference's in float64."""
-    name, states, options = OPS[op]
+    name, states, _ = OPS[op]
     (rows, outputs, inputs), generator = sizes, torch.Generator().manual_seed(0)
-    missing = [None] if op == "sgd" or name == "adam_rows" else []
-    step = [12.0] if name == "adam_rows" else []
     product = GradientProduct(
         selected(rows, outputs, kind, generator), torch.randn((rows, inputs), generator=generator)
     )
@@ -135,9 +127,9 @@ def test_a_product_updates_as_the_gradient_that_it_is_bit_for_bit(level, op, siz
     formed, wide = [each.clone() for each in tensors], [each.double() for each in tensors]
     version = tensors[0]._version
     update = getattr(ops.backend("native"), name)
-    update(*tensors, *missing, product, *step, **options, key=key)
-    update(*formed, *missing, GradientRows(None, product.formed(), True), *step, **options, key=key)
-    getattr(reference, name)(*wide, *missing, GradientRows(None, product.formed().double(), True), *step, **options)
+    do_step(update, op, tensors, product, key=key)
+    do_step(update, op, formed, GradientRows(None, product.formed(), True), key=key)
+    do_step(getattr(reference, name), op, wide, GradientRows(None, product.formed().double(), True))
     for found, expected, oracle in zip(tensors, formed, wide, strict=True):
         assert torch.equal(found, expected)
         rtol = 1e-5 if found.dtype == torch.float32 else 2**-7
@@ -151,10 +143,8 @@ def test_a_product_updates_as_the_gradient_that_it_is_bit_for_bit(level, op, siz
 @pytest.mark.parametrize("key", [None, KEY])
 @pytest.mark.parametrize("op", OPS)
 def test_a_product_of_rows_updates_these_rows_only(level, op, sizes, key, missed_steps):
-    name, states, options = OPS[op]
+    name, states, _ = OPS[op]
     (rows, outputs, inputs), generator = sizes, torch.Generator().manual_seed(0)
-    missing = [None] if op == "sgd" or name == "adam_rows" else []
-    step = [12.0] if name == "adam_rows" else []
     kept = ops.choose_entries(torch.randn((rows, outputs), generator=generator), Entries("largest", 1))
     indices = columns_with_entries(kept)
     decaying = [*states, *(["param"] if op == "adamw" else [])] if missed_steps else []
@@ -165,10 +155,10 @@ def test_a_product_of_rows_updates_these_rows_only(level, op, sizes, key, missed
         tensors[1:] = [each.bfloat16() for each in tensors[1:]]
     before, formed, literal = ([each.clone() for each in tensors] for _ in range(3))
     update = getattr(ops.backend("native"), name)
-    update(*tensors, *missing, product, *step, **options, key=key)
+    do_step(update, op, tensors, product, key=key)
     gradient = GradientRows(indices, product.formed()._values(), False, decays)
-    update(*formed, *missing, gradient, *step, **options, key=key)
-    getattr(ops, name).literally(*literal, *missing, product, *step, **options, key=key)
+    do_step(update, op, formed, gradient, key=key)
+    do_step(getattr(ops, name).literally, op, literal, product, key=key)
     others = torch.ones(outputs, dtype=torch.bool).index_fill_(0, indices, False)
     for found, expected, oracle, old in zip(tensors, formed, literal, before, strict=True):
         assert torch.equal(found, expected)
@@ -178,15 +168,13 @@ def test_a_product_of_rows_updates_these_rows_only(level, op, sizes, key, missed
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_product_without_a_row_moves_nothing(level, op):
-    name, states, options = OPS[op]
-    missing = [None] if op == "sgd" or name == "adam_rows" else []
-    step = [12.0] if name == "adam_rows" else []
+    name, states, _ = OPS[op]
     nothing = ops.choose_entries(torch.zeros(4, 6), Entries("noise", share=0.5, key=torch.tensor(1)))
     product = GradientProduct(nothing, torch.randn(4, 5), columns_with_entries(nothing))
     assert len(product.indices) == 0
     for run in (getattr(ops, name), getattr(ops, name).literally):
         tensors = [torch.ones(6, 5) for _ in range(1 + len(states))]
-        run(*tensors, *missing, product, *step, **options)
+        do_step(run, op, tensors, product)
         assert all(each.eq(1).all() for each in tensors)
 
 

@@ -56,13 +56,11 @@ def _call(name: str, weight: Tensor, copy: Tensor | None, rows: Gradient, *own: 
     """The native call of an optimizer's step. The first of its arguments are those of all optimizers."""
     function, threads = getattr(native.extension(), name), torch.get_num_threads()
     if isinstance(rows, GradientProduct):
-        if rows.indices is not None and len(rows.indices) == 0:
-            return  # no row moves. The address of an empty tensor is 0, which stands for all rows
         x = native.readable(rows.x, weight.dtype)
         examples, _, _, (_, k, _, _, *selection), _alive = described(rows.of_rows)
-        count = 0 if rows.indices is None else len(rows.indices)
-        indices, addresses = native.address(rows.indices), (0, weight.data_ptr(), native.address(copy))
-        sizes = *weight.shape, count, indices, *addresses, False, threads
+        count = len(weight if rows.indices is None else rows.indices)
+        addresses = native.address(rows.indices), 0, weight.data_ptr(), native.address(copy)
+        sizes = *weight.shape, count, *addresses, False, threads
         function(*sizes, k, *selection, examples, x.data_ptr(), x.stride(0), *own)
         return
     if rows.indices is None:

@@ -242,9 +242,9 @@ class RowSparseOptimizer(MissedSteps):
 
     def _whole_step(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
         self._init_state(parameter, group)
-        self._update_by(parameter, gradient, group)
+        self._count_and_update(parameter, gradient, group)
 
-    def _update_by(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
+    def _count_and_update(self, parameter: Tensor, gradient: Gradient, group: dict[str, Any]) -> None:
         self._update(parameter, gradient, self._count_step(parameter, group), group)
         casts.written(parameter)
 
@@ -308,7 +308,7 @@ class RowSparseOptimizer(MissedSteps):
             self._make_up_for_missed_steps(parameter)
         changes = self._zero_gradient_moves_weights(group) or bool(self._decays(group))
         every_row = self.sparse_rows == "exact" and changes
-        self._update_by(parameter, gradient.of_step(every_row, decays), group)
+        self._count_and_update(parameter, gradient.of_step(every_row, decays), group)
         for decay in decays.values():
             decay.index_fill_(0, indices, 1)
 
