@@ -193,6 +193,18 @@ def test_a_step_between_forward_and_backward_pass_is_noticed():
         loss.backward()
 
 
+def test_a_copy_that_no_layer_uses_is_dropped():
+    model, weight, optimizer = stepped()
+    assert casts.kept(weight, torch.bfloat16) is None  # no pass since the last step
+    train(model, optimizer)
+    meprop.revert(model)
+    train(model, optimizer, steps=1)
+    assert weight not in casts._copies
+    meprop.convert(model, ROWS, when="always", compute_dtype=torch.bfloat16)
+    train(model, optimizer)
+    assert is_kept(weight)
+
+
 def test_small_weights_have_no_copy():
     model, _, _ = stepped()
     assert casts.kept(model[2].weight, torch.bfloat16) is None

@@ -32,6 +32,8 @@ class _Copy:
     """That of the weight's memory, which ``weight.data = other`` exchanges without counting."""
     in_step: bool = False
     """Whether a step has asked for the values, and has not yet written them."""
+    used: bool = True
+    """Whether a layer has asked for the weight since the last step."""
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The values, if they are those of the weight."""
@@ -65,14 +67,17 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     copy: _Copy | None = _copies.get(weight)
     values = None if copy is None or copy.dtype is not dtype else copy.of(weight)
-    if values is not None:
+    if copy is not None and values is not None:
+        copy.used = True
         return values
     _copies[weight] = _Copy(dtype)  # asked for, and nothing is kept that would be wrong
     return weight.to(dtype)
 
 
 def kept(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The copy for a step to write to, with the values that the weight has before. None if no layer asks for one.
+    """The copy for a step to write to, with the values that the weight has before.
+
+    It is None if no layer has asked for one since the last step, such as after `meprop.revert`.
 
     Args:
         weight: The weight.
@@ -80,6 +85,9 @@ def kept(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     """
     copy: _Copy | None = _copies.get(weight)
     if copy is None or copy.dtype is not dtype or not weight.is_contiguous():
+        return None
+    if not copy.used:
+        del _copies[weight]
         return None
     if copy.of(weight) is None:
         copy.values = weight.detach().to(dtype, copy=True)
@@ -91,4 +99,5 @@ def written(weight: Tensor) -> None:
     """Notes that a step has changed the weight, and alike what `kept` has returned, if it has asked for that."""
     copy: _Copy | None = _copies.get(weight)
     if copy is not None and copy.in_step:
-        copy.version, copy.address, copy.in_step = weight._version, weight.data_ptr(), False
+        copy.version, copy.address = weight._version, weight.data_ptr()
+        copy.in_step = copy.used = False

@@ -76,8 +76,8 @@ reads what the step has written, and does not cast the weight. The results are t
 
 - It is for contiguous weights of 2^20 elements and more, on the CPU, whose steps are done here: those with row-sparse
   gradients, and dense ones that go to native code. Other weights are cast in each pass, as without it.
-- A copy begins with the step after the first forward pass. It takes 2 bytes a weight, as long as the weight lives, and
-  is no part of a state_dict.
+- A copy begins with the step after the first forward pass. It ends with a step before which no layer has used it. It
+  takes 2 bytes a weight, and is no part of a state_dict.
 - Each pass that trains makes sure that the copy is the weight's: that torch has counted no change since the step, and
   that some entries agree. Otherwise the weight is cast. Passes without gradients always cast.
 - Changes through ``weight.data`` or a NumPy array can be missed, as torch does not count them. They are those of a few
