@@ -151,8 +151,8 @@ def boost(
             it gets.
         head: The first classifier, features to logits ``[N, K]``, such as a Linear. It is copied. Each further one
             starts as a copy of the one before.
-        data: Finite inputs ``[N, ...]`` and classes, integers ``[N]``; or batches of such pairs, such as a DataLoader. Batches
-            are read once, into memory. What they draw at random stays as it was drawn.
+        data: Inputs ``[N, ...]``, which are finite, and classes ``[N]``, which are integers. Or batches of such pairs,
+            such as a DataLoader. They are read once, into memory. What they draw at random stays as it was drawn.
         optimizer: Makes the optimizer of a list of parameters, once for each block.
         steps: The most updates that a block gets.
         check_every: After how many updates the condition is looked at, on all examples.
@@ -236,8 +236,7 @@ class _State:
 
     def check_form(self, block: nn.Module, number: int) -> None:
         """Checks that the block returns the shape and the dtype that it gets."""
-        given = self.features[:2]
-        returned = _outputs(block, given)
+        given, returned = self.features[:2], _outputs(block, self.features[:2])
         if (given.shape, given.dtype) != (returned.shape, returned.dtype):
             raise ValueError(
                 f"block {number} returns {returned.dtype} of shape {list(returned.shape)} for {given.dtype} of shape "
@@ -378,11 +377,7 @@ def _check_kinds(blocks: Any, head: Any, optimizer: Any, gamma: Any, generator: 
     wanted = {
         "blocks": (blocks, isinstance(blocks, Iterable), "modules, such as a list or a generator of them"),
         "head": (head, isinstance(head, nn.Module), "a torch.nn.Module from features to logits"),
-        "optimizer": (
-            optimizer,
-            callable(optimizer),
-            "a function from parameters to an optimizer, like torch.optim.SGD",
-        ),
+        "optimizer": (optimizer, callable(optimizer), "a function of parameters, such as torch.optim.SGD"),
         "gamma": (gamma, isinstance(gamma, int | float) and not isinstance(gamma, bool), "a number from 0 to below 1"),
         "generator": (generator, isinstance(generator, torch.Generator | None), "a torch.Generator, or None"),
     }
@@ -398,7 +393,4 @@ def _check_block(block: Any, number: int, before: nn.Module) -> None:
         raise TypeError(f"block {number} is of type {type(block).__name__}; it must be a torch.nn.Module")
     trained = {id(each) for each in before.parameters()}
     if any(id(each) in trained for each in block.parameters()):
-        raise ValueError(
-            f"block {number} has parameters of a block before it, whose features are kept as they are; make a new one, "
-            "for instance with copy.deepcopy"
-        )
+        raise ValueError(f"block {number} has parameters of a block before it, which stays as it is; make a new one")
