@@ -125,7 +125,7 @@ def deform(
 ) -> Tensor:
     """Return images, each deformed anew; the same state of the generator gives the same bits.
 
-    All is computed in float32 or wider, also under autocast: narrower dtypes have too few digits for places in an image.
+    All is computed in float32 or wider, also under autocast. Narrower dtypes have too few digits for places.
 
     Args:
         images: ``[N, H, W]``, on the CPU, of a floating dtype.
