@@ -31,7 +31,7 @@ class Committee(Generic[Runs, Out]):
 
     runs: Runs
     """Folders of meprop train mnist or digits, two or more, whose runs are finished. Those of compare keep no network.
-    The data are the same. Networks, rules, seeds and --digit-width may differ."""
+    The test images are the same. Networks, rules, seeds, training images and --digit-width may differ."""
     data_dir: Path | None = None
     """Folder of the data. By default it is the one that each run was given."""
     out: Out = None  # pyright: ignore[reportAssignmentType]

@@ -131,7 +131,8 @@ def made_ahead(items: Iterator[T], count: int) -> Iterator[T]:
     """Yield the same items, in the same order, of which up to `count` are made ahead on a second thread.
 
     Args:
-        items: Made on that thread alone, so they may not draw from a generator that others draw from. None is None.
+        items: Made on that thread alone, so they may not draw from a generator that others draw from. None of
+            them is None, which stands for the end.
         count: How many, 1 or more.
     """
     with ThreadPoolExecutor(1) as thread:
