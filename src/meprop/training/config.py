@@ -122,6 +122,7 @@ class RunConfig:
                 raise ValueError(f"--k-start {self.k_start} and --k {self.k}: give two counts, or two shares")
         for weight in self.k_ratio:
             checked_share("--k-ratio", weight, below_one=False)
+        self.rule()
         for k in (self.k, self.k_start or self.k) if self.k_ratio else ():
             of_layers = [k * weight / fmean(self.k_ratio) for weight in self.k_ratio]
             fits = min(of_layers) >= 0.5 if isinstance(k, int) else max(of_layers) <= 1 + 1e-9  # before rounding
@@ -130,7 +131,6 @@ class RunConfig:
                     f"--k-ratio {[*self.k_ratio]} makes k={k} {', '.join(f'{each:.3g}' for each in of_layers)} in the "
                     "layers: each needs a count of 1 or more, or a share of at most 1; give another --k or --k-ratio"
                 )
-        self.rule()
 
     def rule(self, name: str | None = None) -> Rule:
         """Return the rule of this name, with these settings.
