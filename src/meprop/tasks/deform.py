@@ -125,7 +125,7 @@ def deform(
 ) -> Tensor:
     """Return images, each deformed anew; the same state of the generator gives the same bits.
 
-    All is computed in float32 or wider, also under autocast. Narrower dtypes have too few digits for the places of pixels.
+    All is computed in float32 or wider, also under autocast. Narrower dtypes have too few digits for places of pixels.
 
     Args:
         images: ``[N, H, W]``, on the CPU, of a floating dtype.
