@@ -46,9 +46,9 @@ def adam(parameters):
 SETTINGS = {"optimizer": adam, "steps": 60, "check_every": 5, "batch_size": 23, "gamma": 0.02}
 
 
-def boosted_of(count: int = 4, between=nn.ReLU, **settings) -> meprop.Boosted:
+def boosted_of(**settings) -> meprop.Boosted:
     torch.manual_seed(0)
-    blocks = [make_block(between) for _ in range(count)]
+    blocks = [make_block() for _ in range(4)]
     return meprop.boost(blocks, make_head(), problem(), **{**SETTINGS, **settings})
 
 
@@ -82,17 +82,30 @@ def literal_edge(outputs, target, costs) -> float:
 def outputs_of(boosted: meprop.Boosted, x: torch.Tensor) -> list[torch.Tensor]:
     """The outputs o_1 to o_T."""
     with torch.no_grad():
-        return [boosted.truncated(each)(x).softmax(dim=1) for each in range(1, len(boosted.heads) + 1)]
+        return [boosted.truncated(each)(x.clone()).softmax(dim=1) for each in range(1, len(boosted.heads) + 1)]
 
 
 def normalised() -> nn.Module:
     return nn.Sequential(nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
 
 
-@pytest.mark.parametrize("between", [nn.ReLU, normalised])
-def test_records_are_those_of_literal_loops_over_the_final_model(between):
+class InPlace(nn.Module):
+    """A block that changes its input, as torch's modules with inplace=True do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.SiLU(inplace=True), make_block()
+
+    def forward(self, features):
+        return self.second(self.first(features))
+
+
+@pytest.mark.parametrize("block", [make_block, lambda: make_block(normalised), InPlace])
+def test_records_are_those_of_literal_loops_over_the_final_model(block):
     """So features that are kept are those of the model, in evaluation mode."""
-    boosted, (x, y) = boosted_of(3, between), problem()
+    torch.manual_seed(0)
+    x, y = problem()
+    boosted = meprop.boost([block() for _ in range(3)], make_head(), (x, y), **SETTINGS)
     assert len(boosted.heads) == 3
     scores, edge = torch.zeros(len(x), CLASSES), 0.0
     for record, outputs in zip(boosted.blocks, outputs_of(boosted, x), strict=True):
@@ -184,6 +197,14 @@ def test_edges_at_their_limits():
     assert edge_of(F.one_hot(y, 3), even) == 1
     assert edge_of(F.one_hot(1 - y % 2, 3), even) == -0.5  # all weight on one of two wrong classes
     assert edge_of(torch.full((2, 3), 1 / 3), even) == pytest.approx(0, abs=1e-7)
+
+
+def test_an_edge_is_at_most_one_however_sums_are_rounded():
+    generator = torch.Generator().manual_seed(0)
+    for count in range(1, 60):
+        y = torch.randint(10, (count,), generator=generator)
+        costs = cost_matrix(torch.randn(count, 10, generator=generator, dtype=torch.float64), y)
+        assert edge_of(F.one_hot(y, 10), costs) <= 1
 
 
 def test_alpha_is_odd_and_finite_for_an_edge_of_one():
@@ -386,6 +407,28 @@ def test_a_block_that_returns_nan_is_refused():
 # ---------------------------------------------------------------- how it is used
 
 
+def test_gradients_that_a_block_and_a_head_come_with_are_left_aside():
+    found = []
+    for stale in (None, 1e6):
+        torch.manual_seed(0)
+        block, head = make_block(), make_head()
+        for each in (*block.parameters(), *head.parameters()) if stale else ():
+            each.grad = torch.full_like(each, stale)
+        generator = torch.Generator().manual_seed(2)
+        found.append(meprop.boost([block], head, problem(), generator=generator, **SETTINGS).blocks)
+    assert found[0] == found[1]
+
+
+def test_records_of_bfloat16_blocks_are_measured_in_more_digits():
+    torch.manual_seed(0)
+    x, y = problem()
+    block, head = make_block().bfloat16(), make_head().bfloat16()
+    found = meprop.boost([block], head, (x.bfloat16(), y), **SETTINGS)
+    with torch.no_grad():
+        outputs = found.model(x.bfloat16()).double().softmax(dim=1)
+    assert found.blocks[0].edge == pytest.approx(literal_edge(outputs, y, literal_costs(0 * outputs, y)), abs=1e-9)
+
+
 def test_blocks_that_back_propagate_sparsely_are_boosted_like_others():
     torch.manual_seed(0)
     blocks = nn.ModuleList(make_block() for _ in range(2))
@@ -478,6 +521,13 @@ def test_the_snippet_of_the_page_runs(capsys):
 # ---------------------------------------------------------------- bad input
 
 
+class Widening(nn.Linear):
+    """A layer that returns the dtype of its weights, whatever it is given."""
+
+    def forward(self, features):
+        return super().forward(features.to(self.weight.dtype))
+
+
 X, Y = problem()
 BLOCK = make_block()
 BAD = {
@@ -492,13 +542,23 @@ BAD = {
     "a block of another shape": (
         {"blocks": [nn.Linear(5, 4).double()]},
         ValueError,
-        r"block 1 returns shape \[2, 4\] for \[2, 5\]; both must be the same",
+        r"block 1 returns torch.float64 of shape \[2, 4\] for torch.float64 of shape \[2, 5\]; both must be the same",
+    ),
+    "a block of another dtype": (
+        {"data": (X.half(), Y), "blocks": [Widening(5, 5)], "head": Widening(5, 3)},
+        ValueError,
+        r"block 1 returns torch.float32 of shape \[2, 5\] for torch.float16 of shape \[2, 5\]; both must be the same",
     ),
     "a head of no kind": ({"head": torch.relu}, TypeError, "head is of type builtin.*; it must be a torch.nn.Module"),
     "too few classes": (
         {"head": nn.Linear(5, 2).double()},
         ValueError,
-        r"head gives outputs of shape \[2, 2\] .* it must give \[2, K\], with K above the largest class in data, 2",
+        r"head gives outputs of shape \[2, 2\] .* with K of 2 or more and above the largest class in data, 2",
+    ),
+    "one class": (
+        {"head": nn.Linear(5, 1).double(), "data": (X, torch.zeros_like(Y))},
+        ValueError,
+        r"head gives outputs of shape \[2, 1\] for 2 examples; it must give \[N, K\], with K of 2 or more",
     ),
     "data of no kind": ({"data": 3}, TypeError, "data is of type int; data is inputs"),
     "one tensor": ({"data": X}, TypeError, "data has a batch that is not a pair of tensors, but a Tensor; data is"),
@@ -508,6 +568,7 @@ BAD = {
     "another number": ({"data": (X, Y[:5])}, ValueError, "data has 230 inputs for 5 classes; give one class for each"),
     "classes as floats": ({"data": (X, Y.double())}, ValueError, r"classes of shape \[230\] and torch.float64; give"),
     "one-hot classes": ({"data": (X, F.one_hot(Y))}, ValueError, r"classes of shape \[230, 3\] and torch.int64; give"),
+    "nan": ({"data": (X.clone().fill_diagonal_(math.nan), Y)}, ValueError, "data has inputs that are NaN or infinite"),
     "a negative class": ({"data": (X, Y - 1)}, ValueError, "data has the class -1; classes are numbered from 0"),
     "an optimizer itself": (
         {"optimizer": adam(BLOCK.parameters())},

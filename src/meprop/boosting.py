@@ -151,8 +151,8 @@ def boost(
             it gets.
         head: The first classifier, features to logits ``[N, K]``, such as a Linear. It is copied. Each further one
             starts as a copy of the one before.
-        data: Inputs ``[N, ...]`` and classes, int64 ``[N]``; or batches of such pairs, such as a DataLoader. Batches
-            are read once, into memory. What they draw at random stays as it was drawn.
+        data: Inputs ``[N, ...]``, which are finite, and classes ``[N]``, which are integers. Or batches of such pairs,
+            such as a DataLoader. They are read once, into memory. What they draw at random stays as it was drawn.
         optimizer: Makes the optimizer of a list of parameters, once for each block.
         steps: The most updates that a block gets.
         check_every: After how many updates the condition is looked at, on all examples.
@@ -192,7 +192,7 @@ def boost(
         _check_block(block, number, model)
         state = state or _State.first(block, head, inputs, target)
         weak = nn.Sequential(Residual(block), deepcopy(heads[-1] if heads else head).to(state.target.device))
-        state.check_shape(block, number)
+        state.check_form(block, number)
         record, outputs_NK = how.train(weak, state)
         records.append(record)
         if not record.kept:
@@ -226,21 +226,21 @@ class _State:
         device = next(block.parameters(), inputs).device
         features = inputs.to(device, copy=True)
         shape = _outputs(deepcopy(head).to(device), features[:2]).shape
-        if len(shape) != 2 or shape[1] <= int(target.max()):
+        if len(shape) != 2 or shape[1] <= max(1, int(target.max())):
             raise ValueError(
-                f"head gives outputs of shape {list(shape)} for 2 examples; it must give [2, K], with K above the "
-                f"largest class in data, {int(target.max())}"
+                f"head gives outputs of shape {list(shape)} for {len(features[:2])} examples; it must give [N, K], "
+                f"with K of 2 or more and above the largest class in data, {int(target.max())}"
             )
         target = target.to(device)
         return cls(features, target, cost_matrix(features.new_zeros(len(target), shape[1]), target))
 
-    def check_shape(self, block: nn.Module, number: int) -> None:
-        """Checks that the block returns the shape it gets."""
-        given, returned = self.features[:2].shape, _outputs(block, self.features[:2]).shape
-        if given != returned:
+    def check_form(self, block: nn.Module, number: int) -> None:
+        """Checks that the block returns the shape and the dtype that it gets."""
+        given, returned = self.features[:2], _outputs(block, self.features[:2])
+        if (given.shape, given.dtype) != (returned.shape, returned.dtype):
             raise ValueError(
-                f"block {number} returns shape {list(returned)} for {list(given)}; both must be the same, as its "
-                "output is added to its input"
+                f"block {number} returns {returned.dtype} of shape {list(returned.shape)} for {given.dtype} of shape "
+                f"{list(given.shape)}; both must be the same, as its output is added to its input"
             )
 
     def advance(self, residual: nn.Module, outputs_NK: Tensor, record: BoostedBlock) -> None:
@@ -285,7 +285,7 @@ class _How:
         return edge > 0 and gamma_of(edge, before) > self.gamma
 
     def _measure(self, weak: nn.Sequential, state: _State, steps: int) -> tuple[BoostedBlock, Tensor]:
-        outputs_NK = _outputs(weak, state.features).softmax(dim=1)
+        outputs_NK = _outputs(weak, state.features).softmax(dim=1, dtype=torch.float64)
         edge = edge_of(outputs_NK, state.costs)
         alpha = alpha_of(edge)
         record = BoostedBlock(
@@ -293,7 +293,7 @@ class _How:
             edge=edge,
             gamma=gamma_of(edge, state.edge),
             alpha=alpha,
-            loss=exp(log_exponential_loss(alpha * outputs_NK.double(), state.target)),
+            loss=exp(log_exponential_loss(alpha * outputs_NK, state.target)),
             error=float((outputs_NK.argmax(dim=1) != state.target).double().mean()),
             kept=self.accepts(edge, state.edge),
         )
@@ -312,13 +312,14 @@ def _optimizer_of(make: Callable[[list[nn.Parameter]], Optimizer], module: nn.Mo
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer returns a {kind}; it must return a torch.optim.Optimizer of the parameters it gets")
+    optimizer.zero_grad()  # of gradients that the module came with
     return optimizer
 
 
 @torch.no_grad()
 def _outputs(module: nn.Module, features: Tensor) -> Tensor:
     module.eval()
-    return torch.cat([module(chunk) for chunk in features.split(_CHUNK)])
+    return torch.cat([module(chunk.clone()) for chunk in features.split(_CHUNK)])  # it may work in place
 
 
 def _refine(
@@ -367,6 +368,8 @@ def _pair(data: Any) -> tuple[Tensor, Tensor]:
     inputs, target = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*batches, strict=True))
     if int(target.min()) < 0:
         raise ValueError(f"data has the class {int(target.min())}; classes are numbered from 0")
+    if not inputs.isfinite().all():
+        raise ValueError("data has inputs that are NaN or infinite; give finite ones")
     return inputs.detach(), target.long()
 
 
@@ -374,11 +377,7 @@ def _check_kinds(blocks: Any, head: Any, optimizer: Any, gamma: Any, generator: 
     wanted = {
         "blocks": (blocks, isinstance(blocks, Iterable), "modules, such as a list or a generator of them"),
         "head": (head, isinstance(head, nn.Module), "a torch.nn.Module from features to logits"),
-        "optimizer": (
-            optimizer,
-            callable(optimizer),
-            "a function from parameters to an optimizer, such as lambda given: torch.optim.SGD(given, lr=0.1)",
-        ),
+        "optimizer": (optimizer, callable(optimizer), "a function of parameters, such as torch.optim.SGD"),
         "gamma": (gamma, isinstance(gamma, int | float) and not isinstance(gamma, bool), "a number from 0 to below 1"),
         "generator": (generator, isinstance(generator, torch.Generator | None), "a torch.Generator, or None"),
     }
@@ -394,7 +393,4 @@ def _check_block(block: Any, number: int, before: nn.Module) -> None:
         raise TypeError(f"block {number} is of type {type(block).__name__}; it must be a torch.nn.Module")
     trained = {id(each) for each in before.parameters()}
     if any(id(each) in trained for each in block.parameters()):
-        raise ValueError(
-            f"block {number} has parameters of a block before it, whose features are kept as they are; make a new one, "
-            "for instance with copy.deepcopy"
-        )
+        raise ValueError(f"block {number} has parameters of a block before it, which stays as it is; make a new one")

@@ -44,7 +44,8 @@ def edge_of(outputs_NK: Tensor, cost_NK: Tensor) -> float:
     Returns:
         From -1 to 1. 0 for a classifier that gives all classes the same probability.
     """
-    return -float((cost_NK * outputs_NK).sum() / cost_NK.clamp(min=0).sum())
+    edge = -float((cost_NK * outputs_NK).sum() / cost_NK.clamp(min=0).sum())
+    return max(min(edge, 1.0), -1.0)  # which rounding can exceed; in this order NaN stays NaN
 
 
 def alpha_of(edge: float) -> float:

@@ -92,6 +92,24 @@ def test_images_are_those_of_a_literal_reference(shape, strength, background):
     torch.testing.assert_close(narrow.double(), found, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_images_are_deformed_in_float32(dtype):
+    """torch's grid_sample gives NaN for such images in their own dtype."""
+    images, labels = images_of(2, 300, 280, dtype), torch.arange(2)
+    expected = deform(images.float(), labels, PAPER, generator())
+    found = deform(images, labels, PAPER, generator())
+    assert torch.equal(found, expected.to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(deform(images.float(), labels, PAPER, generator()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_classes_are_numbers_of_any_dtype(dtype):
+    images, strength = images_of(4, 5, 5), replace(FAINT, narrow_classes=(1, 300))
+    expected = deform(images, torch.tensor([0, 1, 1, 0]), strength, generator())
+    assert torch.equal(deform(images, torch.tensor([0, 1, 1, 0], dtype=dtype), strength, generator()), expected)
+
+
 def test_nothing_to_deform_by_leaves_the_images_alone():
     images = images_of(5, 8, 6)
     still = Deformation(sigma=1.0, alpha=0.0, angle=0.0, scale=0.0)
@@ -152,6 +170,7 @@ def test_a_state_of_the_generator_gives_the_same_bits(dtype):
     [
         (torch.zeros(2, 784), torch.zeros(2), r"images are torch.float32 of shape \[2, 784\].*must be floats"),
         (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2), r"images are torch.uint8.*must be floats"),
+        (torch.zeros(2, 0, 4), torch.zeros(2), r"of shape \[2, 0, 4\].*with H and W of at least 1"),
         (torch.zeros(2, 4, 4, device="meta"), torch.zeros(2), r"on meta: .* on the CPU"),
         (torch.zeros(2, 4, 4), torch.zeros(3), r"labels have the shape \[3\]: they must be \[2\]"),
     ],

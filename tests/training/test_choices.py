@@ -41,6 +41,13 @@ def test_settings_of_a_choice_go_before_those_of_all():
     assert fourth.make_rule() == meprop.TopK(20, scope="example")  # which has no noise
 
 
+def test_a_setting_may_be_a_list():
+    texts = ["topk:k_ratio=[1, 3],k=20", "topk:k=20,k_ratio=[3,1]"]
+    _, first, second = read_choices(texts, TrainingConfig())
+    assert (first.training.k_ratio, second.training.k_ratio) == ((1, 3), (3, 1))
+    assert [first.name, second.name] == ["topk:k_ratio=[1,3],k=20", "topk:k=20,k_ratio=[3,1]"]
+
+
 def test_a_rule_alone_does_not_leave_an_option_aside():
     with pytest.raises(ValueError, match=r"--rule topk: noise=0\.25 is no setting of the rule 'topk'"):
         read_choices(["topk"], TrainingConfig(noise=0.25))

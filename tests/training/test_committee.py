@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,13 +60,13 @@ def test_there_is_no_ratio_where_no_member_errs():
 
 
 def test_a_committee_has_two_members_on_the_same_images():
-    member = Member(Path("one"), {}, torch.rand(4, 3), torch.tensor([0, 1, 2, 0]))
-    others = (torch.rand(4, 3), torch.tensor([0, 1, 2, 1])), (torch.rand(4, 5), member.labels)
+    member = Member(Path("one"), {}, torch.rand(4, 3), torch.tensor([0, 1, 2, 0]), "a")
+    others = (torch.rand(4, 3), "b"), (torch.rand(4, 5), "a")
     with pytest.raises(ValueError, match="two members or more, got 1"):
         errors_of([member])
-    for probabilities, labels in others:
+    for probabilities, data in others:
         with pytest.raises(ValueError, match="two is a run on other data than one"):
-            errors_of([member, Member(Path("two"), {}, probabilities, labels)])
+            errors_of([member, Member(Path("two"), {}, probabilities, member.labels, data)])
 
 
 # ---------------------------------------------------------------- runs
@@ -135,6 +136,35 @@ def test_the_command_refuses_what_is_no_committee(runs, tmp_path, capsys):
     ):
         assert cli.main(["committee", *folders]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_members_on_other_images_with_the_same_labels_are_refused(runs, data, tmp_path):
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    images = bytearray((other / "t10k-images-idx3-ubyte").read_bytes())
+    images[-1] ^= 1
+    (other / "t10k-images-idx3-ubyte").write_bytes(images)
+    assert train(tmp_path / "run", other, *RUNS["narrow"]) == 0
+    members = [read_member(runs["plain"]), read_member(tmp_path / "run")]
+    with pytest.raises(ValueError, match="is a run on other data than"):
+        errors_of(members)
+    shutil.rmtree(other)
+    with pytest.raises(
+        DataError, match=r"the data of .*run: .* is not a folder.* Or give their folder with --data-dir"
+    ):
+        read_member(tmp_path / "run")
+
+
+def test_files_of_the_runs_and_folders_are_not_replaced(runs, tmp_path, capsys):
+    folders = [str(runs["plain"]), str(runs["deep"])]
+    for out, message in (
+        (runs["plain"] / "result.json", "is of a run; give another file"),
+        (runs["deep"] / ".." / "deep" / "checkpoint.pt", "is of a run; give another file"),
+        (tmp_path, "is a folder; give another file"),
+    ):
+        assert cli.main(["committee", *folders, "--out", str(out), "--overwrite"]) == 2
+        assert message in capsys.readouterr().err
+    assert recorded_error(runs["plain"]) >= 0
 
 
 def test_other_data_are_refused(runs, data, tmp_path):

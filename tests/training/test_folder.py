@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ OURS = [
     "checkpoint-before.pt",
     "checkpoint-dense-seed0.pt",
     "checkpoint-topk-seed12-before.pt",
+    "checkpoint-topk:k=20,k_ratio=[1,3]-seed0.pt",
     "compact-seed0.pt",
     "curves.png",
     "widths.png",
@@ -54,7 +56,7 @@ def left(out):
 @pytest.mark.parametrize("name", OURS)
 def test_each_file_of_an_experiment_protects_it(tmp_path, name):
     make(tmp_path, [name])
-    with pytest.raises(ValueError, match=rf"{name} exists; give another --out, or --overwrite"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} exists; give another --out, or --overwrite"):
         folder.check_free(tmp_path)
     assert left(tmp_path) == [name]
     folder.clear(tmp_path)

@@ -93,7 +93,7 @@ def test_the_density_of_a_scheduled_run_includes_its_dense_steps(task):
     assert [(layer["status"], layer["k"]) for layer in run.layers] == [("sparse", 16), ("dense", None)]
 
 
-@pytest.mark.parametrize(("start", "end"), [(5, 35), (35, 5), (0.25, 0.0625)])
+@pytest.mark.parametrize(("start", "end"), [(5, 35), (35, 5), (0.25, 0.0625), (400, 100)])
 def test_k_goes_linearly_from_its_start_to_its_end(task, start, end):
     config = TrainingConfig(epochs=2, k=end, k_start=start, dense_warmup_steps=3)
     trainer = Trainer(task, config, config.rule(), 7)
@@ -104,7 +104,7 @@ def test_k_goes_linearly_from_its_start_to_its_end(task, start, end):
             trainer.advance(1)  # the end of an epoch, which is a call of its own
         trainer.advance(1)
     counts = [k if isinstance(k, int) else k * 128 for k in (start, end)]
-    expected = torch.linspace(*map(float, counts), 13)
+    expected = torch.linspace(*map(float, counts), 13).clamp(max=128)
     assert kept[:3] == [128] * 3
     torch.testing.assert_close(torch.tensor(kept[3:]).float(), expected, atol=0.51, rtol=0)
     (run,) = fit([trainer], ignore)
@@ -277,6 +277,12 @@ def test_epochs_are_checked(epochs):
         ({"noise": 0.5, "k_ratio": (1.0,)}, "need a rule with k"),
         ({"k_start": 0.5}, "--k-start 0.5 and --k 20: give two counts, or two shares"),
         ({"k_start": 0}, "k=0 keeps nothing"),
+        (
+            {"k_ratio": (1.0, 9.0), "k": 1},
+            r"--k-ratio \[1.0, 9.0\] makes k=1 0.2, 1.8 in the layers: each needs a count",
+        ),
+        ({"k_ratio": (1.0, 9.0), "k": 0.8}, "makes k=0.8 0.16, 1.44 in the layers: .* a share of at most 1; give ano"),
+        ({"k_ratio": (1.0, 3.0), "k": 0.1, "k_start": 0.8}, "makes k=0.8 0.4, 1.2 in the layers"),
         ({"k_ratio": (1.0, 0.0)}, "--k-ratio=0.0 is out of range"),
     ],
 )

@@ -31,7 +31,7 @@ class Committee(Generic[Runs, Out]):
 
     runs: Runs
     """Folders of meprop train mnist or digits, two or more, whose runs are finished. Those of compare keep no network.
-    The data are the same. Networks, rules, seeds and --digit-width may differ."""
+    The test images are the same. Networks, rules, seeds, training images and --digit-width may differ."""
     data_dir: Path | None = None
     """Folder of the data. By default it is the one that each run was given."""
     out: Out = None  # pyright: ignore[reportAssignmentType]
@@ -43,13 +43,21 @@ class Committee(Generic[Runs, Out]):
         """Let the members look at the test images, and write and show their errors."""
         if len({folder.resolve() for folder in self.runs}) < len(self.runs):
             raise ValueError("a run is given twice: each member of a committee is another network")
-        if self.out is not None and self.out.exists() and not self.overwrite:
-            raise ValueError(f"{self.out} exists; give another --out, or --overwrite to replace it")
+        if self.out is not None:
+            self._check_out(self.out)
         members = [read_member(folder, self.data_dir) for folder in self.runs]
         found = errors_of(members)
         print(table(members, found))
         if self.out is not None:
             self._write(self.out, members, found)
+
+    def _check_out(self, path: Path) -> None:
+        """Refuse a file that is there, unless it is to be replaced; and a folder, or a file of a run, in any case."""
+        of_runs = {(folder / name).resolve() for folder in self.runs for name in (tracking.RESULT, tracking.CHECKPOINT)}
+        if path.is_dir() or path.resolve() in of_runs:
+            raise ValueError(f"--out {path} is {'a folder' if path.is_dir() else 'of a run'}; give another file")
+        if path.exists() and not self.overwrite:
+            raise ValueError(f"{path} exists; give another --out, or --overwrite to replace it")
 
     def _write(self, path: Path, members: list[Member], found: Errors) -> None:
         record = Record(

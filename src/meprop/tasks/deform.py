@@ -70,7 +70,7 @@ class Deformation:
         """
         count = len(labels)
         angle, kind, across, down = torch.rand(4, count, generator=generator) * 2 - 1
-        narrow = torch.isin(labels, torch.tensor(self.narrow_classes, dtype=labels.dtype))
+        narrow = torch.isin(labels.long(), torch.tensor(self.narrow_classes, dtype=torch.long))
         shape = count, 2, height + 2 * self.margin, width + 2 * self.margin
         return Draws(
             noise=_noise(shape, generator) if self.alpha > 0 else torch.empty(0),
@@ -86,7 +86,7 @@ class Deformation:
         shears. e is alpha times the noise that the Gaussian has smoothed. Values between pixels are linear.
 
         Args:
-            images: ``[N, H, W]``, on the CPU, of a floating dtype.
+            images: ``[N, H, W]``, on the CPU, float32 or float64.
             draws: Of `draw`, for as many images of this size.
             background: The value outside of an image.
         """
@@ -125,6 +125,8 @@ def deform(
 ) -> Tensor:
     """Return images, each deformed anew; the same state of the generator gives the same bits.
 
+    All is computed in float32 or wider, also under autocast. Narrower dtypes have too few digits for places of pixels.
+
     Args:
         images: ``[N, H, W]``, on the CPU, of a floating dtype.
         labels: The class of each, ``[N]``.
@@ -135,15 +137,18 @@ def deform(
     Raises:
         ValueError: The images are not such, or the labels are not as many.
     """
-    if images.dim() != 3 or not images.is_floating_point() or images.device.type != "cpu":
+    if images.dim() != 3 or 0 in images.shape[1:] or not images.is_floating_point() or images.device.type != "cpu":
         raise ValueError(
             f"images are {images.dtype} of shape {[*images.shape]} on {images.device}: they must be floats [N, H, W] "
-            "on the CPU"
+            "on the CPU, with H and W of at least 1"
         )
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels have the shape {[*labels.shape]}: they must be [{len(images)}], one for each image")
     _, height, width = images.shape
-    return strength.apply(images, strength.draw(labels, height, width, generator), background)
+    draws = strength.draw(labels, height, width, generator)
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    with torch.autocast("cpu", enabled=False):
+        return strength.apply(wide, draws, background).to(images.dtype)
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

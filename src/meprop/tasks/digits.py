@@ -69,7 +69,7 @@ class DigitsConfig:
     images themselves, not deformed, as in the paper."""
     ahead: int = 0
     """How many batches are deformed ahead on a second thread.
-    0: Batches are deformed between the steps, which are timed.
+    0: Batches are deformed between the steps. Only the steps are timed.
     1 or more: Where no processor is free, the thread takes time from the steps."""
 
     def __post_init__(self) -> None:

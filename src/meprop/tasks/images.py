@@ -33,6 +33,8 @@ class Digits:
     """The largest label of any split, plus one."""
     image_shape: tuple[int, int]
     """Height and width."""
+    test_digest: str
+    """Of the test images and labels, as their files have them."""
 
     def __str__(self) -> str:
         height, width = self.image_shape
@@ -59,11 +61,7 @@ class ImageTask(DataTask):
     @property
     def fingerprint(self) -> str:
         """A digest of the images and labels."""
-        digest = hashlib.blake2b(str(self.data).encode(), digest_size=6)
-        for part in vars(self.data).values():
-            if isinstance(part, Tensor):
-                digest.update(part.contiguous().numpy().data)
-        return digest.hexdigest()
+        return digest_of(str(self.data), *(part for part in vars(self.data).values() if isinstance(part, Tensor)))
 
     @property
     def example_inputs(self) -> tuple[Tensor]:
@@ -121,11 +119,20 @@ class ImageTask(DataTask):
             model.train(training)
 
 
+def digest_of(text: str, *tensors: Tensor) -> str:
+    """Return a digest of a text and of the numbers of tensors."""
+    digest = hashlib.blake2b(text.encode(), digest_size=6)
+    for each in tensors:
+        digest.update(each.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def made_ahead(items: Iterator[T], count: int) -> Iterator[T]:
     """Yield the same items, in the same order, of which up to `count` are made ahead on a second thread.
 
     Args:
-        items: Made on that thread alone, so they may not draw from a generator that others draw from. None is None.
+        items: Made on that thread alone, so they may not draw from a generator that others draw from. None of
+            them is None, which stands for the end.
         count: How many, 1 or more.
     """
     with ThreadPoolExecutor(1) as thread:

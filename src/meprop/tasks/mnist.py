@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from meprop.errors import DataError
 from meprop.tasks import files
-from meprop.tasks.images import Digits, ImageTask
+from meprop.tasks.images import Digits, ImageTask, digest_of
 
 # ---------------------------------------------------------------- data: four files, wherever they come from
 
@@ -130,6 +130,7 @@ def read(data_dir: Path | None, dev_size: int) -> Digits:
         test_labels=test_classes,
         num_classes=1 + int(max(labels.max(), test_labels.max())),
         image_shape=(images.shape[1], images.shape[2]),
+        test_digest=digest_of(str(test_images.shape), test_images, test_labels),
     )
 
 

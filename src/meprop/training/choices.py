@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 _SHARED = ("epochs", "budget_seconds", "seeds", "accelerator")  # what runs that are compared have in common
+_COMMA = re.compile(r",(?![^\[]*\])")
+"""Between settings, and not within a list."""
 _NOISE = {"noise": None, "noise_of": "layer", "noise_start": None}
 
 
@@ -49,7 +52,8 @@ def read_choices(texts: Sequence[str], training: RunConfig) -> list[Choice]:
     compared, those that have no noise leave aside that of `training`.
 
     Args:
-        texts: Each is the name of a rule or "dense", with settings after a colon or none: "topk:k=0.04,scope=global".
+        texts: Each is the name of a rule or "dense", with settings after a colon or none: "topk:k=0.04,scope=global"
+            or "topk:k=20,k_ratio=[1,3]".
         training: The settings that they share.
 
     Raises:
@@ -72,15 +76,20 @@ def _read(text: str, training: RunConfig, one_of_several: bool) -> Choice:
     if rule not in names:
         raise ValueError(f"--rule {text}: the rules are {', '.join(names)}{did_you_mean(rule, names)}")
     try:
-        own = checked(dict(map(_setting, given.split(",") if given else [])), hints(type(training), but=_SHARED), "")
+        own = checked(dict(map(_setting, _COMMA.split(given) if given else [])), hints(type(training), but=_SHARED), "")
         no_noise = "noise" not in own and ("k" in own or (one_of_several and rule != rules.Sampled.name))
-        settings = ",".join(f"{key}={value}" for key, value in own.items())
+        settings = ",".join(f"{key}={_written(value)}" for key, value in own.items())
         changed = {**(_NOISE if no_noise else {}), **own}
         choice = Choice(f"{rule}:{settings}" if own else rule, rule, replace(training, **changed))
         choice.make_rule()
     except ValueError as error:
         raise ValueError(f"--rule {text}: {error}") from error
     return choice
+
+
+def _written(value: Any) -> str:
+    """Return a value as a name of a run has it, which is part of the names of files."""
+    return str([*value]).replace(" ", "") if isinstance(value, tuple) else str(value)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -64,6 +64,8 @@ class Member:
     """Of the classes, ``[N, C]``, float64."""
     labels: Tensor
     """Of the images, ``[N]``."""
+    data: str
+    """A digest of the test images and labels, as their files have them."""
 
 
 def read_member(folder: Path, data_dir: Path | None = None) -> Member:
@@ -89,7 +91,10 @@ def read_member(folder: Path, data_dir: Path | None = None) -> Member:
     settings, allowed = content["settings"], hints(entry.config, but=("data_dir",))
     of_task = checked({name: settings[name] for name in allowed if name in settings}, allowed, f"{path}: ")
     given = result.config["task"]["data_dir"]
-    task = entry.build(entry.config(data_dir=data_dir or (given and Path(given)), **of_task))
+    try:
+        task = entry.build(entry.config(data_dir=data_dir or (given and Path(given)), **of_task))
+    except DataError as error:
+        raise DataError(f"the data of {folder}: {error} Or give their folder with --data-dir.") from error
     assert isinstance(task, ImageTask)  # see `_entry`
     if task.fingerprint != settings["data"]:
         raise ValueError(f"{folder} is a run on other data than those that are read now: give theirs with --data-dir")
@@ -100,7 +105,7 @@ def read_member(folder: Path, data_dir: Path | None = None) -> Member:
         raise DataError(f"{path} does not fit this version of meprop ({error})") from error
     with torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "bf16-mixed"):
         outputs, labels = zip(*task.outputs(model, "test"), strict=True)
-    return Member(folder, settings, torch.cat(outputs).double().softmax(1), torch.cat(labels))
+    return Member(folder, settings, torch.cat(outputs).double().softmax(1), torch.cat(labels), task.data.test_digest)
 
 
 def _entry(folder: Path, name: str) -> TaskEntry:
@@ -125,6 +130,6 @@ def errors_of(members: Sequence[Member]) -> Errors:
         raise ValueError(f"a committee has two members or more, got {len(members)}")
     first = members[0]
     for each in members[1:]:
-        if not torch.equal(each.labels, first.labels) or each.probabilities.shape != first.probabilities.shape:
+        if each.data != first.data or each.probabilities.shape != first.probabilities.shape:
             raise ValueError(f"{each.folder} is a run on other data than {first.folder}: give runs on the same data")
     return errors(torch.stack([each.probabilities for each in members]), first.labels)

@@ -123,6 +123,14 @@ class RunConfig:
         for weight in self.k_ratio:
             checked_share("--k-ratio", weight, below_one=False)
         self.rule()
+        for k in (self.k, self.k_start or self.k) if self.k_ratio else ():
+            of_layers = [k * weight / fmean(self.k_ratio) for weight in self.k_ratio]
+            fits = min(of_layers) >= 0.5 if isinstance(k, int) else max(of_layers) <= 1 + 1e-9  # before rounding
+            if not fits:
+                raise ValueError(
+                    f"--k-ratio {[*self.k_ratio]} makes k={k} {', '.join(f'{each:.3g}' for each in of_layers)} in the "
+                    "layers: each needs a count of 1 or more, or a share of at most 1; give another --k or --k-ratio"
+                )
 
     def rule(self, name: str | None = None) -> Rule:
         """Return the rule of this name, with these settings.
@@ -173,7 +181,7 @@ class RunConfig:
                 return None
             done = (step - first) / max(1, last - first - 1)
             if self.k_start is not None:
-                return _with_k(rule, done + (1 - done) * self.k_start / self.k)
+                return _with_k(rule, done + (1 - done) * self.first_k)
             if self.noise is None or self.noise_start is None or not isinstance(rule, rules.Sampled):
                 return rule
             assert rule.noise is not None  # it is of `noise`
@@ -182,9 +190,9 @@ class RunConfig:
         return schedule.RuleSchedule(model, rule_at)
 
     @property
-    def mean_k(self) -> float:
-        """The mean of k over the sparse steps, as a multiple of `k`."""
-        return 1.0 if self.k_start is None else (1 + self.k_start / self.k) / 2
+    def first_k(self) -> float:
+        """k in the first sparse step, as a multiple of `k`."""
+        return 1.0 if self.k_start is None else self.k_start / self.k
 
     def of_dense(self) -> Self:
         """Return the settings of a run without a rule."""

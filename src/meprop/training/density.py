@@ -28,7 +28,7 @@ def count_entries(model: nn.Module) -> tuple[int, int]:
 
 
 def density(
-    layers: Sequence[dict[str, Any]], curve: Sequence[EpochRecord], dense_share: float, mean_k: float = 1.0
+    layers: Sequence[dict[str, Any]], curve: Sequence[EpochRecord], dense_share: float, first_k: float = 1.0
 ) -> float | None:
     """Return the share of the entries that sparse layers propagate, from their reports or from the epochs.
 
@@ -36,7 +36,7 @@ def density(
         layers: The reports of the sparse layers.
         curve: The epochs.
         dense_share: The share of the training that is dense.
-        mean_k: The mean of k over the other steps, as a multiple of that in the reports.
+        first_k: k in the first of the other steps, as a multiple of that in the reports, to which it goes linearly.
 
     Returns:
         1 if there are no such layers; None if neither the rule nor the epochs say.
@@ -49,5 +49,14 @@ def density(
             return None
         found = sum(densities) / len(densities)
     else:
-        found = mean_k * sum(layer["k"] for layer in layers) / sum(layer["out_features"] for layer in layers)
+        kept = sum(_mean_kept(layer["k"], first_k * layer["k"], layer["out_features"]) for layer in layers)
+        found = kept / sum(layer["out_features"] for layer in layers)
     return dense_share + (1 - dense_share) * found
+
+
+def _mean_kept(last: float, first: float, features: int) -> float:
+    """The mean of what k keeps on its way from first to last, of which last is below the number of features."""
+    low, high = sorted((first, last))
+    if high <= features:
+        return (low + high) / 2
+    return features - (features - low) ** 2 / (2 * (high - low))  # a part of the way keeps all features

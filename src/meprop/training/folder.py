@@ -14,7 +14,7 @@ from meprop.training import tracking
 
 _OURS = re.compile(
     r"result\.json|report\.html|(curves|widths|activity|performance-step|explore)\.png|compact-seed\d+\.pt"
-    r"|checkpoint(-[\w:=,.+-]+-seed\d+)?(-before)*\.pt"
+    r"|checkpoint(-[][\w:=,.+-]+-seed\d+)?(-before)*\.pt"
 )
 """The files that an experiment may have, of whatever command."""
 

@@ -362,7 +362,7 @@ class Trainer:
             test=self.curve[-1].test,
             seconds=asdict(self.seconds),
             k=self.k,
-            density=density(sparse, self.curve, dense_share, self.config.mean_k),
+            density=density(sparse, self.curve, dense_share, self.config.first_k),
             curve=[asdict(record) for record in self.curve],
             layers=layers,
             checks=[] if self.simplifier is None else [asdict(check) for check in self.simplifier.history],
