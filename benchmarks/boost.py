@@ -15,12 +15,14 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 import meprop
 from meprop import machine
@@ -38,8 +40,9 @@ RULES: dict[str, meprop.Rule | None] = {
     "top-k 4%": meprop.TopK(0.04),
     "sampled 4%": meprop.Sampled(0.04),
 }
-SETTINGS: dict[str, Any] = {"steps": 600, "check_every": 200, "batch_size": 100, "gamma": 0.0}
-LEARNING_RATE = 3e-4
+SETTINGS: dict[str, Any] = {"steps": 6000, "check_every": 1200, "batch_size": 100, "gamma": 0.0}
+LEARNING_RATE = 5e-4  # at first, and again after every check
+GRADIENT_LEARNING_RATE = 3e-4  # constant
 GRADIENT_SETTINGS: dict[str, Any] = {"steps": 500, "check_every": 50, "batch_size": 100, "gamma": 0.0}
 GRADIENT_IMAGES = 10_000  # that the blocks are trained on whose gradients are compared
 GRADIENT_BATCHES = 10
@@ -68,8 +71,11 @@ def convert(model: nn.Module, rule: meprop.Rule | None) -> None:
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer of every run."""
-    return torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+    """The optimizer of every run. Its rate falls to zero by a cosine until the next check."""
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+    schedule = CosineAnnealingWarmRestarts(optimizer, SETTINGS["check_every"])
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    return optimizer
 
 
 @torch.no_grad()
@@ -187,7 +193,8 @@ def run_gradients(seed: int, data: Digits) -> None:
     torch.manual_seed(seed)
     blocks = [make_block() for _ in range(max(DEPTHS))]
     part = (data.train_images[:GRADIENT_IMAGES], data.train_labels[:GRADIENT_IMAGES])
-    boosted = meprop.boost(blocks, nn.Linear(784, 10), part, optimizer=adam, **GRADIENT_SETTINGS)
+    optimizer = partial(torch.optim.Adam, lr=GRADIENT_LEARNING_RATE, fused=True)
+    boosted = meprop.boost(blocks, nn.Linear(784, 10), part, optimizer=optimizer, **GRADIENT_SETTINGS)
     print(boosted, flush=True)
     errors = {
         name: {
@@ -198,7 +205,7 @@ def run_gradients(seed: int, data: Digits) -> None:
         for name, rule in RULES.items()
         if rule is not None
     }
-    settings = {**GRADIENT_SETTINGS, "learning_rate": LEARNING_RATE, "images": GRADIENT_IMAGES}
+    settings = {**GRADIENT_SETTINGS, "learning_rate": GRADIENT_LEARNING_RATE, "images": GRADIENT_IMAGES}
     write(path, {"settings": settings, "blocks": [asdict(each) for each in boosted.blocks], "errors": errors})
 
 
