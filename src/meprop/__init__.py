@@ -12,9 +12,10 @@ from typing import Any as _Any
 from torch import distributed as _distributed
 
 from meprop import errors, functional, nn
-from meprop.convert import ConversionReport, convert, report, revert
+from meprop.convert import convert, revert
 from meprop.errors import DataError, MepropError, NoEffectWarning, NotSupportedError
 from meprop.ops import backend_info
+from meprop.report import ConversionReport, report
 from meprop.rules import CompensatedTopK, InBlocks, PerProduct, RandomK, Rule, Sampled, TopK, UnscaledK
 from meprop.selection import ColumnSelection, RowSelection, WholeRows
 

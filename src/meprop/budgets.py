@@ -7,8 +7,7 @@ from math import expm1, log1p
 
 import torch
 
-from meprop.convert import described_layers
-from meprop.nn.base import SparseLayer
+from meprop.nn.base import SparseLayer, described_layers
 from meprop.rules import InBlocks, PerProduct, Rule, Sampled
 from meprop.rules.base import checked_share
 

@@ -9,10 +9,10 @@ from math import isfinite, nan
 
 import torch
 
-from meprop.convert import ConversionReport, LayerReport, report
 from meprop.energy import Energy
 from meprop.nn.base import SparseLayer
 from meprop.record import Record
+from meprop.report import ConversionReport, LayerReport, report
 
 __all__ = ["Meter"]
 

@@ -11,9 +11,8 @@ from typing import Any, cast
 
 import torch
 
-from meprop.convert import described_layers
 from meprop.errors import NoEffectWarning, NotSupportedError
-from meprop.nn.base import SparseLayer, layer_descriptor
+from meprop.nn.base import SparseLayer, described_layers, layer_descriptor
 from meprop.policy import Policy
 from meprop.rules import Rule, TopK
 from meprop.rules.base import checked_share

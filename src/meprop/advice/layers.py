@@ -15,8 +15,8 @@ from meprop.advice.record import GroupAdvice
 from meprop.advice.trial import Trial
 from meprop.advice.watch import Watch
 from meprop.advice.ways import DENSE, FREE, Ways
-from meprop.convert import ConversionReport, LayerReport
 from meprop.names import common_name, folded
+from meprop.report import ConversionReport, LayerReport
 
 __all__ = ["LEAST_GAIN", "groups_of", "reported_layers", "watched"]
 

@@ -13,10 +13,11 @@ import torch
 from meprop import timing
 from meprop.advice.free import free_backward
 from meprop.advice.trial import Phases, Trial
-from meprop.convert import ConversionReport, Filter, convert, described_layers, likely_output, report, revert
+from meprop.convert import Filter, convert, revert
 from meprop.errors import NoEffectWarning
-from meprop.nn.base import Descriptor, SparseLayer, become
+from meprop.nn.base import Descriptor, SparseLayer, become, described_layers
 from meprop.policy import Policy
+from meprop.report import ConversionReport, likely_output, report
 from meprop.rules import Rule
 
 __all__ = ["DENSE", "FREE", "Ways", "steps_in_turns", "typical"]

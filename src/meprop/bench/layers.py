@@ -24,9 +24,9 @@ from meprop.bench.base import Measure, TableBench, keep_freed_memory
 from meprop.bench.measure import Ratio, Times, check_seconds, interleaved, until_stopped
 from meprop.bench.record import Record
 from meprop.bench.recorded import Backward, Call, Gradients, backward_of, recorded_calls, rows_of, tensors_of
-from meprop.convert import LayerReport
 from meprop.disturbance import DisturbanceMeter
 from meprop.errors import MepropError
+from meprop.report import LayerReport
 from meprop.rules import Rule
 from meprop.training import tasks
 from meprop.training.config import RunConfig, TrainingConfig

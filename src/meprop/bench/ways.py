@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import meprop
 from meprop import optim
 from meprop.bench.perceptron import Batch
-from meprop.convert import LayerReport
 from meprop.ops.optimizer import is_large
+from meprop.report import LayerReport
 from meprop.rules import Rule
 
 OptimizerName = Literal["sgd", "momentum", "adagrad", "adam", "adamw"]

@@ -15,9 +15,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from meprop.convert import convert, report
+from meprop.convert import convert
 from meprop.errors import NotSupportedError
 from meprop.meter import Meter
+from meprop.report import report
 from meprop.rules import Rule
 from meprop.rules.base import check_flag
 

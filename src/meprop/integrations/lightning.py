@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from meprop.convert import convert, report
+from meprop.convert import convert
 from meprop.errors import NotSupportedError
 from meprop.meter import Meter
+from meprop.report import report
 from meprop.rules import Rule
 from meprop.rules.base import check_flag
 

@@ -351,6 +351,14 @@ def descriptor_of(module: torch.nn.Module) -> Descriptor[Any] | None:
     return next(exact, None) or next((each for each in every if isinstance(module, each.plain)), None)
 
 
+def described_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, Descriptor[Any]]]:
+    """What could be converted, or is: each layer by name, with its descriptor."""
+    described = [(name, module, descriptor_of(module)) for name, module in model.named_modules()]
+    layers = [(name, module, descriptor) for name, module, descriptor in described if descriptor is not None]
+    parts = {inner for _, layer, descriptor in layers for part in descriptor.parts(layer) for inner in part.modules()}
+    return [(name, layer, descriptor) for name, layer, descriptor in layers if layer not in parts]
+
+
 def layer_descriptor(layer: torch.nn.Module) -> Descriptor[Any]:
     """The descriptor of a layer.
 

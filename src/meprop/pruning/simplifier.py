@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meprop.convert import described_layers, plain_copy
+from meprop.convert import plain_copy
 from meprop.errors import NoEffectWarning, NotSupportedError, check_counts
-from meprop.nn.base import SparseLayer, layer_descriptor
+from meprop.nn.base import SparseLayer, described_layers, layer_descriptor
 from meprop.pruning.arguments import (
     as_optimizers,
     check_bounds,
