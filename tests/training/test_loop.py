@@ -459,7 +459,7 @@ def budgeted(task, monkeypatch, seconds_of_step, **settings):
     return trainer
 
 
-@pytest.mark.parametrize(("seconds_of_step", "steps"), [(1 / 8, 64), (1 / 16, 128), (0.3, 28), (5.0, 4)])
+@pytest.mark.parametrize(("seconds_of_step", "steps"), [(1 / 8, 64), (1 / 16, 128), (0.3, 28), (5.0, 2)])
 def test_a_budget_in_seconds_is_spent_in_equal_parts(task, monkeypatch, seconds_of_step, steps):
     trainer = budgeted(task, monkeypatch, seconds_of_step)
     (run,) = fit([trainer], ignore)
@@ -468,7 +468,7 @@ def test_a_budget_in_seconds_is_spent_in_equal_parts(task, monkeypatch, seconds_
     ends = [record["seconds"] for record in run.curve]
     for part, end in enumerate(ends, start=1):  # no step is cut
         assert end >= 2 * part
-        assert end < 2 * part + seconds_of_step or seconds_of_step > 2
+        assert end < 2 * part + seconds_of_step
 
 
 def test_passes_over_the_data_go_on_across_the_parts(task, monkeypatch):
@@ -494,14 +494,14 @@ def test_schedules_go_over_their_whole_course_in_the_budget(task, monkeypatch, s
     assert trainer.optimizer.param_groups[0]["lr"] < 0.02 * trainer.config.lr
 
 
-@pytest.mark.parametrize("steps", [3, 8, 11])
-def test_a_run_of_seconds_is_resumed_bit_for_bit(monkeypatch, steps):
-    straight = budgeted(TinyTask(), monkeypatch, 0.3)
+@pytest.mark.parametrize(("seconds_of_step", "steps"), [(0.3, 3), (0.3, 8), (0.3, 11), (5.0, 1)])
+def test_a_run_of_seconds_is_resumed_bit_for_bit(monkeypatch, seconds_of_step, steps):
+    straight = budgeted(TinyTask(), monkeypatch, seconds_of_step)
     fit([straight], ignore)
-    first = budgeted(TinyTask(), monkeypatch, 0.3)
+    first = budgeted(TinyTask(), monkeypatch, seconds_of_step)
     while first.steps_before + first.step < steps:
         first.advance(1)
-    second = budgeted(TinyTask(), monkeypatch, 0.3)
+    second = budgeted(TinyTask(), monkeypatch, seconds_of_step)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     (run,) = fit([second], ignore)
     assert_same_weights(weights(straight), weights(second))

@@ -194,7 +194,7 @@ class Trainer:
 
     def _next_batch(self) -> Any | None:
         """Return the next batch, or None at the end of an epoch."""
-        if self.step and self._pace.epoch_is_over(self.epoch, self.seconds.step):
+        if self.seconds.step and self._pace.epoch_is_over(self.epoch, self.seconds.step):
             return None
         if self._batches is None:
             self._batches = self._continue_pass()
@@ -273,9 +273,8 @@ class Trainer:
                     raise DivergedError(self, f"{split} {metric} became {value} in epoch {self.epoch + 1}")
         widths = {} if self.simplifier is None else self.simplifier.widths
         kept, live = self._density_of_epoch(), {} if self._live is None else self._live.read(self.seconds)
-        self.curve.append(
-            EpochRecord(self.epoch + 1, self.loss_sum / self.step, dev, test, self.seconds.step, widths, kept, live)
-        )
+        loss = self.loss_sum / self.step if self.step else self.curve[-1].loss
+        self.curve.append(EpochRecord(self.epoch + 1, loss, dev, test, self.seconds.step, widths, kept, live))
         self.steps_before, self.step, self.loss_sum = self.steps_before + self.step, 0, 0.0
         if self.setup.scheduler is not None and self.setup.scheduler_interval == "epoch":
             with warnings.catch_warnings():  # resumed at the end of an epoch, this process has done no step

@@ -31,7 +31,8 @@ class EpochRecord:
 
     epoch: int
     loss: float
-    """Mean training loss over the epoch's batches."""
+    """Mean training loss over the epoch's batches. Without any, as where a step takes more than a share of the seconds,
+    it is that of the epoch before."""
     dev: dict[str, float]
     test: dict[str, float]
     seconds: float
