@@ -323,10 +323,10 @@ def draw_edges(path: Path, seed: int) -> None:
     for axes, title in (
         (edges, "edge"),
         (gammas, "gamma"),
-        (accuracies, "accuracy from 85%: test, and training dotted"),
+        (accuracies, "accuracy from 95%: test, and training dotted"),
     ):
         axes.set_title(title, fontsize=10)
-    accuracies.set_ylim(85, 100)
+    accuracies.set_ylim(95, 100)
     figure.legend(*accuracies.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=5)
     save(figure, path)
 
