@@ -1,7 +1,6 @@
 # The two commands that set everything up: `make demo` and `make test`. The others are for working on meprop.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # The tests run in two processes. One that has no more tests takes some of the other's (worksteal). With more threads in
 # each they would wait for one another. What is compiled is kept: where the environment forbids that, each process compiles
 # all modules and all tests again.
@@ -147,13 +146,12 @@ format: build/tools  ## let ruff rewrite the sources
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist
 
-# torch is fetched while the native code is compiled. It is named first: by itself meprop would take the newest torch, with
-# several GB of CUDA. To compile all modules in advance would take a minute: those that are imported are compiled then.
+# torch in the same line: alone, `torch` would take the newest build with several GB of CUDA. To compile all modules in
+# advance would take a minute: those that are imported are compiled then.
 $(READY): EXTRAS := tasks,test
 $(DEMO_READY): EXTRAS := tasks
 $(READY) $(DEMO_READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python
-	$(INSTALL) torch==2.13.0 & fetching=$$!; $(INSTALL) --no-deps --editable . && wait $$fetching
-	$(INSTALL) 'meprop[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 --editable '.[$(EXTRAS)]'
 	touch $@
 
 $(BIN)/python:
