@@ -71,7 +71,7 @@ def convert(model: nn.Module, rule: meprop.Rule | None) -> None:
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer of every run. Its rate falls to zero by a cosine until the next check."""
+    """The optimizer of all runs but those of gradients. Its rate falls to zero by a cosine until the next check."""
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
     schedule = CosineAnnealingWarmRestarts(optimizer, SETTINGS["check_every"])
     optimizer.register_step_post_hook(lambda *_: schedule.step())

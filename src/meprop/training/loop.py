@@ -194,7 +194,7 @@ class Trainer:
 
     def _next_batch(self) -> Any | None:
         """Return the next batch, or None at the end of an epoch."""
-        if self.seconds.step and self._pace.epoch_is_over(self.epoch, self.seconds.step):
+        if self._pace.epoch_is_over(self.epoch, self.seconds.step):
             return None
         if self._batches is None:
             self._batches = self._continue_pass()
