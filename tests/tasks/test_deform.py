@@ -171,7 +171,11 @@ def test_a_state_of_the_generator_gives_the_same_bits(dtype):
         (torch.zeros(2, 784), torch.zeros(2), r"images are torch.float32 of shape \[2, 784\].*must be floats"),
         (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2), r"images are torch.uint8.*must be floats"),
         (torch.zeros(2, 0, 4), torch.zeros(2), r"of shape \[2, 0, 4\].*with H and W of at least 1"),
-        (torch.zeros(2, 4, 4, device="meta"), torch.zeros(2), r"on meta: .* on the CPU"),
+        (
+            torch.zeros(2, 4, 4, device="meta"),
+            torch.zeros(2),
+            r"images are on meta, labels on cpu, and the generator is on cpu: all must be on one device",
+        ),
         (torch.zeros(2, 4, 4), torch.zeros(3), r"labels have the shape \[3\]: they must be \[2\]"),
     ],
 )

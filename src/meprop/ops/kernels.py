@@ -38,6 +38,7 @@ def _pass(
     SQUARES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sums of |g| and of g over a share of the rows, and of g^2 over some columns. One program for each such part."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -48,7 +49,7 @@ def _pass(
         magnitude = tl.zeros((ROWS, COLUMNS), tl.float64)
     if SUMS:
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         at = start + tl.arange(0, ROWS)
         mask = (at < last)[:, None] & inside[None, :]
         entries = tl.load(matrix + at.to(tl.int64)[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)
@@ -67,8 +68,7 @@ def _pass(
 
 
 @triton.jit
-def _finish(parts, to, count, length, ROOT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums of parts [count, length], or their square roots."""
+def _finish_one(parts, to, count, length, ROOT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros((PARTS, BLOCK), parts.dtype.element_ty)
     for start in range(0, count, PARTS):
@@ -79,11 +79,35 @@ def _finish(parts, to, count, length, ROOT: tl.constexpr, PARTS: tl.constexpr, B
     tl.store(to + at, (tl.sqrt(total) if ROOT else total).to(to.dtype.element_ty), at < length)
 
 
-def _finished(parts: Tensor, dtype: torch.dtype, *, root: bool = False) -> Tensor:
-    count, length = parts.shape
-    to = parts.new_empty(length, dtype=dtype)
-    _finish[(triton.cdiv(length, 64),)](parts, to, count, length, root, 16, 64)
-    return to
+@triton.jit
+def _finish(
+    parts,
+    to,
+    count,
+    length,
+    other_parts,
+    other_to,
+    other_count,
+    other_length,
+    ROOT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums of parts [count, length], or their square roots, and the sums of other parts."""
+    if tl.program_id(1) == 0:
+        _finish_one(parts, to, count, length, ROOT, PARTS, BLOCK)
+    else:
+        _finish_one(other_parts, other_to, other_count, other_length, False, PARTS, BLOCK)
+
+
+def _finished(parts: Tensor, sums: Tensor | None, dtype: torch.dtype, *, root: bool) -> tuple[Tensor, Tensor | None]:
+    """The sums of parts in float64, or their square roots, and those of other parts in this dtype."""
+    to = parts.new_empty(parts.shape[1])
+    sums_to = None if sums is None else sums.new_empty(sums.shape[1], dtype=dtype)
+    other, other_to = (parts, to) if sums is None else (sums, sums_to)
+    grid = triton.cdiv(max(len(to), len(other_to)), 64), 1 if sums is None else 2
+    _finish[grid](parts, to, *parts.shape, other, other_to, *other.shape, root, 16, 64)
+    return to, sums_to
 
 
 _PROGRAMS = 1024
@@ -91,7 +115,7 @@ _PROGRAMS = 1024
 
 
 def _parts(matrix: Tensor, magnitudes: bool, sums: bool, squares: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, width), (tile_rows, tile_columns) = matrix.shape, (32 if squares else 16, 64)
+    (rows, width), (tile_rows, tile_columns, warps, stages) = matrix.shape, (32, 64, 4, 3) if squares else (8, 64, 2, 5)
     blocks = triton.cdiv(width, tile_columns)
     share = max(1, triton.cdiv(rows * blocks, _PROGRAMS))
     share = triton.cdiv(share, tile_rows) * tile_rows
@@ -100,59 +124,66 @@ def _parts(matrix: Tensor, magnitudes: bool, sums: bool, squares: bool) -> tuple
     wanted = *wanted, (squares, blocks, rows, torch.float64)
     parts = [matrix.new_empty((one, other) if is_wanted else (0, 0), dtype=d) for is_wanted, one, other, d in wanted]
     flags = magnitudes, sums, squares
-    arguments: Any = (matrix, *parts, rows, width, matrix.stride(0), share, *flags, tile_rows, tile_columns)
-    _pass[(blocks, shares)](*arguments)
+    arguments: Any = (matrix, *parts, rows, width, matrix.stride(0), share, *flags, tile_rows, tile_columns, stages)
+    _pass[(blocks, shares)](*arguments, num_warps=warps)
     return parts[0], parts[1], parts[2]
 
 
 def column_sums(grad: Tensor, with_sums: bool) -> tuple[Tensor, Tensor | None]:
     """The sums of |g| of each column of grad [N, O] in float64, and those of g in its dtype or None, in one pass."""
     magnitudes, sums, _ = _parts(grad, True, with_sums, False)
-    return _finished(magnitudes, torch.float64), _finished(sums, grad.dtype) if with_sums else None
+    return _finished(magnitudes, sums if with_sums else None, grad.dtype, root=False)
 
 
 def row_norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The Euclidean norms of the rows of a matrix [N, C] in float64, and its columns' sums in its dtype. One pass."""
     _, sums, squares = _parts(matrix, False, True, True)
-    return _finished(squares, torch.float64, root=True), _finished(sums, matrix.dtype)
+    return _finished(squares, sums, matrix.dtype, root=True)
 
 
 # ---------------------------------------------------------------- the largest scores
 
 
-@triton.jit
-def _score(scores, at, count):
-    """Scores, in whose order NaN is above infinity, and infinity above all others. None is negative."""
-    score = tl.abs(tl.load(scores + at, at < count, 0.0))
-    finite = tl.where(score == float("inf"), 1.7976931348623157e308, score)
-    return tl.where(score != score, float("inf"), tl.where(at < count, finite, -1.0))
+@triton.jit(do_not_specialize=["k"])
+def _choose(scores, places, count, k, BLOCK: tl.constexpr, DIGIT: tl.constexpr):
+    """The places of the k largest of some scores that are not negative, ascending, by one program.
 
-
-@triton.jit
-def _rank(scores, ranks, count, OWN: tl.constexpr, OTHERS: tl.constexpr):
-    """How many scores are before each one: larger ones, and equal ones of a lower place."""
-    first = tl.program_id(0) * OWN
-    own = first + tl.arange(0, OWN)
-    score = _score(scores, own, count)[:, None]
-    before = tl.zeros((OWN, OTHERS), tl.int32)
-    for start in range(0, count, OTHERS):
-        others = start + tl.arange(0, OTHERS)
-        other = _score(scores, others, count)[None, :]
-        if start + OTHERS <= first:  # of a lower place, all of them
-            before += (other >= score).to(tl.int32)
-        elif start >= first + OWN:
-            before += (other > score).to(tl.int32)
-        else:
-            before += ((other > score) | ((other == score) & (others[None, :] < own[:, None]))).to(tl.int32)
-    tl.store(ranks + own, tl.sum(before, axis=1), own < count)
-
-
-@triton.jit
-def _compact(ranks, places, count, k, BLOCK: tl.constexpr):
-    """The places of the ranks below k, ascending. One program does it."""
+    Bits of float64 are in the order of numbers, as integers are. The bits of the k-th score are found by their digits,
+    the highest one first. The first digit begins where the scores differ, which spares most of the digits.
+    """
     at = tl.arange(0, BLOCK)
-    kept = (at < count) & (tl.load(ranks + at, at < count, 0) < k)
-    tl.store(places + tl.cumsum(kept.to(tl.int32), 0) - 1, at, kept)
+    score = tl.load(scores + at, at < count, 0.0)
+    bits = score.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF  # -0 is 0
+    bits = tl.where(score != score, 0x7FF8000000000000, bits)  # NaN is above infinity
+    largest = tl.max(bits, axis=0)
+    least = tl.min(tl.where(bits == 0, largest, bits), axis=0)  # zeros are put below all others, right beside them
+    offset = tl.where(at < count, tl.maximum(bits - least + 1, 0), -1)
+    exponent = (((largest - least + 1).to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)
+    shift = tl.maximum(exponent - DIGIT + 1, 0)
+    prefix, below, missing = tl.full((), 0, tl.int64), shift + DIGIT, k
+    more = tl.full((), 1, tl.int32)
+    while more > 0:
+        candidate = (offset >> below) == prefix
+        prefix = prefix << (below - shift)
+        digit = tl.where(candidate, (offset >> shift) - prefix, 0).to(tl.int32)
+        counts = tl.histogram(digit, 1 << DIGIT, mask=candidate)
+        reached = tl.sum(counts, axis=0) - tl.cumsum(counts, 0) + counts  # in this bin and those above
+        larger = tl.max(tl.where(reached < missing, reached, 0), axis=0)
+        with_own = tl.min(tl.where(reached >= missing, reached, BLOCK), axis=0)
+        prefix += tl.sum((reached >= missing).to(tl.int64), axis=0) - 1
+        more = ((with_own > missing) & (shift > 0)).to(tl.int32)
+        missing -= larger
+        below = shift
+        shift = tl.maximum(shift - DIGIT, 0)
+    above, equal = (offset >> below) > prefix, (offset >> below) == prefix
+    both = tl.cumsum((above.to(tl.int32) << 16) + equal.to(tl.int32), 0)  # fewer than 2^15 are above, as one is equal
+    equals = both & 0xFFFF
+    kept = above | (equal & (equals <= missing))
+    tl.store(places + (both >> 16) + tl.minimum(equals, missing) - 1, at, kept)
+
+
+_DIGIT = 6
+"""Bits of a digit. Each round looks at one. More bits are fewer rounds, of more instructions for each score."""
 
 
 def largest(scores: Tensor, k: int) -> Tensor | None:
@@ -160,9 +191,8 @@ def largest(scores: Tensor, k: int) -> Tensor | None:
     count = len(scores)
     if count > _MOST_IN_ONE:
         return None
-    ranks, places = scores.new_empty(count, dtype=torch.int32), scores.new_empty(k, dtype=torch.int32)
-    _rank[(triton.cdiv(count, 16),)](scores, ranks, count, 16, 1024, num_warps=8)
-    _compact[(1,)](ranks, places, count, k, triton.next_power_of_2(count), num_warps=_warps(count))
+    places = scores.new_empty(k, dtype=torch.int32)
+    _choose[(1,)](scores, places, count, k, triton.next_power_of_2(count), _DIGIT, num_warps=_warps(count))
     return places
 
 
@@ -279,14 +309,15 @@ def _choose_rows(norms, start_at, numbers, factors, count, k, BLOCK: tl.constexp
     share = (norm / threshold * ONE + 0.5).to(tl.int64)
     probability = tl.where(norm >= threshold, ONE, share)
     probability = tl.where(norm == 0.0, 0, probability)
-    excess = tl.minimum(tl.maximum(tl.sum(probability, axis=0) - k.to(tl.int64) * ONE, -ONE), ONE)
+    total = tl.sum(probability, axis=0)
+    excess = tl.minimum(tl.maximum(total - k.to(tl.int64) * ONE, -ONE), ONE)
     first = tl.load(start_at) * (ONE - tl.abs(excess)) // ONE - tl.minimum(excess, 0)
     reached = first + tl.cumsum(probability, 0)
     drawn = (reached >> 24) > ((reached - probability) >> 24)
-    others = inside & (drawn == 0)
-    missing = k - tl.sum(drawn.to(tl.int32), axis=0)  # rows with zeros fill up
-    kept = drawn | (others & (tl.cumsum(others.to(tl.int32), 0) <= missing))
-    to = tl.cumsum(kept.to(tl.int32), 0) - 1
+    missing = k - (((first + total) >> 24) - (first >> 24)).to(tl.int32)  # rows with zeros fill up
+    others = (at + 1 - ((reached >> 24) - (first >> 24))).to(tl.int32)  # rows up to here that are not drawn
+    kept = drawn | (inside & (drawn == 0) & (others <= missing))
+    to = at - tl.maximum(others - missing, 0)
     factor = tl.where(drawn & finite & (probability < ONE), threshold / norm, tl.where(drawn, 1.0, 0.0))
     tl.store(numbers + to, at, kept)
     tl.store(factors + to, factor.to(tl.float32), kept)

@@ -318,7 +318,7 @@ def _triton_grad_input(selection: FeatureSelection, weight: Tensor) -> Tensor:
     """Of columns, the dense product of what is gathered. Of entries by row, that of the gradient with zeros."""
     values, shared = selection.values.to(weight.dtype), selection.shared
     if isinstance(selection, ColumnSelection):
-        result = values @ weight.index_select(0, selection.indices)
+        result = values @ triton.kernels().gather_rows(triton.matrix(weight), selection.indices)
     else:
         result = _masked(selection, weight.dtype) @ weight
     return result if shared is None else result.add_(shared.to(weight.dtype) @ weight)

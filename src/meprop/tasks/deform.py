@@ -66,14 +66,16 @@ class Deformation:
             labels: The class of each image, ``[N]``.
             height: Of the images, in pixels.
             width: Of the images, in pixels.
-            generator: On the CPU.
+            generator: On the device of the labels, where all is drawn.
         """
-        count = len(labels)
-        angle, kind, across, down = torch.rand(4, count, generator=generator) * 2 - 1
-        narrow = torch.isin(labels.long(), torch.tensor(self.narrow_classes, dtype=torch.long))
+        count, device = len(labels), generator.device
+        angle, kind, across, down = torch.rand(4, count, generator=generator, device=device) * 2 - 1
+        narrow = torch.zeros(count, dtype=torch.bool, device=device)
+        for each in self.narrow_classes:
+            narrow |= labels == each
         shape = count, 2, height + 2 * self.margin, width + 2 * self.margin
         return Draws(
-            noise=_noise(shape, generator) if self.alpha > 0 else torch.empty(0),
+            noise=_noise(shape, generator) if self.alpha > 0 else torch.empty(0, device=device),
             angle=torch.where(narrow, 0.5, 1.0) * angle * math.radians(self.angle),
             sheared=kind > 0,
             scale=1 + self.scale * torch.stack([across, down], dim=1),
@@ -86,31 +88,35 @@ class Deformation:
         shears. e is alpha times the noise that the Gaussian has smoothed. Values between pixels are linear.
 
         Args:
-            images: ``[N, H, W]``, on the CPU, float32 or float64.
-            draws: Of `draw`, for as many images of this size.
+            images: ``[N, H, W]``, float32 or float64.
+            draws: Of `draw`, for as many images of this size, on the same device.
             background: The value outside of an image.
         """
         count, height, width = images.shape
         if count == 0:
             return images.clone()
-        rows, columns = (torch.arange(size, dtype=images.dtype) - (size - 1) / 2 for size in (height, width))
+        places = {"dtype": images.dtype, "device": images.device}
+        rows, columns = (torch.arange(size, **places) - (size - 1) / 2 for size in (height, width))
         offsets = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # [H, W, 2]: across, down
         sources = (offsets.view(-1, 2) @ _matrices(draws, images.dtype).mT).view(count, height, width, 2)
         if self.alpha > 0:
             noise = draws.noise.to(images.dtype)
-            field = self._smoothing(height, images.dtype) @ noise @ self._smoothing(width, images.dtype).mT
+            field = self._smoothing(height, noise) @ noise @ self._smoothing(width, noise).mT
             sources += self.alpha * field.movedim(1, -1)
-        sources *= 2 / torch.tensor([width, height], dtype=images.dtype)  # in units of half an image
+        sources[..., 0] *= 2 / width  # in units of half an image
+        sources[..., 1] *= 2 / height
         return F.grid_sample(images[:, None] - background, sources, align_corners=False)[:, 0] + background
 
-    def _smoothing(self, size: int, dtype: torch.dtype) -> Tensor:
-        """The matrix ``[size, size + 2 * margin]`` that smooths along an axis and leaves the margin off.
+    def _smoothing(self, size: int, noise: Tensor) -> Tensor:
+        """The matrix ``[size, size + 2 * margin]`` that smooths noise along an axis and leaves the margin off.
 
         A product with it is ten times as fast as a convolution with the Gaussian, which has one channel.
         """
-        offsets = torch.arange(size + 2 * self.margin) - self.margin - torch.arange(size)[:, None]
+        device = noise.device
+        padded = torch.arange(size + 2 * self.margin, device=device) - self.margin
+        offsets = padded - torch.arange(size, device=device)[:, None]
         weights = torch.exp(-((offsets / self.sigma) ** 2) / 2) * (offsets.abs() <= self.margin)
-        return (weights / weights[0].sum()).to(dtype)
+        return (weights / weights[0].sum()).to(noise.dtype)
 
 
 STRENGTHS = {
@@ -128,33 +134,39 @@ def deform(
     All is computed in float32 or wider, also under autocast. Narrower dtypes have too few digits for places of pixels.
 
     Args:
-        images: ``[N, H, W]``, on the CPU, of a floating dtype.
+        images: ``[N, H, W]``, of a floating dtype.
         labels: The class of each, ``[N]``.
         strength: How strongly, such as ``STRENGTHS["paper"]``.
-        generator: On the CPU.
+        generator: On the device of images and labels. Nothing waits for a GPU, and a CUDA graph can have it all.
         background: The value outside of an image. That of MNIST's digits scaled to [-1, 1] is -1.
 
     Raises:
-        ValueError: The images are not such, or the labels are not as many.
+        ValueError: The images are not such, the labels are not as many, or they are on different devices.
     """
-    if images.dim() != 3 or 0 in images.shape[1:] or not images.is_floating_point() or images.device.type != "cpu":
+    if images.dim() != 3 or 0 in images.shape[1:] or not images.is_floating_point():
         raise ValueError(
-            f"images are {images.dtype} of shape {[*images.shape]} on {images.device}: they must be floats [N, H, W] "
-            "on the CPU, with H and W of at least 1"
+            f"images are {images.dtype} of shape {[*images.shape]}: they must be floats [N, H, W], with H and W of at "
+            "least 1"
+        )
+    if not images.device.type == labels.device.type == generator.device.type:
+        raise ValueError(
+            f"images are on {images.device}, labels on {labels.device}, and the generator is on {generator.device}: "
+            "all must be on one device"
         )
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels have the shape {[*labels.shape]}: they must be [{len(images)}], one for each image")
     _, height, width = images.shape
     draws = strength.draw(labels, height, width, generator)
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(images.device.type, enabled=False):
         return strength.apply(wide, draws, background).to(images.dtype)
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform noise of 256 levels, symmetric about 0: eight values from each number drawn, as drawing is what costs."""
     size = math.prod(shape)
-    drawn = torch.empty(-(-size // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    drawn = torch.empty(-(-size // 8), dtype=torch.int64, device=generator.device)
+    drawn.random_(-(2**63), None, generator=generator)
     return (drawn.view(torch.int8)[:size].view(shape).float() + 0.5) / 128
 
 
