@@ -95,8 +95,9 @@ class Deformation:
         count, height, width = images.shape
         if count == 0:
             return images.clone()
-        places = {"dtype": images.dtype, "device": images.device}
-        rows, columns = (torch.arange(size, **places) - (size - 1) / 2 for size in (height, width))
+        rows, columns = (
+            torch.arange(size, dtype=images.dtype, device=images.device) - (size - 1) / 2 for size in (height, width)
+        )
         offsets = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # [H, W, 2]: across, down
         sources = (offsets.view(-1, 2) @ _matrices(draws, images.dtype).mT).view(count, height, width, 2)
         if self.alpha > 0:
