@@ -134,6 +134,7 @@ def run(way: str, task: DigitsTask, seed: int, seconds: float, lr: float) -> dic
         "way": way,
         "seed": seed,
         "hidden": task.config.widths,
+        "deformation": task.config.deformation,
         "batch_size": task.config.batch_size,
         "seconds": spent,
         "epochs": epochs,
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--activation", default="relu", choices=["relu", "tanh"])
     parser.add_argument("--initial", default="torch", choices=["torch", "uniform"])
+    parser.add_argument("--deformation", default="paper", choices=STRENGTHS)
     parser.add_argument("--data", type=Path)
     chosen = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # of the deformations too
@@ -166,6 +168,7 @@ def main() -> None:
         hidden=NETS[chosen.net] if chosen.net else tuple(chosen.hidden),
         activation=chosen.activation,
         initial=chosen.initial,
+        deformation=chosen.deformation,
         batch_size=chosen.batch_size,
         dev_size=0,
     )

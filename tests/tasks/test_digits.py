@@ -85,12 +85,13 @@ def test_images_are_deformed_anew_in_each_epoch_as_the_generator_says(data, ahea
     assert len(torch.cat([shown, undeformed]).unique(dim=0)) == len(shown) + len(undeformed)
 
 
-def test_a_weak_deformation_changes_less(data):
+def test_a_stronger_deformation_changes_more(data):
     def images(strength):  # in one batch: the order is drawn before the deformations
         return epoch(make(data, batch_size=TRAIN, deformation=strength))[0][0]
 
-    weak, paper = ((images(strength) - images("off")).abs().mean() for strength in ("weak", "paper"))
-    assert 0 < weak < paper
+    strengths = "weak", "paper", "strong"
+    weak, paper, strong = ((images(strength) - images("off")).abs().mean() for strength in strengths)
+    assert 0 < weak < paper < strong
 
 
 def test_batches_ahead_leave_no_thread_behind(data):

@@ -100,14 +100,12 @@ def _finish(
         _finish_one(other_parts, other_to, other_count, other_length, False, PARTS, BLOCK)
 
 
-def _finished(parts: Tensor, sums: Tensor | None, dtype: torch.dtype, *, root: bool) -> tuple[Tensor, Tensor | None]:
-    """The sums of parts in float64, or their square roots, and those of other parts in this dtype."""
-    to = parts.new_empty(parts.shape[1])
-    sums_to = None if sums is None else sums.new_empty(sums.shape[1], dtype=dtype)
-    other, other_to = (parts, to) if sums is None else (sums, sums_to)
-    grid = triton.cdiv(max(len(to), len(other_to)), 64), 1 if sums is None else 2
-    _finish[grid](parts, to, *parts.shape, other, other_to, *other.shape, root, 16, 64)
-    return to, sums_to
+def _finished(parts: Tensor, others: Tensor, dtype: torch.dtype, *, root: bool) -> tuple[Tensor, Tensor]:
+    """The sums of parts in float64, or their square roots, and those of other parts, if there are any, in this dtype."""
+    to, others_to = parts.new_empty(parts.shape[1]), others.new_empty(others.shape[1], dtype=dtype)
+    grid = triton.cdiv(max(len(to), len(others_to)), 64), 2 if len(others) else 1
+    _finish[grid](parts, to, *parts.shape, others, others_to, *others.shape, root, 16, 64)
+    return to, others_to
 
 
 _PROGRAMS = 1024
@@ -132,7 +130,8 @@ def _parts(matrix: Tensor, magnitudes: bool, sums: bool, squares: bool) -> tuple
 def column_sums(grad: Tensor, with_sums: bool) -> tuple[Tensor, Tensor | None]:
     """The sums of |g| of each column of grad [N, O] in float64, and those of g in its dtype or None, in one pass."""
     magnitudes, sums, _ = _parts(grad, True, with_sums, False)
-    return _finished(magnitudes, sums if with_sums else None, grad.dtype, root=False)
+    scores, sums = _finished(magnitudes, sums, grad.dtype, root=False)
+    return scores, sums if with_sums else None
 
 
 def row_norms(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,8 +123,10 @@ class Deformation:
 STRENGTHS = {
     "weak": Deformation(sigma=6.0, alpha=19.0, angle=7.5, scale=0.075),
     "paper": Deformation(sigma=6.0, alpha=38.0, angle=15.0, scale=0.15),
+    "strong": Deformation(sigma=5.0, alpha=38.0, angle=15.0, scale=0.2),
 }
-"""The strengths by name: the paper's, which has a range for all but the angle, and half of it, which is ours."""
+"""The strengths by name. The paper has a range for all but the angle. "paper" is in it, and "strong" is its strongest end.
+"weak" is half of "paper", and is ours."""
 
 
 def deform(
