@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -255,30 +255,47 @@ def kept(run: dict[str, Any]) -> list[dict[str, Any]]:
     return [block for block in run["blocks"] if block["kept"]]
 
 
-def table_of_runs(seed: int) -> str:
-    """Every finished run, boosted and end to end."""
-    rows = [("run", "blocks kept", "updates", "least gamma", "training accuracy, %", "test accuracy, %")]
+def all_of(name: str) -> list[dict[str, Any]]:
+    """The records of a run with every seed, in the order of the seeds."""
+    stem = file_of(name, 0).stem.removesuffix("0")
+    seeds = sorted(int(path.stem.removeprefix(stem)) for path in RESULTS.glob(f"{stem}*.json"))
+    return [run for seed in seeds if (run := finished(name, seed))]
+
+
+def table_of_runs() -> str:
+    """Every finished run, boosted and end to end. Accuracies are means over seeds, with the standard deviation."""
+    rows = [("run", "blocks", "seeds", "updates", "least gamma", "training accuracy, %", "test accuracy, %")]
     for name in RULES:
-        if run := finished(f"boosted {name}", seed):
-            blocks = kept(run)
-            for depth in sorted({len(blocks), *(each for each in DEPTHS if each < len(blocks))}):
-                updates = sum(block["steps"] for block in blocks[:depth])
-                gamma = min(block["gamma"] for block in blocks[:depth])
-                train = 100 - 100 * blocks[depth - 1]["error"]
-                cells = (f"{depth} of {len(blocks)}", f"{updates}", f"{gamma:.2f}", f"{train:.2f}")
-                rows.append((f"boosted, {name}", *cells, f"{run['test'][depth - 1]:.2f}"))
+        runs = all_of(f"boosted {name}")
+        for depth in (*DEPTHS[:-1], None):  # None: all that are kept
+            deep = [(run, depth or len(kept(run))) for run in runs if len(kept(run)) > (depth or 0)]
+            if not deep:
+                continue
+            first = [kept(run)[:count] for run, count in deep]
+            updates = mean(sum(block["steps"] for block in blocks) for blocks in first)
+            gamma = min(block["gamma"] for blocks in first for block in blocks)
+            cells = (f"{depth}" if depth else "all: " + ", ".join(str(count) for _, count in deep), str(len(deep)))
+            train = [100 - 100 * blocks[-1]["error"] for blocks in first]
+            test = [run["test"][count - 1] for run, count in deep]
+            rows.append((f"boosted, {name}", *cells, f"{updates:.0f}", f"{gamma:.2f}", spread(train), spread(test)))
     for depth in DEPTHS:
-        if run := finished(f"end to end {depth}", seed):
-            cells = (str(depth), str(run["settings"]["updates"]), "", f"{run['train']:.2f}", f"{run['test']:.2f}")
-            rows.append(("end to end, dense", *cells))
+        if runs := all_of(f"end to end {depth}"):
+            cells = (str(depth), str(len(runs)), str(runs[0]["settings"]["updates"]), "")
+            rows.append(("end to end, dense", *cells, *(spread([run[of] for run in runs]) for of in ("train", "test"))))
     return markdown_table(rows)
 
 
-def table_of_errors(errors: dict[str, dict[str, list[float]]]) -> str:
-    """The mean gradient error of the blocks, in each way."""
-    ways = list(next(iter(errors.values())))
+def spread(values: list[float]) -> str:
+    """The mean, and the standard deviation of several."""
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def table_of_errors(runs: list[dict[str, Any]]) -> str:
+    """The mean gradient error of the blocks in each way, and its standard deviation over seeds."""
+    ways = list(next(iter(runs[0]["errors"].values())))
     rows = [("rule", *ways)]
-    rows += [(name, *(f"{mean(of[way]):.2f}" for way in ways)) for name, of in errors.items()]
+    for name in runs[0]["errors"]:
+        rows.append((name, *(spread([mean(run["errors"][name][way]) for run in runs]) for way in ways)))
     return markdown_table(rows)
 
 
@@ -348,11 +365,11 @@ def write_page(page: Path, seed: int) -> None:
     """Draws the pictures beside a page, and writes tables and pictures of the finished runs into it."""
     draw_edges(page.with_name("boost.png"), seed)
     alt = "Edges, gammas and accuracies of boosted residual blocks over blocks"
-    sections = {"boost": f"{table_of_runs(seed)}\n\n![{alt}](boost.png)"}
+    sections = {"boost": f"{table_of_runs()}\n\n![{alt}](boost.png)"}
     if run := finished("gradients", seed):
         draw_errors(page.with_name("boost-errors.png"), run["errors"])
         alt = "Gradient error of sparse back-propagation over depth, boosted and end to end"
-        sections["boost-errors"] = f"{table_of_errors(run['errors'])}\n\n![{alt}](boost-errors.png)"
+        sections["boost-errors"] = f"{table_of_errors(all_of('gradients'))}\n\n![{alt}](boost-errors.png)"
     write_sections(page, sections)
 
 
@@ -364,7 +381,7 @@ def main() -> None:
     parser.add_argument("--gradients", type=int, nargs="*", default=[], metavar="SEED")
     parser.add_argument("--depths", type=int, nargs="*", default=DEPTHS, help="of the runs end to end")
     parser.add_argument("--page", type=Path, help="write the tables and pictures into this page")
-    parser.add_argument("--page-seed", type=int, default=0, help="the seed that the page shows")
+    parser.add_argument("--page-seed", type=int, default=0, help="the seed of the pictures")
     options = parser.parse_args()
     if not (options.boost or options.gradients or options.end_to_end or options.page):
         parser.error("nothing to do: give --boost, --gradients, --end-to-end or --page")

@@ -218,7 +218,10 @@ def test_the_commit_is_read_before_anything_else(monkeypatch, command):
 
 
 def test_resuming_without_a_checkpoint_says_that_it_starts_anew(data, capsys):
-    assert train(data, "--out", "x", "--resume", "--rule", "dense") == 0
+    small = [*SMALL[:4], *SMALL[6:]]  # without a k, which dense does not have
+    assert (
+        cli.main(["train", "mnist", "--data-dir", str(data), *small, "--out", "x", "--resume", "--rule", "dense"]) == 0
+    )
     assert "checkpoint.pt does not exist: starting from the beginning" in err(capsys)
     assert result("x")["runs"][0]["rule"] == "dense"
 
@@ -227,6 +230,8 @@ def test_resuming_without_a_checkpoint_says_that_it_starts_anew(data, capsys):
     ("options", "code", "message"),
     [
         (["--epochs", "0"], 2, "--epochs must be at least 1, got 0"),
+        (["--rule", "dense", "--k-start", "9"], 2, "--k-start: --rule dense keeps everything, and would ignore that"),
+        (["--rule", "dense", "--noise", "0.1", "--fuse"], 2, "--noise, --fuse: --rule dense keeps everything"),
         (["--seeds", "1", "1"], 2, "--seeds must be one or more different"),
         (["--k", "0"], 2, "k=0 keeps nothing"),
         (["--k", "1.5"], 2, "k=1.5 is out of range"),

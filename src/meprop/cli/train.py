@@ -45,9 +45,12 @@ class Train(Generic[TaskConfig, Training, RuleName]):
             raise ValueError(f"meprop train is one run: give one seed to --seeds, got {list(self.training.seeds)}")
         if self.checkpoint_every < 0:
             raise ValueError(f"--checkpoint-every must be 0 or more, got {self.checkpoint_every}")
+        entry = tasks.entry_of(self.task)
+        if self.rule == DENSE:
+            self.training.check_dense(entry.training)
         session = Session(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
         tracking.commit()
-        task = tasks.entry_of(self.task).build(self.task)
+        task = entry.build(self.task)
         with session:
             run = self._begin(session, task)
             if run.trainer.rule is not None:

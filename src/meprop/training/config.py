@@ -39,6 +39,13 @@ def rule_names(*others: str) -> Any:
     return Literal[tuple(dict.fromkeys((DEFAULT_RULE, *rules.named(), *others)))]  # pyright: ignore[reportInvalidTypeForm]
 
 
+_OF_RULES = (
+    *("k", "k_start", "k_ratio", "scope", "noise", "noise_of", "noise_start"),
+    *("dense_warmup_steps", "dense_end_steps", "exact_sum", "when", "fuse"),
+)
+"""Settings that a run without a rule would ignore."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of the runs of every task, the user's own included.
@@ -197,6 +204,21 @@ class RunConfig:
     def of_dense(self) -> Self:
         """Return the settings of a run without a rule."""
         return self
+
+    def check_dense(self, default: RunConfig) -> None:
+        """Check that no setting is given which a run without a rule would ignore.
+
+        Args:
+            default: The settings where none are given.
+
+        Raises:
+            ValueError: One is.
+        """
+        names = (*_OF_RULES, *(["sparse_rows"] if hasattr(self, "sparse_rows") else []))
+        given = [name for name in names if getattr(self, name) != getattr(default, name)]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{options}: --rule {DENSE} keeps everything, and would ignore that; leave it out")
 
     def convert(self, model: nn.Module, rule: Rule, *, sparse_grad: bool = False) -> None:
         """Convert the model of a sparse run.
