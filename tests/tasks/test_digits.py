@@ -18,6 +18,7 @@ from interrupted import Stop, write_mnist
 from meprop import cli
 from meprop.tasks import mnist
 from meprop.tasks.digits import NETS, DigitsConfig, DigitsTask, ScaledTanh, load
+from meprop.training import tracking
 from meprop.training.config import TrainingConfig
 from meprop.training.loop import Trainer, fit
 
@@ -194,6 +195,13 @@ SMALL = ("--hidden", "160", "130", "--dev-size", "10", "--batch-size", "8", "--a
 def losses(folder):
     (run,) = json.loads((folder / "result.json").read_text())["runs"]
     return [(record["loss"], record["dev"], record["test"]) for record in run["curve"]]
+
+
+def test_a_run_with_other_batches_ahead_is_the_same_run():
+    now, other = (tracking.settings(DigitsConfig(ahead=ahead), TrainingConfig(), "topk") for ahead in (0, 4))
+    assert now == other
+    assert not tracking.changes({**now, "ahead": 4}, now, DigitsConfig)  # what was saved has it
+    assert tracking.changes({**now, "net": 3}, now, DigitsConfig) == "net was 3, now None"
 
 
 def test_the_command_line_trains_and_resumes(data, tmp_path, monkeypatch):

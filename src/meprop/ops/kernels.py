@@ -101,7 +101,7 @@ def _finish(
 
 
 def _finished(parts: Tensor, others: Tensor, dtype: torch.dtype, *, root: bool) -> tuple[Tensor, Tensor]:
-    """The sums of parts in float64, or their square roots, and those of other parts, if there are any, in this dtype."""
+    """The sums of parts in float64, or their square roots, and those of other parts, if any, in this dtype."""
     to, others_to = parts.new_empty(parts.shape[1]), others.new_empty(others.shape[1], dtype=dtype)
     grid = triton.cdiv(max(len(to), len(others_to)), 64), 2 if len(others) else 1
     _finish[grid](parts, to, *parts.shape, others, others_to, *others.shape, root, 16, 64)

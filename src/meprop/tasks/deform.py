@@ -125,8 +125,8 @@ STRENGTHS = {
     "paper": Deformation(sigma=6.0, alpha=38.0, angle=15.0, scale=0.15),
     "strong": Deformation(sigma=5.0, alpha=38.0, angle=15.0, scale=0.2),
 }
-"""The strengths by name. The paper has a range for all but the angle. "paper" is in it, and "strong" is its strongest end.
-"weak" is half of "paper", and is ours."""
+"""The strengths by name. The paper has a range for all but the angle. "paper" is in it, "strong" is its strongest end, and
+"weak" is half of "paper", which is ours."""
 
 
 def deform(

@@ -58,8 +58,8 @@ class DigitsConfig:
     initial: Literal["uniform", "torch"] = "uniform"
     """Initial weights and biases: the paper's, uniform from -0.05 to 0.05, or those of torch's layers."""
     deformation: Literal["off", "weak", "paper", "strong"] = "paper"
-    """How strongly the training images are deformed: not at all, half as strongly as in the paper, as there, or as at the
-    strongest end of the paper's ranges."""
+    """How strongly the training images are deformed: not at all, half as strongly as in the paper, as there, or as at
+    the strongest end of the paper's ranges."""
     digit_width: int | None = None
     """Width in pixels that each digit is stretched or squeezed to, before it is deformed. None: digits stay as they
     are. Members of a committee can have different ones."""

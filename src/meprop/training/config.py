@@ -39,9 +39,9 @@ def rule_names(*others: str) -> Any:
     return Literal[tuple(dict.fromkeys((DEFAULT_RULE, *rules.named(), *others)))]  # pyright: ignore[reportInvalidTypeForm]
 
 
-_OF_RULES = (
-    *("k", "k_start", "k_ratio", "scope", "noise", "noise_of", "noise_start"),
-    *("dense_warmup_steps", "dense_end_steps", "exact_sum", "when", "fuse"),
+OF_RULES = (
+    *("k", "k_start", "k_ratio", "scope", "noise", "noise_of", "noise_start", "exact_sum"),
+    *("dense_warmup_steps", "dense_end_steps", "when", "fuse", "sparse_rows"),
 )
 """Settings that a run without a rule would ignore."""
 
@@ -214,8 +214,7 @@ class RunConfig:
         Raises:
             ValueError: One is.
         """
-        names = (*_OF_RULES, *(["sparse_rows"] if hasattr(self, "sparse_rows") else []))
-        given = [name for name in names if getattr(self, name) != getattr(default, name)]
+        given = [name for name in OF_RULES if getattr(self, name, None) != getattr(default, name, None)]
         if given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"{options}: --rule {DENSE} keeps everything, and would ignore that; leave it out")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from meprop import machine
 from meprop.errors import DataError
-from meprop.training.config import DENSE, RunConfig, SimplifyConfig, TrainingConfig
+from meprop.training.config import DENSE, OF_RULES, RunConfig, SimplifyConfig, TrainingConfig
 from meprop.training.records import Run
 
 if TYPE_CHECKING:
@@ -128,10 +128,11 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `settings` does, of the `config` of a result; with data and simplifying, if it has them."""
     rule = config["rule"][0] if isinstance(config["rule"], list) and len(config["rule"]) == 1 else config["rule"]
     others = {name: config[name] for name in ("data", "simplify") if name in config}
-    found = {**config["task"], **config["training"], "rule": rule, **others}
-    of_rule = ("k", "k_start", "k_ratio", "scope", "sparse_rows", "noise_of", "noise_start")
-    of_rule += ("dense_warmup_steps", "dense_end_steps", "fuse")
-    unused = ("data_dir", "seeds", *(of_rule if rule == DENSE else ()))
+    return _that_matter({**config["task"], **config["training"], "rule": rule, **others})
+
+
+def _that_matter(found: Mapping[str, Any]) -> dict[str, Any]:
+    unused = ("data_dir", "seeds", "ahead", *(OF_RULES if found.get("rule") == DENSE else ()))
     return {name: value for name, value in found.items() if name not in unused}
 
 
@@ -144,7 +145,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any], task: type[Any]) ->
         task: The class of the task's config, which has the defaults.
     """
     defaults = {**plain(task()), **plain(TrainingConfig())}
-    then = {**{name: value for name, value in defaults.items() if name in now}, **then}
+    then = {**{name: value for name, value in defaults.items() if name in now}, **_that_matter(then)}
     if "simplify" in then:
         then["simplify"] = {**plain(SimplifyConfig()), **then["simplify"]}
     return ", ".join(
