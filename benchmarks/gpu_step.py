@@ -55,7 +55,7 @@ def captured_step(
     with torch.cuda.graph(graph):
         step()
 
-    def replay(_alive: object = step) -> None:
+    def replay(_alive: object = step) -> None:  # a graph does not keep what it reads: weights and batch
         graph.replay()
 
     return replay

@@ -1,7 +1,7 @@
 """Draw digits beside their deformations: `python examples/draw_deformed_digits.py digits.png --data FOLDER`.
 
-The picture has a column for each class. The first row is the digit as it is. Below it are rows that are deformed
-weakly, and then rows that are deformed as in the paper. FOLDER has the four files of MNIST; see `meprop data mnist -h`.
+The picture has a column for each class. The first row is the digit as it is. Below it are rows for each strength, in
+the order of `meprop.tasks.deform.STRENGTHS`. FOLDER has the four files of MNIST; see `meprop data mnist -h`.
 """
 
 from __future__ import annotations

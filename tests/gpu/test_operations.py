@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import meprop
 from cases import GRADIENTS, LAYOUTS, SELECTIONS, bits, gradient
 from meprop import ops
 from meprop.ops import triton
@@ -147,6 +148,25 @@ def test_products_are_those_of_float64(kind, dtype, row_sparse, device):
     ):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, **tolerance)
+
+
+def test_indices_and_weights_of_every_layout(device):
+    grad, weight = gradient("normal", 5, 9, torch.float32), gradient("normal", 9, 7, torch.float32)
+    indices = torch.tensor([1, 8, 4, 8, 7], dtype=torch.int32)[::2]
+    values = grad[:, indices]
+    for transposed in (weight, weight.t().contiguous().t()):
+        selection = ColumnSelection(values.to(device), indices.to(device), 9)
+        assert served(ops.grad_input, selection, transposed.to(device)) == "triton"
+        found = ops.grad_input(selection, transposed.to(device))
+        torch.testing.assert_close(found.cpu(), values @ weight[indices], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [meprop.TopK(2, scope="batch"), meprop.Sampled(0.5, scope="rows")], ids=repr)
+def test_a_layer_without_inputs(rule, device):
+    layer = meprop.nn.Linear(0, 9, rule=rule).to(device)
+    layer(torch.ones(4, 0, device=device)).sum().backward()
+    assert layer.weight.grad.shape == (9, 0)
+    assert layer.bias.grad.tolist() == [4.0] * 9
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -165,6 +165,13 @@ def test_a_state_of_the_generator_gives_the_same_bits(dtype):
         torch.set_num_threads(threads)
 
 
+def test_classes_that_a_narrow_dtype_does_not_have_are_no_others():
+    of_none = Deformation(sigma=2.0, alpha=0.0, angle=20.0, scale=0.0, narrow_classes=())
+    of_others = Deformation(sigma=2.0, alpha=0.0, angle=20.0, scale=0.0, narrow_classes=(300, -1))  # 44, 255 in 8 bits
+    images, labels = torch.rand(2, 9, 9, generator=generator()), torch.tensor([44, 255], dtype=torch.uint8)
+    assert torch.equal(*(deform(images, labels, each, generator()) for each in (of_none, of_others)))
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [

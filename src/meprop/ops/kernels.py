@@ -218,7 +218,7 @@ def gather_columns(matrix: Tensor, indices: Tensor) -> Tensor:
 
     Products with the transposed result are faster by a fifth in this order.
     """
-    rows, count = len(matrix), len(indices)
+    rows, count, indices = len(matrix), len(indices), indices.contiguous()
     to = matrix.new_empty(count, rows)
     grid = (triton.cdiv(rows, 32), triton.cdiv(count, 32))
     _gather_columns[grid](matrix, indices, to, rows, count, matrix.stride(0), 32, 32)
@@ -248,13 +248,18 @@ def gather_rows(matrix: Tensor, numbers: Tensor, factors: Tensor | None = None) 
 
     A factor of 0 gives zeros. Other factors are of rows that are finite, which they leave finite.
     """
-    width = matrix.shape[1]
+    width, numbers = matrix.shape[1], numbers.contiguous()
     to = matrix.new_empty(len(numbers), width)
     most = torch.finfo(matrix.dtype).max
     scale = factors is not None
     arguments: Any = (matrix, numbers, factors if scale else matrix, to, width, matrix.stride(0), most)
-    _gather_rows[(len(numbers),)](*arguments, scale, min(4096, triton.next_power_of_2(width)))
+    _gather_rows[(len(numbers),)](*arguments, scale, _row_block(width))
     return to
+
+
+def _row_block(width: int) -> int:
+    """How many entries of a row a program takes at a time."""
+    return min(4096, triton.next_power_of_2(max(1, width)))
 
 
 @triton.jit
@@ -281,7 +286,7 @@ def spread_rows(source: Tensor, numbers: Tensor, count: int) -> Tensor:
     slots, width = source.shape
     places, to = numbers.new_full((count,), -1), source.new_empty(count, width)
     _places[(triton.cdiv(slots, 128),)](numbers, places, slots, count, 128)
-    _spread_rows[(count,)](source, places, to, width, min(4096, triton.next_power_of_2(width)))
+    _spread_rows[(count,)](source, places, to, width, _row_block(width))
     return to
 
 
@@ -290,7 +295,10 @@ def spread_rows(source: Tensor, numbers: Tensor, count: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["k"])
 def _choose_rows(norms, start_at, numbers, factors, count, k, BLOCK: tl.constexpr):
-    """`meprop.ops.rows.choose_rows` in one program. The threshold is found by raising the number of certain rows."""
+    """`meprop.ops.rows.choose_rows` in one program. The threshold is found by raising the number of certain rows.
+
+    No norm is denormal in float64, as those of float32 are not.
+    """
     ONE: tl.constexpr = 1 << 24
     at = tl.arange(0, BLOCK)
     inside = at < count

@@ -70,7 +70,7 @@ class Deformation:
         """
         count, device = len(labels), generator.device
         angle, kind, across, down = torch.rand(4, count, generator=generator, device=device) * 2 - 1
-        narrow = torch.zeros(count, dtype=torch.bool, device=device)
+        narrow, labels = torch.zeros(count, dtype=torch.bool, device=device), labels.long()
         for each in self.narrow_classes:
             narrow |= labels == each
         shape = count, 2, height + 2 * self.margin, width + 2 * self.margin
@@ -125,8 +125,8 @@ STRENGTHS = {
     "paper": Deformation(sigma=6.0, alpha=38.0, angle=15.0, scale=0.15),
     "strong": Deformation(sigma=5.0, alpha=38.0, angle=15.0, scale=0.2),
 }
-"""The strengths by name. The paper has a range for all but the angle. "paper" is in it, "strong" is its strongest end, and
-"weak" is half of "paper", which is ours."""
+"""The strengths by name. The paper has a range for all but the angle. "paper" is in it, and "strong" is its strongest
+end. "weak" is half of "paper", which is ours."""
 
 
 def deform(
@@ -135,6 +135,7 @@ def deform(
     """Return images, each deformed anew; the same state of the generator gives the same bits.
 
     All is computed in float32 or wider, also under autocast. Narrower dtypes have too few digits for places of pixels.
+    Products of float32 follow `torch.set_float32_matmul_precision`. With TF32 places differ by a hundredth of a pixel.
 
     Args:
         images: ``[N, H, W]``, of a floating dtype.
@@ -151,7 +152,7 @@ def deform(
             f"images are {images.dtype} of shape {[*images.shape]}: they must be floats [N, H, W], with H and W of at "
             "least 1"
         )
-    if not images.device.type == labels.device.type == generator.device.type:
+    if not images.device == labels.device == generator.device:
         raise ValueError(
             f"images are on {images.device}, labels on {labels.device}, and the generator is on {generator.device}: "
             "all must be on one device"
