@@ -167,9 +167,9 @@ def test_deformed_digits_are_drawn_below_their_own(tmp_path, monkeypatch):
     write_digits(tmp_path)
     run(monkeypatch, "draw_deformed_digits.py", str(tmp_path / "digits.png"), "--data", str(tmp_path))
     pixels = pyplot.imread(tmp_path / "digits.png")[..., 0]
-    assert pixels.shape == (7 * 58, 10 * 58)
-    rows = pixels.reshape(7, 58, 10, 58).swapaxes(1, 2)
-    assert len({row.tobytes() for row in rows.reshape(70, -1)}) == 70
+    assert pixels.shape == (10 * 58, 10 * 58)
+    rows = pixels.reshape(10, 58, 10, 58).swapaxes(1, 2)
+    assert len({row.tobytes() for row in rows.reshape(100, -1)}) == 100
 
 
 def test_deformed_digits_compares_rules(tmp_path, monkeypatch, capsys):
