@@ -507,8 +507,16 @@ def in_processes(model, _):
         loss_of(model, 0).backward()
 
 
+def in_one_wrapped_process(model, optimizer):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 1)
+        twice(model, optimizer)
+
+
 REFUSED = {
     "several processes": (in_processes, "without in_backward"),
+    "one process": (in_one_wrapped_process, "DistributedDataParallel sets each gradient twice"),
     "accumulation": (twice, "Call step"),
     "a gradient by hand after an update": (once_more, "without in_backward"),
     "create_graph": (of_a_graph, "without in_backward"),

@@ -130,7 +130,7 @@ class InBackward:
                 "create_graph=True with in_backward=True: the update would change the weights that the graph is made "
                 "of. Make the optimizer without in_backward"
             )
-        if _in_several_processes():
+        if _processes() > 1:
             raise NotSupportedError(
                 "in_backward=True in several processes: the update would come before the processes have averaged their "
                 "gradients. Make the optimizer without in_backward"
@@ -168,16 +168,18 @@ def _remove(hooks: dict[Tensor, RemovableHandle]) -> None:
     hooks.clear()
 
 
-def _in_several_processes() -> bool:
-    of_processes = torch.distributed
-    return of_processes.is_available() and of_processes.is_initialized() and of_processes.get_world_size() > 1
+def _processes() -> int:
+    """How many processes train together. 0 without a process group."""
+    group = torch.distributed
+    return group.get_world_size() if group.is_available() and group.is_initialized() else 0
 
 
 def _refuse_accumulation(parameter: Tensor) -> NoReturn:
+    wrapped = " DistributedDataParallel sets each gradient twice, and one process does without." if _processes() else ""
     raise NotSupportedError(
         f"a parameter of shape {list(parameter.shape)} has got a second gradient before step(), and in_backward=True "
-        "has updated it with the first. Call step() after each backward pass, and zero_grad() before going on. To "
-        "accumulate gradients, make the optimizer without in_backward"
+        f"has updated it with the first.{wrapped} Call step() after each backward pass, and zero_grad() before going "
+        "on. To accumulate gradients, make the optimizer without in_backward"
     )
 
 
