@@ -1,7 +1,7 @@
 """Triton kernels, and their launches.
 
 A launch takes tensors that `triton.declines` has let pass. Every result is the same for the same input: sums are formed
-in one order, and nothing is added atomically.
+in one order, and only counts are added atomically.
 """
 
 # Kernels are written in a language that only looks like Python, and Triton is not installed everywhere.
