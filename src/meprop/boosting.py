@@ -155,8 +155,8 @@ def boost(
             such as a DataLoader. They are read once, into memory. What they draw at random stays as it was drawn.
         optimizer: Makes the optimizer of a list of parameters, once for each block.
         steps: The most updates that a block gets.
-        check_every: After how many updates the condition is looked at, on all examples. A block that wins much before the
-            first look leaves less to the next one: where the second block is refused, look more often.
+        check_every: After how many updates the condition is looked at, on all examples. A block that wins much before
+            the first look leaves less to the next one: where the second block is refused, look more often.
         batch_size: Examples in an update. Each example comes once before any comes again.
         gamma: What a block's gain must be above, from 0 to below 1. The edges of different blocks are measured under
             different costs: docs/recipes/boost.md says when gains are hard to make.
