@@ -150,10 +150,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["dense", "rows 10%"], choices=WAYS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="of steps, for each run")
-    parser.add_argument("--net", type=int, choices=NETS, help="one of the paper's, in place of --hidden")
-    parser.add_argument(
-        "--hidden", type=int, nargs="+", default=HIDDEN, help="widths; default: those of net 4, rounded"
-    )
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument("--net", type=int, choices=NETS, help="one of the paper's")
+    network.add_argument("--hidden", type=int, nargs="+", default=HIDDEN, help="default: the widths of net 4, rounded")
     parser.add_argument("--batch-size", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--activation", default="relu", choices=["relu", "tanh"])

@@ -34,7 +34,8 @@ from meprop.training import checkpoint, tracking
 from meprop.training.config import TrainingConfig
 from meprop.training.loop import Trainer
 
-SMALL = ["--hidden", "128", "--dev-size", "20", "--k", "5", "--accelerator", "cpu"]
+SMALL_DENSE = ["--hidden", "128", "--dev-size", "20", "--accelerator", "cpu"]
+SMALL = [*SMALL_DENSE, "--k", "5"]
 SLOW = pytest.mark.slow  # of a kind of which another case is run always
 
 
@@ -218,10 +219,8 @@ def test_the_commit_is_read_before_anything_else(monkeypatch, command):
 
 
 def test_resuming_without_a_checkpoint_says_that_it_starts_anew(data, capsys):
-    small = [*SMALL[:4], *SMALL[6:]]  # without a k, which dense does not have
-    assert (
-        cli.main(["train", "mnist", "--data-dir", str(data), *small, "--out", "x", "--resume", "--rule", "dense"]) == 0
-    )
+    options = ["--data-dir", str(data), "--epochs", "3", *SMALL_DENSE, "--dropout", "0.2"]
+    assert cli.main(["train", "mnist", *options, "--out", "x", "--resume", "--rule", "dense"]) == 0
     assert "checkpoint.pt does not exist: starting from the beginning" in err(capsys)
     assert result("x")["runs"][0]["rule"] == "dense"
 

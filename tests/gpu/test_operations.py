@@ -6,7 +6,7 @@ from torch import Tensor
 
 import meprop
 from cases import GRADIENTS, LAYOUTS, SELECTIONS, bits, gradient
-from meprop import ops
+from meprop import ops, optim
 from meprop.ops import triton
 from meprop.ops.rows import choose_rows
 from meprop.ops.topk import largest
@@ -152,21 +152,30 @@ def test_products_are_those_of_float64(kind, dtype, row_sparse, device):
 
 def test_indices_and_weights_of_every_layout(device):
     grad, weight = gradient("normal", 5, 9, torch.float32), gradient("normal", 9, 7, torch.float32)
-    indices = torch.tensor([1, 8, 4, 8, 7], dtype=torch.int32)[::2]
+    indices = torch.tensor([1, 4, 7])
     values = grad[:, indices]
-    for transposed in (weight, weight.t().contiguous().t()):
-        selection = ColumnSelection(values.to(device), indices.to(device), 9)
-        assert served(ops.grad_input, selection, transposed.to(device)) == "triton"
-        found = ops.grad_input(selection, transposed.to(device))
+    strided = torch.tensor([1, 8, 4, 8, 7], dtype=torch.int32, device=device)[::2]
+    for each in (weight, weight.t().contiguous().t()):
+        selection = ColumnSelection(values.to(device), strided, 9)
+        assert served(ops.grad_input, selection, each.to(device)) == "triton"
+        found = ops.grad_input(selection, each.to(device))
         torch.testing.assert_close(found.cpu(), values @ weight[indices], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [meprop.TopK(2, scope="batch"), meprop.Sampled(0.5, scope="rows")], ids=repr)
-def test_a_layer_without_inputs(rule, device):
-    layer = meprop.nn.Linear(0, 9, rule=rule).to(device)
+UNIFIED = meprop.TopK(2, scope="batch")
+
+
+@pytest.mark.parametrize(
+    ("rule", "sparse_grad"), [(UNIFIED, False), (UNIFIED, True), (meprop.Sampled(0.5, scope="rows"), False)], ids=repr
+)
+def test_a_layer_without_inputs(rule, sparse_grad, device):
+    layer = meprop.nn.Linear(0, 9, rule=rule, sparse_grad=sparse_grad).to(device)
+    optimizer = optim.Adam(layer.parameters(), sparse_rows="lazy")
     layer(torch.ones(4, 0, device=device)).sum().backward()
     assert layer.weight.grad.shape == (9, 0)
+    assert layer.weight.grad.is_sparse == sparse_grad
     assert layer.bias.grad.tolist() == [4.0] * 9
+    optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

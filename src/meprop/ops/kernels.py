@@ -27,8 +27,8 @@ def _ceil_div(number: int, by: int) -> int:
 
 
 def _power_of_two(least: int) -> int:
-    """The next one, as `triton.next_power_of_2` has it."""
-    return 1 << (least - 1).bit_length() if least > 0 else 0
+    """The smallest one that is at least this, and 1 for 0."""
+    return 1 << max(0, least - 1).bit_length()
 
 
 # ---------------------------------------------------------------- one pass over a matrix
@@ -270,7 +270,7 @@ def gather_rows(matrix: Tensor, numbers: Tensor, factors: Tensor | None = None) 
 
 def _row_block(width: int) -> int:
     """How many entries of a row a program takes at a time."""
-    return min(4096, _power_of_two(max(1, width)))
+    return min(4096, _power_of_two(width))
 
 
 @triton.jit

@@ -318,9 +318,9 @@ def _triton_grad_input(selection: FeatureSelection, weight: Tensor) -> Tensor:
     """Of columns, the dense product of what is gathered. Of entries by row, that of the gradient with zeros."""
     values, shared = selection.values.to(weight.dtype), selection.shared
     if isinstance(selection, ColumnSelection):
-        by_row = weight.stride(-1) == 1
-        gather = triton.kernels().gather_rows if by_row else _index_rows
-        result = values @ gather(weight, selection.indices)
+        by_row, indices = weight.stride(-1) == 1, selection.indices
+        rows = triton.kernels().gather_rows(weight, indices) if by_row else weight.index_select(0, indices)
+        result = values @ rows
     else:
         result = _masked(selection, weight.dtype) @ weight
     return result if shared is None else result.add_(shared.to(weight.dtype) @ weight)
@@ -340,10 +340,6 @@ def _triton_grad_weight(selection: FeatureSelection, x: Tensor) -> Tensor:
 @triton.backend.implements(grad_weight_rows, triton.declines)
 def _triton_grad_weight_rows(values: Tensor, x: Tensor) -> Tensor:
     return values.t() @ x
-
-
-def _index_rows(weight: Tensor, indices: Tensor) -> Tensor:
-    return weight.index_select(0, indices)
 
 
 def _masked(selection: RowSelection, dtype: torch.dtype) -> Tensor:

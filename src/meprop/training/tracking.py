@@ -128,10 +128,11 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `settings` does, of the `config` of a result; with data and simplifying, if it has them."""
     rule = config["rule"][0] if isinstance(config["rule"], list) and len(config["rule"]) == 1 else config["rule"]
     others = {name: config[name] for name in ("data", "simplify") if name in config}
-    return _that_matter({**config["task"], **config["training"], "rule": rule, **others})
+    return _without_unused({**config["task"], **config["training"], "rule": rule, **others})
 
 
-def _that_matter(found: Mapping[str, Any]) -> dict[str, Any]:
+def _without_unused(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings on which the outcome of a run of this rule depends."""
     unused = ("data_dir", "seeds", "ahead", *(OF_RULES if found.get("rule") == DENSE else ()))
     return {name: value for name, value in found.items() if name not in unused}
 
@@ -145,7 +146,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any], task: type[Any]) ->
         task: The class of the task's config, which has the defaults.
     """
     defaults = {**plain(task()), **plain(TrainingConfig())}
-    then = {**{name: value for name, value in defaults.items() if name in now}, **_that_matter(then)}
+    then = {**{name: value for name, value in defaults.items() if name in now}, **_without_unused(then)}
     if "simplify" in then:
         then["simplify"] = {**plain(SimplifyConfig()), **then["simplify"]}
     return ", ".join(
