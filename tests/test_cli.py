@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -324,6 +325,16 @@ def test_what_names_no_command_is_answered_without_torch(tmp_path, monkeypatch, 
         code = cli.main(arguments.split())
     slowly.seek(0)
     assert (done.returncode, done.stdout, done.stderr) == (code, slowly.read(), capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "digits", "--help"], ["doctor"]])
+def test_a_reader_that_leaves_ends_the_command_silently(arguments):
+    with subprocess.Popen(commands.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_a_module_that_is_run_and_imports_meprop_is_not_the_command(tmp_path):

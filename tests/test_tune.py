@@ -81,6 +81,18 @@ def test_no_run_is_longer_than_dense_training(data):
     assert steps == pytest.approx([2 * 4] * 3, abs=1)  # two epochs of 40 examples in batches of 10, not a second
 
 
+def test_the_line_has_what_convert_takes():
+    from meprop.cli.tune import _line
+    from meprop.training.choices import read_choices
+    from meprop.training.config import TrainingConfig
+
+    _, choice = read_choices(["sampled:noise=0.5,compute_dtype=bfloat16,fuse=true"], TrainingConfig())
+    expected = (
+        'meprop.convert(model, meprop.Sampled(noise=0.5), compute_dtype=torch.bfloat16, when="always", fuse=True)'
+    )
+    assert _line(choice) == f"{expected}  # sampled:noise=0.5,compute_dtype=bfloat16,fuse=True"
+
+
 def test_a_loser_is_not_confirmed(data, monkeypatch, capsys):
     from meprop.cli import tune as command
 

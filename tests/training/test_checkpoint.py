@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("lightning_fabric")
 
 import meprop
-from meprop import machine
+from meprop import casts, machine
 from meprop.errors import DataError
 from meprop.training import checkpoint, encoding, tracking
 from meprop.training.config import SimplifyConfig, TrainingConfig
@@ -98,6 +98,20 @@ def test_a_resumed_run_with_updates_in_the_backward_pass(tmp_path, rule):
     apart = build[config]()  # with the separate step of the same optimizer
     fit([apart], ignore)
     assert all(map(torch.equal, whole.model.parameters(), apart.model.parameters()))
+
+
+@pytest.mark.parametrize("settings", [{"compute_dtype": "bfloat16"}, {"precision": "bf16-mixed", "in_backward": True}])
+def test_a_resumed_run_with_forward_products_in_bfloat16(tmp_path, settings):
+    wide = TinyTask(TinyConfig(hidden=(1024, 1024)))  # one weight is large enough for a copy
+    config = TrainingConfig(epochs=1, accelerator="cpu", noise=0.5, **settings)
+    whole, _ = whole_and_resumed(tmp_path, lambda: Trainer(wide, config, config.rule("sampled"), 7), 3)
+    assert whole.optimizer.copy_dtype is torch.bfloat16
+    first, second = (casts.cast(whole.model[3].weight, torch.bfloat16) for _ in range(2))
+    assert first is second  # the copy that the last step has written
+    products = {layer.compute_dtype for layer in whole.model if isinstance(layer, meprop.nn.Linear)}
+    assert products == {torch.bfloat16 if "compute_dtype" in settings else None}
+    dense = Trainer(wide, config, None, 7)
+    assert type(dense.optimizer) is (torch.optim.Adam if "compute_dtype" in settings else meprop.optim.Adam)
 
 
 SCHEDULED = {"noise": 0.5, "noise_start": 0.1, "noise_of": "model", "dense_warmup_steps": 4, "dense_end_steps": 5}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("lightning_fabric")
@@ -41,6 +43,15 @@ def test_settings_of_a_choice_go_before_those_of_all():
     assert fourth.make_rule() == meprop.TopK(20, scope="example")  # which has no noise
 
 
+def test_dense_leaves_aside_what_only_sparse_layers_have():
+    shared = TrainingConfig(noise=0.25, compute_dtype="bfloat16", exact_sum=False, sparse_rows="decay")
+    _, sampled, dense = read_choices(["sampled", "dense:precision=bf16-mixed"], shared)
+    assert (sampled.training, dense.make_rule()) == (shared, None)
+    assert dense.training == replace(
+        shared, compute_dtype="float32", sparse_rows="no", precision="bf16-mixed", noise=None
+    )
+
+
 def test_a_setting_may_be_a_list():
     texts = ["topk:k_ratio=[1, 3],k=20", "topk:k=20,k_ratio=[3,1]"]
     _, first, second = read_choices(texts, TrainingConfig())
@@ -71,6 +82,8 @@ def test_a_rule_alone_does_not_leave_an_option_aside():
         (["topk:k=1.5"], "--rule topk:k=1.5: k=1.5"),
         (["topk:scope=row"], "scope is 'row'; it must be"),
         (["topk:noise=0.5"], "noise=0.5 is no setting of the rule 'topk'"),
+        (["dense:fuse=true"], "--rule dense:fuse=true: --fuse: --rule dense keeps everything"),
+        (["dense:compute_dtype='bfloat16'"], "--compute-dtype: --rule dense keeps everything"),
         (["sampled:noise=-1"], "--rule sampled:noise=-1: "),
     ],
 )

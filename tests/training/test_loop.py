@@ -268,6 +268,10 @@ def test_epochs_are_checked(epochs):
         ({"sparse_rows": "lazy"}, r"--sparse-rows lazy needs --scope batch, or entries .* \(--exact-sum False\)"),
         ({"sparse_rows": "lazy", "noise": 0.25}, "--sparse-rows lazy needs --scope batch"),
         ({"state_dtype": "bfloat16", "optimizer": "sgd"}, "--state-dtype bfloat16 needs --optimizer adam or adagrad"),
+        (
+            {"compute_dtype": "bfloat16", "precision": "bf16-mixed"},
+            "--compute-dtype bfloat16 needs --precision 32-true: bf16-mixed is autocast, which chooses by itself",
+        ),
         ({"dense_warmup_steps": -1}, "--dense-warmup-steps must be 0 or more, got -1"),
         ({"dense_end_steps": -1}, "--dense-end-steps must be 0 or more, got -1"),
         ({"noise_of": "model"}, "--noise-of model and --noise-start None need --noise"),

@@ -89,7 +89,7 @@ def note_of_disturbance(phases: Sequence[Sequence[Phases]], fastest: Phases) -> 
 def _of_installation(trial: Trial) -> Iterator[str]:
     dtypes = {each.dtype for each in trial.model.parameters() if each.requires_grad}
     if trial.device.type != "cpu":
-        yield f"On {trial.device.type} native code is not used, and few layers gain (docs/gpu.md)."
+        yield f"On {trial.device.type} few layers gain (docs/gpu.md)."
     elif (missing := reason_missing()) is not None:
         yield f"{missing}. Without it sparse layers are mostly slower than dense ones."
     elif others := dtypes - {torch.float32, torch.bfloat16}:

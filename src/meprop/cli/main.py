@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -41,13 +43,15 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done; 1 what was asked for failed; 2 the request is wrong; 70 a fault of meprop itself; 128 and
-        the number of the signal if it was stopped (Ctrl-C: 130, SIGTERM: 143).
+        the number of the signal if it was stopped (Ctrl-C: 130, SIGTERM: 143, the reader of its output left: 141).
     """
     with StopRequest(at_once=True) as stop:
         try:
             if argv is None:
                 _show_what_can_be_shown()
-            return _run(sys.argv[1:] if argv is None else argv, of_process=argv is None)
+            code = _run(sys.argv[1:] if argv is None else argv, of_process=argv is None)
+            sys.stdout.flush()
+            return code
         except BaseException as error:
             try:  # libraries hide the interruption of an import in errors of their own
                 stop.check()
@@ -66,6 +70,8 @@ def _ended(error: BaseException) -> int:
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "meprop":
         note(f"error: {missing(error)}")
         return 1
+    if isinstance(error, BrokenPipeError) and _is_reader_gone():
+        return 128 + signal.SIGPIPE
     if isinstance(error, MepropError | OSError | MemoryError):
         note(f"error: {error if str(error) else 'out of memory'}")
         return 1
@@ -73,6 +79,22 @@ def _ended(error: BaseException) -> int:
         note(f"error: {error}")
         return 2
     return faults.report(error)
+
+
+def _is_reader_gone() -> bool:
+    """Whether nobody reads the output any more, such as `head` that has its lines. The rest of it is dropped then."""
+    try:
+        output = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # no file
+        return False
+    pipe = select.poll()
+    pipe.register(output, 0)  # only errors are told
+    if not pipe.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
 
 
 def _show_what_can_be_shown() -> None:

@@ -156,8 +156,9 @@ def _line(choice: Choice) -> str:
     rule, training = choice.make_rule(), choice.training
     if rule is None:
         return f"# {choice.name}"
+    narrow = ", compute_dtype=torch.bfloat16" if training.compute_dtype == "bfloat16" else ""
     fuse = ", fuse=True" if training.fuse else ""
-    return f'meprop.convert(model, {code(rule)}, when="{training.when}"{fuse})  # {choice.name}'
+    return f'meprop.convert(model, {code(rule)}{narrow}, when="{training.when}"{fuse})  # {choice.name}'
 
 
 def _round_line(number: int, found: Round, task: Task) -> str:

@@ -80,6 +80,9 @@ def _read(text: str, training: RunConfig, one_of_several: bool) -> Choice:
         no_noise = "noise" not in own and ("k" in own or (one_of_several and rule != rules.Sampled.name))
         settings = ",".join(f"{key}={_written(value)}" for key, value in own.items())
         changed = {**(_NOISE if no_noise else {}), **own}
+        if rule == DENSE:
+            training = training.of_dense()
+            replace(training, **own).check_dense(training)
         choice = Choice(f"{rule}:{settings}" if own else rule, rule, replace(training, **changed))
         choice.make_rule()
     except ValueError as error:

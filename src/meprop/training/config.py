@@ -41,7 +41,7 @@ def rule_names(*others: str) -> Any:
 
 OF_RULES = (
     *("k", "k_start", "k_ratio", "scope", "noise", "noise_of", "noise_start", "exact_sum"),
-    *("dense_warmup_steps", "dense_end_steps", "when", "fuse", "sparse_rows"),
+    *("dense_warmup_steps", "dense_end_steps", "when", "fuse", "compute_dtype", "sparse_rows"),
 )
 """Settings that a run without a rule would ignore."""
 
@@ -95,6 +95,9 @@ class RunConfig:
     fuse: bool = False
     """Compute dropout in one pass with the activation before it, in sparse runs. The random numbers are others than
     torch's, of the same distribution."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What sparse layers form their forward products in, in sparse runs. Weights, gradients and the products of the
+    backward pass stay in fp32."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. With auto, that is a GPU if there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -129,6 +132,11 @@ class RunConfig:
                 raise ValueError(f"--k-start {self.k_start} and --k {self.k}: give two counts, or two shares")
         for weight in self.k_ratio:
             checked_share("--k-ratio", weight, below_one=False)
+        if self.compute_dtype != "float32" and self.precision != "32-true":
+            raise ValueError(
+                f"--compute-dtype {self.compute_dtype} needs --precision 32-true: {self.precision} is autocast, "
+                "which chooses by itself"
+            )
         self.rule()
         for k in (self.k, self.k_start or self.k) if self.k_ratio else ():
             of_layers = [k * weight / fmean(self.k_ratio) for weight in self.k_ratio]
@@ -160,6 +168,11 @@ class RunConfig:
     def budget(self) -> Literal["epochs", "seconds"]:
         """What all runs have the same of."""
         return "epochs" if self.budget_seconds is None else "seconds"
+
+    @property
+    def computes_in_bfloat16(self) -> bool:
+        """Whether sparse layers form their forward products in bfloat16."""
+        return self.precision == "bf16-mixed" or self.compute_dtype == "bfloat16"
 
     @property
     def keeps_its_density(self) -> bool:
@@ -202,8 +215,8 @@ class RunConfig:
         return 1.0 if self.k_start is None else self.k_start / self.k
 
     def of_dense(self) -> Self:
-        """Return the settings of a run without a rule."""
-        return self
+        """Return the settings of a run without a rule. No layer of it is ours."""
+        return replace(self, compute_dtype="float32")
 
     def check_dense(self, default: RunConfig) -> None:
         """Check that no setting is given which a run without a rule would ignore.
@@ -225,10 +238,15 @@ class RunConfig:
         Raises:
             ValueError: `k_ratio` has another number of layers than the model.
         """
+        import torch
+
         import meprop
         from meprop.nn.base import SparseLayer
 
-        meprop.convert(model, rule, sparse_grad=sparse_grad, when=self.when, fuse=self.fuse)
+        compute_dtype = torch.bfloat16 if self.compute_dtype == "bfloat16" else None
+        meprop.convert(
+            model, rule, sparse_grad=sparse_grad, compute_dtype=compute_dtype, when=self.when, fuse=self.fuse
+        )
         if self.k_ratio:
             layers = [each for each in model.modules() if isinstance(each, SparseLayer)]
             if len(layers) != len(self.k_ratio):
@@ -315,8 +333,8 @@ class TrainingConfig(RunConfig):
         super().__post_init__()
 
     def of_dense(self) -> Self:
-        """Return the settings of a run without a rule. Its gradients have all rows."""
-        return replace(self, sparse_rows="no")
+        """See `RunConfig.of_dense`. Its gradients have all rows."""
+        return replace(super().of_dense(), sparse_rows="no")
 
     def convert(self, model: nn.Module, rule: Rule, *, sparse_grad: bool = False) -> None:
         """Convert the model of a sparse run. Its weights get row-sparse gradients if the optimizer is for them."""

@@ -246,10 +246,17 @@ class _Epochs:
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     parameters = model.parameters()
     state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
-    if config.sparse_rows != "no" or state_dtype is not None or config.in_backward:
+    is_narrow = "bfloat16" in (config.state_dtype, config.compute_dtype)
+    if config.sparse_rows != "no" or is_narrow or config.in_backward:
         ours = {"adam": optim.Adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
-        rows = "exact" if config.sparse_rows == "no" else config.sparse_rows
-        return ours(parameters, config.lr, sparse_rows=rows, in_backward=config.in_backward, state_dtype=state_dtype)
+        return ours(
+            parameters,
+            config.lr,
+            sparse_rows="exact" if config.sparse_rows == "no" else config.sparse_rows,
+            in_backward=config.in_backward,
+            state_dtype=state_dtype,
+            copy_dtype=torch.bfloat16 if config.computes_in_bfloat16 else None,
+        )
     match config.optimizer:
         case "adam":
             return torch.optim.Adam(parameters, config.lr, fused=True)
