@@ -337,6 +337,12 @@ def test_a_reader_that_leaves_ends_the_command_silently(arguments):
     assert process.returncode == 128 + signal.SIGPIPE
 
 
+def test_a_command_without_output_is_done():
+    closed = ["sh", "-c", '"$@" >&-', "sh", *commands.command("--version")]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_module_that_is_run_and_imports_meprop_is_not_the_command(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
     (tmp_path / "other.py").write_text("import sys; import meprop")

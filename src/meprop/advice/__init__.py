@@ -136,7 +136,8 @@ def _measured(
     *fresh, once = fresh_memory(trial, batches[0])
     compared = max(2, int(_GRADIENTS * seconds / once / (1 + len(ways.rules))))
     found, noise = agreements(trial, ways, batches[:compared]) if reached else ({}, None)
-    casts = cast_seconds(trial, batches[0]) if seen.autocast else 0.0
+    repeats = 3 if once < 0.5 else 1  # a short time may be that of a disturbance
+    casts = cast_seconds(trial, batches[0], repeats) if seen.autocast else 0.0
     left = max(_STEPS * seconds, seconds - (perf_counter() - begin) - _LAYERS * seconds)
     timed = max(1, int(left / once / len(ways.names) / 3))  # three rounds of each
     phases = steps_in_turns(trial, ways, batches[:timed], left)

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             if argv is None:
                 _show_what_can_be_shown()
             code = _run(sys.argv[1:] if argv is None else argv, of_process=argv is None)
-            sys.stdout.flush()
+            print(end="", flush=True)
             return code
         except BaseException as error:
             try:  # libraries hide the interruption of an import in errors of their own
@@ -85,7 +85,7 @@ def _is_reader_gone() -> bool:
     """Whether nobody reads the output any more, such as `head` that has its lines. The rest of it is dropped then."""
     try:
         output = sys.stdout.fileno()
-    except io.UnsupportedOperation:  # no file
+    except (AttributeError, io.UnsupportedOperation):  # there is no output, or it is no file
         return False
     pipe = select.poll()
     pipe.register(output, 0)  # only errors are told
