@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 
 import meprop
 from meprop import speed
+from meprop.advice import mind
 from meprop.advice.decide import decide
 from meprop.advice.free import free_backward
 from meprop.advice.gradients import Agreement, agreements
-from meprop.advice.mind import note_of_disturbance
+from meprop.advice.mind import cast_seconds, note_of_disturbance
 from meprop.advice.record import RuleAdvice
 from meprop.advice.text import code, short
 from meprop.advice.trial import Phases, Trial
@@ -281,3 +283,10 @@ def test_short_texts():
         "Sampled(0.04, exact_sum=True)",
         'TopK(0.04, "global")',
     ]
+
+
+def test_a_disturbed_cast_does_not_count(monkeypatch):
+    clock = iter([0.0, 9.0, 10.0, 10.5, 20.0, 21.0])  # before and after the cast of each step
+    monkeypatch.setattr(mind, "perf_counter", lambda: next(clock))
+    trial = SimpleNamespace(step=lambda batch: batch.to(torch.bfloat16))
+    assert cast_seconds(trial, torch.ones(2), 3) == 0.5

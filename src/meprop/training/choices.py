@@ -81,7 +81,7 @@ def _read(text: str, training: RunConfig, one_of_several: bool) -> Choice:
         settings = ",".join(f"{key}={_written(value)}" for key, value in own.items())
         changed = {**(_NOISE if no_noise else {}), **own}
         if rule == DENSE:
-            training = training.of_dense()
+            training = training.of_dense()  # a precision of its own must not meet the compute_dtype of the others
             replace(training, **own).check_dense(training)
         choice = Choice(f"{rule}:{settings}" if own else rule, rule, replace(training, **changed))
         choice.make_rule()

@@ -170,11 +170,6 @@ class RunConfig:
         return "epochs" if self.budget_seconds is None else "seconds"
 
     @property
-    def computes_in_bfloat16(self) -> bool:
-        """Whether sparse layers form their forward products in bfloat16."""
-        return self.precision == "bf16-mixed" or self.compute_dtype == "bfloat16"
-
-    @property
     def keeps_its_density(self) -> bool:
         """Whether a sparse run keeps one share of the entries from its first step to its last."""
         return self.noise is None and self.k_start is None and not (self.dense_warmup_steps or self.dense_end_steps)

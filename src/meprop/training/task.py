@@ -246,8 +246,8 @@ class _Epochs:
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     parameters = model.parameters()
     state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
-    is_narrow = "bfloat16" in (config.state_dtype, config.compute_dtype)
-    if config.sparse_rows != "no" or is_narrow or config.in_backward:
+    forward_is_narrow = config.compute_dtype == "bfloat16" or config.precision == "bf16-mixed"
+    if config.sparse_rows != "no" or config.in_backward or "bfloat16" in (config.state_dtype, config.compute_dtype):
         ours = {"adam": optim.Adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
         return ours(
             parameters,
@@ -255,7 +255,7 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
             sparse_rows="exact" if config.sparse_rows == "no" else config.sparse_rows,
             in_backward=config.in_backward,
             state_dtype=state_dtype,
-            copy_dtype=torch.bfloat16 if config.computes_in_bfloat16 else None,
+            copy_dtype=torch.bfloat16 if forward_is_narrow else None,
         )
     match config.optimizer:
         case "adam":
