@@ -131,6 +131,7 @@ def test_what_is_compared_is_trained_in_turns(experiment):
         ("k = 5", "", r"\[variants\.topk-5\] rule is 'topk'; give its k"),
         ("k = 5", "k = 0", r"\[variants\.topk-5\] k=0 keeps nothing"),
         ('against = "dense"', "k = 5", r"\[variants\.small\] rule is 'dense'; dense has no k"),
+        ('against = "dense"', "training.noise = 0.1", r"\[variants\.small\] --noise: --rule dense keeps everything"),
         ('against = "dense"', 'against = "random"', r"against is 'random'; it must be a variant above"),
         ('rule = "random"', 'rule = "rand"', r"\[variants\.random\] rule is 'rand'; it must be"),
         ("[variants.small]", '[variants."a/b"]', r"'a/b': a name has letters"),

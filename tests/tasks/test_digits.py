@@ -134,6 +134,16 @@ def test_the_activation_is_the_papers():
     torch.testing.assert_close(ScaledTanh()(a), expected)
 
 
+def test_dropout_comes_after_each_hidden_layer(data):
+    def layers(**changes):
+        return [type(layer) for layer in make(data, activation="relu", **changes).build_model()]
+
+    hidden = [nn.Linear, nn.ReLU, nn.Dropout]
+    assert layers(dropout=0.3) == [*hidden, *hidden, nn.Linear]
+    assert nn.Dropout not in layers()
+    assert [each.p for each in make(data, dropout=0.3).build_model() if isinstance(each, nn.Dropout)] == [0.3, 0.3]
+
+
 def test_initial_weights_are_uniform_or_those_of_torch(data):
     torch.manual_seed(0)
     task = make(data, hidden=(400,))
@@ -148,6 +158,7 @@ def test_initial_weights_are_uniform_or_those_of_torch(data):
     [
         ({"net": 3, "hidden": (5,)}, r"net is 3 and hidden is \(5,\): .*give one"),
         ({"hidden": (5, 0)}, r"hidden is \(5, 0\): each width must be at least 1"),
+        ({"dropout": 1.0}, r"dropout is 1\.0: it must be at least 0 and below 1"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"dev_size": -1}, "dev_size is -1: it must be at least 0"),
         ({"ahead": -1}, "ahead is -1: it must be at least 0"),
@@ -176,7 +187,7 @@ def test_a_run_is_resumed_bit_for_bit(data, ahead, steps):
     config = TrainingConfig(epochs=3, noise=0.25, accelerator="cpu", schedule="geometric")
 
     def trainer(ahead):
-        return Trainer(make(data, ahead=ahead), config, config.rule(), 7)
+        return Trainer(make(data, ahead=ahead, dropout=0.2), config, config.rule(), 7)
 
     straight, first, second = trainer(0), trainer(ahead), trainer(ahead)
     (expected,) = fit([straight], lambda _: None)

@@ -263,6 +263,9 @@ def test_epochs_are_checked(epochs):
             {"lr_end": 0.1, "schedule": "geometric"},
             "--lr-end must be above 0 and at most --lr, which is 0.001, got 0.1",
         ),
+        ({"weight_decay": -0.1}, "--weight-decay must be a number, 0 or more, got -0.1"),
+        ({"weight_decay": float("inf")}, "--weight-decay must be a number, 0 or more, got inf"),
+        ({"weight_decay": float("nan")}, "--weight-decay must be a number, 0 or more, got nan"),
         ({"k": 0}, "k=0"),
         ({"k": 1.5}, "k=1.5"),
         ({"sparse_rows": "lazy"}, r"--sparse-rows lazy needs --scope batch, or entries .* \(--exact-sum False\)"),
@@ -431,6 +434,29 @@ def test_the_learning_rate_stays_where_it_is_to_be_constant(task):
     trainer = Trainer(task, TrainingConfig(epochs=2, lr=0.4, schedule="constant", accelerator="cpu"), None, 7)
     trainer.advance(5)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.4
+
+
+@pytest.mark.parametrize("in_backward", [False, True])  # torch's optimizers, and ours
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+def test_weight_decay_is_decoupled_with_adam_and_a_penalty_elsewhere(task, optimizer, in_backward):
+    def stepped(weight_decay):
+        settings = {"optimizer": optimizer, "in_backward": in_backward, "schedule": "constant", "lr": 0.01}
+        config = TrainingConfig(**settings, weight_decay=weight_decay, accelerator="cpu")
+        trainer = Trainer(task, config, None, 7)
+        parameters = [*trainer.model.parameters()]
+        before, grads = [each.detach().clone() for each in parameters], []
+        trainer.optimizer.register_step_pre_hook(lambda *_: grads.extend(each.grad.clone() for each in parameters))
+        trainer.advance(1)
+        return before, grads, parameters
+
+    before, grads, plain = stepped(0.0)
+    _, _, decayed = stepped(0.5)
+    assert not all(map(torch.equal, plain, decayed))
+    for old, grad, without, found in zip(before, grads, plain, decayed, strict=True):
+        expected = without - 0.01 * 0.5 * old
+        if optimizer == "adagrad":
+            expected = old - 0.01 * (grad + 0.5 * old) / ((grad + 0.5 * old).abs() + 1e-10)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_gpu_that_is_not_there_is_named_with_the_option(task, monkeypatch):

@@ -33,7 +33,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,19 +223,24 @@ def _variant(
         against = next((variant.name for variant in reversed(above) if variant.rule == DENSE), None)
     if against is not None and against not in (variant.name for variant in above):
         raise ValueError(f"{where}against is {against!r}; it must be a variant above this one")
-    training = {**training, **checked(found.get("training", {}), _training_hints(), f"{where}training ")}
+    own = checked(found.get("training", {}), _training_hints(), f"{where}training ")
     settings = {**task_settings, **checked(found.get("task", {}), _task_hints(config), f"{where}task ")}
     published = checked(found.get("published", {}), hints(Published), f"{where}published ")
     simplify = checked(found.get("simplify", {}), hints(SimplifyConfig), f"{where}simplify ")
     try:
         k = {"k": found["k"]} if needs_k else {}
-        task, shared = config(**settings), TrainingConfig(**training, **k)
-        if not dense:
-            shared.rule(found["rule"])  # whether it takes these settings
+        task = config(**settings)
+        if dense:
+            shared = TrainingConfig(**training).of_dense()
+            trained = replace(shared, **own)
+            trained.check_dense(shared)
+        else:
+            trained = TrainingConfig(**{**training, **own}, **k)
+            trained.rule(found["rule"])  # whether it takes these settings
         simplified = SimplifyConfig(**simplify) if "simplify" in found else None
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
-    return Variant(name, found["rule"], task, shared, against, Published(**published), simplified)
+    return Variant(name, found["rule"], task, trained, against, Published(**published), simplified)
 
 
 def _training_hints() -> dict[str, Any]:

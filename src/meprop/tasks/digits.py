@@ -55,6 +55,8 @@ class DigitsConfig:
     """Widths of the hidden layers, instead of those of a net of the paper."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Of the hidden layers: the paper's 1.7159 tanh(0.6666 a), or ReLU."""
+    dropout: float = 0.0
+    """Probability of dropping a hidden unit, after each hidden layer. The paper has none."""
     initial: Literal["uniform", "torch"] = "uniform"
     """Initial weights and biases: the paper's, uniform from -0.05 to 0.05, or those of torch's layers."""
     deformation: Literal["off", "weak", "paper", "strong"] = "paper"
@@ -78,6 +80,8 @@ class DigitsConfig:
             raise ValueError(f"net is {self.net} and hidden is {self.hidden}: each says what the layers are; give one")
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden is {self.hidden}: each width must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
         for name, least in (("batch_size", 1), ("dev_size", 0), ("ahead", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
@@ -150,6 +154,8 @@ class DigitsTask(ImageTask):
         layers: list[nn.Module] = []
         for width, following in pairwise((self.data.train_images.shape[1], *self.config.widths)):
             layers += [nn.Linear(width, following), nn.ReLU() if self.config.activation == "relu" else ScaledTanh()]
+            if self.config.dropout > 0:
+                layers.append(nn.Dropout(self.config.dropout))
         model = nn.Sequential(*layers, nn.Linear(self.config.widths[-1], self.data.num_classes))
         if self.config.initial == "uniform":
             for parameter in model.parameters():

@@ -310,6 +310,8 @@ class TrainingConfig(RunConfig):
     geometric: It falls to lr_end, by the same factor in each step."""
     lr_end: float | None = None
     """Learning rate after the last step, with --schedule geometric. None: a thousandth of the one at the start."""
+    weight_decay: float = 0.0
+    """Of all weights and biases: decoupled with adam, as in AdamW, and the factor of an L2 penalty with the others."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and isfinite(self.lr)):
@@ -318,6 +320,8 @@ class TrainingConfig(RunConfig):
             raise ValueError(f"--lr-end {self.lr_end} needs --schedule geometric: {self.schedule} has its own end")
         if self.lr_end is not None and not 0 < self.lr_end <= self.lr:
             raise ValueError(f"--lr-end must be above 0 and at most --lr, which is {self.lr}, got {self.lr_end}")
+        if not 0 <= self.weight_decay < inf:
+            raise ValueError(f"--weight-decay must be a number, 0 or more, got {self.weight_decay}")
         if self.sparse_rows != "no" and self.scope not in ("batch", "global") and self.exact_sum is not False:
             raise ValueError(
                 f"--sparse-rows {self.sparse_rows} needs --scope batch, or entries of the whole gradient without the "

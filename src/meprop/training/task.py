@@ -245,13 +245,17 @@ class _Epochs:
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     parameters = model.parameters()
+    on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
     state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
-    forward_is_narrow = config.compute_dtype == "bfloat16" or config.precision == "bf16-mixed"
-    if config.sparse_rows != "no" or config.in_backward or "bfloat16" in (config.state_dtype, config.compute_dtype):
-        ours = {"adam": optim.Adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
+    writes_copies = config.compute_dtype == "bfloat16" and on_cpu  # elsewhere torch's fused optimizers are better
+    if config.sparse_rows != "no" or config.in_backward or state_dtype is not None or writes_copies:
+        adam = optim.AdamW if config.weight_decay > 0 else optim.Adam
+        ours = {"adam": adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
+        forward_is_narrow = config.compute_dtype == "bfloat16" or config.precision == "bf16-mixed"
         return ours(
             parameters,
             config.lr,
+            weight_decay=config.weight_decay,
             sparse_rows="exact" if config.sparse_rows == "no" else config.sparse_rows,
             in_backward=config.in_backward,
             state_dtype=state_dtype,
@@ -259,12 +263,12 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
         )
     match config.optimizer:
         case "adam":
-            return torch.optim.Adam(parameters, config.lr, fused=True)
+            adam = torch.optim.AdamW if config.weight_decay > 0 else torch.optim.Adam
+            return adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
         case "adagrad":  # torch has no fused Adagrad for GPUs
-            on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
-            return torch.optim.Adagrad(parameters, config.lr, fused=on_cpu)
+            return torch.optim.Adagrad(parameters, config.lr, weight_decay=config.weight_decay, fused=on_cpu)
         case "sgd":
-            return torch.optim.SGD(parameters, config.lr, fused=True)
+            return torch.optim.SGD(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def _scheduler(
