@@ -378,6 +378,22 @@ def test_python_m_is_the_same_command(monkeypatch, capsys):
         assert shown(lambda name=module: runpy.run_module(name, run_name="__main__", alter_sys=True)) == script
 
 
+def test_help_breaks_lines_for_lists_and_not_where_the_source_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def lines(*command):
+        assert cli.main([*command, "--help"]) == 0
+        return [line.strip(" │") for line in capsys.readouterr().out.splitlines()]
+
+    shown = lines("train", "digits")
+    assert any("as there, or as at the strongest end of the paper's ranges. (default: paper)" in each for each in shown)
+    for listed in ("2: 1500-1000-500.", "1 or more: Where no processor", "batch: The same k features"):
+        assert any(each.startswith(listed) for each in shown), listed
+    assert not any(each.startswith("None: ") for each in shown)  # the end of a text, and no list
+    of_generic = lines("bench", "linear")
+    assert any(each.startswith("--out") and each.endswith("(default: None)") for each in of_generic)
+
+
 def test_every_benchmark_is_a_command_with_its_own_help(capsys):
     for name in ("linear", "lstm", "conv", "step", "layers"):
         assert cli.main(["bench", name, "--help"]) == 0

@@ -87,6 +87,24 @@ def test_an_experiment_says_all_of_its_runs(experiment):
     assert (topk.against, small.against, random.against) == ("dense", "dense", "dense-2")
 
 
+def test_a_dense_variant_leaves_aside_what_rules_share(tmp_path):
+    shared = """epochs = 2
+lr_end = 0.01
+schedule = "geometric"
+exact_sum = false
+compute_dtype = "bfloat16"
+"""
+    own = 'training.lr = 0.1\ntraining.precision = "bf16-mixed"\n'
+    content = GOOD.partition("[variants.topk-5]")[0].replace("epochs = 2\n", shared)
+    sparse = '[variants.sampled]\nrule = "sampled"\nk = 0.1\ntraining.lr = 0.1\n'
+    dense, sampled = experiments.load(write(tmp_path, content + own + sparse), TASKS).variants
+    assert (dense.training.lr, dense.training.lr_end, dense.training.precision) == (0.1, 0.01, "bf16-mixed")
+    assert (dense.training.exact_sum, dense.training.compute_dtype) == (None, "float32")
+    assert (sampled.training.exact_sum, sampled.training.compute_dtype) == (False, "bfloat16")
+    with pytest.raises(ValueError, match=r"\[variants\.dense\] --exact-sum: --rule dense keeps everything"):
+        experiments.load(write(tmp_path, content + own + "training.exact_sum = false\n" + sparse), TASKS)
+
+
 def test_what_is_compared_is_trained_in_turns(experiment):
     groups = [[variant.name for variant in group] for group in experiment.groups()]
     assert groups == [["dense", "topk-5", "small"], ["dense-2", "random", "simplified"]]

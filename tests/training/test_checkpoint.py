@@ -114,7 +114,7 @@ def test_a_resumed_run_with_forward_products_in_bfloat16(tmp_path, settings):
     assert type(dense.optimizer) is (torch.optim.Adam if "compute_dtype" in settings else meprop.optim.Adam)
 
 
-def test_on_a_gpu_torch_does_the_step_after_forward_products_in_bfloat16(monkeypatch):
+def test_on_a_gpu_forward_products_in_bfloat16_leave_the_optimizer_to_torch(monkeypatch):
     task, here = TinyTask(TinyConfig()), TrainingConfig(accelerator="cpu", compute_dtype="bfloat16")
     assert type(task.make(0, here).optimizer) is meprop.optim.Adam  # it writes copies, which it does on a CPU only
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any, Union
 
 from meprop.cli import faults
 from meprop.cli.commands import HELP, WITHOUT_TORCH
 from meprop.cli.messages import missing, note
+from meprop.cli.registry import registry
 from meprop.cli.stop import Stopped, StopRequest
 from meprop.errors import MepropError, nearest
 
@@ -154,7 +154,7 @@ def parse(argv: list[str]) -> Any:
                 "`meprop --version` prints the version.",
                 args=argv,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-                registry=_registry(),
+                registry=registry(),
             )
     except SystemExit as stop:
         # tyro would show a dataclass's ValueError under its own internal names; what it could not read itself
@@ -204,29 +204,6 @@ def _commands(argv: list[str]) -> Any:
         return Annotated[Any, tyro.conf.subcommand(name, description=about, constructor_factory=options)]
 
     return Union[tuple(command_type(name, about.partition("\n")[0]) for name, about in HELP.items())]  # noqa: UP007
-
-
-def _registry() -> Any:
-    """How `tyro` reads paths: with the home directory for `~`, which a shell leaves alone in --out=~/runs."""
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:  # pyright: ignore[reportUnusedFunction]
-        if info.type is not Path:
-            return None
-        from meprop.machine import expanded
-
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="PATH",
-            instance_from_str=lambda texts: expanded(texts[0]),
-            is_instance=lambda each: isinstance(each, Path),
-            str_from_instance=lambda each: [str(each)],
-        )
-
-    return registry
 
 
 def _meant(argv: list[str], message: str) -> str | None:

@@ -12,7 +12,7 @@ from meprop.cli.common import RuleName, TaskConfig, Training, rule_choice, show_
 from meprop.cli.messages import note
 from meprop.cli.session import Saved, Session
 from meprop.training import checkpoint, tasks, tracking
-from meprop.training.config import DENSE
+from meprop.training.config import DENSE, check_dense
 from meprop.training.loop import Trainer
 from meprop.training.records import Run
 from meprop.training.task import Task
@@ -47,7 +47,7 @@ class Train(Generic[TaskConfig, Training, RuleName]):
             raise ValueError(f"--checkpoint-every must be 0 or more, got {self.checkpoint_every}")
         entry = tasks.entry_of(self.task)
         if self.rule == DENSE:
-            self.training.check_dense(entry.training)
+            check_dense(vars(self.training), entry.training)
         session = Session(self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
         tracking.commit()
         task = entry.build(self.task)

@@ -33,14 +33,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meprop.errors import did_you_mean
 from meprop.experiments.records import RecordConfig, Records
 from meprop.training import tracking
-from meprop.training.config import DENSE, SimplifyConfig, TrainingConfig, rule_names
+from meprop.training.config import DENSE, OF_RULES, SimplifyConfig, TrainingConfig, check_dense, rule_names
 from meprop.training.settings import checked, hints
 
 if sys.version_info >= (3, 11):
@@ -228,19 +228,17 @@ def _variant(
     published = checked(found.get("published", {}), hints(Published), f"{where}published ")
     simplify = checked(found.get("simplify", {}), hints(SimplifyConfig), f"{where}simplify ")
     try:
-        k = {"k": found["k"]} if needs_k else {}
-        task = config(**settings)
         if dense:
-            shared = TrainingConfig(**training).of_dense()
-            trained = replace(shared, **own)
-            trained.check_dense(shared)
-        else:
-            trained = TrainingConfig(**{**training, **own}, **k)
-            trained.rule(found["rule"])  # whether it takes these settings
+            check_dense(own, TrainingConfig())
+            training = {name: value for name, value in training.items() if name not in OF_RULES}
+        k = {"k": found["k"]} if needs_k else {}
+        task, shared = config(**settings), TrainingConfig(**{**training, **own}, **k)
+        if not dense:
+            shared.rule(found["rule"])  # whether it takes these settings
         simplified = SimplifyConfig(**simplify) if "simplify" in found else None
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
-    return Variant(name, found["rule"], task, trained, against, Published(**published), simplified)
+    return Variant(name, found["rule"], task, shared, against, Published(**published), simplified)
 
 
 def _training_hints() -> dict[str, Any]:

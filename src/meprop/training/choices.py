@@ -10,7 +10,7 @@ from typing import Any
 
 from meprop import rules
 from meprop.errors import did_you_mean
-from meprop.training.config import DENSE, RunConfig
+from meprop.training.config import DENSE, RunConfig, check_dense
 from meprop.training.loop import Trainer
 from meprop.training.settings import checked, hints
 from meprop.training.task import Task
@@ -77,12 +77,12 @@ def _read(text: str, training: RunConfig, one_of_several: bool) -> Choice:
         raise ValueError(f"--rule {text}: the rules are {', '.join(names)}{did_you_mean(rule, names)}")
     try:
         own = checked(dict(map(_setting, _COMMA.split(given) if given else [])), hints(type(training), but=_SHARED), "")
+        if rule == DENSE:
+            check_dense(own, type(training)())
+            training = training.of_dense()  # a precision of its own must not meet the compute_dtype of the others
         no_noise = "noise" not in own and ("k" in own or (one_of_several and rule != rules.Sampled.name))
         settings = ",".join(f"{key}={_written(value)}" for key, value in own.items())
         changed = {**(_NOISE if no_noise else {}), **own}
-        if rule == DENSE:
-            training = training.of_dense()  # a precision of its own must not meet the compute_dtype of the others
-            replace(training, **own).check_dense(training)
         choice = Choice(f"{rule}:{settings}" if own else rule, rule, replace(training, **changed))
         choice.make_rule()
     except ValueError as error:

@@ -5,7 +5,7 @@ What they are made into is imported then: `meprop report` reads this file withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 from statistics import fmean
@@ -44,6 +44,22 @@ OF_RULES = (
     *("dense_warmup_steps", "dense_end_steps", "when", "fuse", "compute_dtype", "sparse_rows"),
 )
 """Settings that a run without a rule would ignore."""
+
+
+def check_dense(given: Mapping[str, Any], default: RunConfig) -> None:
+    """Check that no setting is given which a run without a rule would ignore.
+
+    Args:
+        given: Settings by name.
+        default: The settings where none are given.
+
+    Raises:
+        ValueError: One is.
+    """
+    ignored = [name for name, value in given.items() if name in OF_RULES and value != getattr(default, name)]
+    if ignored:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        raise ValueError(f"{options}: --rule {DENSE} keeps everything, and would ignore that; leave it out")
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,8 @@ class RunConfig:
     torch's, of the same distribution."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """What sparse layers form their forward products in, in sparse runs. Weights and gradients stay in fp32, and so do
-    the products of the backward pass. An LSTM rounds its weights instead."""
+    the products of the backward pass. An LSTM rounds its weights instead. On a CPU the optimizer is then that of
+    meprop.optim."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. With auto, that is a GPU if there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -213,20 +230,6 @@ class RunConfig:
         """Return the settings of a run without a rule. No layer of it is ours."""
         return replace(self, compute_dtype="float32")
 
-    def check_dense(self, default: RunConfig) -> None:
-        """Check that no setting is given which a run without a rule would ignore.
-
-        Args:
-            default: The settings where none are given.
-
-        Raises:
-            ValueError: One is.
-        """
-        given = [name for name in OF_RULES if getattr(self, name, None) != getattr(default, name, None)]
-        if given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"{options}: --rule {DENSE} keeps everything, and would ignore that; leave it out")
-
     def convert(self, model: nn.Module, rule: Rule, *, sparse_grad: bool = False) -> None:
         """Convert the model of a sparse run.
 
@@ -311,7 +314,8 @@ class TrainingConfig(RunConfig):
     lr_end: float | None = None
     """Learning rate after the last step, with --schedule geometric. None: a thousandth of the one at the start."""
     weight_decay: float = 0.0
-    """Of all weights and biases: decoupled with adam, as in AdamW, and the factor of an L2 penalty with the others."""
+    """Weight decay of all weights and biases. With adam it is decoupled, as in AdamW. With the others it is the factor
+    of an L2 penalty."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and isfinite(self.lr)):

@@ -247,7 +247,9 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
     parameters = model.parameters()
     on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
     state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
-    writes_copies = config.compute_dtype == "bfloat16" and on_cpu  # elsewhere torch's fused optimizers are better
+    writes_copies = (
+        config.compute_dtype == "bfloat16" and on_cpu
+    )  # on a GPU it writes none, and torch's fused one is there
     if config.sparse_rows != "no" or config.in_backward or state_dtype is not None or writes_copies:
         adam = optim.AdamW if config.weight_decay > 0 else optim.Adam
         ours = {"adam": adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
