@@ -8,7 +8,7 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-_BREAK = re.compile(r"(?<!\n)\n\s*(?!\s|(?!None)[\w.-]+( or more)?: )")
+_BREAK = re.compile(r"(?<!\n)\n[ \t]*(?!\s|(?!None)[\w.-]+( or more)?: )")
 """A line break that only keeps the source narrow. A line of a list begins with `word: ` or `1 or more: `."""
 
 

@@ -113,8 +113,8 @@ class RunConfig:
     torch's, of the same distribution."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """What sparse layers form their forward products in, in sparse runs. Weights and gradients stay in fp32, and so do
-    the products of the backward pass. An LSTM rounds its weights instead. On a CPU the tasks of ours then
-    have the optimizers of meprop.optim."""
+    the products of the backward pass. An LSTM rounds its weights instead. On a CPU the tasks of ours then have
+    the optimizers of meprop.optim."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. With auto, that is a GPU if there is one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

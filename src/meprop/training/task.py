@@ -247,9 +247,8 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
     parameters = model.parameters()
     on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
     state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else None
-    writes_copies = (
-        config.compute_dtype == "bfloat16" and on_cpu
-    )  # on a GPU it writes none, and torch's fused one is there
+    # Ours writes copies of weights on a CPU only. On a GPU torch's fused one is there.
+    writes_copies = config.compute_dtype == "bfloat16" and on_cpu
     if config.sparse_rows != "no" or config.in_backward or state_dtype is not None or writes_copies:
         adam = optim.AdamW if config.weight_decay > 0 else optim.Adam
         ours = {"adam": adam, "adagrad": optim.Adagrad, "sgd": optim.SGD}[config.optimizer]
