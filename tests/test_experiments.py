@@ -105,6 +105,24 @@ compute_dtype = "bfloat16"
         experiments.load(write(tmp_path, content + own + "training.exact_sum = false\n" + sparse), TASKS)
 
 
+def test_a_noise_that_variants_share_is_that_of_those_without_a_k(tmp_path):
+    variants = """[variants.noise]
+rule = "sampled"
+[variants.own-noise]
+rule = "sampled"
+training.noise = 0.5
+[variants.own-k]
+rule = "topk"
+k = 7
+"""
+    content = GOOD.partition("[variants.topk-5]")[0].replace("epochs = 2\n", "epochs = 2\nnoise = 0.25\n") + variants
+    dense, noise, own_noise, own_k = experiments.load(write(tmp_path, content), TASKS).variants
+    assert [v.training.noise for v in (dense, noise, own_noise, own_k)] == [None, 0.25, 0.5, None]
+    assert own_k.training.k == 7
+    with pytest.raises(ValueError, match=r"\[variants\.own-k\] rule is 'topk'; a noise decides how many, instead of k"):
+        experiments.load(write(tmp_path, content + "training.noise = 0.5\n"), TASKS)
+
+
 def test_what_is_compared_is_trained_in_turns(experiment):
     groups = [[variant.name for variant in group] for group in experiment.groups()]
     assert groups == [["dense", "topk-5", "small"], ["dense-2", "random", "simplified"]]

@@ -212,7 +212,10 @@ def _variant(
     }
     found = checked(table, allowed, where, required=("rule",))
     dense = found["rule"] == DENSE
-    needs_k = not dense and found.get("training", {}).get("noise") is None
+    own = checked(found.get("training", {}), _training_hints(), f"{where}training ")
+    if "k" in found:  # instead of a noise that [training] shares
+        training = {name: value for name, value in training.items() if name != "noise"}
+    needs_k = not dense and {**training, **own}.get("noise") is None
     if ("k" in found) != needs_k:
         reason = "dense has no k" if dense else "give its k" if needs_k else "a noise decides how many, instead of k"
         raise ValueError(f"{where}rule is {found['rule']!r}; {reason}")
@@ -223,7 +226,6 @@ def _variant(
         against = next((variant.name for variant in reversed(above) if variant.rule == DENSE), None)
     if against is not None and against not in (variant.name for variant in above):
         raise ValueError(f"{where}against is {against!r}; it must be a variant above this one")
-    own = checked(found.get("training", {}), _training_hints(), f"{where}training ")
     settings = {**task_settings, **checked(found.get("task", {}), _task_hints(config), f"{where}task ")}
     published = checked(found.get("published", {}), hints(Published), f"{where}published ")
     simplify = checked(found.get("simplify", {}), hints(SimplifyConfig), f"{where}simplify ")
