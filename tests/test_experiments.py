@@ -115,10 +115,12 @@ training.noise = 0.5
 rule = "topk"
 k = 7
 """
-    content = GOOD.partition("[variants.topk-5]")[0].replace("epochs = 2\n", "epochs = 2\nnoise = 0.25\n") + variants
+    shared = 'epochs = 2\nnoise = 0.25\nnoise_start = 0.75\nnoise_of = "model"\n'
+    content = GOOD.partition("[variants.topk-5]")[0].replace("epochs = 2\n", shared) + variants
     dense, noise, own_noise, own_k = experiments.load(write(tmp_path, content), TASKS).variants
     assert [v.training.noise for v in (dense, noise, own_noise, own_k)] == [None, 0.25, 0.5, None]
-    assert own_k.training.k == 7
+    assert [v.training.noise_start for v in (dense, noise, own_noise, own_k)] == [None, 0.75, 0.75, None]
+    assert (noise.training.noise_of, own_k.training.noise_of, own_k.training.k) == ("model", "layer", 7)
     with pytest.raises(ValueError, match=r"\[variants\.own-k\] rule is 'topk'; a noise decides how many, instead of k"):
         experiments.load(write(tmp_path, content + "training.noise = 0.5\n"), TASKS)
 

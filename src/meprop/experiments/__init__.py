@@ -57,6 +57,7 @@ __all__ = ["FOLDER", "Experiment", "Published", "RecordConfig", "Records", "Vari
 FOLDER = Path(__file__).resolve().parent / "shipped"
 """The experiments of the paper, and ours."""
 
+_OF_NOISE = ("noise", "noise_of", "noise_start")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -214,7 +215,7 @@ def _variant(
     dense = found["rule"] == DENSE
     own = checked(found.get("training", {}), _training_hints(), f"{where}training ")
     if "k" in found:  # instead of a noise that [training] shares
-        training = {name: value for name, value in training.items() if name != "noise"}
+        training = {name: value for name, value in training.items() if name not in _OF_NOISE}
     needs_k = not dense and {**training, **own}.get("noise") is None
     if ("k" in found) != needs_k:
         reason = "dense has no k" if dense else "give its k" if needs_k else "a noise decides how many, instead of k"
