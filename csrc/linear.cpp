@@ -3,6 +3,7 @@
 #include "team.h"
 
 #include <type_traits>
+#include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -270,38 +271,37 @@ class ColumnsPass {
   Scratch<Scored> scores_;
 };
 
-// The rows that have entries, if others have none and copying the former is worth it. Then the input's other rows need
-// not be copied.
-class ActiveRows {
+// The rows of a product's source that have a use, if others have none and copying the former is worth it. Then the others
+// need not be copied.
+class UsedRows {
  public:
-  template <class T>
-  explicit ActiveRows(const LinearBackward<T>& call)
-      : numbers_(kActiveRows, wanted(call) ? call.rows : 0), places_(kActivePlaces, wanted(call) ? call.rows : 0) {
-    rows_ = call.rows;
-    if (!wanted(call) || !*this) return;
+  // `mark` writes for each of the rows whether it has a use: 1 or 0. There are `uses` in all, and copying a row is worth
+  // it from so many on. It is not called if nothing is to be left out.
+  template <class Mark>
+  UsedRows(Use numbers, Use places, int64_t rows, int64_t uses, int64_t worth, bool may_leave_out, Mark mark)
+      : numbers_(numbers, may_leave_out ? rows : 0), places_(places, may_leave_out ? rows : 0), rows_(rows) {
+    if (!may_leave_out || !*this) return;
+    mark(places_.get());
     int64_t count = 0;
-    for (int64_t row = 0; row < call.rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       numbers_.get()[count] = static_cast<int32_t>(row);
-      places_.get()[row] = static_cast<int32_t>(count);
-      count += call.starts[row + 1] > call.starts[row];
+      const int32_t used = std::exchange(places_.get()[row], static_cast<int32_t>(count));
+      count += used;
     }
-    if (count > call.rows / 8 * 7 || call.entries < kUsesWorthPacking * count) return;
+    if (count > rows / 8 * 7 || uses < worth * count) return;
     some_ = true;
     rows_ = count;
   }
 
   explicit operator bool() const { return numbers_ && places_; }
 
+  bool some() const { return some_; }
   int64_t rows() const { return rows_; }
+  // Null if all rows are used.
   const int32_t* numbers() const { return some_ ? numbers_.get() : nullptr; }
   const int32_t* places() const { return some_ ? places_.get() : nullptr; }
 
  private:
-  template <class T>
-  static bool wanted(const LinearBackward<T>& call) {
-    return call.starts != nullptr && call.needs_weight();
-  }
-
   Scratch<int32_t> numbers_, places_;
   int64_t rows_;
   bool some_ = false;
@@ -347,28 +347,44 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
   const bool needs_input = call.grad_input != nullptr, needs_weight = call.needs_weight();
   const bool needs_bias = call.grad_bias != nullptr;
   const int64_t selected = call.selected();
-  const Packing<T> weight(kernels, {call.weight, nullptr, call.outputs, call.inputs},
-                          selected >= kUsesWorthPacking * call.outputs);
-  const ActiveRows active(call);
-  if (!active) return Status::kNoMemory;
-  const Packing<T> x(kernels, {call.x, active.numbers(), active.rows(), call.inputs},
-                     selected >= kUsesWorthPacking * active.rows(), call.taker != nullptr);
+  const bool packs_weight = selected >= kUsesWorthPacking * call.outputs;
+  const bool reads_much = selected * call.inputs > kCacheBytes / static_cast<int64_t>(sizeof(T));
+  const UsedRows of_weight(kUsedOutputs, kOutputPlaces, call.outputs, selected, kUsesWorthPackingUsed,
+                           needs_input && !call.select && (packs_weight || reads_much), [&](int32_t* used) {
+                             std::fill_n(used, call.outputs, 0);
+                             for (int64_t i = 0; i < selected; ++i) used[call.indices[i]] = 1;
+                           });
+  const UsedRows of_x(kUsedInputs, kInputPlaces, call.rows, selected, kUsesWorthPacking,
+                      needs_weight && call.starts != nullptr, [&](int32_t* used) {
+                        for (int64_t row = 0; row < call.rows; ++row) used[row] = call.starts[row + 1] > call.starts[row];
+                      });
+  if (!of_weight || !of_x) return Status::kNoMemory;
+  const Packing<T> weight(kernels, {call.weight, of_weight.numbers(), of_weight.rows(), call.inputs}, packs_weight);
+  const Packing<T> x(kernels, {call.x, of_x.numbers(), of_x.rows(), call.inputs},
+                     selected >= kUsesWorthPacking * of_x.rows(), call.taker != nullptr);
   const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
   const Scratch<T> packed(kPacked, threads * packed_size);
+  const Scratch<int32_t> places(kEntryPlaces, of_weight.some() ? selected : 0);  // of the entries' rows of the weight
   RowsPass<T> pass(kernels, call.grad, call.rows, call.outputs, needs_bias, threads);
   Transposed<T> transposed(call.outputs, needs_weight ? selected : 0, threads);
   const SharedBases<T> bases(kernels, call);
   const Hits<T> hits(call, threads);
   const Tiles<T> tiles(call, x.columns(), threads);
-  if (!packed || !pass || !transposed || !bases || !hits || !tiles) return Status::kNoMemory;
+  if (!packed || !places || !pass || !transposed || !bases || !hits || !tiles) return Status::kNoMemory;
 
   const ByRow<T> selection = {call.rows, {call.starts, call.kept(), call.indices, call.values}};
+  Terms<T> by_row = selection.terms;
+  if (of_weight.some()) by_row.rows = places.get();
   const Terms<T> by_output = transposed.terms();
   run_team(threads, [&](Team team) {
     T* own = packed.get() + team.id * packed_size;
     if (call.select || needs_bias) pass.read(team, call.select ? call.k : 0, call.blocks, call.values, call.indices);
     if (needs_weight) transposed.count(team, selection);
     hits.count(team, selection);
+    if (of_weight.some()) {
+      const Range part = team.part(selected, 16);
+      for (int64_t i = part.begin; i < part.end; ++i) places.get()[i] = of_weight.places()[call.indices[i]];
+    }
     bases.read(team);
     team.wait();
     if (needs_bias) pass.write_sums(team, call.grad_bias);
@@ -377,12 +393,12 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
     if (needs_input)
       weight.multiply(team, own, call.rows, kernels.gather_width,
                       [&](const T* source, int64_t source_ld, int64_t begin, int64_t end, int64_t column, int64_t columns) {
-                        kernels.gather_product(source, source_ld, selection.terms, bases.of_input(column), begin, end,
-                                               columns, call.grad_input + column, call.inputs);
+                        kernels.gather_product(source, source_ld, by_row, bases.of_input(column), begin, end, columns,
+                                               call.grad_input + column, call.inputs);
                       });
     if (!needs_weight) return;
     team.wait();
-    transposed.fill(team, selection, active.places());
+    transposed.fill(team, selection, of_x.places());
     team.wait();
     x.multiply(
         team, own, call.outputs, kernels.gather_width, tiles.rows(),

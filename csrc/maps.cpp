@@ -122,7 +122,7 @@ class MapsPass {
         left_out_(kLeftOut, call.exact_sum ? of_.outputs * at_.positions : 0),
         sum_x_(kSourceValues, call.exact_sum ? of_.inputs * at_.pixels : 0),
         base_(kBases, call.exact_sum ? of_.inputs * at_.pixels : 0),
-        all_channels_(kActiveRows, call.exact_sum ? of_.outputs : 0),
+        all_channels_(kAllChannels, call.exact_sum ? of_.outputs : 0),
         ones_(kMagnitudes, call.exact_sum ? of_.outputs : 0) {}
 
   explicit operator bool() const {

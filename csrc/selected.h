@@ -149,6 +149,10 @@ constexpr int64_t kRowBlock = 16;
 
 // A source is worth copying if its rows are used so often on average.
 constexpr int64_t kUsesWorthPacking = 3;
+// The same for the used rows alone of a weight, if the product would read more than the caches hold in place (bytes). It
+// would then read most uses from memory.
+constexpr int64_t kUsesWorthPackingUsed = 2;
+constexpr int64_t kCacheBytes = 32 << 20;
 
 // Covers [0, width) with pieces of whole panels and at most `step` columns, and calls piece(first, columns) for each.
 // If panels do not divide the width, the last piece begins earlier to end at `width`. It computes some columns once

@@ -24,9 +24,9 @@ from meprop.selection import PlainTopK, RowSelection, WholeRows, columns_with_en
 _Node = Any  # of autograd's graph
 
 # Parts of a product are whole rows, so that memory is read and written in order. The input is then read again for each
-# row. That costs less than to write the gradient and to read it, if the input stays in the cache (bytes) and a row has
-# few entries (on average).
-_LARGEST_INPUT, _MOST_ENTRIES = 2 << 20, 8
+# row. That costs less than to write the gradient and to read it, if a row has few entries (on average), and fewer of a
+# large input, which leaves the cache (entries times the bytes of the examples that have one).
+_MOST_ENTRIES, _MOST_READ = 8, 32 << 20
 
 _products: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The products of each weight that takes them, with the backward pass that each one is of."""
@@ -79,7 +79,7 @@ class Later:
             x_NI: Input [N, I], or None.
             grad_NO: Output gradient [N, O].
         """
-        if torch.compiler.is_compiling() or not _products or x_NI is None or x_NI.numel() * 4 > _LARGEST_INPUT:
+        if torch.compiler.is_compiling() or not _products or x_NI is None:
             return None
         of_weight: _Node = node.next_functions[place][0]
         weight: Tensor | None = getattr(of_weight, "variable", None)
@@ -92,11 +92,15 @@ class Later:
         except RuntimeError:  # torch.autograd.grad asks for the gradient of this weight
             return None
 
-    def keeps(self, choice: Choice | WholeRows, grad_NO: Tensor, row_sparse: bool) -> RowSelection | None:
+    def keeps(self, choice: Choice | WholeRows, grad_NO: Tensor, x_NI: Tensor, row_sparse: bool) -> RowSelection | None:
         """The selection whose product is kept. None if the layer has to form the gradient."""
-        if isinstance(choice, PlainTopK) and choice.scope == "example" and choice.blocks == 1:
+        if isinstance(choice, PlainTopK):
+            (examples, width), inputs = grad_NO.shape, x_NI.shape[1]
+            is_by_row = choice.scope == "example" and choice.blocks == 1
+            if not is_by_row or not _pays(examples * choice.k / width, examples * inputs):
+                return None
             choice = ops.topk_rows(grad_NO, choice.k)
-        if not isinstance(choice, RowSelection) or choice.values.numel() > _MOST_ENTRIES * choice.width:
+        elif not isinstance(choice, RowSelection) or not _pays(*_reading(choice, x_NI)):
             return None
         if is_everything(choice) or (row_sparse and choice.shared is not None):
             return None
@@ -111,6 +115,19 @@ class Later:
         kept.append((number, GradientProduct(selection, x_NI, rows)))
         width, inputs = self._weight.shape
         return ops.row_sparse_tensor(torch.empty(0, dtype=torch.int64), x_NI.new_empty(0, inputs), width)
+
+
+def _reading(selection: RowSelection, x_NI: Tensor) -> tuple[float, int]:
+    """How many entries an output has on average, and how many numbers the examples that have one."""
+    starts, (examples, inputs) = selection.starts, x_NI.shape
+    if starts is not None:
+        examples = int((starts.diff() > 0).sum())
+    return selection.values.numel() / max(1, selection.width), examples * inputs
+
+
+def _pays(entries: float, numbers: int) -> bool:
+    """Whether not to form a gradient saves time."""
+    return entries <= _MOST_ENTRIES and entries * numbers * 4 <= _MOST_READ
 
 
 def _is_seen(weight: Tensor) -> bool:

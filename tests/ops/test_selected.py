@@ -382,3 +382,32 @@ def test_rows_without_entries_add_nothing(level, dtype, inputs, empty):
     tolerance = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(of_input.double(), kept @ weight.double(), **tolerance)
     torch.testing.assert_close(of_weight.double(), kept.t() @ x.double().nan_to_num(0.0), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+@pytest.mark.parametrize("exact_sum", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "used", "outputs", "inputs"), [(120, 30, 50, 700), (120, 30, 35, 33), (64, 200, 800, 16500)]
+)
+def test_weights_without_entries_change_no_bit(level, dtype, exact_sum, rows, used, outputs, inputs):
+    """The last one is a product whose weight is larger than the caches."""
+    torch.manual_seed(0)
+    each = 20
+    columns = torch.randperm(outputs)[:used].sort().values
+    places = torch.rand(rows, used).topk(each).indices.sort(dim=1).values.flatten()
+    starts, values = torch.arange(rows + 1) * each, torch.randn(rows * each).to(dtype)
+    shared = torch.randn(outputs).to(dtype) if exact_sum else None
+    weight = torch.randn(outputs, inputs).to(dtype)
+    if not exact_sum:
+        weight[~torch.isin(torch.arange(outputs), columns)] = float("nan")
+    of_all = RowSelection(values, columns[places].int(), outputs, shared, starts)
+    of_used = RowSelection(values, places.int(), used, None, starts)
+    found, _, _ = ops.linear_backward(of_all, torch.empty(0), weight, None, False, False)
+    alone, _, _ = ops.linear_backward(of_used, torch.empty(0), weight[columns], None, False, False)
+    if not exact_sum:
+        assert torch.equal(found, alone)
+        return
+    assert shared is not None
+    expected = of_used.to_dense().double() @ weight[columns].double() + shared.double() @ weight.double()
+    tolerance = {"rtol": 0.02, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(found.double(), expected, **tolerance)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import meprop
-from meprop import ops, optim
+from meprop import deferred, ops, optim
 from meprop.errors import NotSupportedError
 from meprop.ops import native
 from optimizer_cases import KINDS, make, saved
@@ -160,6 +160,29 @@ def test_row_sparse_gradients_are_not_formed(monkeypatch, mode):
     model = RowNet()
     train_rows(model, optim.Adam(model.parameters(), in_backward=True, sparse_rows=mode), range(1))
     assert counts == {"taken": 3, "formed": 2}  # the weight that is used twice
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize(
+    ("rule", "examples", "is_taken"),
+    [
+        (meprop.TopK(0.05, scope="global"), 40, False),
+        (meprop.TopK(0.05, scope="global"), 4, True),
+        (meprop.TopK(0.5, scope="global"), 4, False),
+        (meprop.TopK(1), 40, False),  # k of each example: each counts as one that has an entry
+        (meprop.TopK(1), 4, False),
+    ],
+)
+def test_the_gradient_of_a_large_input_is_formed_unless_few_examples_have_entries(
+    monkeypatch, rule, examples, is_taken
+):
+    monkeypatch.setattr(deferred, "_MOST_READ", 4 * 24 * 4 * 3)  # three entries a row, of four examples
+    counts = taken(monkeypatch)
+    layer = meprop.nn.Linear(24, 24, rule=rule)
+    optimizer = optim.Adam(layer.parameters(), in_backward=True)
+    (layer(torch.randn(40, 24))[:examples] * torch.randn(examples, 24)).sum().backward()
+    optimizer.step()
+    assert counts == {"taken": is_taken, "formed": 0}
 
 
 OPTIONS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}

@@ -198,7 +198,7 @@ def _products(
     later: Later | None,
 ) -> ops.Gradients:
     """The products with what is kept, but the one for the weight's gradient if it is kept for later."""
-    selection = None if later is None or x_NI is None else later.keeps(choice, grad_NO, row_sparse)
+    selection = None if later is None or x_NI is None else later.keeps(choice, grad_NO, x_NI, row_sparse)
     if selection is None:
         return ops.backward_with(choice, grad_NO, weight, x_NI, needs_bias, row_sparse, hits)
     assert later is not None
