@@ -271,16 +271,16 @@ class ColumnsPass {
   Scratch<Scored> scores_;
 };
 
-// The rows of a product's source that have a use, if others have none and copying the former is worth it. Then the others
-// need not be copied.
+// Which rows of a product's source are copied: those that are used, if enough others are not, and if a copy is used often
+// enough. Else all of them.
 class UsedRows {
  public:
-  // `mark` writes for each of the rows whether it has a use: 1 or 0. There are `uses` in all, and copying a row is worth
-  // it from so many on. It is not called if nothing is to be left out.
+  // `mark` writes 1 for each row that is used, else 0. It is called if it `may_pay`. Copies are worth it from `worth`
+  // uses a row on average.
   template <class Mark>
-  UsedRows(Use numbers, Use places, int64_t rows, int64_t uses, int64_t worth, bool may_leave_out, Mark mark)
-      : numbers_(numbers, may_leave_out ? rows : 0), places_(places, may_leave_out ? rows : 0), rows_(rows) {
-    if (!may_leave_out || !*this) return;
+  UsedRows(Use numbers, Use places, int64_t rows, int64_t uses, int64_t worth, bool may_pay, Mark mark)
+      : numbers_(numbers, may_pay ? rows : 0), places_(places, may_pay ? rows : 0), rows_(rows) {
+    if (!may_pay || !*this) return;
     mark(places_.get());
     int64_t count = 0;
     for (int64_t row = 0; row < rows; ++row) {
@@ -297,7 +297,7 @@ class UsedRows {
 
   bool some() const { return some_; }
   int64_t rows() const { return rows_; }
-  // Null if all rows are used.
+  // Null if no row is left out.
   const int32_t* numbers() const { return some_ ? numbers_.get() : nullptr; }
   const int32_t* places() const { return some_ ? places_.get() : nullptr; }
 
@@ -347,14 +347,17 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
   const bool needs_input = call.grad_input != nullptr, needs_weight = call.needs_weight();
   const bool needs_bias = call.grad_bias != nullptr;
   const int64_t selected = call.selected();
+  const auto bytes_of = [&](int64_t rows) { return rows * call.inputs * static_cast<int64_t>(sizeof(T)); };
   const bool packs_weight = selected >= kUsesWorthPacking * call.outputs;
-  const bool reads_much = selected * call.inputs > kCacheBytes / static_cast<int64_t>(sizeof(T));
+  const bool is_large = call.inputs > kernels.gather_width && bytes_of(call.outputs) > kPackedBytes &&
+                        (packs_weight || bytes_of(selected) > kCacheBytes);
   const UsedRows of_weight(kUsedOutputs, kOutputPlaces, call.outputs, selected, kUsesWorthPackingUsed,
-                           needs_input && !call.select && (packs_weight || reads_much), [&](int32_t* used) {
+                           needs_input && !call.select && is_large, [&](int32_t* used) {
                              std::fill_n(used, call.outputs, 0);
                              for (int64_t i = 0; i < selected; ++i) used[call.indices[i]] = 1;
                            });
-  const UsedRows of_x(kUsedInputs, kInputPlaces, call.rows, selected, kUsesWorthPacking,
+  // A taker's parts are of all columns, for which a copy is made in any case if panels do not divide them.
+  const UsedRows of_x(kUsedInputs, kInputPlaces, call.rows, selected, call.taker != nullptr ? 1 : kUsesWorthPacking,
                       needs_weight && call.starts != nullptr, [&](int32_t* used) {
                         for (int64_t row = 0; row < call.rows; ++row) used[row] = call.starts[row + 1] > call.starts[row];
                       });
@@ -364,17 +367,18 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
                      selected >= kUsesWorthPacking * of_x.rows(), call.taker != nullptr);
   const int64_t packed_size = std::max(needs_input ? weight.size() : 0, needs_weight ? x.size() : 0);
   const Scratch<T> packed(kPacked, threads * packed_size);
-  const Scratch<int32_t> places(kEntryPlaces, of_weight.some() ? selected : 0);  // of the entries' rows of the weight
+  // Of each entry's row of the weight among the copied ones.
+  const Scratch<int32_t> entry_places(kEntryPlaces, of_weight.some() ? selected : 0);
   RowsPass<T> pass(kernels, call.grad, call.rows, call.outputs, needs_bias, threads);
   Transposed<T> transposed(call.outputs, needs_weight ? selected : 0, threads);
   const SharedBases<T> bases(kernels, call);
   const Hits<T> hits(call, threads);
   const Tiles<T> tiles(call, x.columns(), threads);
-  if (!packed || !places || !pass || !transposed || !bases || !hits || !tiles) return Status::kNoMemory;
+  if (!packed || !entry_places || !pass || !transposed || !bases || !hits || !tiles) return Status::kNoMemory;
 
   const ByRow<T> selection = {call.rows, {call.starts, call.kept(), call.indices, call.values}};
   Terms<T> by_row = selection.terms;
-  if (of_weight.some()) by_row.rows = places.get();
+  if (of_weight.some()) by_row.rows = entry_places.get();
   const Terms<T> by_output = transposed.terms();
   run_team(threads, [&](Team team) {
     T* own = packed.get() + team.id * packed_size;
@@ -383,7 +387,7 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
     hits.count(team, selection);
     if (of_weight.some()) {
       const Range part = team.part(selected, 16);
-      for (int64_t i = part.begin; i < part.end; ++i) places.get()[i] = of_weight.places()[call.indices[i]];
+      for (int64_t i = part.begin; i < part.end; ++i) entry_places.get()[i] = of_weight.places()[call.indices[i]];
     }
     bases.read(team);
     team.wait();

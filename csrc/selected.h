@@ -149,8 +149,8 @@ constexpr int64_t kRowBlock = 16;
 
 // A source is worth copying if its rows are used so often on average.
 constexpr int64_t kUsesWorthPacking = 3;
-// The same for the used rows alone of a weight, if the product would read more than the caches hold in place (bytes). It
-// would then read most uses from memory.
+// The same for a weight of which only the used rows are copied. With fewer than kUsesWorthPacking uses of all rows this is
+// done only if the rows that the entries read in place, each use counted, exceed the caches (bytes).
 constexpr int64_t kUsesWorthPackingUsed = 2;
 constexpr int64_t kCacheBytes = 32 << 20;
 

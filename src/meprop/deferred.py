@@ -19,14 +19,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from meprop import ops
 from meprop.ops import Choice, GradientProduct, native
 from meprop.ops.optimizer import takes_whole
-from meprop.selection import PlainTopK, RowSelection, WholeRows, columns_with_entries, is_everything
+from meprop.selection import PlainTopK, RowSelection, WholeRows, columns_with_entries
 
 _Node = Any  # of autograd's graph
 
 # Parts of a product are whole rows, so that memory is read and written in order. The input is then read again for each
-# row. That costs less than to write the gradient and to read it, if a row has few entries (on average), and fewer of a
-# large input, which leaves the cache (entries times the bytes of the examples that have one).
-_MOST_ENTRIES, _MOST_READ = 8, 32 << 20
+# row. That costs less than to write the gradient and to read it, if the examples that have entries stay in the cache
+# (bytes of their input) and a row has few entries (on average).
+_LARGEST_INPUT, _MOST_ENTRIES = 4 << 20, 8
 
 _products: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The products of each weight that takes them, with the backward pass that each one is of."""
@@ -95,16 +95,15 @@ class Later:
     def keeps(self, choice: Choice | WholeRows, grad_NO: Tensor, x_NI: Tensor, row_sparse: bool) -> RowSelection | None:
         """The selection whose product is kept. None if the layer has to form the gradient."""
         if isinstance(choice, PlainTopK):
-            (examples, width), inputs = grad_NO.shape, x_NI.shape[1]
             is_by_row = choice.scope == "example" and choice.blocks == 1
-            if not is_by_row or not _pays(examples * choice.k / width, examples * inputs):
+            if not is_by_row or not _pays(choice.k * len(grad_NO), grad_NO.shape[1], x_NI):
                 return None
             choice = ops.topk_rows(grad_NO, choice.k)
-        elif not isinstance(choice, RowSelection) or not _pays(*_reading(choice, x_NI)):
+        elif not isinstance(choice, RowSelection) or not _pays(
+            choice.values.numel(), choice.width, x_NI, choice.starts
+        ):
             return None
-        if is_everything(choice) or (row_sparse and choice.shared is not None):
-            return None
-        return choice
+        return None if row_sparse and choice.shared is not None else choice
 
     def keep(self, selection: RowSelection, x_NI: Tensor, row_sparse: bool) -> Tensor:
         """Keeps a product, and returns the gradient that autograd gets in its place."""
@@ -117,17 +116,12 @@ class Later:
         return ops.row_sparse_tensor(torch.empty(0, dtype=torch.int64), x_NI.new_empty(0, inputs), width)
 
 
-def _reading(selection: RowSelection, x_NI: Tensor) -> tuple[float, int]:
-    """How many entries an output has on average, and how many numbers the examples that have one."""
-    starts, (examples, inputs) = selection.starts, x_NI.shape
-    if starts is not None:
-        examples = int((starts.diff() > 0).sum())
-    return selection.values.numel() / max(1, selection.width), examples * inputs
-
-
-def _pays(entries: float, numbers: int) -> bool:
-    """Whether not to form a gradient saves time."""
-    return entries <= _MOST_ENTRIES and entries * numbers * 4 <= _MOST_READ
+def _pays(entries: int, width: int, x_NI: Tensor, starts: Tensor | None = None) -> bool:
+    """Whether it saves time not to form a gradient."""
+    if entries > _MOST_ENTRIES * width:
+        return False
+    examples = len(x_NI) if starts is None else int((starts.diff() > 0).sum())
+    return examples * x_NI.shape[1] * 4 <= _LARGEST_INPUT
 
 
 def _is_seen(weight: Tensor) -> bool:

@@ -164,23 +164,28 @@ def test_row_sparse_gradients_are_not_formed(monkeypatch, mode):
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="needs the compiled extension")
 @pytest.mark.parametrize(
-    ("rule", "examples", "is_taken"),
+    ("rule", "examples", "with_gradient", "is_taken"),
     [
-        (meprop.TopK(0.05, scope="global"), 40, False),
-        (meprop.TopK(0.05, scope="global"), 4, True),
-        (meprop.TopK(0.5, scope="global"), 4, False),
-        (meprop.TopK(1), 40, False),  # k of each example: each counts as one that has an entry
-        (meprop.TopK(1), 4, False),
+        (meprop.TopK(1, scope="global"), 40, 40, False),
+        (meprop.TopK(1, scope="global"), 40, 4, True),
+        (meprop.TopK(2), 40, 4, False),  # of each example
+        (meprop.TopK(2), 4, 4, True),
+        (meprop.TopK(10), 4, 4, True),
+        (meprop.TopK(13), 4, 4, False),  # more than two entries a row
+        (meprop.TopK(13, scope="global"), 4, 4, False),
     ],
 )
 def test_the_gradient_of_a_large_input_is_formed_unless_few_examples_have_entries(
-    monkeypatch, rule, examples, is_taken
+    monkeypatch, rule, examples, with_gradient, is_taken
 ):
-    monkeypatch.setattr(deferred, "_MOST_READ", 4 * 24 * 4 * 3)  # three entries a row, of four examples
+    monkeypatch.setattr(deferred, "_LARGEST_INPUT", 4 * 24 * 4)  # that of four examples
+    monkeypatch.setattr(deferred, "_MOST_ENTRIES", 2)
     counts = taken(monkeypatch)
+    torch.manual_seed(0)
     layer = meprop.nn.Linear(24, 24, rule=rule)
     optimizer = optim.Adam(layer.parameters(), in_backward=True)
-    (layer(torch.randn(40, 24))[:examples] * torch.randn(examples, 24)).sum().backward()
+    output = layer(torch.randn(examples, 24))[:with_gradient]
+    (output * (1 + torch.rand(with_gradient, 24))).sum().backward()
     optimizer.step()
     assert counts == {"taken": is_taken, "formed": 0}
 
