@@ -150,9 +150,10 @@ constexpr int64_t kRowBlock = 16;
 // A source is worth copying if its rows are used so often on average.
 constexpr int64_t kUsesWorthPacking = 3;
 // The same for a weight of which only the used rows are copied. With fewer than kUsesWorthPacking uses of all rows this is
-// done only if the rows that the entries read in place, each use counted, exceed the caches (bytes).
+// done only if the rows that the entries read in place, each use counted, exceed the caches, and if a panel of the copy
+// stays in a core's L2 (bytes).
 constexpr int64_t kUsesWorthPackingUsed = 2;
-constexpr int64_t kCacheBytes = 32 << 20;
+constexpr int64_t kCacheBytes = 32 << 20, kLargestPanelBytes = 1 << 20;
 
 // Covers [0, width) with pieces of whole panels and at most `step` columns, and calls piece(first, columns) for each.
 // If panels do not divide the width, the last piece begins earlier to end at `width`. It computes some columns once
