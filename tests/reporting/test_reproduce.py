@@ -255,6 +255,8 @@ def test_scores_over_dense_s_time_and_densities_are_drawn_where_a_density_follow
     for record, seconds, density in zip(drawn.curve, (1.1, 5.5), (0.1, 0.02), strict=True):
         record["seconds"], record["density"] = seconds, density
     filled.write(variant, drawn, TinyTask(), ["dense"])
+    assert not report.draw_times(experiment, filled, path)  # the dense run was trained at another time
+    assert not path.exists()
     filled.write(experiment.variant("dense"), run(0, [(90, 80)] * 3, 8.0), TinyTask(), ["topk-5", "noise"])
     made = []
     monkeypatch.setattr(figures, "Figure", lambda **options: made.append(Figure(**options)) or made[-1])

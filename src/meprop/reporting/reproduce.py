@@ -259,19 +259,20 @@ def write_page(page: Path, found: Sequence[tuple[Experiment, Records]]) -> None:
 def draw_times(experiment: Experiment, records: Records, path: Path) -> bool:
     """Draw dev scores over time and densities over epochs into a PNG, if some variant's density follows the gradient.
 
-    Runs are paired with the dense runs that were trained in turns with them. Simplified runs are left out.
+    Such a variant must have been trained in turns with the dense one. Runs are paired with the dense runs that were
+    trained in turns with them. Simplified runs are left out.
 
     Returns:
         Whether there was something to draw.
     """
     rows = [row for row in _rows(experiment, records) if row.results and row.variant.simplify is None]
-    if all(row.variant.training.noise is None for row in rows):
-        return False
     pairs = {
         row.variant.name: [(row.results[seed].runs[0], row.base_results[seed].runs[0]) for seed in row.timed_together]
         for row in rows
         if row.base is not None and row.base.rule == DENSE
     }
+    if not any(pairs.get(row.variant.name) for row in rows if row.variant.training.noise is not None):
+        return False
     dense = {
         row.variant.name: [(result.runs[0], result.runs[0]) for result in row.results.values()]
         for row in rows
