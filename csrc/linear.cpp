@@ -352,10 +352,10 @@ Status rows_backward(const TypedKernels<T>& kernels, const LinearBackward<T>& ca
   const int64_t most_used = std::min(call.outputs, selected / kUsesWorthPackingUsed);
   const bool reads_memory = bytes_of(selected) > kCacheBytes &&
                             most_used * kernels.panel_width * static_cast<int64_t>(sizeof(T)) <= kLargestPanelBytes;
-  const bool is_large = call.inputs > kernels.gather_width && bytes_of(call.outputs) > kPackedBytes &&
-                        (packs_weight || reads_memory);
+  const bool may_pay = call.inputs > kernels.gather_width && bytes_of(call.outputs) > kPackedBytes &&
+                       (packs_weight || reads_memory);
   const UsedRows of_weight(kUsedOutputs, kOutputPlaces, call.outputs, selected, kUsesWorthPackingUsed,
-                           needs_input && !call.select && is_large, [&](int32_t* used) {
+                           needs_input && !call.select && may_pay, [&](int32_t* used) {
                              std::fill_n(used, call.outputs, 0);
                              for (int64_t i = 0; i < selected; ++i) used[call.indices[i]] = 1;
                            });
