@@ -210,20 +210,31 @@ def run_gradients(seed: int, data: Digits) -> None:
 
 
 def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
-    """Trains as many blocks with as many updates as boosting took for them, unless the record is there."""
+    """Trains as many blocks with as many updates as boosting took for them, unless the record is there.
+
+    Its state is saved whenever the learning rate begins again. A run that was stopped goes on from there.
+    """
     path = file_of(f"end to end {depth}", seed)
     if path.exists():
         return
-    torch.manual_seed(seed)
-    model = nn.Sequential(*(Residual(make_block()) for _ in range(depth)), nn.Linear(784, 10))
-    optimizer, curve = adam(model.parameters()), list[dict[str, float]]()
     boosted = finished("boosted dense", seed)
     if boosted is None:
         raise SystemExit(f"the boosted run of seed {seed} gives the number of updates: first --boost {seed}")
+    if len(kept(boosted)) < depth:
+        raise SystemExit(f"the boosted run of seed {seed} has {len(kept(boosted))} blocks: choose --depths up to that")
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(Residual(make_block()) for _ in range(depth)), nn.Linear(784, 10))
+    optimizer, curve, done = adam(model.parameters()), list[dict[str, float]](), 0
     updates = sum(each["steps"] for each in kept(boosted)[:depth])
     epochs = -(-updates * SETTINGS["batch_size"] // len(data.train_labels))
     order = torch.cat([torch.randperm(len(data.train_labels)) for _ in range(epochs)])
-    for update, chosen in enumerate(order.split(SETTINGS["batch_size"])[:updates], 1):
+    saved = path.with_suffix(".pt")
+    if saved.exists():
+        state = torch.load(saved)
+        done, curve = state["done"], state["curve"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for update, chosen in enumerate(order.split(SETTINGS["batch_size"])[done:updates], done + 1):
         loss = nn.functional.cross_entropy(model.train()(data.train_images[chosen]), data.train_labels[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -232,6 +243,9 @@ def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
             test = accuracy(model, data.test_images, data.test_labels)
             curve.append({"update": update, "test": test})
             print(f"{depth} blocks end to end, {update} of {updates} updates: test {test:.2f}", flush=True)
+        if update % SETTINGS["check_every"] == 0:  # where a new schedule begins as this one goes on
+            parts = {"done": update, "curve": curve, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            machine.write_atomically(saved, partial(torch.save, parts))
     results: dict[str, Any] = {
         "settings": {"batch_size": SETTINGS["batch_size"], "learning_rate": LEARNING_RATE, "updates": updates},
         "test": curve[-1]["test"],
@@ -239,6 +253,7 @@ def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
         "curve": curve,
     }
     write(path, results)
+    saved.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the page

@@ -136,6 +136,24 @@ struct LinearBackward {
 template <class T>
 Status linear_backward(const Kernels& kernels, LinearBackward<T> call);
 
+// The forward pass of a linear map, out [rows, outputs] = x W^T + bias. Entries of x that are zero are left out of the
+// sums. NaN is not zero. Sums are formed in float32, by ascending input.
+template <class T>
+struct LinearForward {
+  int64_t rows, outputs, inputs;
+  Matrix<T> x;
+  Matrix<T> weight;  // W [outputs, inputs] if it is `transposed` for the product, else its transpose [inputs, outputs]
+  bool transposed;
+  const T* bias;  // [outputs], or null
+  T* out;
+  double ceiling;     // the share of entries that are not zero above which nothing is written
+  int64_t* nonzeros;  // gets their number
+  int threads;
+};
+
+template <class T>
+Status linear_forward(const Kernels& kernels, const LinearForward<T>& call);
+
 // plan_entries, write_entries and linear_backward in one. `call` says what is to be read and written beside the entries:
 // inputs, weight, x and the gradients. `kept` gets the number of entries. If this is more than the share `ceiling` of
 // all, nothing else is done. With `exact_sum` all rows share the mean of what is left out.

@@ -102,10 +102,15 @@ struct ProductKernels {
   void (*pack)(const S* source, int64_t source_ld, const int32_t* rows, int64_t count, int64_t width, S* packed,
                int64_t packed_ld);
 
+  // Copies `width` rows of a source to the columns of `packed` [count, packed_ld], `count` entries of each. Columns beyond
+  // `width` are zero.
+  // requires: 1 <= width <= packed_ld, a multiple of half of panel_width.
+  void (*pack_transposed)(const S* source, int64_t source_ld, int64_t count, int64_t width, S* packed, int64_t packed_ld);
+
   // out[r, :width] = base of r + sum over the terms of row r of coefficient * source[term's row, :width], for r in
   // [row_begin, row_end). The sum is formed in float32 in the order of the terms, then rounded to T.
   // requires: 1 <= width <= gather_width; each row of the source has readable elements up to `width`, rounded up to
-  // panel_width.
+  // panel_width, or up to half of that if this is enough.
   void (*gather_product)(const S* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
                          int64_t row_end, int64_t width, T* out, int64_t out_ld);
 

@@ -142,6 +142,46 @@ void pack(const T* source, int64_t source_ld, const int32_t* rows, int64_t count
   }
 }
 
+// Transposes as many rows of a matrix as a line has entries, and as many columns.
+inline void transpose_square(const float* from, int64_t from_ld, float* to, int64_t to_ld) {
+  U32 rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = load_words(from + i * from_ld);
+  transpose(rows);
+  for (int i = 0; i < kLanes; ++i) store_words(to + i * to_ld, rows[i]);
+}
+// A word has two entries of a row. They go to two rows, in which each is half of a word.
+inline void transpose_square(const Bf16* from, int64_t from_ld, Bf16* to, int64_t to_ld) {
+  U32 even[kLanes], odd[kLanes];  // rows
+  for (int i = 0; i < kLanes; ++i) {
+    even[i] = load_words(from + 2 * i * from_ld);
+    odd[i] = load_words(from + (2 * i + 1) * from_ld);
+  }
+  transpose(even);
+  transpose(odd);
+  for (int i = 0; i < kLanes; ++i) {
+    store_words(to + 2 * i * to_ld, either(both(even[i], splat(0xffffu)), up_16(odd[i])));
+    store_words(to + (2 * i + 1) * to_ld, either(down_16(even[i]), both(odd[i], splat(0xffff0000u))));
+  }
+}
+
+template <class T>
+void pack_transposed(const T* source, int64_t source_ld, int64_t count, int64_t width, T* packed, int64_t packed_ld) {
+  constexpr int64_t kSide = Line<T>::kEntries;
+  constexpr int64_t kAhead = 256 / sizeof(T);  // entries; the hardware does not follow so many rows, or across pages
+  for (int64_t column = 0; column < packed_ld; column += kSide) {
+    const T* from = source + column * source_ld;
+    int64_t i = 0;
+    if (column + kSide <= width)
+      for (; i + kSide <= count; i += kSide) {
+        for (int64_t c = 0; c < kSide && i + kAhead < count; ++c) __builtin_prefetch(from + c * source_ld + i + kAhead);
+        transpose_square(from + i, source_ld, packed + i * packed_ld + column, packed_ld);
+      }
+    for (; i < count; ++i)
+      for (int64_t c = 0; c < kSide; ++c)
+        packed[i * packed_ld + column + c] = column + c < width ? from[c * source_ld + i] : T{};
+  }
+}
+
 template <class T>
 inline int64_t first_term(const Terms<T>& terms, int64_t row) {
   return terms.starts != nullptr ? terms.starts[row] : row * terms.per_row;
@@ -180,10 +220,12 @@ inline void gather_lines(const S* source, int64_t source_ld, const Terms<T>& ter
   }
 }
 
-// The gather_lines for this width: of as few panels as it takes.
+// The gather_lines for this width: of half a panel, or of as few panels as it takes.
 template <class S, class T, bool HasBase, int Panels = 1>
 inline auto gather_of(int64_t width) {
   constexpr int kPanels = Panels * kSourceLines<S, T>, kLines = kPanels < kGatherLines<S> ? kPanels : kGatherLines<S>;
+  if constexpr (Panels == 1 && kLines % 2 == 0)
+    if (width <= kLines / 2 * Line<S>::kEntries) return gather_lines<S, T, kLines / 2, HasBase>;
   if constexpr (kLines < kGatherLines<S>)
     if (width > kLines * Line<S>::kEntries) return gather_of<S, T, HasBase, Panels + 1>(width);
   return gather_lines<S, T, kLines, HasBase>;

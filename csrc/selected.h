@@ -140,6 +140,7 @@ struct Source {
   Matrix<T> matrix;
   const int32_t* row_numbers;  // null for the first `rows`
   int64_t rows, width;
+  bool transposed = false;  // whether its rows are the first columns of the matrix. They are always copied
 };
 
 // The largest size of a source's copy. It is half of a core's L2, less what else is there.
@@ -154,6 +155,8 @@ constexpr int64_t kUsesWorthPacking = 3;
 // stays in a core's L2 (bytes).
 constexpr int64_t kUsesWorthPackingUsed = 2;
 constexpr int64_t kCacheBytes = 32 << 20, kLargestPanelBytes = 1 << 20;
+// A copy of a transposed matrix has half a panel if a panel is larger than this, so that it stays in L2 (bytes).
+constexpr int64_t kWidePanelBytes = 512 << 10;
 
 // Covers [0, width) with pieces of whole panels and at most `step` columns, and calls piece(first, columns) for each.
 // If panels do not divide the width, the last piece begins earlier to end at `width`. It computes some columns once
@@ -176,16 +179,17 @@ class Packing {
   // With `whole` a copy has all columns, and no column is computed twice.
   template <class T>
   Packing(const ProductKernels<S, T>& kernels, Source<S> source, bool worth_it, bool whole = false)
-      : pack_(kernels.pack), source_(source), panel_(kernels.panel_width) {
+      : pack_(kernels.pack), pack_transposed_(kernels.pack_transposed), source_(source), panel_(kernels.panel_width) {
     const int64_t panels = std::max<int64_t>(1, (source.width + panel_ - 1) / panel_);
     const int64_t panel_bytes = std::max<int64_t>(1, source.rows * panel_ * static_cast<int64_t>(sizeof(S)));
     const int64_t at_once = whole ? panels : kPackedBytes / panel_bytes;
     const bool overlaps = source.width % panel_ != 0;
-    in_place_ = source.row_numbers == nullptr && source.width >= panel_ && (at_once >= panels || !worth_it) &&
-                !(whole && overlaps);
+    in_place_ = !source.transposed && source.row_numbers == nullptr && source.width >= panel_ &&
+                (at_once >= panels || !worth_it) && !(whole && overlaps);
     // A narrow source's copy has at least as many bytes a row as that of a panel of T.
     const int64_t least = static_cast<int64_t>(sizeof(T) / sizeof(S));
     columns_ = in_place_ ? source.width : std::min(std::max(at_once, least), panels) * panel_;
+    if (source.transposed && panel_bytes > kWidePanelBytes) columns_ = panel_ / 2;
   }
 
   // The number of elements of scratch for each thread.
@@ -212,7 +216,10 @@ class Packing {
       const int64_t first = begin / rows * columns_, row_begin = begin % rows;
       const int64_t row_end = std::min(rows, row_begin + (end - begin));
       const int64_t width = std::min(columns_, source_.width - first);
-      if (!in_place_)
+      if (source_.transposed)
+        pack_transposed_(source_.matrix.data + first * source_.matrix.ld, source_.matrix.ld, source_.rows, width, packed,
+                         columns_);
+      else if (!in_place_)
         pack_(source_.matrix.data + first, source_.matrix.ld, source_.row_numbers, source_.rows, width, packed,
               columns_);
       for (int64_t row = row_begin; row < row_end; row += row_block) {
@@ -232,6 +239,7 @@ class Packing {
 
  private:
   decltype(ProductKernels<S, S>::pack) pack_;
+  decltype(ProductKernels<S, S>::pack_transposed) pack_transposed_;
   Source<S> source_;
   int64_t panel_, columns_;
   bool in_place_;

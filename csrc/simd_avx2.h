@@ -153,3 +153,21 @@ inline uint64_t halves_at_least(uint32_t least, Words first, Words second, Words
   const uint64_t bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(all, 0xd8)));
   return (bits & 0xffff) | bits >> 16 << 32;
 }
+
+// Lane j of vector i becomes lane i of vector j.
+inline void transpose(U32 (&a)[kLanes]) {
+  U32 pairs[kLanes], fours[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < kLanes; i += 4)  // vector i + j gets, in its half h, lane 4 h + j of four vectors
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  for (int j = 0; j < 4; ++j) {
+    a[j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x20);
+    a[4 + j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x31);
+  }
+}

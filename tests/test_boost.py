@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
 import pickle
 import re
+import runpy
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -595,3 +598,37 @@ def test_bad_input_says_what_was_got_and_what_is_allowed(changed, error, message
     given = {"blocks": [make_block()], "head": make_head(), "data": (X, Y), "steps": 2, **changed}
     with pytest.raises(error, match=message):
         meprop.boost(**given)
+
+
+def test_the_benchmark_that_trains_end_to_end_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "boost.py"))
+    train_end_to_end, names = script["run_end_to_end"], script["run_end_to_end"].__globals__
+    monkeypatch.setitem(names, "RESULTS", tmp_path)
+    monkeypatch.setitem(names, "SETTINGS", {**names["SETTINGS"], "check_every": 100, "batch_size": 10})
+    images = torch.rand(200, 784, generator=torch.Generator().manual_seed(3))
+    labels = (images[:, :392].mean(dim=1) > images[:, 392:].mean(dim=1)).long()
+    data = SimpleNamespace(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    boosted = tmp_path / "boosted-dense-seed0.json"
+    boosted.write_text(json.dumps({"blocks": [{"kept": True, "steps": 200}, {"kept": True, "steps": 120}]}))
+    record, saved = tmp_path / "end-to-end-2-seed0.json", tmp_path / "end-to-end-2-seed0.pt"
+
+    train_end_to_end(2, 0, data)
+    whole = json.loads(record.read_text())
+    record.unlink()
+    assert not saved.exists()
+
+    measure, looks = names["accuracy"], iter(range(1))
+
+    def stop_at_the_second_look(*arguments):
+        next(looks)
+        return measure(*arguments)
+
+    monkeypatch.setitem(names, "accuracy", stop_at_the_second_look)
+    with pytest.raises(StopIteration):  # after the last of the 320 updates
+        train_end_to_end(2, 0, data)
+    monkeypatch.setitem(names, "accuracy", measure)
+    assert not record.exists()
+    assert torch.load(saved)["done"] == 300
+    train_end_to_end(2, 0, data)
+    assert json.loads(record.read_text()) == whole
+    assert not saved.exists()

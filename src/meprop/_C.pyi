@@ -62,6 +62,22 @@ def write_entries(
 def column_scores(
     dtype: int, scope: int, grad: int, grad_ld: int, rows: int, outputs: int, scores: int, threads: int, /
 ) -> None: ...
+def linear_forward(
+    dtype: int,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    x: int,
+    x_ld: int,
+    weight: int,
+    weight_ld: int,
+    transposed: bool,
+    bias: int,
+    out: int,
+    threads: int,
+    ceiling: float,
+    /,
+) -> int: ...
 def linear_backward(
     dtype: int,
     scope: int,

@@ -52,6 +52,7 @@ def convert(
     compute_dtype: torch.dtype | None = None,
     when: When = "auto",
     fuse: bool = False,
+    skip_zeros: bool = False,
 ) -> ConversionReport:
     """Lets the layers of a model back-propagate only what `rule` keeps, in place.
 
@@ -111,12 +112,16 @@ def convert(
             all names and the state_dict. The random numbers are others than torch's, of the same distribution.
             `meprop.functional.activation_dropout` says for which tensors that is. Functional dropout, as in
             `TransformerEncoderLayer`, stays torch's. False leaves what was fused before.
+        skip_zeros: Leave zeros of the input out of the forward products of linear layers, where so many entries are
+            zero that this is measured to be faster. After a ReLU most are. See `meprop.functional.linear`. It has no
+            effect on convolutions and LSTMs.
 
     Returns:
         A report; `print` it.
 
     Raises:
-        TypeError: `model`, `rule`, `filter`, `min_features`, `sparse_grad` or `fuse` is of the wrong type.
+        TypeError: `model`, `rule`, `filter`, `min_features`, `sparse_grad`, `fuse` or `skip_zeros` is of the
+            wrong type.
         ValueError: `min_features` is below 1, `when` or `compute_dtype` is unknown, or `sparse_grad` does not go with
             the rule.
         NotSupportedError: the model, or a part of it, is wrapped in DistributedDataParallel, FSDP, DataParallel or
@@ -127,7 +132,7 @@ def convert(
         RuntimeWarning: layers on the CPU are sparse, and the compiled kernels are not there.
     """
     check_model(model)
-    policy = Policy(Sampled() if rule is None else rule, sparse_grad, compute_dtype, when)
+    policy = Policy(Sampled() if rule is None else rule, sparse_grad, compute_dtype, when, skip_zeros)
     check_flag("fuse", fuse)
     if filter is not None and not callable(filter):  # pyright: ignore[reportUnnecessaryComparison]
         kind = type(filter).__name__

@@ -46,12 +46,14 @@ class Policy:
         when: "always" for a layer that is always sparse, "auto" for one that is sparse only if it is measured to be
             faster. It is always "always" with `sparse_grad`, because an optimizer relies on row-sparse gradients. It is
             also "always" with a rule by which several processes choose together, because they wait for each other.
+        skip_zeros: Whether forward products of linear maps leave out zeros of the input, where that is measured to be
+            faster.
         record: What was measured and counted. None for a call without a layer, because nothing is then.
         own_rule: The rule that the layer was converted with, while a `meprop.RuleSchedule` changes `rule`. It is the
             one that is measured. None without a schedule.
 
     Raises:
-        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
+        TypeError: `rule` is not a Rule, or `sparse_grad` or `skip_zeros` is not a bool.
         ValueError: `sparse_grad` is used with a rule that chooses for each row or has an exact sum, or `compute_dtype`
             or `when` is unknown.
     """
@@ -60,6 +62,7 @@ class Policy:
     sparse_grad: bool = False
     compute_dtype: torch.dtype | None = None
     when: When = "always"
+    skip_zeros: bool = False
     record: Record | None = field(default=None, compare=False, repr=False)
     own_rule: Rule | None = None
 
@@ -71,9 +74,10 @@ class Policy:
         if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers without a type checker)
             kind = type(self.rule).__name__
             raise TypeError(f"rule={self.rule!r} is of type {kind}; it must be a rule such as meprop.TopK(0.05)")
-        if not isinstance(self.sparse_grad, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            kind = type(self.sparse_grad).__name__
-            raise TypeError(f"sparse_grad={self.sparse_grad!r} is of type {kind}; it must be True or False")
+        for name in ("sparse_grad", "skip_zeros"):
+            flag = getattr(self, name)
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}={flag!r} is of type {type(flag).__name__}; it must be True or False")
         if self.sparse_grad and not self.rule.row_sparse:
             raise ValueError(
                 f"sparse_grad=True with {self.rule}: rows of a weight's gradient are left out only by scope='batch', "
@@ -123,12 +127,14 @@ class Policy:
         return len(self.activities) > 0 or not self.rule.keeps_all(features)
 
     def can_be_torchs(self) -> bool:
-        """Whether a call whose backward pass is dense can be torch's own. It cannot with a `compute_dtype`.
+        """Whether a call whose backward pass is dense can be torch's own. Not with `compute_dtype` or `skip_zeros`.
 
         The answer is False while saved tensors go through hooks, as with torch.utils.checkpoint, which runs a forward
         pass twice. Both runs must save the same tensors, even if the layer decides between them.
         """
-        return self.compute_dtype is None and (torch.compiler.is_compiling() or not _saved_tensors_are_hooked())
+        if self.compute_dtype is not None or self.skip_zeros:
+            return False
+        return torch.compiler.is_compiling() or not _saved_tensors_are_hooked()
 
     def is_settled_dense(self) -> bool:
         """Whether a call is torch's own, because the layer was measured to be dense."""
@@ -156,7 +162,7 @@ class Policy:
             assert self.record is not None
             self.record.note_rest()
 
-    def is_sparse(self, features: int, rows: int, shape: Callable[[], speed.Shape]) -> bool:
+    def is_sparse(self, features: int, rows: int, shape: Callable[[], speed.Shape[Rule]]) -> bool:
         """Whether this backward pass is sparse. Every backward pass asks this, unless the layer `rests`.
 
         Args:

@@ -1,4 +1,4 @@
-"""Whether a layer's sparse backward pass is faster than the dense one on this machine.
+"""Whether a layer's sparse passes are faster than the dense ones on this machine.
 
 Each kind of layer is measured once. The measurement is remembered on disk.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -34,12 +35,20 @@ _LEAST_REPEATS, _MOST_REPEATS, _SECONDS = 5, 40, 0.1
 # For so many seconds a process waits for another one that writes its measurement.
 _LONGEST_WAIT = 5.0
 
+# The shares of entries that are not zero at which a forward pass that leaves out the others is timed.
+_FEW_NONZEROS, _MANY_NONZEROS = 0.1, 0.4
+
 Passes = tuple[Callable[[], object], Callable[[], object]]
-"""A forward and backward pass on random data, dense and sparse."""
+"""What is timed on random data, dense and sparse: a forward and backward pass, or a forward pass alone."""
+
+Way = TypeVar("Way", contravariant=True)
 
 
-class Shape(Protocol):
-    """What the speed of a layer depends on, beside the machine. Its str() is a short unique text."""
+class Shape(Protocol[Way]):
+    """What the speed of a layer depends on, beside the machine. Its str() is a short unique text.
+
+    A way is what the sparse pass keeps: a rule, or the share of the input's entries that are not zero.
+    """
 
     @property
     def rows(self) -> int:
@@ -56,7 +65,7 @@ class Shape(Protocol):
         """The type of the device, "cpu" or "cuda"."""
         ...
 
-    def passes(self, rule: Rule) -> Passes:
+    def passes(self, way: Way, /) -> Passes:
         """The passes of such a layer, to be timed."""
         ...
 
@@ -94,7 +103,7 @@ def can_measure() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None  # pyright: ignore
 
 
-def decide(rule: Rule, shape: Shape) -> Decision:
+def decide(rule: Rule, shape: Shape[Rule]) -> Decision:
     """The faster backward pass for a layer of this shape on this machine. It is measured now if it was not before.
 
     A rule whose density depends on the gradient is measured by its `typical` rules, because the data are random. The
@@ -106,30 +115,53 @@ def decide(rule: Rule, shape: Shape) -> Decision:
     if not sparse or larger == usual:
         return Decision(sparse, shape.rows, dense_us, sparse_us)
     dense_again_us, larger_us = _times(larger, shape)
-    ratio, larger_ratio = sparse_us / dense_us, larger_us / dense_again_us
-    break_even = 1.0
-    if larger_ratio > ratio:
-        slope = (larger_ratio - ratio) / (_LARGER_SHARE - _USUAL_SHARE)
-        break_even = min(1.0, _USUAL_SHARE + (1.0 / _LEAST_GAIN - ratio) / slope)
+    break_even = _break_even({_USUAL_SHARE: sparse_us / dense_us, _LARGER_SHARE: larger_us / dense_again_us})
     return Decision(sparse, shape.rows, dense_us, sparse_us, break_even)
 
 
-def _times(rule: Rule, shape: Shape) -> tuple[float, float]:
+def most_nonzeros(shape: Shape[float]) -> float:
+    """The largest share of nonzero entries in an input with which a forward pass that leaves out its zeros is faster.
+
+    It is measured now if it was not before.
+    """
+    return _most_nonzeros(shape, torch.get_num_threads(), native.level())
+
+
+@cache
+def _most_nonzeros(shape: Shape[float], _threads: int, _level: str | None) -> float:
+    times = {share: _times(share, shape) for share in (_FEW_NONZEROS, _MANY_NONZEROS)}
+    return max(0.0, _break_even({share: sparse_us / dense_us for share, (dense_us, sparse_us) in times.items()}))
+
+
+def _break_even(ratios: Mapping[float, float]) -> float:
+    """The share at which a line through two ratios of times, sparse to dense, has the least gain.
+
+    Args:
+        ratios: Of two shares, by share, the lower one first.
+    """
+    (share, ratio), (larger_share, larger_ratio) = ratios.items()
+    if larger_ratio <= ratio:
+        return 1.0 if ratio * _LEAST_GAIN < 1 else 0.0
+    slope = (larger_ratio - ratio) / (larger_share - share)
+    return min(1.0, share + (1.0 / _LEAST_GAIN - ratio) / slope)
+
+
+def _times(way: Any, shape: Shape[Any]) -> tuple[float, float]:
     """The times of `measure`, from the file of what was measured on this machine if they are there."""
-    path, key = _memory(), _key(rule, shape)
+    path, key = _memory(), _key(way, shape)
     # An address in the rule's repr, or in that of what it holds: another process has other ones.
     if path is None or " at 0x" in key:
-        return measure(rule, shape)
+        return measure(way, shape)
     try:
         dense_us, sparse_us = (float(value) for value in _read(path)[key])
     except (KeyError, TypeError, ValueError):  # not measured yet, or not by us
-        dense_us, sparse_us = measure(rule, shape)
+        dense_us, sparse_us = measure(way, shape)
         _remember(path, key, (dense_us, sparse_us))
     return dense_us, sparse_us
 
 
-def measure(rule: Rule, shape: Shape) -> tuple[float, float]:
-    """The times of a dense and of a sparse pass, forward and backward, on random data.
+def measure(way: Any, shape: Shape[Any]) -> tuple[float, float]:
+    """The times of `Shape.passes`, on random data.
 
     The two are timed in turn. Both results are lower quartiles in microseconds.
     """
@@ -143,7 +175,7 @@ def measure(rule: Rule, shape: Shape) -> tuple[float, float]:
         torch.autocast(shape.device, enabled=False),
         no_hooks,
     ):
-        dense, sparse = shape.passes(rule)
+        dense, sparse = shape.passes(way)
         spent = timing.interleaved(
             {"dense": dense, "sparse": sparse},
             _SECONDS,
@@ -155,7 +187,7 @@ def measure(rule: Rule, shape: Shape) -> tuple[float, float]:
     return dense_us, sparse_us
 
 
-def random_tensors(shape: Shape, *sizes: tuple[int, ...]) -> list[torch.Tensor]:
+def random_tensors(shape: Shape[Any], *sizes: tuple[int, ...]) -> list[torch.Tensor]:
     """Random normal tensors for `Shape.passes`."""
     generator = torch.Generator(shape.device).manual_seed(0)
     return [torch.randn(size, generator=generator, device=shape.device).to(shape.dtype) for size in sizes]
@@ -169,8 +201,8 @@ def _memory() -> Path | None:
         return None
 
 
-def _key(rule: Rule, shape: Shape) -> str:
-    return f"{rule} {shape.device} {str(shape.dtype).removeprefix('torch.')} {shape}"
+def _key(way: Any, shape: Shape[Any]) -> str:
+    return f"{way} {shape.device} {str(shape.dtype).removeprefix('torch.')} {shape}"
 
 
 def _fingerprint() -> str:

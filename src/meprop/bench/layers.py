@@ -228,6 +228,8 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     """Draw entries under this budget of added variance, in place of k and scope."""
     fuse: bool = False
     """Compute dropout of the sparse model in one pass with the activation before it. It shows in the whole step."""
+    skip_zeros: bool = False
+    """Leave zeros out of the sparse model's forward products, where that is faster. It shows in the whole step."""
     steps: int = 200
     """Steps of dense training before gradients are recorded. An epoch is the most."""
     batches: int = 4
@@ -264,7 +266,8 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
     def _choices(self) -> dict[str, Any]:
         """Return the settings of training that are not the task's own."""
         fixed = {"epochs": 1, "accelerator": "cpu", "when": "always"}
-        return {**fixed, "k": self.k, "scope": self.scope, "noise": self.noise, "fuse": self.fuse}
+        names = ("k", "scope", "noise", "fuse", "skip_zeros")
+        return {**fixed, **{name: getattr(self, name) for name in names}}
 
     def ratio(self, result: Comparison) -> Ratio:
         """Return the only one."""
@@ -285,7 +288,7 @@ class Layers(TableBench[Comparison, LayersBench], Generic[TaskConfig]):
         """Return the circumstances, and the settings."""
         names = ("k", "scope", "optimizer") if record.config["noise"] is None else ("noise", "optimizer")
         settings = {**record.config["task"], **{name: record.config[name] for name in names if name in record.config}}
-        settings |= {"fuse": True} if record.config.get("fuse") else {}
+        settings |= {name: True for name in ("fuse", "skip_zeros") if record.config.get(name)}
         shown = ", ".join(f"{name} = {value}" for name, value in settings.items() if name != "data_dir")
         return f"{record.circumstances} Settings: {shown}."
 

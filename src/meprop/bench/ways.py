@@ -66,6 +66,7 @@ class Way:
         sparse_rows: Of `meprop.optim`, where gradients are row-sparse; None: they are dense.
         in_backward: Whether the backward pass updates the weights.
         fuse: Whether dropout is computed in one pass with the activation before it.
+        skip_zeros: Whether forward products leave out zeros of their input, where that is faster.
         compiled: Whether the model is compiled by torch.compile.
         state_dtype: What the optimizer of a sparse way keeps its moments in; None: float32.
     """
@@ -76,6 +77,7 @@ class Way:
     sparse_rows: optim.SparseRows | None = None
     in_backward: bool = False
     fuse: bool = False
+    skip_zeros: bool = False
     compiled: bool = False
     state_dtype: torch.dtype | None = None
 
@@ -137,7 +139,8 @@ def ways(
             ]
         rows = meprop.Sampled(noise=noise, exact_sum=False)
         found += [Way(f"sampled rows {precision} {mode}", rows, bf16, mode) for mode in modes]
-        found.append(Way(f"sampled rows {precision} decay in backward", rows, bf16, "decay", in_backward=True))
+        in_backward = Way(f"sampled rows {precision} decay in backward", rows, bf16, "decay", in_backward=True)
+        found += [in_backward, replace(in_backward, name=f"{in_backward.name}, skip zeros", skip_zeros=True)]
         found.append(Way(f"per example {precision}", meprop.TopK(k, scope="example"), bf16))
         unified = meprop.TopK(k, scope="batch")
         found += [Way(f"unified {precision} {mode}", unified, bf16, mode) for mode in modes]
@@ -199,6 +202,7 @@ class Stepper:
             compute_dtype=way.narrow_dtype,
             when="always",
             fuse=way.fuse,
+            skip_zeros=way.skip_zeros,
         )
         self._model = self.network
         self.optimizer = getattr(optim, name)(

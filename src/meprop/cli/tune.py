@@ -158,7 +158,8 @@ def _line(choice: Choice) -> str:
         return f"# {choice.name}"
     narrow = ", compute_dtype=torch.bfloat16" if training.compute_dtype == "bfloat16" else ""
     fuse = ", fuse=True" if training.fuse else ""
-    return f'meprop.convert(model, {code(rule)}{narrow}, when="{training.when}"{fuse})  # {choice.name}'
+    skips = ", skip_zeros=True" if training.skip_zeros else ""
+    return f'meprop.convert(model, {code(rule)}{narrow}, when="{training.when}"{fuse}{skips})  # {choice.name}'
 
 
 def _round_line(number: int, found: Round, task: Task) -> str:

@@ -28,6 +28,9 @@ from meprop.profiles import labelled
 from meprop.rules import Rule
 from meprop.selection import everything
 
+# A product with fewer rows takes its time from reading the weight, of which zeros of the input spare little.
+_LEAST_ROWS = 32
+
 
 def linear(
     x: Tensor,
@@ -37,6 +40,7 @@ def linear(
     rule: Rule,
     sparse_grad: bool = False,
     compute_dtype: torch.dtype | None = None,
+    skip_zeros: bool = False,
 ) -> Tensor:
     """y = x W^T + b with an exact forward pass. The backward pass uses what `rule` keeps of the output gradient.
 
@@ -59,18 +63,24 @@ def linear(
             output has the dtype of x. The backward pass is in the dtype of the tensors, because casting gradients would
             cost more than it saves. Float64 stays float64. The option has no effect under autocast. None forms the
             product in the dtype of the tensors.
+        skip_zeros: Leave zeros of x out of the sums of the forward product, if so many entries are zero that this is
+            faster. After a ReLU most are. The first call of a shape measures on random data from which share on it is.
+            It is for passes with gradients on a CPU, of tensors in float32 or bfloat16, outside of torch.compile. The
+            option has no effect on others.
 
     Returns:
-        Output [*, O], which equals that of `torch.nn.functional.linear` of the same dtypes bit for bit.
+        Output [*, O]. It equals that of `torch.nn.functional.linear` of the same dtypes bit for bit without
+        `skip_zeros`. With it sums may be formed in another order. See `meprop.ops.linear_forward`.
 
     Raises:
         NotSupportedError: The backward pass is called with create_graph=True, `sparse_grad` is used under torch.compile
             or in DistributedDataParallel, or the weight is a DTensor (tensor parallelism).
-        TypeError: `rule` is not a Rule, x, weight or bias is not a tensor, or weight is not of a floating dtype.
+        TypeError: `rule` is not a Rule, `sparse_grad` or `skip_zeros` is not a bool, x, weight or bias is not a tensor,
+            or weight is not of a floating dtype.
         ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, `compute_dtype` is not
             one of those above, or weight or bias is of another shape.
     """
-    policy = Policy(rule, sparse_grad, compute_dtype)
+    policy = Policy(rule, sparse_grad, compute_dtype, skip_zeros=skip_zeros)
     check_tensors(x=x, weight=weight, bias=bias)
     if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         of_bias = "" if bias is None else f" and bias {list(bias.shape)}"
@@ -100,7 +110,7 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
         policy.note_rest()
         return F.linear(x, weight, bias)
     autocast, dtype = product_dtype(x, policy)
-    if is_sparse or (needs and dtype is not None and not autocast):
+    if is_sparse or (needs and (policy.skip_zeros or (dtype is not None and not autocast))):
         refuse_transforms(x, weight, bias)
         if is_sparse:
             policy.refuse(weight)
@@ -127,7 +137,7 @@ class _Linear(torch.autograd.Function):
         ctx.policy, ctx.rests, ctx.dtypes = policy, rests, dtypes_of(x, weight, bias)
         ctx.transposed = policy.when == "auto" and not weight.is_contiguous() and weight.t().is_contiguous()
         operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias, trains=True)
-        output = F.linear(*operands)
+        output = _product(*operands, policy.skip_zeros)
         if autocast:
             x, weight, _ = operands
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
@@ -148,6 +158,19 @@ class _Linear(torch.autograd.Function):
         if grad_x is not None and grad_output.dim() != 2:
             grad_x = grad_x.view(*grad_output.shape[:-1], inputs)
         return *in_dtypes((grad_x, grad_weight, grad_bias), ctx.dtypes), None, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, skip_zeros: bool) -> Tensor:
+    """The forward product, which may leave out zeros of x."""
+    if not skip_zeros or not speed.can_measure():
+        return F.linear(x, weight, bias)
+    x_NI = as_matrix(x)
+    if len(x_NI) < _LEAST_ROWS or not ops.skips_zeros(x_NI, weight, bias):
+        return F.linear(x, weight, bias)
+    rows = 1 << len(x_NI).bit_length() - 1  # so that few numbers of rows are measured
+    transposed = not weight.is_contiguous() and weight.t().is_contiguous()
+    most = speed.most_nonzeros(ForwardShape(rows, x_NI.shape[1], len(weight), x.dtype, x.device.type, transposed))
+    return ops.linear_forward(x_NI, weight, bias, most).view(*x.shape[:-1], len(weight))
 
 
 def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None, inputs: int) -> ops.Gradients:
@@ -208,3 +231,36 @@ class LinearShape:
             lambda: torch.autograd.grad(F.linear(x, weight, bias), wanted, grad_output),
             lambda: torch.autograd.grad(linear(x, weight, bias, rule=rule), wanted, grad_output),
         )
+
+
+@dataclass(frozen=True)
+class ForwardShape:
+    """What the speed of a forward product depends on, beside the machine and the share of zeros in its input.
+
+    Attributes:
+        rows: N, the product of the leading dimensions of the input.
+        inputs: I, the number of input features.
+        outputs: O, the number of output features.
+        dtype: The dtype of input and weight.
+        device: The type of the device.
+        transposed: Whether the weight lies in memory as [I, O].
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+    device: str
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        return f"forward {self.rows}x{self.inputs}x{self.outputs}{' transposed' if self.transposed else ''}"
+
+    def passes(self, way: float) -> speed.Passes:
+        """The dense product, and the one that leaves out zeros, of an input of which this share is not zero."""
+        x, weight = speed.random_tensors(self, (self.rows, self.inputs), (self.outputs, self.inputs))
+        chosen = torch.rand(x.shape, generator=torch.Generator(self.device).manual_seed(1), device=self.device) < way
+        x = x * chosen.to(x.dtype)
+        if self.transposed:
+            weight = weight.t().contiguous().t()
+        return partial(F.linear, x, weight), partial(ops.linear_forward, x, weight, None, 1.0)

@@ -62,6 +62,7 @@ class SparseLayer:
         sparse_grad: Whether the weight's gradient is row-sparse.
         compute_dtype: The dtype of the forward product. None means the dtype of the tensors.
             For an LSTM it is the dtype of the weights in all products.
+        skip_zeros: Whether forward products of linear maps leave out zeros of the input, where that is faster.
         when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
             faster.
         decision: With "auto", what was decided. None before that.
@@ -79,7 +80,7 @@ class SparseLayer:
         support_quantization()
         return super().__new__(cls)
 
-    __jit_unused_properties__ = ("rule", "sparse_grad", "compute_dtype", "when", "decision", "activity")
+    __jit_unused_properties__ = ("rule", "sparse_grad", "compute_dtype", "skip_zeros", "when", "decision", "activity")
 
     @property
     def rule(self) -> Rule:
@@ -112,6 +113,15 @@ class SparseLayer:
     @compute_dtype.setter
     def compute_dtype(self, compute_dtype: torch.dtype | None) -> None:
         self._change(compute_dtype=compute_dtype)
+
+    @property
+    def skip_zeros(self) -> bool:
+        """Whether forward products of linear maps leave out zeros of the input, where that is measured to be faster."""
+        return self.policy.skip_zeros
+
+    @skip_zeros.setter
+    def skip_zeros(self, skip_zeros: bool) -> None:
+        self._change(skip_zeros=skip_zeros)
 
     @property
     def when(self) -> When:
@@ -220,7 +230,8 @@ def sparse_repr(layer: SparseLayer) -> str:
     """What `extra_repr` adds to the text of torch's layer."""
     sparse_grad = ", sparse_grad=True" if layer.sparse_grad else ""
     compute_dtype = f", compute_dtype={layer.compute_dtype}" if layer.compute_dtype is not None else ""
-    return f", rule={layer.rule}{sparse_grad}{compute_dtype}"
+    skip_zeros = ", skip_zeros=True" if layer.skip_zeros else ""
+    return f", rule={layer.rule}{sparse_grad}{compute_dtype}{skip_zeros}"
 
 
 Layer = TypeVar("Layer", bound=torch.nn.Module)

@@ -28,6 +28,8 @@ class Linear(SparseLayer, torch.nn.Linear):
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         sparse_grad: Make weight.grad a sparse tensor of the kept rows. See `meprop.functional.linear`.
         compute_dtype: torch.bfloat16 forms the forward product in bfloat16. See `meprop.functional.linear`.
+        skip_zeros: Leave zeros of the input out of the forward product, where that is faster. See
+            `meprop.functional.linear`.
 
     Attributes:
         when: "always" for a layer that is always sparse, "auto" for one that is sparse only if that is measured to be
@@ -36,7 +38,7 @@ class Linear(SparseLayer, torch.nn.Linear):
         activity: What a `meprop.Simplifier` counts. None without a Simplifier.
 
     Raises:
-        TypeError: `rule` is not a Rule, or `sparse_grad` is not a bool.
+        TypeError: `rule` is not a Rule, or `sparse_grad` or `skip_zeros` is not a bool.
         ValueError: `sparse_grad` is used with a rule of scope "example" or with an exact sum, or `compute_dtype` is
             not torch.bfloat16 or None.
     """
@@ -52,8 +54,9 @@ class Linear(SparseLayer, torch.nn.Linear):
         rule: Rule,
         sparse_grad: bool = False,
         compute_dtype: torch.dtype | None = None,
+        skip_zeros: bool = False,
     ) -> None:
-        policy = Policy(rule, sparse_grad, compute_dtype)
+        policy = Policy(rule, sparse_grad, compute_dtype, skip_zeros=skip_zeros)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.policy = policy.of_layer()
 
