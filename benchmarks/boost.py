@@ -231,6 +231,8 @@ def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
     saved = path.with_suffix(".pt")
     if saved.exists():
         state = torch.load(saved)
+        if state["of"] != [updates, SETTINGS]:
+            raise SystemExit(f"{saved} is of other settings, {state['of']}; remove it to begin anew")
         done, curve = state["done"], state["curve"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -244,7 +246,8 @@ def run_end_to_end(depth: int, seed: int, data: Digits) -> None:
             curve.append({"update": update, "test": test})
             print(f"{depth} blocks end to end, {update} of {updates} updates: test {test:.2f}", flush=True)
         if update % SETTINGS["check_every"] == 0:  # where a new schedule begins as this one goes on
-            parts = {"done": update, "curve": curve, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            parts = {"of": [updates, SETTINGS], "done": update, "curve": curve}
+            parts |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             machine.write_atomically(saved, partial(torch.save, parts))
     results: dict[str, Any] = {
         "settings": {"batch_size": SETTINGS["batch_size"], "learning_rate": LEARNING_RATE, "updates": updates},

@@ -142,12 +142,12 @@ template <class T>
 struct LinearForward {
   int64_t rows, outputs, inputs;
   Matrix<T> x;
-  Matrix<T> weight;  // W [outputs, inputs] if it is `transposed` for the product, else its transpose [inputs, outputs]
-  bool transposed;
+  Matrix<T> weight;
+  bool by_output;  // whether the weight is in memory as W [outputs, inputs], else as its transpose [inputs, outputs]
   const T* bias;  // [outputs], or null
   T* out;
-  double ceiling;     // the share of entries that are not zero above which nothing is written
-  int64_t* nonzeros;  // gets their number
+  double most_nonzeros;  // the share of entries that are not zero above which nothing is written
+  bool* is_written;      // gets whether something is
   int threads;
 };
 

@@ -110,7 +110,7 @@ struct ProductKernels {
   // out[r, :width] = base of r + sum over the terms of row r of coefficient * source[term's row, :width], for r in
   // [row_begin, row_end). The sum is formed in float32 in the order of the terms, then rounded to T.
   // requires: 1 <= width <= gather_width; each row of the source has readable elements up to `width`, rounded up to
-  // panel_width, or up to half of that if this is enough.
+  // panel_width, or up to half a panel if `width` is not more than that.
   void (*gather_product)(const S* source, int64_t source_ld, const Terms<T>& terms, Base<T> base, int64_t row_begin,
                          int64_t row_end, int64_t width, T* out, int64_t out_ld);
 

@@ -22,7 +22,10 @@ constexpr int kPanelLines = 4;
 
 template <class S, class T>
 constexpr ProductKernels<S, T> kProducts = {kSourceLines<S, T> * Line<S>::kEntries,
-                                            kGatherLines<S> * Line<S>::kEntries, pack<S>, pack_transposed<S>, gather_product<S, T>,
+                                            kGatherLines<S> * Line<S>::kEntries,
+                                            pack<S>,
+                                            pack_transposed<S>,
+                                            gather_product<S, T>,
                                             dense_product<S, T>};
 
 template <class T>

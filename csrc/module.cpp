@@ -162,31 +162,32 @@ PyObject* py_linear_backward(PyObject*, PyObject* const* args, Py_ssize_t given)
 }
 
 template <class T>
-Status forward(const int64_t* a, double ceiling, int64_t* nonzeros) {
+Status forward(const int64_t* a, double most_nonzeros, bool* is_written) {
   LinearForward<T> call;
   call.rows = a[0], call.outputs = a[1], call.inputs = a[2];
   call.x = {address<const T>(a[3]), a[4]};
   call.weight = {address<const T>(a[5]), a[6]};
-  call.transposed = a[7] != 0;
+  call.by_output = a[7] != 0;
   call.bias = address<const T>(a[8]), call.out = address<T>(a[9]);
-  call.ceiling = ceiling, call.nonzeros = nonzeros;
+  call.most_nonzeros = most_nonzeros, call.is_written = is_written;
   call.threads = thread_count(a[10]);
   return linear_forward(*active, call);
 }
 
 PyObject* py_linear_forward(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  int64_t a[12], nonzeros = 0;
-  double ceiling;
-  if (!read_numbers(args, given, 12, 1, a, &ceiling)) return nullptr;
+  int64_t a[12];
+  bool is_written = false;
+  double most_nonzeros;
+  if (!read_numbers(args, given, 12, 1, a, &most_nonzeros)) return nullptr;
   if (a[0] != kFloat32 && a[0] != kBfloat16) {
     PyErr_SetString(PyExc_ValueError, "unknown dtype code");
     return nullptr;
   }
   Status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = (a[0] == kFloat32 ? forward<float> : forward<Bf16>)(a + 1, ceiling, &nonzeros);
+  status = (a[0] == kFloat32 ? forward<float> : forward<Bf16>)(a + 1, most_nonzeros, &is_written);
   Py_END_ALLOW_THREADS;
-  return status == Status::kOk ? PyLong_FromLongLong(nonzeros) : finish(status);
+  return status == Status::kOk ? PyBool_FromLong(is_written) : finish(status);
 }
 
 template <class T>
@@ -560,8 +561,8 @@ PyMethodDef methods[] = {
     {"column_scores", as_method(py_column_scores), METH_FASTCALL,
      "column_scores(dtype, scope, grad, grad_ld, rows, outputs, scores, threads)"},
     {"linear_forward", as_method(py_linear_forward), METH_FASTCALL,
-     "linear_forward(dtype, rows, outputs, inputs, x, x_ld, weight, weight_ld, transposed, bias, out, threads, ceiling) -> "
-     "how many entries of x are not zero"},
+     "linear_forward(dtype, rows, outputs, inputs, x, x_ld, weight, weight_ld, by_output, bias, out, threads, "
+     "most_nonzeros) -> whether the output is written"},
     {"linear_backward", as_method(py_linear_backward), METH_FASTCALL,
      "linear_backward(dtype, scope, k, blocks, select, values, indices, starts, entries, shared, rows, outputs, grad, "
      "grad_ld, inputs, weight, weight_ld, x, x_ld, grad_input, grad_weight, grad_bias, weight_rows_only, hits, threads)"},

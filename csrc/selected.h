@@ -1,6 +1,7 @@
-// Products with a selection that a team of threads shares out. The backward passes of all layers use them.
+// Products with a selection that a team of threads shares out. The backward passes of all layers use them, and the forward
+// pass of a linear map with what is not zero.
 //
-// This header is for the drivers (linear.cpp, lstm.cpp), which are compiled alike. The unit of a level must not include
+// This header is for the drivers (linear.cpp, lstm.cpp and others), which are compiled alike. The unit of a level must not include
 // it (kernels.h says why).
 #pragma once
 
@@ -156,7 +157,7 @@ constexpr int64_t kUsesWorthPacking = 3;
 constexpr int64_t kUsesWorthPackingUsed = 2;
 constexpr int64_t kCacheBytes = 32 << 20, kLargestPanelBytes = 1 << 20;
 // A copy of a transposed matrix has half a panel if a panel is larger than this, so that it stays in L2 (bytes).
-constexpr int64_t kWidePanelBytes = 512 << 10;
+constexpr int64_t kWidePanelBytes = 256 << 10;
 
 // Covers [0, width) with pieces of whole panels and at most `step` columns, and calls piece(first, columns) for each.
 // If panels do not divide the width, the last piece begins earlier to end at `width`. It computes some columns once

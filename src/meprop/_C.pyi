@@ -71,13 +71,13 @@ def linear_forward(
     x_ld: int,
     weight: int,
     weight_ld: int,
-    transposed: bool,
+    by_output: bool,
     bias: int,
     out: int,
     threads: int,
-    ceiling: float,
+    most_nonzeros: float,
     /,
-) -> int: ...
+) -> bool: ...
 def linear_backward(
     dtype: int,
     scope: int,

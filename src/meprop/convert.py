@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -113,8 +114,8 @@ def convert(
             `meprop.functional.activation_dropout` says for which tensors that is. Functional dropout, as in
             `TransformerEncoderLayer`, stays torch's. False leaves what was fused before.
         skip_zeros: Leave zeros of the input out of the forward products of linear layers, where so many entries are
-            zero that this is measured to be faster. After a ReLU most are. See `meprop.functional.linear`. It has no
-            effect on convolutions and LSTMs.
+            zero that this is measured to be faster. After a ReLU most are. See `meprop.functional.linear`. Other kinds
+            of layers do not get the option.
 
     Returns:
         A report; `print` it.
@@ -128,7 +129,7 @@ def convert(
             torch.compile: convert before wrapping.
 
     Warns:
-        NoEffectWarning: no layer back-propagates sparsely, or `fuse` found nothing to fuse.
+        NoEffectWarning: no layer back-propagates sparsely or may leave out zeros, or `fuse` found nothing to fuse.
         RuntimeWarning: layers on the CPU are sparse, and the compiled kernels are not there.
     """
     check_model(model)
@@ -168,7 +169,7 @@ def convert(
             NoEffectWarning,
             stacklevel=2,
         )
-    if not any(layer.status == "sparse" for layer in result.layers):
+    if not result.skipping and not any(layer.status == "sparse" for layer in result.layers):
         warnings.warn(
             f"convert changed nothing that matters: no layer is sparse.\n{result}", NoEffectWarning, stacklevel=2
         )
@@ -231,7 +232,8 @@ def _take(layer: torch.nn.Module, descriptor: Descriptor[Any], policy: Policy) -
     """Gives the layer the policy, and our class if it has torch's."""
     support_quantization()
     vars(layer).pop(REASON, None)
-    vars(layer)["policy"] = made = policy.of_layer()
+    made = replace(policy, skip_zeros=policy.skip_zeros and descriptor.skips_zeros).of_layer()
+    vars(layer)["policy"] = made
     assert made.record is not None
     made.record.had_gradient = has_gradient(layer)
     _note_first_gradient(layer, made.record)

@@ -127,14 +127,12 @@ class Policy:
         return len(self.activities) > 0 or not self.rule.keeps_all(features)
 
     def can_be_torchs(self) -> bool:
-        """Whether a call whose backward pass is dense can be torch's own. Not with `compute_dtype` or `skip_zeros`.
+        """Whether a call whose backward pass is dense can be torch's own. It cannot with a `compute_dtype`.
 
         The answer is False while saved tensors go through hooks, as with torch.utils.checkpoint, which runs a forward
         pass twice. Both runs must save the same tensors, even if the layer decides between them.
         """
-        if self.compute_dtype is not None or self.skip_zeros:
-            return False
-        return torch.compiler.is_compiling() or not _saved_tensors_are_hooked()
+        return self.compute_dtype is None and (torch.compiler.is_compiling() or not _saved_tensors_are_hooked())
 
     def is_settled_dense(self) -> bool:
         """Whether a call is torch's own, because the layer was measured to be dense."""
@@ -335,12 +333,17 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises a NotSupportedError in a forward pass that is transformed, if a node of ours is to be in its graph."""
     if torch.compiler.is_compiling():
         return
-    if _is_transformed() or (_in_forward_mode() and any(map(is_dual, tensors))):
+    if is_transformed(*tensors):
         raise NotSupportedError(
             "a transform of torch.func (grad, vmap, jvp and so on), or forward-mode differentiation, which a sparse "
             "backward pass has no rules for; transform a plain copy of the model, made by copy.deepcopy and "
             "meprop.revert"
         )
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether these tensors go through a transform of torch.func, or forward-mode differentiation."""
+    return _is_transformed() or (_in_forward_mode() and any(map(is_dual, tensors)))
 
 
 def is_dual(tensor: Tensor | None) -> bool:

@@ -62,11 +62,13 @@ class ConversionReport:
         notes: What may go wrong with this model and rule, a sentence each.
         fused: The Dropouts that are computed in one pass with the activation before them, e.g. "1 + 2", by the names of
             both modules. The name of a Dropout alone, if no activation is before it.
+        skipping: The names of the layers whose forward products may leave out zeros of the input.
     """
 
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
+    skipping: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
@@ -80,6 +82,8 @@ class ConversionReport:
 
     def __str__(self) -> str:
         fused = [f"one pass for activation and dropout: {', '.join(self.fused)}"] if self.fused else []
+        names = ", ".join(map(repr, self.skipping))
+        skipping = [f"zeros of the input may be left out: {names}"] if names else []
         if not self.layers:
             nothing = "no linear or bilinear layers, no convolutions, no recurrent layers, no attention and no experts"
             return "\n".join([nothing, *fused])
@@ -97,7 +101,7 @@ class ConversionReport:
         ]
         sparse = sum(layer.status == "sparse" for layer in self.layers)
         count = f"{sparse} of {len(self.layers)} layers back-propagate sparsely"
-        return "\n".join([text_table([head, *rows]), count, *fused, *self.notes])
+        return "\n".join([text_table([head, *rows]), count, *fused, *skipping, *self.notes])
 
 
 def _kept(layer: LayerReport) -> str:
@@ -149,7 +153,8 @@ def report(model: torch.nn.Module) -> ConversionReport:
             "If its layers' outputs are summed, and normalised only where they are read (pre-norm, as in GPT), choose "
             "with scope='batch': with scope 'example' the sum grows, and it hardly learns (docs/transformers.md)"
         )
-    return ConversionReport(tuple(records), tuple(notes), fused_in(model))
+    skipping = tuple(name for name, layer, _ in layers if (policy := policy_of(layer)) and policy.skip_zeros)
+    return ConversionReport(tuple(records), tuple(notes), fused_in(model), skipping)
 
 
 def likely_output(layers: Sequence[LayerReport]) -> LayerReport | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from meprop import machine, timing
 from meprop.errors import MepropError
@@ -35,19 +36,19 @@ _LEAST_REPEATS, _MOST_REPEATS, _SECONDS = 5, 40, 0.1
 # For so many seconds a process waits for another one that writes its measurement.
 _LONGEST_WAIT = 5.0
 
-# The shares of entries that are not zero at which a forward pass that leaves out the others is timed.
+# The shares of nonzero entries in an input with which a forward pass that leaves out its zeros is timed.
 _FEW_NONZEROS, _MANY_NONZEROS = 0.1, 0.4
 
 Passes = tuple[Callable[[], object], Callable[[], object]]
 """What is timed on random data, dense and sparse: a forward and backward pass, or a forward pass alone."""
 
-Way = TypeVar("Way", contravariant=True)
+Kept = TypeVar("Kept", contravariant=True)
 
 
-class Shape(Protocol[Way]):
+class Shape(Protocol[Kept]):
     """What the speed of a layer depends on, beside the machine. Its str() is a short unique text.
 
-    A way is what the sparse pass keeps: a rule, or the share of the input's entries that are not zero.
+    What the sparse pass keeps is told by a rule, or by the share of nonzero entries in its input.
     """
 
     @property
@@ -65,7 +66,7 @@ class Shape(Protocol[Way]):
         """The type of the device, "cpu" or "cuda"."""
         ...
 
-    def passes(self, way: Way, /) -> Passes:
+    def passes(self, kept: Kept, /) -> Passes:
         """The passes of such a layer, to be timed."""
         ...
 
@@ -130,37 +131,40 @@ def most_nonzeros(shape: Shape[float]) -> float:
 @cache
 def _most_nonzeros(shape: Shape[float], _threads: int, _level: str | None) -> float:
     times = {share: _times(share, shape) for share in (_FEW_NONZEROS, _MANY_NONZEROS)}
-    return max(0.0, _break_even({share: sparse_us / dense_us for share, (dense_us, sparse_us) in times.items()}))
+    ratios = {share: sparse_us / dense_us for share, (dense_us, sparse_us) in times.items()}
+    if ratios[_MANY_NONZEROS] <= ratios[_FEW_NONZEROS]:  # which is a disturbance
+        return _MANY_NONZEROS if ratios[_MANY_NONZEROS] * _LEAST_GAIN < 1 else 0.0
+    return max(0.0, _break_even(ratios))
 
 
 def _break_even(ratios: Mapping[float, float]) -> float:
-    """The share at which a line through two ratios of times, sparse to dense, has the least gain.
+    """The share at which a line through two ratios of times, sparse to dense, has the least gain. It is at most 1.
 
     Args:
-        ratios: Of two shares, by share, the lower one first.
+        ratios: Of two shares, by share, the lower one first. The first has that gain, or the second is larger.
     """
     (share, ratio), (larger_share, larger_ratio) = ratios.items()
     if larger_ratio <= ratio:
-        return 1.0 if ratio * _LEAST_GAIN < 1 else 0.0
+        return 1.0
     slope = (larger_ratio - ratio) / (larger_share - share)
     return min(1.0, share + (1.0 / _LEAST_GAIN - ratio) / slope)
 
 
-def _times(way: Any, shape: Shape[Any]) -> tuple[float, float]:
+def _times(kept: Any, shape: Shape[Any]) -> tuple[float, float]:
     """The times of `measure`, from the file of what was measured on this machine if they are there."""
-    path, key = _memory(), _key(way, shape)
+    path, key = _memory(), _key(kept, shape)
     # An address in the rule's repr, or in that of what it holds: another process has other ones.
     if path is None or " at 0x" in key:
-        return measure(way, shape)
+        return measure(kept, shape)
     try:
         dense_us, sparse_us = (float(value) for value in _read(path)[key])
     except (KeyError, TypeError, ValueError):  # not measured yet, or not by us
-        dense_us, sparse_us = measure(way, shape)
+        dense_us, sparse_us = measure(kept, shape)
         _remember(path, key, (dense_us, sparse_us))
     return dense_us, sparse_us
 
 
-def measure(way: Any, shape: Shape[Any]) -> tuple[float, float]:
+def measure(kept: Any, shape: Shape[Any]) -> tuple[float, float]:
     """The times of `Shape.passes`, on random data.
 
     The two are timed in turn. Both results are lower quartiles in microseconds.
@@ -174,8 +178,9 @@ def measure(way: Any, shape: Shape[Any]) -> tuple[float, float]:
         torch.enable_grad(),
         torch.autocast(shape.device, enabled=False),
         no_hooks,
+        _disable_current_modes(),
     ):
-        dense, sparse = shape.passes(way)
+        dense, sparse = shape.passes(kept)
         spent = timing.interleaved(
             {"dense": dense, "sparse": sparse},
             _SECONDS,
@@ -201,8 +206,8 @@ def _memory() -> Path | None:
         return None
 
 
-def _key(way: Any, shape: Shape[Any]) -> str:
-    return f"{way} {shape.device} {str(shape.dtype).removeprefix('torch.')} {shape}"
+def _key(kept: Any, shape: Shape[Any]) -> str:
+    return f"{kept} {shape.device} {str(shape.dtype).removeprefix('torch.')} {shape}"
 
 
 def _fingerprint() -> str:

@@ -83,7 +83,7 @@ def _every_parameter_is_large(monkeypatch):
 
 def test_the_ways_are_what_they_are_called():
     every = ways.ways(0.1, 0.5, dropout=True, compiled=True)
-    assert len({way.name for way in every}) == len(every) == 23
+    assert len({way.name for way in every}) == len(every) == 25
     network = DROPPED.build()
     batches = [(torch.randn(100, 6), torch.randint(0, 3, (100,)))]
     for way in every:
@@ -102,6 +102,7 @@ def test_the_ways_are_what_they_are_called():
         assert getattr(one.optimizer, "sparse_rows", "exact") == (way.sparse_rows or "exact")
         if way.rule is not None:
             assert (hidden.compute_dtype is not None) == ("bf16" in way.name)
+            assert hidden.skip_zeros == way.skip_zeros == ("skip zeros" in way.name)
             assert hidden.sparse_grad == (way.sparse_rows is not None) == ("exact" in way.name or "decay" in way.name)
             expected = {
                 "sampled rows": meprop.Sampled(noise=0.5, exact_sum=False),
@@ -124,7 +125,7 @@ def graph_of(loss):
 
 def test_ways_with_dropout_are_right():
     result = run_case(DROPPED, "adam", ways.ways(0.1, 0.25, dropout=True), 20)
-    assert [one.wrong for one in result.ways] == [None] * 22
+    assert [one.wrong for one in result.ways] == [None] * 24
     assert "dropout 0.2" in result.name
 
 

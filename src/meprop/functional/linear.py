@@ -23,13 +23,23 @@ from meprop.functional.common import (
     product_dtype,
     sparse_backward,
 )
-from meprop.policy import Policy, needs_gradients, refuse_dtype, refuse_transforms, refuse_transforms_of_backward
+from meprop.ops.native import DTYPE_CODES
+from meprop.ops.registry import PLAIN
+from meprop.policy import (
+    Policy,
+    is_transformed,
+    needs_gradients,
+    refuse_dtype,
+    refuse_transforms,
+    refuse_transforms_of_backward,
+)
 from meprop.profiles import labelled
 from meprop.rules import Rule
 from meprop.selection import everything
 
-# A product with fewer rows takes its time from reading the weight, of which zeros of the input spare little.
-_LEAST_ROWS = 32
+# With fewer rows a product takes as long as reading the weight, of which zeros of the input spare little. Above the
+# second number of rows its time is proportional to them.
+_LEAST_ROWS, _MOST_TIMED_ROWS = 32, 256
 
 
 def linear(
@@ -63,14 +73,15 @@ def linear(
             output has the dtype of x. The backward pass is in the dtype of the tensors, because casting gradients would
             cost more than it saves. Float64 stays float64. The option has no effect under autocast. None forms the
             product in the dtype of the tensors.
-        skip_zeros: Leave zeros of x out of the sums of the forward product, if so many entries are zero that this is
-            faster. After a ReLU most are. The first call of a shape measures on random data from which share on it is.
-            It is for passes with gradients on a CPU, of tensors in float32 or bfloat16, outside of torch.compile. The
-            option has no effect on others.
+        skip_zeros: Leave zeros of x out of the sums of the forward product, if so many entries of x are zero that this
+            is faster. After a ReLU most are. How many it takes is measured in the first pass, once for each size of the
+            weight, dtype and number of threads, and for 32, 64, 128 and 256 rows or more. The option is for passes with
+            gradients on a CPU, of 32 rows or more, in float32 or bfloat16, outside of graphs and transforms. Other
+            passes are as without it.
 
     Returns:
-        Output [*, O]. It equals that of `torch.nn.functional.linear` of the same dtypes bit for bit without
-        `skip_zeros`. With it sums may be formed in another order. See `meprop.ops.linear_forward`.
+        Output [*, O]. It equals that of `torch.nn.functional.linear` of the same dtypes bit for bit. If zeros are left
+        out, sums are formed in another order, and a weight that is not finite has no effect where it meets only zeros.
 
     Raises:
         NotSupportedError: The backward pass is called with create_graph=True, `sparse_grad` is used under torch.compile
@@ -100,21 +111,22 @@ def linear_with_policy(x: Tensor, weight: Tensor, bias: Tensor | None, policy: P
     Returns:
         Output [*, O].
     """
-    if policy.is_settled_dense() or policy.leave_to_torch(input=x, weight=weight, bias=bias):
+    skips = policy.skip_zeros and _may_skip_zeros(x, weight, bias, policy)
+    if (policy.is_settled_dense() and not skips) or policy.leave_to_torch(input=x, weight=weight, bias=bias):
         return F.linear(x, weight, bias)
     refuse_dtype(weight)
     needs = needs_gradients(x, weight)
     is_sparse = needs and policy.may_be_sparse(weight.shape[0])
     rests = is_sparse and policy.rests(weight.shape[0])
-    if rests and policy.can_be_torchs():
+    if rests and policy.can_be_torchs() and not skips:
         policy.note_rest()
         return F.linear(x, weight, bias)
     autocast, dtype = product_dtype(x, policy)
-    if is_sparse or (needs and (policy.skip_zeros or (dtype is not None and not autocast))):
+    if is_sparse or skips or (needs and dtype is not None and not autocast):
         refuse_transforms(x, weight, bias)
         if is_sparse:
             policy.refuse(weight)
-        return _Linear.apply(x, weight, bias, policy, rests, dtype, autocast)  # pyright: ignore[reportReturnType]  (apply is untyped)
+        return _Linear.apply(x, weight, bias, policy, rests, dtype, autocast, skips)  # pyright: ignore[reportReturnType]  (apply is untyped)
     if dtype is None or autocast:  # autocast casts by itself
         return F.linear(x, weight, bias)
     return F.linear(*cast_operands(dtype, x, weight, bias)).to(x.dtype)
@@ -131,13 +143,17 @@ class _Linear(torch.autograd.Function):
         rests: bool,
         dtype: torch.dtype | None,
         autocast: bool,
+        skips: bool,
     ) -> Tensor:
-        """The forward product is formed in `dtype`, if it is given. Under autocast all products are."""
+        """The forward product is formed in `dtype`, if it is given. Under autocast all products are.
+
+        With `skips` it may leave out zeros of x.
+        """
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.policy, ctx.rests, ctx.dtypes = policy, rests, dtypes_of(x, weight, bias)
-        ctx.transposed = policy.when == "auto" and not weight.is_contiguous() and weight.t().is_contiguous()
+        ctx.transposed = policy.when == "auto" and _is_transposed(weight)
         operands = (x, weight, bias) if dtype is None else cast_operands(dtype, x, weight, bias, trains=True)
-        output = _product(*operands, policy.skip_zeros)
+        output = (_skipping_zeros if skips else F.linear)(*operands)
         if autocast:
             x, weight, _ = operands
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
@@ -157,20 +173,35 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = _backward(ctx, grad_NO, weight, x_NI, inputs)
         if grad_x is not None and grad_output.dim() != 2:
             grad_x = grad_x.view(*grad_output.shape[:-1], inputs)
-        return *in_dtypes((grad_x, grad_weight, grad_bias), ctx.dtypes), None, None, None, None
+        return *in_dtypes((grad_x, grad_weight, grad_bias), ctx.dtypes), *(None,) * 5
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, skip_zeros: bool) -> Tensor:
-    """The forward product, which may leave out zeros of x."""
-    if not skip_zeros or not speed.can_measure():
-        return F.linear(x, weight, bias)
+def _may_skip_zeros(x: Tensor, weight: Tensor, bias: Tensor | None, policy: Policy) -> bool:
+    """Whether leaving zeros of x out of the forward product may be faster, and native code can do it."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if not speed.can_measure() or not all(type(each) in PLAIN and each.is_cpu for each in tensors):
+        return False
+    if not needs_gradients(x, weight) or is_transformed(*tensors):
+        return False
+    if x.layout is not torch.strided or x.shape[:-1].numel() < _LEAST_ROWS:
+        return False
+    _, dtype = product_dtype(x, policy)
+    are_cast = all(each.is_floating_point() and each.dtype is not torch.float64 for each in tensors)
+    return are_cast and (dtype or x.dtype) in DTYPE_CODES
+
+
+def _skipping_zeros(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The forward product, without zeros of x if few enough of its entries are not zero."""
     x_NI = as_matrix(x)
-    if len(x_NI) < _LEAST_ROWS or not ops.skips_zeros(x_NI, weight, bias):
-        return F.linear(x, weight, bias)
-    rows = 1 << len(x_NI).bit_length() - 1  # so that few numbers of rows are measured
-    transposed = not weight.is_contiguous() and weight.t().is_contiguous()
-    most = speed.most_nonzeros(ForwardShape(rows, x_NI.shape[1], len(weight), x.dtype, x.device.type, transposed))
-    return ops.linear_forward(x_NI, weight, bias, most).view(*x.shape[:-1], len(weight))
+    rows = min(1 << len(x_NI).bit_length() - 1, _MOST_TIMED_ROWS)  # so that few numbers of rows are timed
+    shape = ForwardShape(rows, x_NI.shape[1], len(weight), x.dtype, _is_transposed(weight))
+    output_NO = ops.linear_forward(x_NI, weight, bias, speed.most_nonzeros(shape))
+    return output_NO.view(*x.shape[:-1], len(weight))
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    """Whether the weight [O, I] lies in memory as [I, O]."""
+    return not weight.is_contiguous() and weight.t().is_contiguous()
 
 
 def _backward(ctx: Any, grad_NO: Tensor, weight: Tensor | None, x_NI: Tensor | None, inputs: int) -> ops.Gradients:
@@ -242,7 +273,6 @@ class ForwardShape:
         inputs: I, the number of input features.
         outputs: O, the number of output features.
         dtype: The dtype of input and weight.
-        device: The type of the device.
         transposed: Whether the weight lies in memory as [I, O].
     """
 
@@ -250,17 +280,20 @@ class ForwardShape:
     inputs: int
     outputs: int
     dtype: torch.dtype
-    device: str
     transposed: bool = False
+
+    @property
+    def device(self) -> str:
+        """The only type of device with such products."""
+        return "cpu"
 
     def __str__(self) -> str:
         return f"forward {self.rows}x{self.inputs}x{self.outputs}{' transposed' if self.transposed else ''}"
 
-    def passes(self, way: float) -> speed.Passes:
-        """The dense product, and the one that leaves out zeros, of an input of which this share is not zero."""
+    def passes(self, kept: float) -> speed.Passes:
+        """The products of an input of which this share is not zero: dense, and without the zeros."""
         x, weight = speed.random_tensors(self, (self.rows, self.inputs), (self.outputs, self.inputs))
-        chosen = torch.rand(x.shape, generator=torch.Generator(self.device).manual_seed(1), device=self.device) < way
-        x = x * chosen.to(x.dtype)
+        x *= torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < kept
         if self.transposed:
             weight = weight.t().contiguous().t()
         return partial(F.linear, x, weight), partial(ops.linear_forward, x, weight, None, 1.0)

@@ -136,6 +136,8 @@ class SparseLayer:
         policy = replace(self.policy, **options)
         layer = cast("torch.nn.Module", self)
         descriptor = descriptor_of(layer)
+        if policy.skip_zeros and not (descriptor and descriptor.skips_zeros):
+            raise NotSupportedError(f"skip_zeros of a {type(self).__name__}; linear layers have this option")
         if descriptor is not None and (reason := descriptor.why_dense(layer, policy)) is not None:
             raise NotSupportedError(f"this {type(self).__name__} cannot have {options}: {reason}")
         self.policy = policy
@@ -245,6 +247,7 @@ class Descriptor(Generic[Layer]):
         sparse: The class of ours that they become, a subclass of `SparseLayer` and of `plain`.
         feature_name: The name of what `features` counts, in the plural.
         decides_in: The pass in which a layer with ``when="auto"`` measures.
+        skips_zeros: Whether its forward product can leave out zeros of the input. Others do not get this option.
         methods: The methods of `plain` whose replacement runs in converted layers too: the forward pass, and what it
             calls that others are known to replace.
     """
@@ -253,6 +256,7 @@ class Descriptor(Generic[Layer]):
     sparse: type[Any]
     feature_name: str = "output features"
     decides_in: Literal["forward", "backward"] = "backward"
+    skips_zeros: bool = False
     methods: Sequence[str] = ("forward",)
 
     def features(self, layer: Layer) -> tuple[int, int]:

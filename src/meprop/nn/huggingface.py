@@ -29,14 +29,18 @@ class Conv1D(SparseLayer, PlainConv1D):
         nx: I, the number of input features.
         rule: What to keep, e.g. `meprop.TopK(0.05)`.
         compute_dtype: torch.bfloat16 forms the forward product in bfloat16. None forms it in the dtype of the tensors.
+        skip_zeros: Leave zeros of the input out of the forward product, where that is faster. See
+            `meprop.functional.linear`.
 
     Raises:
-        TypeError: `rule` is not a Rule.
+        TypeError: `rule` is not a Rule, or `skip_zeros` is not a bool.
         ValueError: `compute_dtype` is not torch.bfloat16 or None.
     """
 
-    def __init__(self, nf: int, nx: int, *, rule: Rule, compute_dtype: torch.dtype | None = None) -> None:
-        policy = Policy(rule, False, compute_dtype)
+    def __init__(
+        self, nf: int, nx: int, *, rule: Rule, compute_dtype: torch.dtype | None = None, skip_zeros: bool = False
+    ) -> None:
+        policy = Policy(rule, False, compute_dtype, skip_zeros=skip_zeros)
         super().__init__(nf, nx)
         self.policy = policy.of_layer()
 
@@ -59,6 +63,7 @@ class Conv1DDescriptor(Descriptor[PlainConv1D]):
     """A linear layer whose weight is [I, O]."""
 
     plain, sparse = PlainConv1D, Conv1D
+    skips_zeros = True
 
     def features(self, layer: PlainConv1D) -> tuple[int, int]:
         """The numbers of input and output features, I and O."""

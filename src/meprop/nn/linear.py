@@ -80,6 +80,7 @@ class LinearDescriptor(Descriptor[torch.nn.Linear]):
     """The descriptor of linear layers. Their units are the rows of the weight."""
 
     plain, sparse = torch.nn.Linear, Linear
+    skips_zeros = True
 
     def features(self, layer: torch.nn.Linear) -> tuple[int, int]:
         """The numbers of input and output features, I and O."""

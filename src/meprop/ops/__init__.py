@@ -8,7 +8,7 @@ from meprop.ops import native as native  # isort: skip  (backends register in th
 from meprop.ops import triton as triton
 from meprop.ops.activation import activation_dropout, activation_dropout_gradient
 from meprop.ops.entries import choose_entries, draw_columns, draw_rows, keep_entries, sums_of_the_rest
-from meprop.ops.forward import linear_forward, skips_zeros
+from meprop.ops.forward import linear_forward
 from meprop.ops.gradients import Gradient, GradientProduct, GradientRows
 from meprop.ops.linear import backward_with, dense_backward, entries_backward, linear_backward
 from meprop.ops.lstm import lstm_backward, lstm_forward
@@ -69,7 +69,6 @@ __all__ = [
     "remove",
     "row_sparse_tensor",
     "sgd_rows",
-    "skips_zeros",
     "spread_rows",
     "sums_of_the_rest",
     "topk_channels",

@@ -15,7 +15,7 @@ from meprop.training.verdict import Verdict, judge
 OF_RULE = frozenset(
     {
         *("rule", "rules", "k", "k_start", "k_ratio", "scope", "noise", "noise_of", "noise_start", "exact_sum"),
-        *("sparse_rows", "when", "dense_warmup_steps", "dense_end_steps", "fuse", "simplify"),
+        *("sparse_rows", "when", "dense_warmup_steps", "dense_end_steps", "fuse", "skip_zeros", "simplify"),
     }
 )
 """The settings that tell sparse runs apart, and leave dense ones as they are."""
