@@ -20,6 +20,7 @@ import meprop
 import meprop.advice as advice_module
 from meprop import machine, speed
 from meprop.advice.trial import Phases
+from meprop.ops import native
 
 
 @pytest.fixture(autouse=True)
@@ -476,6 +477,16 @@ def test_memory_that_comes_fresh_in_each_step_is_said(share, keeps, said, monkey
 def test_denormal_products_are_said():
     advice = meprop.advise(perceptron(), ONE, lambda model, batch: loss(model, batch) * 1e-37, **SHORT)
     assert any("set_flush_denormal" in note for note in advice.notes)
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="there are no native kernels here")
+def test_zeros_in_the_inputs_of_linear_layers_are_said():
+    model = perceptron()
+    with torch.no_grad():
+        model[0].bias -= 1  # so that ReLU leaves few entries
+    said = [note for note in small(model=model).notes if "skip_zeros=True" in note]
+    assert re.search(r"few entries are not zero: '2' \d+%\. With", said[0])  # of no other layer
+    assert not any("skip_zeros" in note for note in small().notes)
 
 
 def test_without_native_code_it_is_said(monkeypatch):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import meprop
 from meprop import speed
@@ -503,3 +504,10 @@ def test_tensors_without_memory_decide_nothing(measured):
         backward(fake)
     assert measured.shapes == []
     assert meta[0].decision is fake[0].decision is None
+
+
+def test_a_mode_does_not_see_what_is_timed():
+    shape = LinearShape(8, 16, 24, torch.float32, "cpu", (True, True, True))
+    with FlopCounterMode(display=False) as counter:
+        speed.measure(RULE, shape)
+    assert counter.get_total_flops() == 0

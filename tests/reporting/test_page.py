@@ -24,12 +24,12 @@ from meprop.errors import DataError
 from meprop.reporting import page
 from meprop.reporting.page import write_report
 from meprop.reporting.page.colors import NIGHT, WHITE, contrast, legible
-from meprop.reporting.page.series import COLORS, OWN_COLORS, judged, series_of
+from meprop.reporting.page.series import COLORS, OF_RULE, OWN_COLORS, judged, series_of
 from meprop.reporting.page.sources import read, read_all
 from meprop.tasks.mnist import MnistConfig
 from meprop.training import tracking
 from meprop.training.command import command_of
-from meprop.training.config import TrainingConfig
+from meprop.training.config import OF_RULES, TrainingConfig
 from meprop.training.verdict import judge_all
 from reported import TRAINING, Page, config, runs, write
 
@@ -456,3 +456,7 @@ def test_committed_results_of_experiments_can_be_shown(tmp_path):
     paths = sorted((ROOT / "benchmarks" / "results" / "simplify-mnist").glob("*.json"))
     assert paths
     assert write_report(paths, tmp_path / "page.html").stat().st_size > 500_000
+
+
+def test_settings_that_dense_runs_refuse_do_not_keep_sparse_runs_from_their_dense_ones():
+    assert set(OF_RULES) - OF_RULE == {"compute_dtype"}  # which makes it another comparison

@@ -35,7 +35,7 @@ def watched(trial: Trial, ways: Ways, batch: Any) -> Watch:
     """One dense step, with all that can be seen of it."""
     ways.take(DENSE)
     watch = Watch(trial.synchronize)
-    with watch.on(reported_layers(ways), count_tiny=True):
+    with watch.on(reported_layers(ways), count=True):
         trial.step(batch)
     return watch
 

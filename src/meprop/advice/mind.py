@@ -21,6 +21,8 @@ from meprop.ops.native import reason_missing
 
 __all__ = ["cast_seconds", "fresh_memory", "note_of_disturbance", "notes_of_model", "notes_of_trial"]
 
+_FEW_NONZEROS = 0.25
+"""The share of nonzero entries in an input up to which leaving out zeros is mostly faster."""
 _MEMORY = 1 << 23
 """The bytes of fresh memory on which its cost is measured."""
 
@@ -62,6 +64,7 @@ def notes_of_trial(
             "it. Call meprop.machine.keep_freed_memory() once, before training."
         )
     yield from _of_denormals(seen)
+    yield from _of_zeros(seen)
     yield from _of_model(trial, ways, seen.again)
     yield from _of_optimizer(trial.optimizer, optimizer_share)
     if stream.repeats and stream.read < 20:
@@ -104,6 +107,17 @@ def _of_denormals(seen: Watch) -> Iterator[str]:
         yield (
             f"{share:.0%} of the entries of gradients are so small that products with them are denormal numbers, which "
             "are slow. Call torch.set_flush_denormal(True) before training; dense gains more from it."
+        )
+
+
+def _of_zeros(seen: Watch) -> Iterator[str]:
+    found = {name: share for name, share in seen.nonzeros.items() if share <= _FEW_NONZEROS}
+    if found and reason_missing() is None:
+        names = ", ".join(f"{name!r} {share:.0%}" for name, share in found.items())
+        yield (
+            f"In the inputs of some linear layers few entries are not zero: {names}. With skip_zeros=True of "
+            'meprop.convert their forward products may be faster (docs/performance.md, "Zeros of the input"). That is '
+            "not in the figures above."
         )
 
 

@@ -30,6 +30,7 @@ class Watch:
         autocast: Whether a layer was called under autocast.
         tiny: How many entries of output gradients are so small that products with them are denormal.
         entries: How many entries of output gradients there are.
+        nonzeros: The share of entries that are not zero in an input of each linear layer on a CPU, by the layer's name.
     """
 
     def __init__(self, synchronize: Callable[[], object]) -> None:
@@ -41,21 +42,22 @@ class Watch:
         self.again: list[str] = []
         self.autocast = False
         self.tiny = self.entries = 0
+        self.nonzeros: dict[str, float] = {}
 
     @contextmanager
-    def on(self, layers: Mapping[str, torch.nn.Module], *, count_tiny: bool = False) -> Generator[None]:
+    def on(self, layers: Mapping[str, torch.nn.Module], *, count: bool = False) -> Generator[None]:
         """A context in which the calls of some layers are watched.
 
         Args:
             layers: The layers by name.
-            count_tiny: Whether to count tiny entries, which takes time.
+            count: Whether to count tiny entries and those that are not zero, which takes time.
         """
         hooks = [
             handle
             for name, layer in layers.items()
             for handle in (
                 layer.register_forward_pre_hook(partial(self._enter, name)),
-                layer.register_forward_hook(partial(self._call, name, count_tiny), with_kwargs=True),
+                layer.register_forward_hook(partial(self._call, name, count), with_kwargs=True),
             )
         ]
         try:
@@ -68,8 +70,10 @@ class Watch:
         if self._in_backward:
             self.again.append(name)
 
-    def _call(self, name: str, count_tiny: bool, _module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _call(self, name: str, count: bool, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs, outputs = tensors_of((args, kwargs)), tensors_of(output)
+        if count and isinstance(module, torch.nn.Linear) and inputs and inputs[0].is_cpu and inputs[0].numel() > 0:
+            self.nonzeros[name] = int(inputs[0].count_nonzero()) / inputs[0].numel()
         if inputs and outputs:
             self.outputs.setdefault(name, outputs[0].numel())
             self.autocast = self.autocast or torch.is_autocast_enabled(inputs[0].device.type)
@@ -84,7 +88,7 @@ class Watch:
             node.register_hook(partial(self._stop, name))
             waiting += [following for following, _ in node.next_functions]
         for each in outputs:
-            if count_tiny and each.requires_grad:
+            if count and each.requires_grad:
                 each.register_hook(self._count)
 
     def _start(self, _grads: Any) -> None:
