@@ -610,6 +610,8 @@ def test_the_benchmark_that_trains_end_to_end_goes_on_where_it_was_stopped(tmp_p
     data = SimpleNamespace(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     boosted = tmp_path / "boosted-dense-seed0.json"
     boosted.write_text(json.dumps({"blocks": [{"kept": True, "steps": 200}, {"kept": True, "steps": 120}]}))
+    train_end_to_end(3, 0, data)  # says that there are no three blocks, and goes on
+    assert list(tmp_path.iterdir()) == [boosted]
     record, saved = tmp_path / "end-to-end-2-seed0.json", tmp_path / "end-to-end-2-seed0.pt"
 
     train_end_to_end(2, 0, data)

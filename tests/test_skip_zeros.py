@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-import threading
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,17 +15,18 @@ import meprop
 from meprop import ops, speed
 from meprop.cli import main
 from meprop.functional.linear import ForwardShape
+from meprop.ops.native import reason_missing
+
+pytestmark = pytest.mark.skipif(reason_missing() is not None, reason="there are no native kernels here")
 
 RULE = meprop.TopK(5)
 
 
 @pytest.fixture(autouse=True)
-def _measured(monkeypatch, request):
+def _measured(monkeypatch, tmp_path):
     """Leaving out zeros is as fast as dense at half of the entries, unless a test says otherwise."""
-    marker = request.node.get_closest_marker("ratios")
-    ratios = {0.1: 0.2, 0.4: 0.8} if marker is None else marker.args[0]
-    monkeypatch.setenv("MEPROP_CACHE", str(request.getfixturevalue("tmp_path")))
-    monkeypatch.setattr(speed, "measure", lambda kept, shape: (100.0, 100.0 * ratios.get(kept, 0.5)))
+    monkeypatch.setenv("MEPROP_CACHE", str(tmp_path))
+    monkeypatch.setattr(speed, "measure", lambda kept, shape: (100.0, {0.1: 20.0, 0.4: 80.0}.get(kept, 50.0)))
     speed._most_nonzeros.cache_clear()
     yield
     speed._most_nonzeros.cache_clear()
@@ -203,24 +205,29 @@ def test_torch_compile_takes_torchs_own_product():
     assert layer.weight.grad is not None
 
 
-def dense_layers() -> dict[str, nn.Module]:
-    measured_dense = speed.Decision(False, 64, 1.0, 2.0)
-    found = {"convolution": nn.Sequential(nn.Conv2d(4, 40, 3)), "float64": nn.Sequential(nn.Linear(24, 40).double())}
-    found["few rows"] = nn.Sequential(nn.Linear(24, 40))
-    for model in found.values():
-        meprop.convert(model, meprop.TopK(0.1, scope="batch"), min_features=1, skip_zeros=True)
-        model[0].decision = measured_dense
-    return found
-
-
-@pytest.mark.parametrize("name", dense_layers())
-def test_a_dense_pass_that_leaves_out_nothing_is_torchs_own(name, products):
-    shape = {"convolution": (64, 4, 6, 6), "float64": (64, 24), "few rows": (31, 24)}[name]
-    x = torch.randn(shape, dtype=torch.float64 if name == "float64" else torch.float32, requires_grad=True)
-    model = dense_layers()[name]
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv2d(4, 40, 3), (64, 4, 6, 6)), (nn.Linear(24, 40).double(), (64, 24)), (nn.Linear(24, 40), (31, 24))],
+    ids=["convolution", "float64", "few rows"],
+)
+def test_a_dense_pass_that_leaves_out_nothing_is_torchs_own(layer, shape, products):
+    model = nn.Sequential(copy.deepcopy(layer))
+    meprop.convert(model, meprop.TopK(0.1, scope="batch"), min_features=1, skip_zeros=True)
+    model[0].decision = speed.Decision(False, 64, 1.0, 2.0)
+    x = torch.randn(shape, dtype=layer.weight.dtype, requires_grad=True)
     (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)  # which our own refuses
     grad.sum().backward()
     torch.func.vmap(model)(x[:, None])
+    assert not products
+
+
+def test_without_native_code_nothing_is_measured(products, monkeypatch):
+    of_layer = sys.modules["meprop.functional.linear"]  # the package has a function of this name
+    monkeypatch.setattr(of_layer, "reason_missing", lambda: "there is no compiler")
+    monkeypatch.setattr(speed, "most_nonzeros", lambda shape: pytest.fail("measured"))
+    layer = meprop.nn.Linear(24, 40, rule=RULE, skip_zeros=True)
+    x = tensors(64)[0]
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not products
 
 
@@ -242,24 +249,29 @@ def test_other_kinds_of_layers_do_not_get_the_option(layer):
         model[0].skip_zeros = True
 
 
+WRITTEN_MEANWHILE = """
+import threading, torch
+from meprop import ops
+x = torch.zeros(4096, 1024)
+x[:, ::64] = 1
+few, many, weight = x.clone(), torch.ones_like(x), torch.randn(8, 1024)
+done = threading.Event()
+def write():
+    while not done.is_set():
+        x.copy_(many)
+        x.copy_(few)
+writer = threading.Thread(target=write)
+writer.start()
+for _ in range(100):
+    assert ops.linear_forward(x, weight, None, 1.0).shape == (4096, 8)
+done.set()
+writer.join()
+"""
+
+
 def test_an_input_that_is_written_to_meanwhile_gives_some_number():
-    """Run for longer it fails where entries are counted and then written without a bound."""
-    x = torch.zeros(512, 1024)
-    x[:, ::64] = 1
-    few, many, weight = x.clone(), torch.ones_like(x), torch.randn(8, 1024)
-    done = threading.Event()
-
-    def write() -> None:
-        while not done.is_set():
-            x.copy_(many)
-            x.copy_(few)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    for _ in range(200):
-        assert ops.linear_forward(x, weight, None, 1.0).shape == (512, 8)
-    done.set()
-    writer.join()
+    """In a process of its own, which breaks where entries are counted and then written without a bound."""
+    subprocess.run([sys.executable, "-c", WRITTEN_MEANWHILE], check=True, timeout=300)
 
 
 def test_a_model_trains_alike():

@@ -92,14 +92,12 @@ def test_any_memory_layout(level, poisoned, of_x, of_weight, dtype):
     assert torch.equal(bits(skipping(x, transposed, bias[:, None].repeat(1, 2)[:, 0])), bits(expected))
 
 
+@pytest.mark.parametrize("level", native.levels()[:1], indirect=True)
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
-def test_sums_are_formed_by_ascending_input(dtype):
-    before = native.level()
-    native.use_level("scalar")
+def test_sums_are_formed_by_ascending_input(level, dtype):
+    assert level == "scalar"
     x, weight, bias = problem((4, 60, 5), dtype)
     y = skipping(x, weight, bias)
-    assert before is not None
-    native.use_level(before)
     for n, row in enumerate(x.float()):
         for o, of_output in enumerate(weight.float()):
             total = bias[o].float()

@@ -21,7 +21,7 @@ from meprop.ops.native import reason_missing
 
 __all__ = ["cast_seconds", "fresh_memory", "note_of_disturbance", "notes_of_model", "notes_of_trial"]
 
-_FEW_NONZEROS = 0.25
+_MOST_NONZEROS = 0.25
 """The share of nonzero entries in an input up to which leaving out zeros is mostly faster."""
 _MEMORY = 1 << 23
 """The bytes of fresh memory on which its cost is measured."""
@@ -111,7 +111,7 @@ def _of_denormals(seen: Watch) -> Iterator[str]:
 
 
 def _of_zeros(seen: Watch) -> Iterator[str]:
-    found = {name: share for name, share in seen.nonzeros.items() if share <= _FEW_NONZEROS}
+    found = {name: share for name, share in seen.nonzeros.items() if share <= _MOST_NONZEROS}
     if found and reason_missing() is None:
         names = ", ".join(f"{name!r} {share:.0%}" for name, share in found.items())
         yield (

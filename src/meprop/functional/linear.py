@@ -23,7 +23,7 @@ from meprop.functional.common import (
     product_dtype,
     sparse_backward,
 )
-from meprop.ops.native import DTYPE_CODES
+from meprop.ops.native import DTYPE_CODES, reason_missing
 from meprop.ops.registry import PLAIN
 from meprop.policy import (
     Policy,
@@ -179,7 +179,9 @@ class _Linear(torch.autograd.Function):
 def _may_skip_zeros(x: Tensor, weight: Tensor, bias: Tensor | None, policy: Policy) -> bool:
     """Whether leaving zeros of x out of the forward product may be faster, and native code can do it."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
-    if not speed.can_measure() or not all(type(each) in PLAIN and each.is_cpu for each in tensors):
+    if reason_missing() is not None or not speed.can_measure():
+        return False
+    if not all(type(each) in PLAIN and each.is_cpu for each in tensors):
         return False
     if not needs_gradients(x, weight) or is_transformed(*tensors):
         return False

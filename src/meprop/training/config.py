@@ -41,8 +41,8 @@ def rule_names(*others: str) -> Any:
 
 OF_RULES = (
     *("k", "k_start", "k_ratio", "scope", "noise", "noise_of", "noise_start", "exact_sum"),
-    *("dense_warmup_steps", "dense_end_steps", "when", "fuse", "compute_dtype", "skip_zeros"),
-    "sparse_rows",
+    *("dense_warmup_steps", "dense_end_steps", "when", "fuse"),
+    *("compute_dtype", "skip_zeros", "sparse_rows"),
 )
 """Settings that a run without a rule would ignore."""
 
